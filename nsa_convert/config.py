@@ -1,0 +1,198 @@
+"""Configuration of a sparse model: which method runs in which layer, with which settings.
+
+Only shapes and names are checked here. A method checks its own settings (see
+``nsa_convert.methods.base``), because configuration may not import methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+from nsa_convert.errors import ConfigError
+
+FULL = "full"
+"""Method name of a layer that keeps dense attention."""
+
+T = TypeVar("T")
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known name, or the list of known names."""
+    near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(sorted(known))}"
+
+
+def unknown_keys(given: Collection[str], known: Collection[str], where: str) -> list[str]:
+    """Return one problem line for each key of ``given`` that is not in ``known``."""
+    return [f"{where}: unknown key '{key}'{suggest(key, known)}" for key in given if key not in known]
+
+
+def raise_problems(problems: list[str], *, code: str = "CF13", hint: str | None = None) -> None:
+    """Raise one ConfigError that lists every problem, or return when there is none."""
+    if problems:
+        raise ConfigError("; ".join(problems), code=code, hint=hint)
+
+
+def strict_dataclass(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Build a dataclass from a mapping; unknown keys are an error that names the nearest field."""
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    raise_problems(unknown_keys(values, fields, where))
+    return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionGeometry:
+    """Sizes of one attention layer.
+
+    Attributes:
+        hidden_size: Width of the residual stream.
+        num_query_heads: HQ.
+        num_kv_heads: H; HQ must be a multiple of it.
+        head_dim: D.
+    """
+
+    hidden_size: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{field.name} must be a positive integer, got {value!r}"
+            for field in dataclasses.fields(self)
+            if not isinstance(value := getattr(self, field.name), int) or value < 1
+        ]
+        if not problems and self.num_query_heads % self.num_kv_heads:
+            problems.append(
+                f"num_attention_heads {self.num_query_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_kv_heads}"
+            )
+        raise_problems(problems, code="CF02")
+
+    @property
+    def group_size(self) -> int:
+        """G, the number of query heads that share one key/value head."""
+        return self.num_query_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRule:
+    """One method with its settings, for some layers or for all.
+
+    Attributes:
+        method: Registered method name, or ``"full"`` for dense attention.
+        settings: The method's own settings; checked by the method.
+        layers: Layer indices the rule covers; None covers every layer.
+    """
+
+    method: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not isinstance(self.method, str) or not self.method:
+            problems.append(f"method must be a name, got {self.method!r}")
+        if self.layers is not None:
+            if not self.layers:
+                problems.append("layers is empty; leave it out to cover every layer")
+            bad = [i for i in self.layers if isinstance(i, bool) or not isinstance(i, int) or i < 0]
+            if bad:
+                problems.append(f"layers must be integers from 0, got {bad}")
+            elif len(set(self.layers)) != len(self.layers):
+                problems.append(f"layers are listed twice: {sorted(self.layers)}")
+        raise_problems(problems, code="RC10")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "rule") -> LayerRule:
+        """Read ``{"method": ..., "layers": [...], **settings}``."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: expected a mapping with 'method', got {values!r}", code="CF20")
+        rest = dict(values)
+        if "method" not in rest:
+            raise ConfigError(f"{where}: 'method' is missing", code="CF20")
+        method, layers = rest.pop("method"), rest.pop("layers", None)
+        if layers is not None and not isinstance(layers, (list, tuple)):
+            raise ConfigError(f"{where}: layers must be a list of integers, got {layers!r}", code="RC10")
+        return cls(method=method, settings=rest, layers=None if layers is None else tuple(layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form that :meth:`from_dict` reads."""
+        out: dict[str, Any] = {"method": self.method, **self.settings}
+        if self.layers is not None:
+            out["layers"] = list(self.layers)
+        return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseAttentionConfig:
+    """The plan stored under ``config.sparse_attention`` of a converted model.
+
+    Attributes:
+        default: Rule for every layer that no other rule names.
+        rules: Rules for named layers; a layer may be named once.
+    """
+
+    default: LayerRule
+    rules: tuple[LayerRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.default.layers is not None:
+            problems.append("default: 'layers' belongs in a rule, not in the default")
+        seen: dict[int, int] = {}
+        for index, rule in enumerate(self.rules):
+            if rule.layers is None:
+                problems.append(f"rules[{index}]: 'layers' is missing")
+                continue
+            for layer in rule.layers:
+                if layer in seen:
+                    problems.append(f"layer {layer} is named by rules[{seen[layer]}] and rules[{index}]")
+                seen[layer] = index
+        raise_problems(problems, code="RC10")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
+        """Read ``{"default": {...}, "rules": [...]}``; unknown keys are an error."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"sparse_attention: expected a mapping, got {values!r}", code="CF20")
+        raise_problems(unknown_keys(values, {"default", "rules"}, "sparse_attention"))
+        if "default" not in values:
+            raise ConfigError("sparse_attention: 'default' is missing", code="CF20")
+        rules = values.get("rules", ())
+        if not isinstance(rules, (list, tuple)):
+            raise ConfigError(f"sparse_attention.rules: expected a list, got {rules!r}", code="CF20")
+        return cls(
+            default=LayerRule.from_dict(values["default"], "sparse_attention.default"),
+            rules=tuple(
+                LayerRule.from_dict(rule, f"sparse_attention.rules[{i}]") for i, rule in enumerate(rules)
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form that :meth:`from_dict` reads."""
+        out: dict[str, Any] = {"default": self.default.to_dict()}
+        if self.rules:
+            out["rules"] = [rule.to_dict() for rule in self.rules]
+        return out
+
+    def for_layer(self, layer: int) -> LayerRule:
+        """Return the rule that covers ``layer``."""
+        for rule in self.rules:
+            if rule.layers is not None and layer in rule.layers:
+                return rule
+        return self.default
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ConfigError when a rule names a layer the model does not have."""
+        named = [layer for rule in self.rules for layer in rule.layers or ()]
+        outside = sorted(layer for layer in named if layer >= num_layers)
+        if outside:
+            raise ConfigError(
+                f"layers {outside} do not exist: the model has layers 0-{num_layers - 1}", code="RC10"
+            )

@@ -1,0 +1,39 @@
+"""Which implementation runs: ``reference`` (dense mask, any dtype) or ``torch`` (block-gathered)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from nsa_convert.errors import BackendError
+
+BACKENDS = ("reference", "torch")
+_current: ContextVar[str] = ContextVar("nsa_convert_backend", default="torch")
+
+
+def current_backend() -> str:
+    """Return the name of the backend that ops use in this context."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops inside the ``with`` block on one backend.
+
+    Args:
+        name: ``"reference"`` builds a TQ x TK mask and serves as the truth for tests; ``"torch"`` gathers
+            blocks and never builds one.
+
+    Raises:
+        BackendError: The name is not a backend.
+    """
+    if name not in BACKENDS:
+        raise BackendError(
+            f"unknown backend {name!r}", expected=", ".join(BACKENDS), found=name, hint="choose one of these"
+        )
+    token = _current.set(name)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,44 @@
+"""Checks of tensor arguments that every op shares, and the accumulation dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    """Raise ValueError unless q ``[B, TQ, HQ, D]`` fits k and v ``[B, TK, H, D]``.
+
+    Raises:
+        ValueError: Ranks, batch sizes, head dims, head counts, dtypes or devices do not agree.
+    """
+    problems = []
+    tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    wrong = {name: tuple(x.shape) for name, x in tensors.items() if x.dim() != 4}
+    if wrong:
+        raise ValueError(f"expected tensors of shape [B, T, H, D], got {wrong}")
+    if q.shape[0] != k.shape[0]:
+        problems.append(f"batch sizes differ: q {q.shape[0]}, k {k.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        problems.append(f"head dims differ: q {q.shape[3]}, k {k.shape[3]}")
+    if q.shape[2] % k.shape[2]:
+        problems.append(f"query heads {q.shape[2]} are not a multiple of key heads {k.shape[2]}")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        problems.append(f"k {tuple(k.shape)} and v {tuple(v.shape)} differ before the head dim")
+    if len({x.dtype for x in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
+        problems.append(f"dtypes differ: {found}; cast them to one dtype first")
+    if len({x.device for x in tensors.values()}) > 1:
+        problems.append("tensors are on different devices")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of scores, softmax and lse: float64 for float64 input, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def default_scale(q: Tensor, scale: float | None) -> float:
+    """Return ``scale``, or D ** -0.5 when it is None."""
+    return q.shape[-1] ** -0.5 if scale is None else scale

@@ -1,0 +1,50 @@
+"""The grid of compressed cells: sizes, counts and visibility."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from nsa_convert.patterns import BlockTopK, SequenceLayout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CellGrid:
+    """Cells of ``width`` tokens, one every ``stride`` tokens.
+
+    Attributes:
+        width: l, tokens in a cell.
+        stride: d, tokens between the first tokens of neighbouring cells.
+    """
+
+    width: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or self.width < self.stride or self.width % self.stride:
+            raise ValueError(
+                f"the cell width must be a positive multiple of the stride, got width {self.width} "
+                f"and stride {self.stride}"
+            )
+
+    def check_rule(self, rule: BlockTopK) -> None:
+        """Raise ValueError unless the stride divides the rule's block size."""
+        if rule.block_size % self.stride:
+            raise ValueError(
+                f"block_size {rule.block_size} is not a multiple of the compression stride {self.stride}"
+            )
+
+    def complete(self, length: Tensor) -> Tensor:
+        """Return how many cells are complete after ``length`` tokens of a document."""
+        return ((length - self.width) // self.stride + 1).clamp(min=0)
+
+    def count(self, length: int) -> int:
+        """Return how many cells are complete after ``length`` tokens of a document."""
+        return max(0, (length - self.width) // self.stride + 1)
+
+    def visible_cells(self, num_queries: int, layout: SequenceLayout, device: torch.device) -> Tensor:
+        """Return how many cells of its document each query sees, ``[B or 1, TQ]`` int64."""
+        lengths = layout.positions(num_queries, device) - layout.row_starts(num_queries, device) + 1
+        return self.complete(lengths)

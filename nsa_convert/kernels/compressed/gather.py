@@ -1,0 +1,1 @@
+from nsa_convert.kernels.compressed.reference import attend as attend

@@ -1,0 +1,1 @@
+from nsa_convert.kernels.dense.reference import attend as attend

@@ -1,0 +1,1 @@
+from nsa_convert.kernels.selected.reference import attend as attend

@@ -1,0 +1,292 @@
+"""Patterns: which keys a query may see, as small frozen dataclasses of tensors.
+
+A pattern knows no model, no method and no kernel. Letters used in the whole package: B batch, T tokens
+(TQ queries, TK keys), HQ query heads, H key/value heads, G = HQ // H, D head dim, S selected items,
+C compressed cells, BS block size, N packed documents. Tensors are laid out ``[B, T, H, D]``.
+
+Indices of blocks and tokens are *document-relative*: block 0 starts at the first real token of the row
+(after left padding) or of the packed document, so that a padded or packed sequence gives the same answer
+as the same sequence alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceLayout:
+    """Where the queries sit among the keys, and where each document begins.
+
+    The TQ queries occupy the consecutive key slots ``offset .. offset + TQ - 1``. A query sees only keys
+    from the start of its document to its own slot.
+
+    Attributes:
+        offset: Slot of the first query; an int, or a 0-dim int64 tensor when a compiled graph must not
+            depend on its value (then TK is the capacity of a static cache).
+        start: ``[B]`` int64, first real slot of each row (the number of left pads); None means 0.
+        cu_seqlens: ``[N + 1]`` int64 on the same device, document boundaries packed into one row
+            (B = 1, offset 0, TQ = TK = cu_seqlens[-1]); excludes ``start``.
+    """
+
+    offset: int | Tensor = 0
+    start: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.cu_seqlens is not None and self.start is not None:
+            raise ValueError("give either cu_seqlens (packed documents) or start (left padding), not both")
+        if self.cu_seqlens is not None and not isinstance(self.offset, Tensor) and self.offset != 0:
+            raise ValueError(f"packed documents have no past: offset must be 0, got {self.offset}")
+
+    def positions(self, num_queries: int, device: torch.device) -> Tensor:
+        """Return the key slots of the queries, ``[TQ]`` int64."""
+        return torch.arange(num_queries, device=device) + self.offset
+
+    def row_starts(self, num_queries: int, device: torch.device) -> Tensor:
+        """Return the slot at which each query's document begins, ``[B or 1, TQ]`` int64."""
+        if self.cu_seqlens is not None:
+            slots = torch.arange(num_queries, device=device)
+            document = torch.bucketize(slots, self.cu_seqlens[1:], right=True)
+            return self.cu_seqlens[document][None]
+        if self.start is not None:
+            return self.start[:, None].expand(-1, num_queries)
+        return torch.zeros(1, num_queries, dtype=torch.long, device=device)
+
+    def documents(self) -> Iterator[tuple[int, int]]:
+        """Yield ``(begin, end)`` slots of each non-empty packed document."""
+        if self.cu_seqlens is None:
+            raise ValueError("this layout holds no packed documents")
+        bounds = self.cu_seqlens.tolist()
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            if end > begin:
+                yield begin, end
+
+    def visible(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        """Return what dense attention may see: causal and inside the document, bool ``[B or 1, TQ, TK]``."""
+        keys = torch.arange(num_keys, device=device)
+        causal = keys <= self.positions(num_queries, device)[:, None]
+        return causal & (keys >= self.row_starts(num_queries, device)[..., None])
+
+
+DENSE_LAYOUT = SequenceLayout()
+"""Queries and keys are the same unpadded tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SinkWindow:
+    """A static band: the first tokens of the document and the last ones before the query.
+
+    Attributes:
+        num_sinks: Leading tokens every query sees.
+        window_size: Trailing tokens every query sees, *the query's own token included*.
+    """
+
+    num_sinks: int = 0
+    window_size: int
+
+    def __post_init__(self) -> None:
+        if self.num_sinks < 0 or self.window_size < 1:
+            raise ValueError(
+                f"num_sinks must be >= 0 and window_size >= 1, got {self.num_sinks} and {self.window_size}"
+            )
+
+    @property
+    def budget(self) -> int:
+        """Largest number of keys one query sees."""
+        return self.num_sinks + self.window_size
+
+    def to_dense_mask(
+        self, num_queries: int, num_keys: int, num_heads: int, layout: SequenceLayout = DENSE_LAYOUT,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Return the visible keys, bool ``[B or 1, 1, TQ, TK]`` (the same for every head)."""
+        device = torch.device(device)
+        keys = torch.arange(num_keys, device=device)
+        queries = layout.positions(num_queries, device)[:, None]
+        sink = keys < layout.row_starts(num_queries, device)[..., None] + self.num_sinks
+        band = (keys > queries - self.window_size) | sink
+        return (band & layout.visible(num_queries, num_keys, device))[:, None]
+
+    def density(self, num_queries: int, num_keys: int, layout: SequenceLayout = DENSE_LAYOUT) -> float:
+        """Return visible pairs over the pairs dense causal attention computes."""
+        device = layout.start.device if layout.start is not None else torch.device("cpu")
+        ages = _ages(num_queries, layout, device)
+        seen = torch.minimum(ages, torch.full_like(ages, self.budget))
+        return _ratio(seen, ages)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSelection:
+    """Per tile of queries, a list of key blocks; causality is tested token by token inside each block.
+
+    Attributes:
+        block_indices: ``[B, Hs, NQ, S]`` int32 or int64, document-relative block numbers, -1 where unused;
+            Hs is 1, H or HQ, NQ the number of query tiles. No block may be listed twice in one row.
+        block_size: Keys in a block.
+        query_block: Queries in a tile; 1 gives every query its own list.
+    """
+
+    block_indices: Tensor
+    block_size: int
+    query_block: int = 1
+
+    @property
+    def budget(self) -> int:
+        """Largest number of keys one query sees."""
+        return self.block_indices.shape[-1] * self.block_size
+
+    def to_dense_mask(
+        self, num_queries: int, num_keys: int, num_heads: int, layout: SequenceLayout = DENSE_LAYOUT,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return the visible keys, bool ``[B, HQ, TQ, TK]`` for ``num_heads`` = HQ query heads."""
+        device = self.block_indices.device
+        tiles = query_tiles(num_queries, self.query_block, layout, device)
+        indices = self.block_indices.long()[:, :, tiles]  # [B, Hs, TQ, S]
+        num_blocks = -(-num_keys // self.block_size)
+        slot = indices.where((indices >= 0) & (indices < num_blocks), num_blocks)
+        chosen = torch.zeros(*indices.shape[:3], num_blocks + 1, dtype=torch.bool, device=device)
+        chosen = chosen.scatter_(3, slot, True)[..., :num_blocks]
+        starts = layout.row_starts(num_queries, device)  # [B or 1, TQ]
+        relative = torch.arange(num_keys, device=device) - starts[..., None]
+        block_of = (relative.clamp(min=0) // self.block_size).expand(chosen.shape[0], -1, -1)
+        mask = chosen.gather(3, block_of[:, None].expand(-1, chosen.shape[1], -1, -1))
+        mask = mask & layout.visible(num_queries, num_keys, device)[:, None]
+        return mask.repeat_interleave(num_heads // mask.shape[1], 1)
+
+    def density(self, num_queries: int, num_keys: int, layout: SequenceLayout = DENSE_LAYOUT) -> float:
+        """Return visible pairs over the pairs dense causal attention computes, over all selecting heads."""
+        device = self.block_indices.device
+        tiles = query_tiles(num_queries, self.query_block, layout, device)
+        indices = self.block_indices.long()[:, :, tiles]
+        ages = _ages(num_queries, layout, device)[:, None, :, None]  # [B or 1, 1, TQ, 1]
+        left = ages - indices * self.block_size
+        seen = left.clamp(min=0, max=self.block_size).where(indices >= 0, 0).sum(-1)
+        return _ratio(seen, ages[..., 0].expand(seen.shape))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenSelection:
+    """Per query, a list of key tokens.
+
+    Attributes:
+        token_indices: ``[B, Hs, NQ, S]`` int32 or int64, document-relative token numbers, -1 where unused;
+            Hs is 1, H or HQ. No token may be listed twice in one row.
+        query_block: Queries that share one list.
+    """
+
+    token_indices: Tensor
+    query_block: int = 1
+
+    def as_blocks(self) -> BlockSelection:
+        """Return the same selection as blocks of one token."""
+        return BlockSelection(
+            block_indices=self.token_indices, block_size=1, query_block=self.query_block
+        )
+
+    @property
+    def budget(self) -> int:
+        """Largest number of keys one query sees."""
+        return self.token_indices.shape[-1]
+
+    def to_dense_mask(
+        self, num_queries: int, num_keys: int, num_heads: int, layout: SequenceLayout = DENSE_LAYOUT,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return the visible keys, bool ``[B, HQ, TQ, TK]`` for ``num_heads`` = HQ query heads."""
+        return self.as_blocks().to_dense_mask(num_queries, num_keys, num_heads, layout)
+
+    def density(self, num_queries: int, num_keys: int, layout: SequenceLayout = DENSE_LAYOUT) -> float:
+        """Return visible pairs over the pairs dense causal attention computes, over all selecting heads."""
+        return self.as_blocks().density(num_queries, num_keys, layout)
+
+
+Pattern = SinkWindow | BlockSelection | TokenSelection
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockTopK:
+    """How scores of compressed cells become a list of blocks (NSA eqs. 9-11, InfLLM-v2 section 3).
+
+    Attributes:
+        block_size: l', keys in a selected block.
+        num_blocks: n, blocks kept per query, forced ones included.
+        num_sink_blocks: First blocks of the document that are always kept.
+        num_local_blocks: Last blocks that are always kept, the query's own block included (>= 1).
+        reduce: How the cells that overlap a block become its score: ``"sum"`` weights each cell by its
+            overlap in strides (NSA eq. 9), ``"max"`` takes the largest (InfLLM-v2).
+    """
+
+    block_size: int
+    num_blocks: int
+    num_sink_blocks: int = 1
+    num_local_blocks: int = 2
+    reduce: str = "sum"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.block_size < 1:
+            problems.append(f"block_size must be >= 1, got {self.block_size}")
+        if self.num_sink_blocks < 0 or self.num_local_blocks < 1:
+            problems.append(
+                "num_sink_blocks must be >= 0 and num_local_blocks >= 1 (a query always sees its own "
+                f"block), got {self.num_sink_blocks} and {self.num_local_blocks}"
+            )
+        elif self.num_blocks < self.num_sink_blocks + self.num_local_blocks:
+            problems.append(
+                f"num_blocks {self.num_blocks} is smaller than the forced blocks: "
+                f"{self.num_sink_blocks} sink + {self.num_local_blocks} local"
+            )
+        if self.reduce not in ("sum", "max"):
+            problems.append(f"reduce must be 'sum' or 'max', got {self.reduce!r}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def budget(self) -> int:
+        """Largest number of keys one query sees; a shorter context is attended densely."""
+        return self.num_blocks * self.block_size
+
+    def cell_weights(self, width: int, stride: int) -> tuple[int, tuple[int, ...]]:
+        """Return ``(first, weights)``: block j overlaps cells ``j * (l'/d) + first + o`` with ``weights[o]``.
+
+        NSA eq. 9 sums ``p[(l'/d) j + m - n]`` over ``m < l'/d`` and ``n < l/d``; the printed ``- m - n``
+        would score the cells that lie before the block. The weight of a cell is the number of strides it
+        shares with the block: 1, 2, 2, 2, 1 for l = 32, d = 16, l' = 64.
+        """
+        steps, overlap = self.block_size // stride, width // stride
+        counts = [0] * (steps + overlap - 1)
+        for m in range(steps):
+            for n in range(overlap):
+                counts[m - n + overlap - 1] += 1
+        return 1 - overlap, tuple(counts)
+
+
+def query_tiles(
+    num_queries: int, query_block: int, layout: SequenceLayout, device: torch.device
+) -> Tensor:
+    """Return the tile number of each query, ``[TQ]`` int64; tiles never cross packed documents."""
+    slots = torch.arange(num_queries, device=device)
+    if layout.cu_seqlens is None or query_block == 1:
+        return slots // query_block
+    lengths = layout.cu_seqlens.diff()
+    tiles = (lengths + query_block - 1) // query_block
+    base = torch.cat([tiles.new_zeros(1), tiles.cumsum(0)])
+    document = torch.bucketize(slots, layout.cu_seqlens[1:], right=True)
+    return base[document] + (slots - layout.cu_seqlens[document]) // query_block
+
+
+def _ages(num_queries: int, layout: SequenceLayout, device: torch.device) -> Tensor:
+    """Return how many keys dense causal attention shows each query, ``[B or 1, TQ]`` int64."""
+    ages = layout.positions(num_queries, device) - layout.row_starts(num_queries, device) + 1
+    return ages.clamp(min=0)
+
+
+def _ratio(seen: Tensor, ages: Tensor) -> float:
+    ages = ages.expand(seen.shape)
+    return (seen.minimum(ages).sum() / ages.sum().clamp(min=1)).item()
