@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from nsa_convert.errors import ConfigError
 
@@ -39,10 +39,42 @@ def raise_problems(problems: list[str], *, code: str = "CF13", hint: str | None 
 
 
 def strict_dataclass(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from a mapping; unknown keys are an error that names the nearest field."""
-    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    raise_problems(unknown_keys(values, fields, where))
-    return cls(**values)
+    """Build a dataclass from a mapping, every key and type checked.
+
+    Args:
+        cls: Dataclass whose fields are int, float, bool, str or ``Literal``.
+        values: Given keys and values.
+        where: Prefix of the messages.
+
+    Raises:
+        ConfigError: Unknown keys (the nearest field is named), wrong types, or whatever the dataclass
+            itself refuses; all problems in one message.
+    """
+    hints = get_type_hints(cls)
+    problems = unknown_keys(values, hints, where)
+    for key, value in values.items():
+        if key in hints and not _matches(value, hints[key]):
+            problems.append(f"{where}: {key} must be {_describe(hints[key])}, got {value!r}")
+    raise_problems(problems)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}", code=error.code, hint=error.hint) from error
+
+
+def _matches(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return names.get(kind, str(kind))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,11 +31,13 @@ class SequenceLayout:
         start: ``[B]`` int64, first real slot of each row (the number of left pads); None means 0.
         cu_seqlens: ``[N + 1]`` int64 on the same device, document boundaries packed into one row
             (B = 1, offset 0, TQ = TK = cu_seqlens[-1]); excludes ``start``.
+        max_seqlen: Length of the longest packed document, when the caller knows it.
     """
 
     offset: int | Tensor = 0
     start: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
 
     def __post_init__(self) -> None:
         if self.cu_seqlens is not None and self.start is not None:
@@ -65,6 +67,14 @@ class SequenceLayout:
         for begin, end in zip(bounds, bounds[1:], strict=False):
             if end > begin:
                 yield begin, end
+
+    def longest(self, num_keys: int) -> int:
+        """Return an upper bound on the keys any query can see; reads the device once if it must."""
+        if self.cu_seqlens is None:
+            return num_keys
+        if self.max_seqlen is not None:
+            return self.max_seqlen
+        return int(self.cu_seqlens.diff().max()) if self.cu_seqlens.numel() > 1 else 0
 
     def visible(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         """Return what dense attention may see: causal and inside the document, bool ``[B or 1, TQ, TK]``."""

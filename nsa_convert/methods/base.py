@@ -1,0 +1,218 @@
+"""What every method shares: its metadata, its settings, what it pools, and how it is called."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nsa_convert.config import AttentionGeometry, strict_dataclass
+from nsa_convert.patterns import BlockTopK, Pattern, SequenceLayout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """Facts about a method, told once: the method table, cards and errors read them.
+
+    Attributes:
+        name: Name on the command line and in configs.
+        title: Name for people.
+        paper: Where it is defined.
+        summary: One sentence.
+        trainable: Whether the method is meant to be trained (or runs on unmodified weights).
+        phases: Where it applies: ``"train"``, ``"prefill"``, ``"decode"``.
+        granularity: What is selected, and for whom.
+        sources: Setting -> where its default comes from.
+    """
+
+    name: str
+    title: str
+    paper: str
+    summary: str
+    trainable: bool
+    phases: tuple[str, ...]
+    granularity: str
+    sources: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pool:
+    """A stream of compressed cells that a method needs, cached and grown every ``stride`` tokens.
+
+    Attributes:
+        name: Key under which the method finds the cells.
+        source: Whether keys or values are compressed.
+        heads: ``(first, last + 1)`` of the cached key/value heads it reads.
+        width: l, tokens in a cell.
+        stride: d, tokens between cells.
+        rope: ``"after"`` compresses rotated keys as they are cached; ``"before"`` compresses them
+            unrotated and rotates the cell to the position of its first token.
+    """
+
+    name: str
+    source: Literal["key", "value"]
+    heads: tuple[int, int]
+    width: int
+    stride: int
+    rope: Literal["after", "before"] = "after"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionInputs:
+    """What one layer hands to its method.
+
+    Attributes:
+        q: ``[B, TQ, HQ, D]`` rotated queries.
+        k: ``[B, TK, Hc, D]`` rotated keys, past included; Hc = H + the method's extra heads.
+        v: ``[B, TK, Hc, D]`` values, past included.
+        hidden: ``[B, TQ, hidden]`` input of the attention layer.
+        pooled: Pool name -> ``[B, C, H, D]`` compressed cells.
+        layout: Position of the queries, padding and packing.
+        scale: Factor on the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    hidden: Tensor
+    pooled: Mapping[str, Tensor]
+    layout: SequenceLayout
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionRecord:
+    """What one layer attended to, for measurement.
+
+    Attributes:
+        layer_index: Layer of the model.
+        q: ``[B, TQ, HQ, D]``.
+        k: ``[B, TK, H, D]`` keys the patterns refer to.
+        patterns: Branch name -> pattern; empty where the layer attended densely.
+        layout: Position of the queries, padding and packing.
+        scale: Factor on the scores.
+        gates: ``[B, TQ, HQ, branches]`` gate values, or None.
+    """
+
+    layer_index: int
+    q: Tensor
+    k: Tensor
+    patterns: Mapping[str, Pattern]
+    layout: SequenceLayout
+    scale: float
+    gates: Tensor | None
+
+
+_observer: ContextVar[Callable[[AttentionRecord], None] | None] = ContextVar("nsa_convert_observer", default=None)
+
+
+@contextlib.contextmanager
+def observe(callback: Callable[[AttentionRecord], None]) -> Iterator[None]:
+    """Call ``callback`` with an :class:`AttentionRecord` for every layer that runs inside the block."""
+    token = _observer.set(callback)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+class InitialisedModule(nn.Module):
+    """A leaf module that states the initial value of each of its parameters."""
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Return parameter name -> initial value."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Write the initial values into the parameters."""
+        with torch.no_grad():
+            for name, value in self.initial_values().items():
+                getattr(self, name).copy_(value)
+
+
+class SparseMethod(nn.Module):
+    """One layer's sparse attention: owns what is learned and scored, and chooses patterns.
+
+    A subclass sets ``spec`` and ``Settings`` and implements ``forward``.
+
+    Args:
+        settings: Checked settings of the method.
+        geometry: Sizes of the layer.
+        layer_index: Index of the layer in the model.
+    """
+
+    spec: ClassVar[MethodSpec]
+    Settings: ClassVar[type]
+
+    def __init__(self, settings: Any, geometry: AttentionGeometry, layer_index: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.geometry = geometry
+        self.layer_index = layer_index
+        self.cover: int | None = None
+        """While set, the sparse path runs with a budget that covers this many tokens and with gates at their
+        starting values, so that its output must equal dense attention (see ``verify``)."""
+
+    @classmethod
+    def read_settings(cls, values: Mapping[str, Any], where: str) -> Any:
+        """Return checked settings; raises ConfigError that lists every problem."""
+        return strict_dataclass(cls.Settings, values, where)
+
+    def pools(self) -> tuple[Pool, ...]:
+        """Return the streams of compressed cells the method needs."""
+        return ()
+
+    def compress(self, name: str, windows: Tensor) -> Tensor:
+        """Compress cells of pool ``name``.
+
+        Args:
+            name: Pool name.
+            windows: ``[B, N, l, H, D]`` tokens of N cells.
+
+        Returns:
+            ``[B, N, H, D]``.
+        """
+        raise NotImplementedError
+
+    def extra_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return further keys and values ``[B, T, He, D]`` before norm and RoPE, or None."""
+        return None
+
+    def dense_copies(self) -> dict[str, str]:
+        """Return own parameter name -> parameter of the dense attention it starts as a copy of."""
+        return {}
+
+    def visible_budget(self) -> int:
+        """Return the longest context at which a freshly converted layer equals dense attention."""
+        raise NotImplementedError
+
+    def forward(self, x: AttentionInputs) -> Tensor:
+        """Attend; returns ``[B, TQ, HQ, D]``."""
+        raise NotImplementedError
+
+    def fits(self, x: AttentionInputs, budget: int) -> bool:
+        """Return whether no query can have more keys than ``budget``, so that dense attention is the same."""
+        return self.cover is None and x.layout.longest(x.k.shape[1]) <= budget
+
+    def block_rule(self) -> BlockTopK:
+        """Return the block budget of the settings, widened while ``cover`` is set."""
+        rule = self.settings.rule
+        if self.cover is None:
+            return rule
+        return dataclasses.replace(rule, num_blocks=max(rule.num_blocks, -(-self.cover // rule.block_size)))
+
+    def record(self, x: AttentionInputs, k: Tensor, patterns: Mapping[str, Pattern], gates: Tensor | None = None) -> None:
+        """Report to :func:`observe` what this call attends to."""
+        callback = _observer.get()
+        if callback is not None:
+            callback(
+                AttentionRecord(
+                    layer_index=self.layer_index, q=x.q, k=k, patterns=patterns, layout=x.layout,
+                    scale=x.scale, gates=gates,
+                )
+            )

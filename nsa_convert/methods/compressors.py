@@ -1,0 +1,130 @@
+"""Compressors: l tokens of a key or value head become one vector (NSA eq. 7).
+
+Every compressor starts as mean pooling, so that a converted model scores blocks by their mean key.
+All of them map windows ``[B, N, l, H, D]`` to cells ``[B, N, H, D]``, each head with its own weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nsa_convert.methods.base import InitialisedModule
+
+
+class MeanCompressor(nn.Module):
+    """The mean over the window; no parameters."""
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Return the mean over dim 2."""
+        return windows.mean(2)
+
+
+class WeightedCompressor(InitialisedModule):
+    """A weighted sum over the window, after adding an intra-block position vector.
+
+    | parameter | initial value | why |
+    |---|---|---|
+    | weight ``[H, l]`` | 1 / l | mean pooling |
+    | position ``[H, l, D]`` | 0 | no shift of keys that the dense model already rotated |
+
+    Args:
+        num_heads: H.
+        width: l.
+        head_dim: D.
+    """
+
+    def __init__(self, num_heads: int, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, width))
+        self.position = nn.Parameter(torch.empty(num_heads, width, head_dim))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Return the table in the class docstring as tensors."""
+        return {
+            "weight": torch.full(self.weight.shape, 1 / self.weight.shape[1]),
+            "position": torch.zeros(self.position.shape),
+        }
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Return ``sum_l weight (window + position)``."""
+        return torch.einsum("bnlhd,hl->bnhd", windows + self.position.transpose(0, 1), self.weight)
+
+
+class LinearCompressor(InitialisedModule):
+    """A linear map of the flattened window, after adding an intra-block position vector.
+
+    | parameter | initial value | why |
+    |---|---|---|
+    | weight ``[H, l, D, D]`` (in, out) | identity / l for each token | mean pooling |
+    | position ``[H, l, D]`` | 0 | as above |
+
+    Args:
+        num_heads: H.
+        width: l.
+        head_dim: D.
+    """
+
+    def __init__(self, num_heads: int, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, width, head_dim, head_dim))
+        self.position = nn.Parameter(torch.empty(num_heads, width, head_dim))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Return the table in the class docstring as tensors."""
+        _, width, head_dim, _ = self.weight.shape
+        return {
+            "weight": (torch.eye(head_dim) / width).expand(self.weight.shape),
+            "position": torch.zeros(self.position.shape),
+        }
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Return the linear map of each window."""
+        return torch.einsum("bnlhd,hlde->bnhe", windows + self.position.transpose(0, 1), self.weight)
+
+
+class MLPCompressor(InitialisedModule):
+    """Mean pooling plus a two-layer perceptron of the flattened window that starts at zero.
+
+    | parameter | initial value | why |
+    |---|---|---|
+    | up ``[H, l, D, D]`` (in, out) | normal, std (l D) ** -1/2, fixed seed | unit-scale features to learn from |
+    | down ``[H, D, D]`` (in, out) | 0 | the residual starts at zero, the cell at the mean |
+    | position ``[H, l, D]`` | 0 | as above |
+
+    Args:
+        num_heads: H.
+        width: l.
+        head_dim: D.
+    """
+
+    def __init__(self, num_heads: int, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(num_heads, width, head_dim, head_dim))
+        self.down = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
+        self.position = nn.Parameter(torch.empty(num_heads, width, head_dim))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Return the table in the class docstring as tensors."""
+        _, width, head_dim, _ = self.up.shape
+        generator = torch.Generator().manual_seed(0)
+        with torch.device("cpu"):
+            up = torch.randn(self.up.shape, generator=generator) * (width * head_dim) ** -0.5
+        return {"up": up, "down": torch.zeros(self.down.shape), "position": torch.zeros(self.position.shape)}
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Return the mean plus the perceptron's residual."""
+        placed = windows + self.position.transpose(0, 1)
+        inner = nn.functional.silu(torch.einsum("bnlhd,hlde->bnhe", placed, self.up))
+        return windows.mean(2) + torch.einsum("bnhd,hde->bnhe", inner, self.down)
+
+
+def build_compressor(kind: str, num_heads: int, width: int, head_dim: int) -> nn.Module:
+    """Return a compressor by its setting: ``mean``, ``weighted``, ``linear`` or ``mlp``."""
+    if kind == "mean":
+        return MeanCompressor()
+    classes = {"weighted": WeightedCompressor, "linear": LinearCompressor, "mlp": MLPCompressor}
+    return classes[kind](num_heads, width, head_dim)

@@ -1,0 +1,175 @@
+"""NSA, Native Sparse Attention (Yuan et al. 2025, arXiv 2502.11089).
+
+Three branches read the same past and are joined by per-head gates (eq. 5): *compressed* attends to one
+vector per l tokens, *selected* to the n raw blocks that the compressed attention favours, *window* to the
+last w tokens. Converted from a dense model it starts with gates (0, 1, 0): the selected branch alone, which
+is dense attention as long as the context has at most n blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.kernels.compressed import compressed_attention
+from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.kernels.selected import sparse_attention
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
+from nsa_convert.methods.budget import block_rule_problems
+from nsa_convert.methods.compressors import build_compressor
+from nsa_convert.methods.gates import BranchGate
+from nsa_convert.patterns import BlockTopK, SinkWindow
+
+Compressor = Literal["mean", "weighted", "linear", "mlp"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NSASettings:
+    """Settings of NSA.
+
+    Attributes:
+        compression_block: l, tokens in a compressed cell.
+        compression_stride: d, tokens between cells; divides l and l'.
+        block_size: l', tokens in a selected block.
+        num_blocks: n, blocks a query sees, forced ones included.
+        num_sink_blocks: First blocks always selected.
+        num_local_blocks: Last blocks always selected, the query's own included.
+        window_size: w, tokens of the sliding window, the query's own included.
+        block_score: How cells become block scores: ``"sum"`` is eq. 9, ``"max"`` InfLLM-v2's max-pooling.
+        key_compressor: How keys are compressed.
+        value_compressor: How values are compressed.
+        compress_rope: Compress keys ``"after"`` or ``"before"`` RoPE.
+        branch_kv: One set of keys and values ``"shared"`` by the branches, or the paper's ``"independent"``
+            sets, which start as copies of the dense one and triple the cache.
+        gate: ``"signed"`` starts exactly at the dense model; ``"sigmoid"`` is the paper's range [0, 1].
+    """
+
+    compression_block: int = 32
+    compression_stride: int = 16
+    block_size: int = 64
+    num_blocks: int = 16
+    num_sink_blocks: int = 1
+    num_local_blocks: int = 2
+    window_size: int = 512
+    block_score: Literal["sum", "max"] = "sum"
+    key_compressor: Compressor = "mean"
+    value_compressor: Compressor = "mean"
+    compress_rope: Literal["after", "before"] = "after"
+    branch_kv: Literal["shared", "independent"] = "shared"
+    gate: Literal["signed", "sigmoid"] = "signed"
+
+    def __post_init__(self) -> None:
+        problems = block_rule_problems(self)
+        l, d = self.compression_block, self.compression_stride
+        if d < 1 or l < d or l % d:
+            problems.append(f"compression_block {l} must be a positive multiple of compression_stride {d}")
+        elif self.block_size % d:
+            problems.append(f"block_size {self.block_size} must be a multiple of compression_stride {d}")
+        if self.window_size < 1:
+            problems.append(f"window_size must be >= 1, got {self.window_size}")
+        raise_problems(problems, code="CF22")
+
+    @property
+    def rule(self) -> BlockTopK:
+        """The block budget as the kernels take it."""
+        return BlockTopK(
+            block_size=self.block_size, num_blocks=self.num_blocks, num_sink_blocks=self.num_sink_blocks,
+            num_local_blocks=self.num_local_blocks, reduce=self.block_score,
+        )
+
+
+class NSA(SparseMethod):
+    """Compressed, selected and window branches joined by gates."""
+
+    spec = MethodSpec(
+        name="nsa",
+        title="NSA",
+        paper="arXiv:2502.11089",
+        summary="compressed, selected and sliding-window branches joined by per-head gates",
+        trainable=True,
+        phases=("train", "prefill", "decode"),
+        granularity="blocks per query token and KV head",
+        sources={
+            "compression_block": "paper section 4.1", "compression_stride": "paper section 4.1",
+            "block_size": "paper section 4.1", "num_blocks": "paper section 4.1",
+            "num_sink_blocks": "paper section 4.1", "num_local_blocks": "paper section 4.1",
+            "window_size": "paper section 4.1", "block_score": "paper eq. 9",
+            "key_compressor": "starts at the dense model", "value_compressor": "starts at the dense model",
+            "compress_rope": "keys as the dense model caches them", "branch_kv": "starts at the dense model",
+            "gate": "starts at the dense model",
+        },
+    )
+    Settings = NSASettings
+
+    def __init__(self, settings: NSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
+        super().__init__(settings, geometry, layer_index)
+        heads, dim, width = geometry.num_kv_heads, geometry.head_dim, settings.compression_block
+        self.compress_key = build_compressor(settings.key_compressor, heads, width, dim)
+        self.compress_value = build_compressor(settings.value_compressor, heads, width, dim)
+        self.gate = BranchGate(
+            geometry.hidden_size, geometry.num_query_heads, open_branches=(False, True, False), kind=settings.gate
+        )
+        self.branch_k_proj = self.branch_v_proj = None
+        if settings.branch_kv == "independent":
+            # The compressed branch's heads come first, the window's after them.
+            self.branch_k_proj = nn.Linear(geometry.hidden_size, 2 * heads * dim)
+            self.branch_v_proj = nn.Linear(geometry.hidden_size, 2 * heads * dim)
+
+    def pools(self) -> tuple[Pool, ...]:
+        """Return the compressed keys and values."""
+        s, heads = self.settings, self.geometry.num_kv_heads
+        span = (0, heads) if s.branch_kv == "shared" else (heads, 2 * heads)
+        sizes = {"heads": span, "width": s.compression_block, "stride": s.compression_stride}
+        return (
+            Pool(name="key", source="key", rope=s.compress_rope, **sizes),
+            Pool(name="value", source="value", **sizes),
+        )
+
+    def compress(self, name: str, windows: Tensor) -> Tensor:
+        """See the base class."""
+        return self.compress_key(windows) if name == "key" else self.compress_value(windows)
+
+    def extra_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the compressed and window branches' own keys and values, ``[B, T, 2 H, D]``."""
+        if self.branch_k_proj is None:
+            return None
+        shape = (2 * self.geometry.num_kv_heads, self.geometry.head_dim)
+        return self.branch_k_proj(hidden).unflatten(-1, shape), self.branch_v_proj(hidden).unflatten(-1, shape)
+
+    def dense_copies(self) -> dict[str, str]:
+        """Return which dense projection each own projection repeats."""
+        if self.branch_k_proj is None:
+            return {}
+        return {
+            f"branch_{kind}_proj.{part}": f"{kind}_proj.{part}" for kind in "kv" for part in ("weight", "bias")
+        }
+
+    def visible_budget(self) -> int:
+        """Return n * l': up to there the selected branch is dense attention."""
+        return self.settings.rule.budget
+
+    def forward(self, x: AttentionInputs) -> Tensor:
+        """Attend through the three branches; returns ``[B, TQ, HQ, D]``."""
+        s, heads = self.settings, self.geometry.num_kv_heads
+        k, v = x.k[:, :, :heads], x.v[:, :, :heads]
+        window_k, window_v = x.k[:, :, -heads:], x.v[:, :, -heads:]
+        fits = self.fits(x, s.rule.budget)
+        compressed = compressed_attention(
+            x.q, x.pooled["key"], x.pooled["value"], width=s.compression_block, stride=s.compression_stride,
+            rule=None if fits else self.block_rule(), layout=x.layout, scale=x.scale,
+        )
+        window = SinkWindow(window_size=s.window_size)
+        windowed, _ = sparse_attention(x.q, window_k, window_v, window, layout=x.layout, scale=x.scale)
+        if fits:
+            selected = dense_attention(x.q, k, v, layout=x.layout, scale=x.scale)
+        else:
+            selected, _ = sparse_attention(x.q, k, v, compressed.selection, layout=x.layout, scale=x.scale)
+        gates = self.gate(x.hidden)  # [B, TQ, HQ, 3]
+        patterns = {} if fits else {"selected": compressed.selection, "window": window}
+        self.record(x, k, patterns, gates)
+        g_cmp, g_slc, g_win = gates.to(selected.dtype).unsqueeze(-2).unbind(-1)  # each [B, TQ, HQ, 1]
+        return torch.addcmul(torch.addcmul(compressed.o * g_cmp, selected, g_slc), windowed, g_win)

@@ -1,0 +1,117 @@
+"""SSA, Sparse Sparse Attention (arXiv 2511.20102): one softmax over the best blocks, switchable to full.
+
+A block's key is the mean of its token keys; blocks are scored by softmax over the complete blocks, summed
+over the query heads of a group, and the best are attended to with the query's own block. The paper's code
+forces only the query's own block; a dense model also needs its first block (the attention sink), so here
+that one is forced too. The same weights run ``mode = "full"`` as ordinary dense attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from torch import Tensor
+
+from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.kernels.compressed import block_topk
+from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.kernels.selected import sparse_attention
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
+from nsa_convert.methods.budget import block_rule_problems
+from nsa_convert.methods.gates import BranchGate
+from nsa_convert.patterns import BlockTopK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SSASettings:
+    """Settings of SSA.
+
+    Attributes:
+        block_size: Tokens in a block.
+        num_blocks: Blocks a query sees, forced ones included.
+        num_sink_blocks: First blocks always selected.
+        num_local_blocks: Last blocks always selected, the query's own included.
+        gate: ``"none"``, ``"signed"`` (``2 sigma(W x)``, starts at exactly 1) or the paper's ``"sigmoid"``
+            (starts at sigma(4) = 0.982), on the output of each head.
+        mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights.
+    """
+
+    block_size: int = 16
+    num_blocks: int = 64
+    num_sink_blocks: int = 1
+    num_local_blocks: int = 1
+    gate: Literal["none", "signed", "sigmoid"] = "none"
+    mode: Literal["sparse", "full"] = "sparse"
+
+    def __post_init__(self) -> None:
+        raise_problems(block_rule_problems(self), code="CF22")
+
+    @property
+    def rule(self) -> BlockTopK:
+        """The block budget as the kernels take it."""
+        return BlockTopK(
+            block_size=self.block_size, num_blocks=self.num_blocks, num_sink_blocks=self.num_sink_blocks,
+            num_local_blocks=self.num_local_blocks,
+        )
+
+
+class SSA(SparseMethod):
+    """Mean-pooled block selection with one softmax, and an optional output gate."""
+
+    spec = MethodSpec(
+        name="ssa",
+        title="SSA",
+        paper="arXiv:2511.20102",
+        summary="one softmax over the best mean-pooled blocks; the same weights also run dense",
+        trainable=True,
+        phases=("train", "prefill", "decode"),
+        granularity="blocks per query token and KV head",
+        sources={
+            "block_size": "paper section 4 (receptive field 1024)",
+            "num_blocks": "paper section 4 (receptive field 1024)",
+            "num_sink_blocks": "added for conversion: a dense model needs its attention sink",
+            "num_local_blocks": "the paper's code forces the current block",
+            "gate": "starts at the dense model; the paper gates every model it trains",
+            "mode": "paper section 3 (inference mode)",
+        },
+    )
+    Settings = SSASettings
+
+    def __init__(self, settings: SSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
+        super().__init__(settings, geometry, layer_index)
+        self.mode = settings.mode
+        self.gate = None
+        if settings.gate != "none":
+            self.gate = BranchGate(
+                geometry.hidden_size, geometry.num_query_heads, open_branches=(True,), kind=settings.gate
+            )
+
+    def pools(self) -> tuple[Pool, ...]:
+        """Return the block means of the keys."""
+        size = self.settings.block_size
+        return (Pool(name="key", source="key", heads=(0, self.geometry.num_kv_heads), width=size, stride=size),)
+
+    def compress(self, name: str, windows: Tensor) -> Tensor:
+        """Return the mean key of each block."""
+        return windows.mean(2)
+
+    def visible_budget(self) -> int:
+        """Return num_blocks * block_size."""
+        return self.settings.rule.budget
+
+    def forward(self, x: AttentionInputs) -> Tensor:
+        """Attend to the selected blocks, or to everything in full mode; returns ``[B, TQ, HQ, D]``."""
+        gates = None if self.gate is None else self.gate(x.hidden)  # [B, TQ, HQ, 1]
+        if (self.mode == "full" and self.cover is None) or self.fits(x, self.settings.rule.budget):
+            o = dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+            self.record(x, x.k, {}, gates)
+        else:
+            size = self.settings.block_size
+            selection = block_topk(
+                x.q, x.pooled["key"], width=size, stride=size, rule=self.block_rule(), layout=x.layout,
+                scale=x.scale,
+            )
+            o, _ = sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)
+            self.record(x, x.k, {"selected": selection}, gates)
+        return o if gates is None else o * gates.to(o.dtype)
