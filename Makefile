@@ -1,0 +1,56 @@
+# Every target makes the virtual environment it needs: .venv, from the versions in constraints.txt.
+#
+#   PYTHON=python3.12            another interpreter (3.11 or newer)
+#   JOBS=4                       test processes, one thread each
+#   TORCH_INDEX=URL              package index to take torch from (see .ci/install-torch)
+#   TESTS=tests/kernels          what `make test` runs
+#   DEMO=/somewhere              where `make demo` writes
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+JOBS ?= 2
+TESTS ?= tests
+DEMO ?= demo
+
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+# Test processes share the cores, so each gets one thread; no test needs the Hub.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+.PHONY: help venv test test-all lint demo bench clean
+
+help:
+	@echo "make test      the tests that need no GPU and no network (under 10 minutes on 2 cores)"
+	@echo "make test-all  the slow ones too"
+	@echo "make lint      ruff"
+	@echo "make demo      SmolLM2-135M to NSA and SSA: convert, verify, evaluate, generate"
+	@echo "make bench     sparse against dense attention on this machine"
+	@echo "make clean     remove .venv and what the targets wrote"
+
+venv: $(READY)
+
+$(READY): pyproject.toml constraints.txt .ci/install-torch
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	TORCH_INDEX="$(TORCH_INDEX)" .ci/install-torch $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(READY)
+	$(PYTEST) $(TESTS)
+
+test-all: $(READY)
+	$(PYTEST) -m "not gpu" $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+demo: $(READY)
+	BIN=$(BIN) .ci/demo $(DEMO)
+
+bench: $(READY)
+	$(BIN)/nsa-convert bench --device cpu
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
