@@ -13,6 +13,9 @@ class NsaConvertError(Exception):
         expected: What would have been accepted.
         found: What was given.
         hint: What to do next.
+
+    Attributes:
+        problems: The single errors, where this one sums up several.
     """
 
     exit_status = 1
@@ -35,6 +38,7 @@ class NsaConvertError(Exception):
         self.expected = expected
         self.found = found
         self.hint = hint
+        self.problems: tuple[NsaConvertError, ...] = ()
 
 
 class UsageError(NsaConvertError):

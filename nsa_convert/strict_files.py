@@ -1,0 +1,142 @@
+"""JSON and YAML read strictly: no key twice, no surprise types, no file that is too big to be meant."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nsa_convert.errors import CheckpointError, ConfigError
+
+CONFIG_LIMIT = 10_000_000
+"""Bytes a config or recipe may have."""
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a mapping from JSON pairs; ValueError names a key that comes twice."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
+        raise ValueError(f"key listed twice: {', '.join(map(repr, twice))}")
+    return out
+
+
+def refuse_constant(literal: str) -> NoReturn:
+    """Refuse ``NaN`` and ``Infinity``, which JSON does not know."""
+    raise ValueError(f"{literal} is not JSON")
+
+
+def read_json_mapping(path: Path, *, limit: int = CONFIG_LIMIT, code: str = "CF17") -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        path: The file.
+        limit: Bytes above which the file is refused unread.
+        code: Error code of a syntax error.
+
+    Raises:
+        CheckpointError: Too big, not UTF-8 (a BOM is accepted), not JSON, a key twice, NaN or Infinity, or not
+            an object.
+    """
+    where = path.name
+    size = path.stat().st_size
+    if size > limit:
+        raise CheckpointError(
+            f"{where} has {size:,} bytes; a file of this kind has at most {limit:,}", code="CF18", where=where,
+            expected=f"at most {limit:,} bytes", found=f"{size:,} bytes",
+        )
+    try:
+        value = json.loads(
+            path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_pairs, parse_constant=refuse_constant
+        )
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} is not UTF-8 text (byte {error.start})", code=code, where=where) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", code=code,
+            where=f"{where}:{error.lineno}:{error.colno}",
+        ) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{where} is nested too deeply", code="CF18", where=where) from error
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}", code="CF19", where=where) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where} must hold a JSON object, it holds a {type(value).__name__}", code=code, where=where
+        )
+    return value
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML with typed scalars: ``1e-4`` is a float, only ``true``/``false`` are booleans, no dates.
+
+    Raises:
+        ConfigError: Syntax error, a key twice, an anchor, or a tag such as ``!!python/object``.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_strict_loader())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise ConfigError(f"{at}: {error.problem}", code="RC01", where=at) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}: {str(error) or 'nested too deeply'}", code="RC01", where=where) from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file that holds a mapping (YAML reads JSON).
+
+    Raises:
+        ConfigError: The file is missing, too big, not text, or holds no mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path}", code="RC12", where=str(path))
+    if path.stat().st_size > CONFIG_LIMIT:
+        raise ConfigError(f"{path.name} is bigger than {CONFIG_LIMIT:,} bytes", code="RC12", where=str(path))
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name} is not UTF-8 text", code="RC12", where=str(path)) from error
+    value = parse_yaml(text, path.name)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path.name} must hold a mapping, got {type(value).__name__}", code="RC01", where=path.name)
+    return value
+
+
+def _strict_loader() -> type:
+    """Return a PyYAML loader with YAML 1.2 scalars and neither anchors nor repeated keys."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[str, list] = {}
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if getattr(event, "anchor", None) is not None:
+                raise yaml.composer.ComposerError(None, None, "anchors and aliases are not used here", event.start_mark)
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            lines: dict[Any, int] = {}
+            for key_node, _ in node.value:
+                line = key_node.start_mark.line + 1
+                if key_node.value in lines:
+                    problem = f"key '{key_node.value}' is listed twice, in lines {lines[key_node.value]} and {line}"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                if isinstance(key_node.value, str):
+                    lines[key_node.value] = line
+            return super().construct_mapping(node, deep)
+
+    for tag, pattern, first in (
+        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+        ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.nan",
+         list("-+.0123456789")),
+    ):
+        StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+    return StrictLoader
