@@ -1,0 +1,215 @@
+"""What README.md and docs/ say is true of the code: commands, snippets, tables, the file tree."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nsa_convert.methods.registry import METHODS
+from nsa_convert.patch.families import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+
+# Traces of one machine or one way of working; the project speaks of itself alone.
+FOREIGN = re.compile(
+    r"/work/|/tmp/dev|/root/|/home/\w|/opt/pypi|pypi-more|CONTRACT\.md|DESIGN\.md|STYLE\.md|faults\.md"
+    r"|methods_trainable|spikes/|\b(?:this|the|a|my) session\b(?! fixture)|\bsub-?agents?\b|\bworker [A-Z]\b"
+    r"|\bissue #?\d+\b",
+    re.IGNORECASE,
+)
+
+
+def blocks(text: str, *languages: str) -> Iterator[str]:
+    """Yield the fenced code blocks in one of the languages."""
+    for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if language in languages:
+            yield body
+
+
+def commands(block: str) -> Iterator[list[str]]:
+    """Yield the words of each command line; a backslash joins lines, ``VAR=x`` and ``$`` prompts are dropped."""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        while words and re.fullmatch(r"\w+=.*", words[0]):
+            words = words[1:]
+        if words:
+            yield words
+
+
+def command_problem(words: list[str]) -> str | None:
+    """Return what is wrong with an ``nsa-convert`` or ``make`` command line, or None."""
+    if words[0] == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        wanted = [word for word in words[1:] if "=" not in word]
+        return next((f"no make target '{word}'" for word in wanted if word not in targets), None)
+    if words[0] != "nsa-convert":
+        return None
+    import click
+
+    from nsa_convert.cli import main
+
+    try:
+        with click.Context(main) as context:
+            name, command, rest = main.resolve_command(context, words[1:]) if words[1:] else (None, main, [])
+            if words[1:2] and words[1].startswith("-"):
+                command, rest = main, words[1:]
+            if "--help" in rest or command is main:
+                return None
+            options, _, _ = command.make_parser(click.Context(command, info_name=name)).parse_args(list(rest))
+            missing = [
+                p.human_readable_name for p in command.params
+                if isinstance(p, click.Argument) and p.required and options.get(p.name) in (None, ())
+            ]
+            return f"missing {', '.join(missing)}" if missing else None
+    except click.UsageError as error:
+        return error.format_message()
+
+
+def python_problems(block: str) -> list[str]:
+    """Return syntax errors and imports from nsa_convert that fail."""
+    problems = []
+    try:
+        tree = ast.parse(block)
+    except SyntaxError as error:
+        return [f"syntax error: {error}"]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nsa_convert"):
+            module = importlib.import_module(node.module)
+            problems += [
+                f"{node.module} has no {alias.name}" for alias in node.names if not hasattr(module, alias.name)
+            ]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("nsa_convert"):
+                    importlib.import_module(alias.name)
+    return problems
+
+
+def marked(text: str, name: str) -> str:
+    """Return the text between ``<!-- name -->`` and ``<!-- /name -->``."""
+    found = re.search(rf"<!-- {re.escape(name)} -->\n(.*?)<!-- /{re.escape(name)} -->", text, re.DOTALL)
+    assert found, f"the page has no <!-- {name} --> section"
+    return found.group(1).strip()
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def method_table() -> str:
+    rows = [
+        [f"`{spec.name}`", spec.paper, spec.summary, *["yes"] * len(FAMILIES)]
+        for spec in (method.spec for method in METHODS.values())
+    ]
+    return table(["method", "paper", "what it does", *(family.title for family in FAMILIES.values())], rows)
+
+
+def settings_table(name: str) -> str:
+    method = METHODS[name]
+    rows = [
+        [f"`{field.name}`", f"`{field.default}`", method.spec.sources.get(field.name, "")]
+        for field in dataclasses.fields(method.Settings)
+    ]
+    return table(["setting", "default", "source of the default"], rows)
+
+
+def tree_entries(text: str) -> list[str]:
+    """Return the paths of the file tree, read from its indentation (two spaces a level)."""
+    entries, stack = [], []
+    for line in marked(text, "tree").strip("`").strip().splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        stack[depth:] = [name.rstrip("/")]
+        entries.append("/".join(stack))
+    return entries
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_snippets_are_valid(page):
+    text = page.read_text()
+    problems = [
+        f"{' '.join(words)}: {problem}"
+        for block in blocks(text, "bash", "sh", "console")
+        for words in commands(block)
+        if (problem := command_problem(words))
+    ]
+    problems += [problem for block in blocks(text, "python") for problem in python_problems(block)]
+    assert not problems, "\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_readme_method_table_equals_the_registry():
+    assert marked(README.read_text(), "methods") == method_table()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_tables_equal_the_code(name):
+    assert marked((ROOT / "docs" / "methods.md").read_text(), f"settings {name}") == settings_table(name)
+
+
+def test_file_tree_is_complete_and_exists():
+    entries = tree_entries(README.read_text())
+    assert [entry for entry in entries if not (ROOT / entry).exists()] == []
+    modules = {path.name for path in (ROOT / "nsa_convert").iterdir() if not path.name.startswith("_")}
+    listed = {entry.split("/")[1] for entry in entries if entry.startswith("nsa_convert/")}
+    assert modules - listed == set(), "the README's tree lacks these"
+
+
+def text_files() -> Iterator[Path]:
+    folders = ("nsa_convert", "tests", "benchmarks", "docs", ".ci", "recipes", "model_cards")
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
+    for folder in folders:
+        yield from (path for path in (ROOT / folder).rglob("*") if path.is_file())
+
+
+def test_no_foreign_words():
+    found = []
+    for path in text_files():
+        if path == Path(__file__) or path.suffix in {".png", ".pyc", ".safetensors", ".gguf", ".log"}:
+            continue
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            if match := FOREIGN.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {match.group()}")
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("nsa-convert convret a b", "No such command"),
+        ("nsa-convert convert a b --methd nsa", "No such option"),
+        ("nsa-convert convert a", "missing"),
+        ("make no-such-target", "no make target"),
+        ("PYTHON=x make test JOBS=4", None),
+        ("nsa-convert --help", None),
+        ("pip install nsa-convert", None),
+    ],
+)
+def test_command_guard_can_fail(line, complaint):
+    (words,) = commands(line)
+    problem = command_problem(words)
+    assert (problem is None) if complaint is None else (complaint in (problem or ""))
+
+
+def test_snippet_and_word_guards_can_fail():
+    assert "syntax error" in python_problems("def")[0]
+    assert python_problems("from nsa_convert.errors import Nothing") == ["nsa_convert.errors has no Nothing"]
+    assert FOREIGN.search("see /tmp" + "/dev/x")
+    assert not FOREIGN.search('@pytest.fixture(scope="session")')
+    assert list(commands("A=1 make x \\\n  y # note")) == [["make", "x", "y"]]
+    assert tree_entries("<!-- tree -->\n```\na/ x\n  b.py y\nc z\n```\n<!-- /tree -->") == ["a", "a/b.py", "c"]

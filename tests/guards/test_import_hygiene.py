@@ -1,0 +1,68 @@
+"""Importing the package is free of side effects, whatever else is imported before or after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(code: str) -> dict:
+    """Run code in a fresh interpreter; it must bind ``out``, which comes back."""
+    script = f"import json, sys\n{code}\nprint(json.dumps(out))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+LOADED = "out = [name for name in ('torch', 'transformers', 'triton', 'matplotlib') if name in sys.modules]"
+
+
+@pytest.mark.parametrize("module", ["nsa_convert", "nsa_convert.cli", "nsa_convert.errors", "nsa_convert.config"])
+def test_import_loads_nothing_heavy(module):
+    assert run_python(f"import {module}\n{LOADED}") == []
+
+
+def test_heavy_import_would_be_seen():
+    assert "torch" in run_python(f"import nsa_convert.patterns\n{LOADED}")
+
+
+def test_import_configures_no_logging_and_no_warnings():
+    state = "(list(map(repr, logging.root.handlers)), logging.root.level, len(warnings.filters))"
+    code = f"import logging, warnings\nbefore = {state}\nimport nsa_convert\nout = [before == {state}]"
+    assert run_python(code) == [True]
+
+
+TYPES = ["nsa_llama", "nsa_mistral", "nsa_qwen2", "nsa_qwen3"]
+REGISTERED = """
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+out = [
+    name for name in %r
+    if name in CONFIG_MAPPING and CONFIG_MAPPING[name] in AutoModelForCausalLM._model_mapping.keys()
+]
+""" % (TYPES,)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import nsa_convert",
+        "import transformers, nsa_convert",
+        "from transformers import AutoModelForCausalLM\nimport nsa_convert",
+        "import nsa_convert, transformers",
+    ],
+)
+def test_model_types_are_registered_in_any_import_order(imports):
+    assert run_python(f"{imports}\n{REGISTERED}") == TYPES
+
+
+def test_model_types_are_unknown_without_the_package():
+    assert run_python(REGISTERED) == []
