@@ -86,18 +86,20 @@ class AttentionGeometry:
         num_query_heads: HQ.
         num_kv_heads: H; HQ must be a multiple of it.
         head_dim: D.
+        qkv_bias: Whether the query, key and value projections have a bias.
     """
 
     hidden_size: int
     num_query_heads: int
     num_kv_heads: int
     head_dim: int
+    qkv_bias: bool = False
 
     def __post_init__(self) -> None:
         problems = [
-            f"{field.name} must be a positive integer, got {value!r}"
-            for field in dataclasses.fields(self)
-            if not isinstance(value := getattr(self, field.name), int) or value < 1
+            f"{name} must be a positive integer, got {value!r}"
+            for name, value in vars(self).items()
+            if name != "qkv_bias" and (not _matches(value, int) or value < 1)
         ]
         if not problems and self.num_query_heads % self.num_kv_heads:
             problems.append(

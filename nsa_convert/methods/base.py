@@ -184,7 +184,7 @@ class SparseMethod(nn.Module):
         return None
 
     def dense_copies(self) -> dict[str, str]:
-        """Return own parameter name -> parameter of the dense attention it starts as a copy of."""
+        """Return own parameter name -> parameter of the dense attention whose rows it repeats at the start."""
         return {}
 
     def visible_budget(self) -> int:

@@ -51,7 +51,8 @@ class BranchGate(InitialisedModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return gates ``[B, T, HQ, branches]`` for hidden ``[B, T, hidden]``, in its dtype."""
-        is_open = torch.tensor(self.open_branches, dtype=hidden.dtype, device=hidden.device)
+        # Filled on the device: a copy from the host would break CUDA graph capture.
+        is_open = torch.cat([hidden.new_full((1,), float(is_open)) for is_open in self.open_branches])
         if self.pass_through:
             return is_open.expand(*hidden.shape[:-1], self.num_heads, -1)
         gates = torch.sigmoid(nn.functional.linear(hidden, self.weight, self.bias))

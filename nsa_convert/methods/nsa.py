@@ -116,8 +116,9 @@ class NSA(SparseMethod):
         self.branch_k_proj = self.branch_v_proj = None
         if settings.branch_kv == "independent":
             # The compressed branch's heads come first, the window's after them.
-            self.branch_k_proj = nn.Linear(geometry.hidden_size, 2 * heads * dim)
-            self.branch_v_proj = nn.Linear(geometry.hidden_size, 2 * heads * dim)
+            size, bias = 2 * heads * dim, geometry.qkv_bias
+            self.branch_k_proj = nn.Linear(geometry.hidden_size, size, bias=bias)
+            self.branch_v_proj = nn.Linear(geometry.hidden_size, size, bias=bias)
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the compressed keys and values."""
@@ -144,9 +145,8 @@ class NSA(SparseMethod):
         """Return which dense projection each own projection repeats."""
         if self.branch_k_proj is None:
             return {}
-        return {
-            f"branch_{kind}_proj.{part}": f"{kind}_proj.{part}" for kind in "kv" for part in ("weight", "bias")
-        }
+        parts = ("weight", "bias") if self.geometry.qkv_bias else ("weight",)
+        return {f"branch_{kind}_proj.{part}": f"{kind}_proj.{part}" for kind in "kv" for part in parts}
 
     def visible_budget(self) -> int:
         """Return n * l': up to there the selected branch is dense attention."""

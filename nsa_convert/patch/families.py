@@ -141,8 +141,13 @@ def geometry_of(config: Mapping[str, Any], family: ModelFamily | None = None) ->
     kv_heads = config_value(config, "num_key_value_heads", family)
     return AttentionGeometry(
         hidden_size=hidden, num_query_heads=heads, head_dim=head_dim,
-        num_kv_heads=heads if kv_heads is None else kv_heads,
+        num_kv_heads=heads if kv_heads is None else kv_heads, qkv_bias=has_qkv_bias(config, family),
     )
+
+
+def has_qkv_bias(config: Mapping[str, Any], family: ModelFamily) -> bool:
+    """Return whether the query, key and value projections have a bias."""
+    return family.qkv_bias == "always" or (family.qkv_bias == "attention_bias" and bool(config.get("attention_bias")))
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nsa_convert.kernels.backend import current_backend
 from nsa_convert.kernels.checks import check_qkv, default_scale
-from nsa_convert.kernels.compressed import gather, reference
+from nsa_convert.kernels.compressed.gather import attend as gathered
+from nsa_convert.kernels.compressed.reference import attend as reference
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout
 
@@ -70,7 +71,7 @@ def compressed_attention(
     grid = CellGrid(width=width, stride=stride)
     if rule is not None:
         grid.check_rule(rule)
-    run = reference.attend if current_backend() == "reference" else gather.attend
+    run = reference if current_backend() == "reference" else gathered
     o, lse, indices = run(q, ck, cv, grid, rule, layout, default_scale(q, scale))
     selection = None
     if rule is not None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from nsa_convert.kernels.backend import current_backend
 from nsa_convert.kernels.checks import check_qkv, default_scale
-from nsa_convert.kernels.dense import gather, reference
+from nsa_convert.kernels.dense.gather import attend as gathered
+from nsa_convert.kernels.dense.reference import attend as reference
 from nsa_convert.patterns import DENSE_LAYOUT, SequenceLayout
 
 
@@ -29,5 +30,5 @@ def dense_attention(
         ValueError: Shapes, dtypes or devices do not agree.
     """
     check_qkv(q, k, v)
-    run = reference.attend if current_backend() == "reference" else gather.attend
+    run = reference if current_backend() == "reference" else gathered
     return run(q, k, v, layout, default_scale(q, scale))

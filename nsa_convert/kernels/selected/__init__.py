@@ -6,7 +6,8 @@ from torch import Tensor
 
 from nsa_convert.kernels.backend import current_backend
 from nsa_convert.kernels.checks import check_qkv, default_scale
-from nsa_convert.kernels.selected import gather, reference
+from nsa_convert.kernels.selected.gather import attend as gathered
+from nsa_convert.kernels.selected.reference import attend as reference
 from nsa_convert.patterns import DENSE_LAYOUT, Pattern, SequenceLayout
 
 
@@ -41,5 +42,5 @@ def sparse_attention(
         ValueError: Shapes, dtypes or devices do not agree.
     """
     check_qkv(q, k, v)
-    run = reference.attend if current_backend() == "reference" else gather.attend
+    run = reference if current_backend() == "reference" else gathered
     return run(q, k, v, pattern, layout, default_scale(q, scale))

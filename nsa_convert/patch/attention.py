@@ -1,0 +1,113 @@
+"""The attention layer of a converted model: dense projections, RoPE and cache around one sparse method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_convert.methods.base import AttentionInputs, SparseMethod
+from nsa_convert.patch.cache import sparse_cache_layer
+from nsa_convert.patch.layout import SparseContext
+from nsa_convert.patch.pooling import grow_cells, pool_sequence
+from nsa_convert.patch.rope import rotate
+
+
+class SparseAttention(nn.Module):
+    """Takes the place of a family's attention module and keeps the names of its parameters.
+
+    The projections (and q/k norms) are those of the dense module; everything new lives under ``sparse``.
+    This is the only place that turns transformers' ``[B, H, T, D]`` into the kernels' ``[B, T, H, D]``.
+
+    Args:
+        dense: The attention module to replace; its submodules are adopted, not copied.
+        method: The sparse method of this layer.
+    """
+
+    def __init__(self, dense: nn.Module, method: SparseMethod) -> None:
+        super().__init__()
+        self.config = dense.config
+        self.layer_idx: int = dense.layer_idx
+        self.head_dim: int = dense.head_dim
+        self.scaling: float = dense.scaling
+        self.attention_dropout: float = dense.attention_dropout
+        self.is_causal = True
+        for name, child in dense.named_children():
+            self.add_module(name, child)
+        self.sparse = method
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        sparse_context: SparseContext | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend; the mask is ignored, its meaning arrives in ``sparse_context``.
+
+        Args:
+            hidden_states: ``[B, T, hidden]``.
+            position_embeddings: ``(cos, sin)``, each ``[B or 1, T, D]``.
+            attention_mask: Not used.
+            past_key_values: A transformers cache, or None.
+            sparse_context: Padding, packing and offset, from the sparse model's forward.
+            **kwargs: Other arguments of transformers' attention modules, not used.
+
+        Returns:
+            ``([B, T, hidden], None)``.
+
+        Raises:
+            ValueError: The layer is called outside a sparse model.
+            NotImplementedError: Training with attention dropout.
+        """
+        if sparse_context is None:
+            raise ValueError("a sparse attention layer must be called by its own model's forward")
+        if self.training and self.attention_dropout:
+            raise NotImplementedError("attention dropout is not supported by sparse layers; set attention_dropout to 0")
+        batch, length = hidden_states.shape[:2]
+        q, k, v = self._project(hidden_states, position_embeddings)
+        if sparse_context.layout.cu_seqlens is not None:
+            q, k, v, hidden_states = (x.reshape(1, batch * length, *x.shape[2:]) for x in (q, k, v, hidden_states))
+            past_key_values = None
+        k, v, pooled = self._remember(k, v, past_key_values, sparse_context)
+        inputs = AttentionInputs(
+            q=q, k=k, v=v, hidden=hidden_states, pooled=pooled, layout=sparse_context.layout, scale=self.scaling
+        )
+        o = self.sparse(inputs)
+        return self.o_proj(o.reshape(batch, length, -1)), None
+
+    def _project(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]``, extra heads of the method last."""
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q_proj(hidden).view(shape), self.k_proj(hidden).view(shape), self.v_proj(hidden).view(shape)
+        extra = self.sparse.extra_kv(hidden)
+        if extra is not None:
+            k, v = torch.cat([k, extra[0]], 2), torch.cat([v, extra[1]], 2)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, *position_embeddings), rotate(k, *position_embeddings), v
+
+    def _remember(
+        self, k: Tensor, v: Tensor, cache: Any, context: SparseContext
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Append to the cache and return all keys, all values and the compressed cells."""
+        pools = self.sparse.pools()
+        if cache is None:
+            return k, v, {p.name: pool_sequence(self.sparse, p, _heads(p, k, v), context) for p in pools}
+        new_tokens = k.shape[1]
+        layer = sparse_cache_layer(cache, self.layer_idx)
+        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        offset = context.layout.offset
+        if not isinstance(offset, Tensor):  # a static cache hands out its whole capacity
+            k, v = k[:, : offset + new_tokens], v[:, : offset + new_tokens]
+        return k, v, {p.name: grow_cells(self.sparse, p, layer, _heads(p, k, v), new_tokens, context) for p in pools}
+
+
+def _heads(pool: Any, k: Tensor, v: Tensor) -> Tensor:
+    """Return the keys or values of the heads a pool reads."""
+    return (k if pool.source == "key" else v)[:, :, pool.heads[0] : pool.heads[1]]

@@ -1,0 +1,270 @@
+"""Converted model classes, and patching a model that is already in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from nsa_convert.config import SparseAttentionConfig
+from nsa_convert.errors import BackendError, ConfigError
+from nsa_convert.methods.base import InitialisedModule, SparseMethod
+from nsa_convert.methods.gates import BranchGate
+from nsa_convert.methods.registry import build_method
+from nsa_convert.patch.attention import SparseAttention
+from nsa_convert.patch.families import ModelFamily, family_of, family_of_sparse, geometry_of
+from nsa_convert.patch.layout import read_context
+from nsa_convert.patch.plan import copy_dense_rows, resolve_plan, sparse_config_dict
+from nsa_convert.patch.remote_code import write_code_files
+
+try:  # transformers 5: does not touch parameters that were loaded
+    from transformers.initialization import copy_ as init_copy_
+except ImportError:
+
+    def init_copy_(parameter: Tensor, value: Tensor) -> None:
+        """Write a value into a parameter."""
+        parameter.data.copy_(value)
+
+
+ATTENTION_NAME = "nsa_convert"
+"""Name under which transformers finds the mask function of converted models."""
+
+
+def _padding_mask(
+    *, batch_size: int, kv_length: int, attention_mask: Tensor | None = None, device: Any = None, **_: Any
+) -> Tensor:
+    """Return the 2-D padding mask ``[B, kv_length]``; sparse layers never use a T x T mask."""
+    if attention_mask is None:
+        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    return nn.functional.pad(attention_mask.bool(), (0, kv_length - attention_mask.shape[1]), value=True)
+
+
+def _no_dense_layer(*_: Any, **__: Any) -> None:
+    raise BackendError(
+        f"attn_implementation='{ATTENTION_NAME}' belongs to converted models; choose 'sdpa' or 'eager' for a dense one"
+    )
+
+
+AttentionInterface.register(ATTENTION_NAME, _no_dense_layer)
+AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
+
+
+class SparsePreTrainedMixin:
+    """What every converted model class does differently from its family's."""
+
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, InitialisedModule):
+            for name, value in module.initial_values().items():
+                parameter = getattr(module, name)
+                init_copy_(parameter, value.to(device=parameter.device, dtype=parameter.dtype))
+        else:
+            super()._init_weights(module)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save as transformers does, with the code files that load the model where this package is absent."""
+        if kwargs.get("is_main_process", True):
+            os.makedirs(save_directory, exist_ok=True)
+            write_code_files(save_directory, self.config.model_type)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class SparseModelMixin(SparsePreTrainedMixin):
+    """The decoder: reads padding and packing once, for all layers."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See the family's model; masks must be 2-D, see :func:`nsa_convert.patch.layout.read_context`."""
+        past: int | Tensor = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(past, Tensor):
+            # A static cache hands out the very tensor that it is about to change.
+            past = past.clone() if torch.compiler.is_compiling() else int(past)
+        context, position_ids = read_context(
+            tokens=input_ids if inputs_embeds is None else inputs_embeds,
+            attention_mask=attention_mask, position_ids=position_ids, past=past,
+            has_cache=past_key_values is not None, rotary=self.rotary_emb, hints=kwargs,
+        )
+        if context.layout.cu_seqlens is not None:
+            use_cache = False
+        return super().forward(
+            input_ids=input_ids, attention_mask=None, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, sparse_context=context, **kwargs,
+        )
+
+
+class SparseCausalLMMixin(SparsePreTrainedMixin):
+    """The language model around the decoder."""
+
+
+def sparse_config_class(family: ModelFamily, module: str) -> type:
+    """Make the config class of a converted family: the dense one plus the field ``sparse_attention``."""
+    library = importlib.import_module(f"transformers.models.{family.model_type}.configuration_{family.model_type}")
+    body = {
+        "__module__": module,
+        "__doc__": f"Configuration of a {family.title} model converted to sparse attention.",
+        "__annotations__": {"sparse_attention": dict | None},
+        "model_type": family.sparse_model_type,
+        "sparse_attention": None,
+    }
+    return type(f"NSA{family.class_prefix}Config", (getattr(library, f"{family.class_prefix}Config"),), body)
+
+
+def sparse_model_classes(family: ModelFamily, config_class: type, module: str) -> tuple[type, type]:
+    """Make the decoder and the causal language model class of a converted family."""
+    prefix = family.class_prefix
+    library = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
+    dense_model, dense_lm = getattr(library, f"{prefix}Model"), getattr(library, f"{prefix}ForCausalLM")
+
+    def init_model(self: Any, config: Any) -> None:
+        dense_model.__init__(self, config)
+        install_sparse_attention(self)
+        self.post_init()
+
+    def init_lm(self: Any, config: Any) -> None:
+        dense_lm.__init__(self, config)
+        self.model.__class__ = model
+        install_sparse_attention(self.model)
+        self.post_init()
+
+    shared = {"__module__": module, "config_class": config_class}
+    model = type(f"NSA{prefix}Model", (SparseModelMixin, dense_model), {**shared, "__init__": init_model})
+    lm = type(f"NSA{prefix}ForCausalLM", (SparseCausalLMMixin, dense_lm), {**shared, "__init__": init_lm})
+    return model, lm
+
+
+def install_sparse_attention(decoder: nn.Module) -> None:
+    """Replace the attention module of every layer by the method that ``config.sparse_attention`` plans for it.
+
+    Raises:
+        ConfigError: The config holds no plan, or one that does not fit the model.
+    """
+    config = decoder.config
+    if config.sparse_attention is None:
+        raise ConfigError("config.sparse_attention is missing: this is not the config of a converted model", code="CF20")
+    sparse = SparseAttentionConfig.from_dict(config.sparse_attention)
+    geometry = geometry_of(config.to_dict(), family_of_sparse(config.model_type))
+    resolve_plan(sparse, len(decoder.layers), geometry)
+    for index, layer in enumerate(decoder.layers):
+        layer.self_attn = SparseAttention(layer.self_attn, build_method(sparse.for_layer(index), geometry, index))
+    config._attn_implementation = ATTENTION_NAME
+
+
+def patch_model(model: PreTrainedModel, sparse: SparseAttentionConfig) -> PreTrainedModel:
+    """Turn a dense causal model in memory into the converted model, in place; the inverse is unpatch_model.
+
+    The dense weights stay the same tensors; new parameters get their initial values, in the dtype and on the
+    device of the layer they join.
+
+    Args:
+        model: A dense causal language model of a supported family.
+        sparse: The plan.
+
+    Returns:
+        The same object, now of the converted class.
+
+    Raises:
+        UnsupportedModelError: The architecture is not supported.
+        ConfigError: The plan does not fit the model.
+    """
+    from nsa_convert.patch.models import classes_of
+
+    family = family_of(model.config.to_dict())
+    config_class, model_class, lm_class = classes_of(family)
+    config = config_class(**_without_identity(sparse_config_dict(model.config.to_dict(), sparse)))
+    geometry = geometry_of(config.to_dict(), family)
+    resolve_plan(sparse, len(model.model.layers), geometry)
+    dense = (model.config, type(model), type(model.model), [layer.self_attn for layer in model.model.layers])
+    config.dtype = model.config.dtype
+    model.config = model.model.config = config
+    model.__class__, model.model.__class__ = lm_class, model_class
+    install_sparse_attention(model.model)
+    for layer, attention in zip(model.model.layers, dense[3], strict=True):
+        like = attention.q_proj.weight
+        copy_dense_rows(layer.self_attn.sparse, attention.get_parameter)
+        layer.self_attn.sparse.to(device=like.device, dtype=like.dtype)
+        layer.self_attn.train(attention.training)
+    object.__setattr__(model, "_dense_state", dense)
+    return model
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo :func:`patch_model` in place; the new parameters are dropped.
+
+    Raises:
+        ValueError: The model was not patched in memory.
+    """
+    dense = getattr(model, "_dense_state", None)
+    if dense is None:
+        raise ValueError("this model was not made by patch_model; load the dense checkpoint, or revert the converted one")
+    config, lm_class, model_class, attentions = dense
+    for layer, attention in zip(model.model.layers, attentions, strict=True):
+        attention.train(layer.training)
+        layer.self_attn = attention
+    model.__class__, model.model.__class__ = lm_class, model_class
+    model.config = model.model.config = config
+    object.__delattr__(model, "_dense_state")
+    return model
+
+
+def sparse_methods(model: nn.Module) -> list[SparseMethod]:
+    """Return the methods of a converted model, one per layer."""
+    return [module.sparse for module in model.modules() if isinstance(module, SparseAttention)]
+
+
+@contextlib.contextmanager
+def with_full_budget(model: nn.Module, length: int) -> Iterator[None]:
+    """Run every layer's sparse path with a budget that covers ``length`` tokens and gates that pass through.
+
+    The output must then equal dense attention; ``verify`` relies on it.
+    """
+    methods = sparse_methods(model)
+    gates = [module for method in methods for module in method.modules() if isinstance(module, BranchGate)]
+    for method in methods:
+        method.cover = length
+    for gate in gates:
+        gate.pass_through = True
+    try:
+        yield
+    finally:
+        for method in methods:
+            method.cover = None
+        for gate in gates:
+            gate.pass_through = False
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Switch layers whose method has modes (SSA) between ``"sparse"`` and ``"full"`` attention.
+
+    Raises:
+        ValueError: The mode is neither, or no layer has modes.
+    """
+    if mode not in ("sparse", "full"):
+        raise ValueError(f"mode must be 'sparse' or 'full', got {mode!r}")
+    switchable = [method for method in sparse_methods(model) if hasattr(method, "mode")]
+    if not switchable:
+        raise ValueError("no layer of this model has a method with modes; only SSA can be switched to full attention")
+    for method in switchable:
+        method.mode = mode
+
+
+def _without_identity(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}

@@ -1,0 +1,22 @@
+"""Rotary position embedding in the ``[B, T, H, D]`` layout, and its inverse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x [B, T, H, D]`` by ``cos, sin [B or 1, T, D]`` (half-split pairing, as Llama and Qwen)."""
+    return x * cos.unsqueeze(2) + _swap_halves(x) * sin.unsqueeze(2)
+
+
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo :func:`rotate`, the attention scaling of YaRN included (``cos**2 + sin**2`` is its square)."""
+    norm = (cos * cos + sin * sin).unsqueeze(2)
+    return (x * cos.unsqueeze(2) - _swap_halves(x) * sin.unsqueeze(2)) / norm
+
+
+def _swap_halves(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
