@@ -167,7 +167,7 @@ def test_direction_guard_can_fail(path, line, complaint):
     ("path", "line"),
     [
         ("errors.py", "from nsa_convert.config import suggest"),
-        ("methods/x.py", "from nsa_convert.methods.base import Pool\nfrom nsa_convert.kernels import merge_lse"),
+        ("methods/x.py", "from nsa_convert.methods.base import Pool\nimport torch"),
         ("kernels/x.py", "import torch\nimport triton"),
         ("cli.py", "import click\nfrom nsa_convert.hub import resolve"),
     ],

@@ -10,10 +10,17 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+import torch
 
+from nsa_convert.cli import main
+from nsa_convert.config import AttentionGeometry
+from nsa_convert.kernels import dense_attention, sparse_attention, use_backend
+from nsa_convert.methods.base import AttentionInputs
 from nsa_convert.methods.registry import METHODS
 from nsa_convert.patch.families import FAMILIES
+from nsa_convert.patterns import DENSE_LAYOUT, SinkWindow
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +43,7 @@ def blocks(text: str, *languages: str) -> Iterator[str]:
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    """Yield the words of each command line; a backslash joins lines, ``VAR=x`` and ``$`` prompts are dropped."""
+    """Yield the words of each command line; a backslash joins lines, ``VAR=x`` and prompts are dropped."""
     for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
         while words and re.fullmatch(r"\w+=.*", words[0]):
@@ -53,22 +60,16 @@ def command_problem(words: list[str]) -> str | None:
         return next((f"no make target '{word}'" for word in wanted if word not in targets), None)
     if words[0] != "nsa-convert":
         return None
-    import click
-
-    from nsa_convert.cli import main
-
     try:
         with click.Context(main) as context:
-            name, command, rest = main.resolve_command(context, words[1:]) if words[1:] else (None, main, [])
-            if words[1:2] and words[1].startswith("-"):
-                command, rest = main, words[1:]
-            if "--help" in rest or command is main:
+            if words[1:] in ([], ["--help"], ["--version"]):
+                return None
+            name, command, rest = main.resolve_command(context, words[1:])
+            if "--help" in rest:
                 return None
             options, _, _ = command.make_parser(click.Context(command, info_name=name)).parse_args(list(rest))
-            missing = [
-                p.human_readable_name for p in command.params
-                if isinstance(p, click.Argument) and p.required and options.get(p.name) in (None, ())
-            ]
+            required = [p for p in command.params if isinstance(p, click.Argument) and p.required]
+            missing = [p.human_readable_name for p in required if options.get(p.name) in (None, ())]
             return f"missing {', '.join(missing)}" if missing else None
     except click.UsageError as error:
         return error.format_message()
@@ -84,9 +85,8 @@ def python_problems(block: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nsa_convert"):
             module = importlib.import_module(node.module)
-            problems += [
-                f"{node.module} has no {alias.name}" for alias in node.names if not hasattr(module, alias.name)
-            ]
+            absent = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            problems += [f"{node.module} has no {name}" for name in absent]
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("nsa_convert"):
@@ -107,11 +107,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def method_table() -> str:
-    rows = [
-        [f"`{spec.name}`", spec.paper, spec.summary, *["yes"] * len(FAMILIES)]
-        for spec in (method.spec for method in METHODS.values())
-    ]
-    return table(["method", "paper", "what it does", *(family.title for family in FAMILIES.values())], rows)
+    specs = [method.spec for method in METHODS.values()]
+    rows = [[f"`{spec.name}`", spec.paper, spec.summary, *["yes"] * len(FAMILIES)] for spec in specs]
+    families = [family.title for family in FAMILIES.values()]
+    return table(["method", "paper", "what it does", *families], rows)
 
 
 def settings_table(name: str) -> str:
@@ -188,6 +187,25 @@ def test_no_foreign_words():
     assert not found, "\n" + "\n".join(found)
 
 
+def test_the_method_of_add_a_method_works():
+    (code,) = blocks((ROOT / "docs" / "add_a_method.md").read_text(), "python")
+    names: dict = {"__name__": "nsa_convert.methods.base"}  # dataclasses look their module up
+    exec(compile(code, "add_a_method.md", "exec"), names)
+    geometry = AttentionGeometry(hidden_size=32, num_query_heads=4, num_kv_heads=2, head_dim=8)
+    method = names["Band"](names["BandSettings"](num_sinks=2, window_size=5), geometry, 0)
+    assert set(method.spec.sources) == {field.name for field in dataclasses.fields(method.Settings)}
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 20, heads, 8, generator=generator) for heads in (4, 2, 2))
+    hidden = torch.zeros(1, 20, 32)
+    inputs = AttentionInputs(q=q, k=k, v=v, hidden=hidden, pooled={}, layout=DENSE_LAYOUT, scale=0.3)
+    with use_backend("reference"):
+        banded, _ = sparse_attention(q, k, v, SinkWindow(num_sinks=2, window_size=5), scale=0.3)
+        dense = dense_attention(q, k, v, scale=0.3)
+    torch.testing.assert_close(method(inputs), banded)
+    method.cover = 20
+    torch.testing.assert_close(method(inputs), dense)
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -212,4 +230,5 @@ def test_snippet_and_word_guards_can_fail():
     assert FOREIGN.search("see /tmp" + "/dev/x")
     assert not FOREIGN.search('@pytest.fixture(scope="session")')
     assert list(commands("A=1 make x \\\n  y # note")) == [["make", "x", "y"]]
-    assert tree_entries("<!-- tree -->\n```\na/ x\n  b.py y\nc z\n```\n<!-- /tree -->") == ["a", "a/b.py", "c"]
+    tree = "a/ x\n  b.py y\nc z\n"
+    assert tree_entries(f"<!-- tree -->\n```\n{tree}```\n<!-- /tree -->") == ["a", "a/b.py", "c"]

@@ -17,7 +17,8 @@ def run_python(code: str) -> dict:
     """Run code in a fresh interpreter; it must bind ``out``, which comes back."""
     script = f"import json, sys\n{code}\nprint(json.dumps(out))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -25,7 +26,10 @@ def run_python(code: str) -> dict:
 LOADED = "out = [name for name in ('torch', 'transformers', 'triton', 'matplotlib') if name in sys.modules]"
 
 
-@pytest.mark.parametrize("module", ["nsa_convert", "nsa_convert.cli", "nsa_convert.errors", "nsa_convert.config"])
+MODULES = ["nsa_convert", "nsa_convert.cli", "nsa_convert.errors", "nsa_convert.config"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_import_loads_nothing_heavy(module):
     assert run_python(f"import {module}\n{LOADED}") == []
 
@@ -41,14 +45,14 @@ def test_import_configures_no_logging_and_no_warnings():
 
 
 TYPES = ["nsa_llama", "nsa_mistral", "nsa_qwen2", "nsa_qwen3"]
-REGISTERED = """
+REGISTERED = f"""
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 out = [
-    name for name in %r
+    name for name in {TYPES}
     if name in CONFIG_MAPPING and CONFIG_MAPPING[name] in AutoModelForCausalLM._model_mapping.keys()
 ]
-""" % (TYPES,)
+"""
 
 
 @pytest.mark.parametrize(
