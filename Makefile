@@ -46,7 +46,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 demo: $(READY)
-	BIN=$(BIN) .ci/demo $(DEMO)
+	BIN=$(CURDIR)/$(BIN) .ci/demo $(DEMO)
 
 bench: $(READY)
 	$(BIN)/nsa-convert bench --device cpu
