@@ -48,6 +48,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-@wrapt.when_imported("transformers.models.auto.modeling_auto")
-def _register(_: Any) -> None:
-    importlib.import_module("nsa_convert.patch.models").register()
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register(auto: Any) -> None:
+    importlib.import_module("nsa_convert.patch.registration").register_stand_ins(auto.CONFIG_MAPPING)

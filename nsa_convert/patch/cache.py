@@ -33,6 +33,9 @@ def _sparse_layer_class(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
                 value_buffer, self.values = _append(self.buffers[1], self.values, value_states)
                 self.buffers = (key_buffer, value_buffer)
                 return self.keys, self.values
+            if self.is_compileable and self.is_initialized and self.keys.shape[1] != key_states.shape[1]:
+                # Allocated ahead of time from the config, which does not count a method's extra heads.
+                self.lazy_initialization(key_states, value_states)
             return super().update(key_states, value_states, *args, **kwargs)
 
         def reset(self) -> None:

@@ -34,16 +34,11 @@ except ImportError:
 
 
 ATTENTION_NAME = "nsa_convert"
-"""Name under which transformers finds the mask function of converted models."""
+"""``attn_implementation`` of converted models: no masks, and no use of transformers' attention functions."""
 
 
-def _padding_mask(
-    *, batch_size: int, kv_length: int, attention_mask: Tensor | None = None, device: Any = None, **_: Any
-) -> Tensor:
-    """Return the 2-D padding mask ``[B, kv_length]``; sparse layers never use a T x T mask."""
-    if attention_mask is None:
-        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    return nn.functional.pad(attention_mask.bool(), (0, kv_length - attention_mask.shape[1]), value=True)
+def _no_mask(**_: Any) -> None:
+    """Sparse layers read padding and packing from their context: no T x T mask is ever built for them."""
 
 
 def _no_dense_layer(*_: Any, **__: Any) -> None:
@@ -53,7 +48,7 @@ def _no_dense_layer(*_: Any, **__: Any) -> None:
 
 
 AttentionInterface.register(ATTENTION_NAME, _no_dense_layer)
-AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
 class SparsePreTrainedMixin:
@@ -113,6 +108,16 @@ class SparseModelMixin(SparsePreTrainedMixin):
 
 class SparseCausalLMMixin(SparsePreTrainedMixin):
     """The language model around the decoder."""
+
+    @staticmethod
+    def create_masks_for_generate(
+        *, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Any, **_: Any
+    ) -> Tensor:
+        """Return the 2-D padding mask ``[B, capacity]`` of a static cache, the same shape at every step."""
+        capacity, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
+        if attention_mask is None:
+            return torch.ones(inputs_embeds.shape[0], capacity, dtype=torch.bool, device=inputs_embeds.device)
+        return nn.functional.pad(attention_mask.bool(), (0, capacity - attention_mask.shape[1]), value=True)
 
 
 def sparse_config_class(family: ModelFamily, module: str) -> type:

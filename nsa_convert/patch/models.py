@@ -1,8 +1,6 @@
-"""The converted classes of every family, and their registration with transformers' Auto classes."""
+"""The converted classes of every family."""
 
 from __future__ import annotations
-
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from nsa_convert.patch.families import FAMILIES, ModelFamily
 from nsa_convert.patch.modeling import sparse_config_class, sparse_model_classes
@@ -18,10 +16,3 @@ def classes_of(family: ModelFamily) -> tuple[type, type, type]:
     """Return the config, decoder and causal language model class of a converted family."""
     return _CLASSES[family.model_type]
 
-
-def register() -> None:
-    """Make transformers' Auto classes load converted checkpoints with this package's code."""
-    for config, model, lm in _CLASSES.values():
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, lm, exist_ok=True)
