@@ -191,6 +191,10 @@ class SparseMethod(nn.Module):
         """Return the longest context at which a freshly converted layer equals dense attention."""
         raise NotImplementedError
 
+    def keys_per_query(self) -> int | None:
+        """Return the most raw keys one query reads over all branches; None when it reads all of them."""
+        return None
+
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend; returns ``[B, TQ, HQ, D]``."""
         raise NotImplementedError

@@ -152,6 +152,10 @@ class NSA(SparseMethod):
         """Return n * l': up to there the selected branch is dense attention."""
         return self.settings.rule.budget
 
+    def keys_per_query(self) -> int | None:
+        """Return n * l' + w."""
+        return self.settings.rule.budget + self.settings.window_size
+
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend through the three branches; returns ``[B, TQ, HQ, D]``."""
         s, heads = self.settings, self.geometry.num_kv_heads

@@ -100,6 +100,10 @@ class SSA(SparseMethod):
         """Return num_blocks * block_size."""
         return self.settings.rule.budget
 
+    def keys_per_query(self) -> int | None:
+        """Return num_blocks * block_size, or None in full mode."""
+        return None if self.mode == "full" else self.settings.rule.budget
+
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to the selected blocks, or to everything in full mode; returns ``[B, TQ, HQ, D]``."""
         gates = None if self.gate is None else self.gate(x.hidden)  # [B, TQ, HQ, 1]

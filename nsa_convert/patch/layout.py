@@ -111,7 +111,8 @@ def _left_padding(
     if not torch.equal(one_run, real):
         raise ValueError(
             "attention_mask has a hole: the real tokens of a row must be consecutive (padding on the left or "
-            "on the right); this also happens when a right-padded batch is continued with its cache"
+            "on the right). A right-padded batch cannot be continued with its cache; and generate() guesses a mask "
+            "when a prompt contains the pad token and none is given: pass attention_mask"
         )
     starts = tuple(start.tolist())
     return (start, starts) if any(starts) else (None, None)
