@@ -1,0 +1,204 @@
+"""Attention tile by tile: runs of queries, each with its own short list of keys, forward and backward.
+
+Every prefill path of the torch backend is a list of tiles; only the tensors of a few tiles exist at once,
+and the backward computes their scores again instead of keeping them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nsa_convert.kernels.checks import accumulate_dtype
+from nsa_convert.kernels.dense.flash import flash_attention
+
+SCORE_BYTES = 1 << 24
+"""Scores one step of the backward may hold; small enough to stay in the cache of a desktop processor."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """``n`` neighbouring tiles of ``width`` queries of one row and one key head.
+
+    Attributes:
+        row: Batch row.
+        head: Key/value head.
+        heads: ``(begin, end)`` of the query heads that read it.
+        begin: Slot of the first query; tile i holds the queries ``begin + i * width ...``.
+        count: n.
+        width: Queries in a tile.
+        keys: ``(begin, end)`` slots that every tile reads, or ``[n, L]`` slots, one list for each tile.
+        visible: bool ``[n or 1, width, L]``, or None when every query sees every listed key.
+        alive: bool ``[n or 1, width]``, queries that see a key; None when all do.
+    """
+
+    row: int
+    head: int
+    heads: tuple[int, int]
+    begin: int
+    count: int
+    width: int
+    keys: tuple[int, int] | Tensor
+    visible: Tensor | None = None
+    alive: Tensor | None = None
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Return the view ``[n, width, g, ...]`` of a tensor ``[B, TQ, HQ, ...]``."""
+        part = x[self.row, self.begin : self.begin + self.count * self.width, slice(*self.heads)]
+        return part.unflatten(0, (self.count, self.width))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the listed rows ``[n or 1, L, ...]`` of a tensor ``[B, TK, H, ...]``."""
+        source = x[self.row, :, self.head]
+        if isinstance(self.keys, tuple):
+            return source[self.keys[0] : self.keys[1]][None]
+        return source.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape)
+
+    def scatter_add(self, x: Tensor, values: Tensor) -> None:
+        """Add ``[n, L, ...]`` to the listed rows of ``[B, TK, H, ...]``."""
+        target = x[self.row, :, self.head]
+        if isinstance(self.keys, tuple):
+            target[self.keys[0] : self.keys[1]] += values.sum(0)
+        else:
+            target.index_add_(0, self.keys.flatten(), values.flatten(0, 1))
+
+    def parts(self, count: int) -> Iterator[Tiles]:
+        """Yield the same tiles, at most ``count`` at a time."""
+        for i in range(0, self.count, count):
+            n = min(count, self.count - i)
+            yield dataclasses.replace(
+                self,
+                begin=self.begin + i * self.width,
+                count=n,
+                keys=self.keys if isinstance(self.keys, tuple) else self.keys[i : i + n],
+                visible=_rows(self.visible, i, n),
+                alive=_rows(self.alive, i, n),
+            )
+
+
+def _rows(x: Tensor | None, begin: int, count: int) -> Tensor | None:
+    return x if x is None or x.shape[0] == 1 else x[begin : begin + count]
+
+
+TilePlan = Callable[[], Iterator[Tiles]]
+"""Yields all tiles of a call; asked once by the forward and once by the backward."""
+
+
+def attend_tiles(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend over the tiles of a plan; queries in no tile get o = 0 and lse = -inf.
+
+    Args:
+        q: ``[B, TQ, HQ, D]``.
+        k: ``[B, TK, H, D]``.
+        v: ``[B, TK, H, DV]``.
+        plan: The tiles; no query is in two of them.
+        scale: Factor on the scores.
+
+    Returns:
+        ``(o [B, TQ, HQ, DV], lse [B, TQ, HQ])``, differentiable in q, k and v. A query that sees a key or
+        value that is not finite gets NaN; one that does not see it is not touched by it.
+    """
+    return _TileAttention.apply(q, k, v, plan, scale)
+
+
+class _TileAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(q.device.type, enabled=False):
+            o, lse = forward_tiles(q, k, v, plan(), scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            return *backward_tiles(q, k, v, o, lse, do, dlse, ctx.plan(), ctx.scale), None, None
+
+
+def forward_tiles(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Iterator[Tiles], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Run :func:`attend_tiles` without autograd."""
+    o = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype))
+    k, v, bad = split_non_finite(k, v)
+    for t in tiles:
+        bias = None
+        if t.visible is not None:
+            bias = torch.zeros_like(t.visible, dtype=q.dtype).masked_fill_(~t.visible, -torch.inf)
+        part, part_lse = flash_attention(t.queries(q).transpose(1, 2), t.gather(k), t.gather(v), bias, scale)
+        if t.alive is not None:
+            dead = ~t.alive[:, None]
+            part, part_lse = part.masked_fill(dead[..., None], 0.0), part_lse.masked_fill(dead, -torch.inf)
+        if bad is not None:
+            seen = t.gather(bad)[:, None]
+            seen = (seen if t.visible is None else seen & t.visible).any(-1)[:, None]
+            part, part_lse = part.masked_fill(seen[..., None], torch.nan), part_lse.masked_fill(seen, torch.nan)
+        t.queries(o).copy_(part.transpose(1, 2))
+        t.queries(lse).copy_(part_lse.transpose(1, 2))
+    return o, lse
+
+
+def split_non_finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return k and v with every non-finite entry set to 0, and which tokens had one.
+
+    A masked key must not reach the output, yet ``0 * NaN`` is NaN; so the tiles work on clean tensors and
+    the queries that do see such a token are set to NaN afterwards.
+
+    Returns:
+        ``(k, v, bad [B, TK, H] or None)``.
+    """
+    total = k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32)
+    if torch.isfinite(total):
+        return k, v, None
+    fine_k, fine_v = k.isfinite(), v.isfinite()
+    return k.where(fine_k, 0), v.where(fine_v, 0), ~(fine_k.all(-1) & fine_v.all(-1))
+
+
+def backward_tiles(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor,
+    tiles: Iterator[Tiles], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v; scores are computed again from lse, in float32 or float64."""
+    dtype = accumulate_dtype(q.dtype)
+    dq = torch.zeros_like(q, dtype=dtype)
+    dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
+    k, v, _ = split_non_finite(k, v)
+    # d lse / d score = p, so its gradient joins the row term of the softmax.
+    row_term = (do.to(dtype) * o.to(dtype)).sum(-1) - dlse
+    for group in tiles:
+        length = group.keys[1] - group.keys[0] if isinstance(group.keys, tuple) else group.keys.shape[1]
+        row_bytes = (group.heads[1] - group.heads[0]) * group.width * max(1, length) * dtype.itemsize
+        for t in group.parts(max(1, SCORE_BYTES // row_bytes)):
+            tile_grads(t, (q, k, v, do, lse, row_term), (dq, dk, dv), scale)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def tile_grads(
+    t: Tiles, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], grads: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+) -> None:
+    """Add the gradients of a few tiles to ``(dq, dk, dv)``."""
+    dq, dk, dv = grads
+    q, do, lse, row_term = (t.queries(inputs[i]).to(dq.dtype) for i in (0, 3, 4, 5))  # [n, W, g, ...]
+    k, v = (t.gather(inputs[i]).to(dq.dtype).expand(t.count, -1, -1) for i in (1, 2))  # [n, L, D]
+    q, do = q.flatten(1, 2), do.flatten(1, 2)  # [n, W * g, D]
+    p = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    p.sub_(lse.masked_fill(lse == -torch.inf, torch.inf).flatten(1, 2)[..., None]).exp_()
+    if t.visible is not None:
+        hidden = ~t.visible[:, :, None]
+        p.unflatten(1, (t.width, -1)).masked_fill_(hidden, 0.0)
+    t.scatter_add(dv, torch.bmm(p.transpose(1, 2), do))
+    ds = torch.bmm(do, v.transpose(1, 2)).sub_(row_term.flatten(1, 2)[..., None]).mul_(p).mul_(scale)
+    t.scatter_add(dk, torch.bmm(ds.transpose(1, 2), q))
+    t.queries(dq).copy_(torch.bmm(ds, k).unflatten(1, (t.width, -1)))

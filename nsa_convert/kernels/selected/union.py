@@ -1,0 +1,217 @@
+"""Selected blocks for many queries: a tile of neighbouring queries walks the union of its blocks once.
+
+Neighbouring queries choose nearly the same blocks, so the union over 16 to 64 of them is about twice one
+list. Every query still sees its own blocks only, token by token: the result is exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nsa_convert.kernels.dense.causal import attend_causal
+from nsa_convert.kernels.dense.segments import Segment, segments
+from nsa_convert.kernels.dense.tiles import Tiles, attend_tiles
+from nsa_convert.patterns import BlockSelection, SequenceLayout, query_tiles
+
+CHUNK_BYTES = 1 << 23
+"""Keys, values and mask held at once."""
+
+WIDTHS = (64, 32, 16, 8, 4, 2, 1)
+SAMPLES = 32
+PLAN_ENTRIES = 1 << 16
+"""List entries whose unions are worked out at once."""
+
+GATHER_ROWS = 12
+"""Fetching one key and value for a tile costs about as much as this many rows of its matrix products."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lists:
+    """The block lists of one segment for one selecting head.
+
+    Attributes:
+        indices: ``[NL, S]`` int64 block numbers, -1 where unused or out of reach.
+        list_of: ``[TQ]`` which list each query of the segment uses.
+        positions: ``[TQ]`` position of each query in its document.
+        aligned: First query of the segment that begins a list; tiles start there.
+        block_size: Keys in a block.
+        segment: Where queries and keys lie.
+    """
+
+    indices: Tensor
+    list_of: Tensor
+    positions: Tensor
+    aligned: int
+    block_size: int
+    segment: Segment
+
+
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockSelection, layout: SequenceLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``(o [B, TQ, HQ, D], lse [B, TQ, HQ])``; time and memory O(T * S * block_size)."""
+    parts = list(segments(layout, q.shape[0], q.shape[1], k.shape[1]))
+    tiles = query_tiles(q.shape[1], pattern.query_block, layout, q.device)
+    if _lists_everything(pattern, tiles, parts):
+        return attend_causal(q, k, v, layout, scale)
+    num_heads, num_lists = q.shape[2], pattern.block_indices.shape[1]
+    group = num_heads // k.shape[2]
+    readers = group if num_lists <= k.shape[2] else 1  # query heads that share a list and a key head
+    token_bytes = 2 * k.shape[3] * k.element_size()
+
+    def plan() -> Iterator[Tiles]:
+        for segment in parts:
+            for i in range(num_lists):
+                lists = _segment_lists(pattern, tiles, segment, i)
+                width = choose_width(lists, readers)
+                served = range(0, num_heads, readers)
+                heads = [x for x in served if x * num_lists // num_heads == i]
+                for run in _runs(lists, width):
+                    for chunk in _chunks(lists, *run, token_bytes):
+                        for x in heads:
+                            yield dataclasses.replace(chunk, head=x // group, heads=(x, x + readers))
+
+    return attend_tiles(q, k, v, plan, scale)
+
+
+def _lists_everything(pattern: BlockSelection, tiles: Tensor, parts: list[Segment]) -> bool:
+    """Return whether every query lists every block up to its own: then this is dense attention."""
+    size = pattern.block_size
+    if any(part.num_keys > pattern.budget for part in parts):
+        return False
+    for part in parts:
+        begin, end = part.queries
+        indices = pattern.block_indices[part.row][:, tiles[begin:end]]
+        own = torch.arange(part.offset, part.offset + end - begin, device=indices.device)[:, None] // size
+        own = own.clamp(max=max(0, part.num_keys - 1) // size)
+        listed = ((indices >= 0) & (indices <= own)).sum(-1, keepdim=True)
+        if not torch.equal(listed, (own + 1).expand_as(listed)):
+            return False
+    return True
+
+
+def _segment_lists(pattern: BlockSelection, tiles: Tensor, segment: Segment, head: int) -> Lists:
+    begin, end = segment.queries
+    positions = torch.arange(segment.offset, segment.offset + end - begin, device=tiles.device)
+    list_of = tiles[begin:end] - tiles[begin]
+    first, last = int(tiles[begin]), int(tiles[end - 1])
+    indices = pattern.block_indices[segment.row, head, first : last + 1].long()
+    num_blocks = -(-segment.num_keys // pattern.block_size)
+    later = (list_of > 0).nonzero()  # a left-padded row may begin inside a tile of queries
+    aligned = 0 if begin == 0 or segment.document or not len(later) else int(later[0])
+    return Lists(
+        indices=indices.masked_fill(indices >= num_blocks, -1),
+        list_of=list_of,
+        positions=positions,
+        aligned=aligned,
+        block_size=pattern.block_size,
+        segment=segment,
+    )
+
+
+def choose_width(lists: Lists, readers: int) -> int:
+    """Return how many neighbouring queries form a tile, from the unions of a sample of tiles.
+
+    A key of the union costs one fetch for the tile and one row of matrix products for each query and head.
+    """
+    total, wide = lists.positions.shape[0], WIDTHS[0]
+    if total <= wide:
+        return total
+    first = lists.aligned % wide
+    steps = (total - first) // wide
+    starts = first + wide * torch.arange(0, steps, max(1, steps // SAMPLES), device=lists.positions.device)
+    queries = starts[:, None] + torch.arange(wide, device=starts.device)
+    sample = lists.indices[lists.list_of[queries]]  # [n, wide, S]
+    costs = []
+    for width in WIDTHS:
+        union = union_sizes(sample.reshape(-1, width * sample.shape[2])).double().mean().item()
+        costs.append(union * (1 + GATHER_ROWS / (width * readers)))
+    return WIDTHS[costs.index(min(costs))]
+
+
+def union_sizes(indices: Tensor) -> Tensor:
+    """Return how many different blocks each row ``[n, M]`` lists, ``[n]``."""
+    ordered = indices.sort(-1).values
+    fresh = ordered[:, 1:] != ordered[:, :-1]
+    return fresh.sum(-1) + (ordered[:, 0] >= 0) - (fresh & (ordered[:, 1:] < 0)).sum(-1)
+
+
+def _runs(lists: Lists, width: int) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(first query of the segment, tiles, tile width)``: full tiles in the middle, aligned to lists."""
+    total = lists.positions.shape[0]
+    begin = min(total, lists.aligned % width)
+    if begin:
+        yield 0, 1, begin
+    step = max(1, PLAN_ENTRIES // (width * max(1, lists.indices.shape[1])))
+    full = (total - begin) // width
+    for i in range(0, full, step):
+        yield begin + i * width, min(step, full - i), width
+    rest = begin + full * width
+    if rest < total:
+        yield rest, 1, total - rest
+
+
+def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) -> Iterator[Tiles]:
+    """Yield tiles whose gathered keys fit the memory bound; head and heads are set by the caller."""
+    where = slice(begin, begin + count * width)
+    position = lists.positions[where].view(count, width, 1)
+    chosen = lists.indices[lists.list_of[where]].view(count, width, -1)  # [n, W, S]
+    chosen = chosen.masked_fill(chosen > position // lists.block_size, -1)
+    blocks, member, sizes = union(chosen)  # [n, U], [n, W, U], n integers
+    block_bytes = lists.block_size * (token_bytes + 3 * width)
+    first = 0
+    while first < count:
+        largest, last = max(1, sizes[first]), first + 1
+        while last < count and max(largest, sizes[last]) * block_bytes * (last + 1 - first) <= CHUNK_BYTES:
+            largest, last = max(largest, sizes[last]), last + 1
+        part = slice(first, last)
+        yield _tiles(lists, begin + first * width, position[part], blocks[part, :largest], member[part, :, :largest])
+        first = last
+
+
+def _tiles(lists: Lists, begin: int, position: Tensor, blocks: Tensor, member: Tensor) -> Tiles:
+    """Turn ``blocks [n, U]`` and ``member [n, W, U]`` into tiles of keys, causal token by token."""
+    size, segment = lists.block_size, lists.segment
+    keys = (blocks[..., None] * size + torch.arange(size, device=blocks.device)).flatten(1)  # [n, L]
+    visible = member[..., None].expand(-1, -1, -1, size).flatten(2) & (keys[:, None] <= position)
+    if segment.offset + segment.num_queries > segment.num_keys:
+        visible &= keys[:, None] < segment.num_keys
+    return Tiles(
+        row=segment.row,
+        head=0,
+        heads=(0, 0),
+        begin=segment.queries[0] + begin,
+        count=member.shape[0],
+        width=member.shape[1],
+        keys=keys.clamp(max=segment.num_keys - 1) + segment.keys[0],
+        visible=visible,
+        alive=member.any(-1),
+    )
+
+
+def union(chosen: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Return the blocks that any query of a tile lists, and who lists which.
+
+    Args:
+        chosen: ``[n, W, S]`` int64, -1 where unused.
+
+    Returns:
+        ``(blocks [n, U] int64, member [n, W, U] bool, sizes)``; U is the largest union of the n tiles, its
+        size for each tile is in ``sizes``; the slots after it hold block 0 and have no member.
+    """
+    n, width, size = chosen.shape
+    ordered, order = chosen.flatten(1).sort(-1)  # unused entries first
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
+    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    fresh &= ordered >= 0
+    slot = fresh.cumsum(-1)  # 1, 2, ... for the blocks, 0 for unused entries
+    sizes = slot[:, -1].tolist()
+    largest = max(1, *sizes)
+    blocks = ordered.new_zeros(n, largest + 1).scatter_(1, slot, ordered)[:, 1:]
+    slot_of = torch.empty_like(slot).scatter_(1, order, slot).view(n, width, size)
+    member = torch.zeros(n, width, largest + 1, dtype=torch.bool, device=chosen.device)
+    return blocks, member.scatter_(2, slot_of, True)[..., 1:], sizes

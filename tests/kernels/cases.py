@@ -1,0 +1,81 @@
+"""Random inputs and the comparison that every kernel test uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa_convert.kernels import use_backend
+from nsa_convert.kernels.checks import accumulate_dtype
+from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, SequenceLayout, query_tiles
+
+LAYOUTS = ("plain", "offset", "padded", "padded_offset", "packed")
+
+
+def make_layout(kind: str, num_queries: int) -> tuple[SequenceLayout, int, int]:
+    """Return ``(layout, batch, TK)`` for TQ queries."""
+    if kind == "offset":
+        return SequenceLayout(offset=37), 2, num_queries + 37
+    if kind == "padded":
+        return SequenceLayout(start=torch.tensor([0, 5, num_queries])), 3, num_queries
+    if kind == "padded_offset":
+        return SequenceLayout(offset=21, start=torch.tensor([0, 9, 21 + num_queries // 2])), 3, num_queries + 21
+    if kind == "packed":
+        bounds = sorted({0, num_queries // 7, num_queries // 3, num_queries})
+        bounds.insert(1, bounds[1])  # an empty document
+        return SequenceLayout(cu_seqlens=torch.tensor(bounds)), 1, num_queries
+    return DENSE_LAYOUT, 2, num_queries
+
+
+def make_qkv(
+    batch: int, num_queries: int, num_keys: int, heads: tuple[int, int], dim: int = 16, dtype=torch.float64, seed=0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v; queries are large enough that scores differ."""
+    g = torch.Generator().manual_seed(seed)
+    q = 2 * torch.randn(batch, num_queries, heads[0], dim, generator=g, dtype=torch.float64)
+    k = torch.randn(batch, num_keys, heads[1], dim, generator=g, dtype=torch.float64)
+    v = torch.randn(batch, num_keys, heads[1], dim, generator=g, dtype=torch.float64)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def make_blocks(
+    batch: int, lists: int, num_queries: int, num_keys: int, size: int, block_size: int, query_block: int,
+    layout: SequenceLayout, seed: int = 0,
+) -> BlockSelection:
+    """Return lists of different random blocks, some of them unused, in the future or past the end."""
+    g = torch.Generator().manual_seed(seed)
+    tiles = query_tiles(num_queries, query_block, layout, torch.device("cpu"))
+    count = int(tiles.max()) + 1 if num_queries else 0
+    num_blocks = max(size, -(-num_keys // block_size) + 1)
+    order = torch.rand(batch, lists, count, num_blocks, generator=g).argsort(-1)[..., :size]
+    unused = torch.rand(order.shape, generator=g) < 0.2
+    return BlockSelection(
+        block_indices=order.masked_fill(unused, -1), block_size=block_size, query_block=query_block
+    )
+
+
+def both(op, *args, **kwargs):
+    """Run an op on both backends; the fast one first."""
+    with use_backend("torch"):
+        fast = op(*args, **kwargs)
+    with use_backend("reference"):
+        return fast, op(*args, **kwargs)
+
+
+def close(fast: Tensor, low: Tensor, exact: Tensor) -> None:
+    """Assert that the error is at most twice the reference's own in the same dtype, plus 1e-5.
+
+    Args:
+        fast: Result under test.
+        low: Reference in the dtype of the test.
+        exact: Reference in float64.
+    """
+    assert fast.shape == exact.shape
+    assert fast.dtype == low.dtype
+    infinite = exact.isinf()
+    assert torch.equal(fast.isinf(), infinite)
+    error, allowed = ((x.double() - exact).masked_fill(infinite, 0.0).abs() for x in (fast, low))
+    if not error.numel():
+        return
+    slack = 1e-5 if accumulate_dtype(fast.dtype) != torch.float64 else 1e-10
+    assert error.max() <= 2 * allowed.max() + slack, f"error {error.max():.3g}, reference {allowed.max():.3g}"
