@@ -37,25 +37,33 @@ def read_json_mapping(path: Path, *, limit: int = CONFIG_LIMIT, code: str = "CF1
         code: Error code of a syntax error.
 
     Raises:
-        CheckpointError: Too big, not UTF-8 (a BOM is accepted), not JSON, a key twice, NaN or Infinity, or not
-            an object.
+        CheckpointError: Too big, not UTF-8 (a BOM is accepted), not JSON, a key twice, NaN or Infinity, or
+            not an object.
     """
     where = path.name
     size = path.stat().st_size
     if size > limit:
         raise CheckpointError(
-            f"{where} has {size:,} bytes; a file of this kind has at most {limit:,}", code="CF18", where=where,
-            expected=f"at most {limit:,} bytes", found=f"{size:,} bytes",
+            f"{where} has {size:,} bytes; a file of this kind has at most {limit:,}",
+            code="CF18",
+            where=where,
+            expected=f"at most {limit:,} bytes",
+            found=f"{size:,} bytes",
         )
     try:
         value = json.loads(
-            path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_pairs, parse_constant=refuse_constant
+            path.read_bytes().decode("utf-8-sig"),
+            object_pairs_hook=unique_pairs,
+            parse_constant=refuse_constant,
         )
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where} is not UTF-8 text (byte {error.start})", code=code, where=where) from error
+        raise CheckpointError(
+            f"{where} is not UTF-8 text (byte {error.start})", code=code, where=where
+        ) from error
     except json.JSONDecodeError as error:
         raise CheckpointError(
-            f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", code=code,
+            f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}",
+            code=code,
             where=f"{where}:{error.lineno}:{error.colno}",
         ) from error
     except RecursionError as error:
@@ -84,7 +92,9 @@ def parse_yaml(text: str, where: str) -> Any:
         at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         raise ConfigError(f"{at}: {error.problem}", code="RC01", where=at) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}: {str(error) or 'nested too deeply'}", code="RC01", where=where) from error
+        raise ConfigError(
+            f"{where}: {str(error) or 'nested too deeply'}", code="RC01", where=where
+        ) from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -103,7 +113,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path.name} is not UTF-8 text", code="RC12", where=str(path)) from error
     value = parse_yaml(text, path.name)
     if not isinstance(value, dict):
-        raise ConfigError(f"{path.name} must hold a mapping, got {type(value).__name__}", code="RC01", where=path.name)
+        raise ConfigError(
+            f"{path.name} must hold a mapping, got {type(value).__name__}", code="RC01", where=path.name
+        )
     return value
 
 
@@ -117,7 +129,9 @@ def _strict_loader() -> type:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()
             if getattr(event, "anchor", None) is not None:
-                raise yaml.composer.ComposerError(None, None, "anchors and aliases are not used here", event.start_mark)
+                raise yaml.composer.ComposerError(
+                    None, None, "anchors and aliases are not used here", event.start_mark
+                )
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -125,7 +139,9 @@ def _strict_loader() -> type:
             for key_node, _ in node.value:
                 line = key_node.start_mark.line + 1
                 if key_node.value in lines:
-                    problem = f"key '{key_node.value}' is listed twice, in lines {lines[key_node.value]} and {line}"
+                    problem = (
+                        f"key '{key_node.value}' is listed twice, in lines {lines[key_node.value]} and {line}"
+                    )
                     raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
                 if isinstance(key_node.value, str):
                     lines[key_node.value] = line
@@ -135,8 +151,13 @@ def _strict_loader() -> type:
         ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
         ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
         ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
-        ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.nan",
-         list("-+.0123456789")),
+        (
+            "float",
+            r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.nan",
+            list("-+.0123456789"),
+        ),
     ):
-        StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+        StrictLoader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first)
+        )
     return StrictLoader

@@ -1,7 +1,7 @@
 """Read safetensors headers without reading weights, and refuse every file that breaks the format.
 
-Format (8 bytes header length, little endian; a JSON header; the tensor bytes) and its limits as in the safetensors
-format description. The file is looked at before it is opened, so a pipe or a device can never block us.
+The format is 8 bytes of header length (little endian), a JSON header, the tensor bytes; its limits are those of
+the safetensors format description. A path is looked at before it is opened, so a pipe can never block us.
 """
 
 from __future__ import annotations
@@ -21,8 +21,23 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_TENSOR_BYTES = 2**62
 
 DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
 }
 """Bytes of one element, for the dtypes whose elements are whole bytes."""
 
@@ -133,7 +148,12 @@ def read_header(path: Path, name: str | None = None) -> ShardHeader:
     _check_offsets(entries, data_start, size, name)
     digest = hashlib.sha256(len(raw).to_bytes(8, "little") + raw).hexdigest()
     return ShardHeader(
-        path=path, file_bytes=size, data_start=data_start, digest=digest, tensors=tuple(entries), metadata=metadata
+        path=path,
+        file_bytes=size,
+        data_start=data_start,
+        digest=digest,
+        tensors=tuple(entries),
+        metadata=metadata,
     )
 
 
@@ -141,7 +161,10 @@ def _read_raw_header(file: Any, size: int, name: str) -> bytes:
     """Return the JSON bytes of the header; say what the file is when it is something else."""
     if size == 0:
         raise CheckpointError(
-            f"{name} has 0 bytes; the download is incomplete?", code="CK01", where=name, found="0 bytes",
+            f"{name} has 0 bytes; the download is incomplete?",
+            code="CK01",
+            where=name,
+            found="0 bytes",
             hint="fetch the checkpoint again",
         )
     head = file.read(512)
@@ -151,13 +174,19 @@ def _read_raw_header(file: Any, size: int, name: str) -> bytes:
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{name} is not a safetensors file: its header would have {length:,} bytes", code="CK04", where=name,
-            expected=f"at most {MAX_HEADER_BYTES:,} bytes", found=f"{length:,}",
+            f"{name} is not a safetensors file: its header would have {length:,} bytes",
+            code="CK04",
+            where=name,
+            expected=f"at most {MAX_HEADER_BYTES:,} bytes",
+            found=f"{length:,}",
         )
     if 8 + length > size:
         raise CheckpointError(
             f"{name} is cut off inside its header: {size:,} bytes, the header alone needs {8 + length:,}",
-            code="CK02", where=name, expected=f"at least {8 + length:,} bytes", found=f"{size:,} bytes",
+            code="CK02",
+            where=name,
+            expected=f"at least {8 + length:,} bytes",
+            found=f"{size:,} bytes",
             hint="fetch the checkpoint again",
         )
     file.seek(8)
@@ -169,16 +198,23 @@ def _refuse_other_formats(head: bytes, name: str) -> None:
     text = head.lstrip().lower()
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(
-            f"{name} is a Git LFS pointer, not the weights", code="CK08", where=name, hint="run `git lfs pull`"
+            f"{name} is a Git LFS pointer, not the weights",
+            code="CK08",
+            where=name,
+            hint="run `git lfs pull`",
         )
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(
-            f"{name} is an HTML page, not weights", code="CK09", where=name,
+            f"{name} is an HTML page, not weights",
+            code="CK09",
+            where=name,
             hint="the download returned an error page; fetch the checkpoint again",
         )
     if text.startswith((b'{"error', b'{"message', b'{"detail')):
         raise CheckpointError(
-            f"{name} is a JSON error message, not weights", code="CK09", where=name,
+            f"{name} is a JSON error message, not weights",
+            code="CK09",
+            where=name,
             hint="the download returned an error; fetch the checkpoint again",
         )
 
@@ -192,7 +228,9 @@ def _parse_header(raw: bytes, name: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{name}: the header is not UTF-8", code="CK05", where=name) from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{name}: the header is not valid JSON: {error}", code="CK05", where=name) from error
+        raise CheckpointError(
+            f"{name}: the header is not valid JSON: {error}", code="CK05", where=name
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{name}: {error} in the header", code="CK06", where=name) from error
     if not isinstance(table, dict):
@@ -207,16 +245,22 @@ def _entry(key: str, value: Any, data_start: int, name: str) -> TensorEntry:
         raise CheckpointError(f"{where}: dtype, shape or data_offsets is missing", code="CK05", where=where)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{where}: dtype {dtype!r} is not known", code="CK26", where=where, found=repr(dtype))
+        raise CheckpointError(
+            f"{where}: dtype {dtype!r} is not known", code="CK26", where=where, found=repr(dtype)
+        )
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise CheckpointError(
-            f"{where}: shape {shape} and offsets {offsets} must be whole numbers from 0", code="CK07", where=where
+            f"{where}: shape {shape} and offsets {offsets} must be whole numbers from 0",
+            code="CK07",
+            where=where,
         )
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if expected > MAX_TENSOR_BYTES or offsets[1] - offsets[0] != expected:
         raise CheckpointError(
             f"{where}: shape {shape} in {dtype} takes {expected:,} bytes, the offsets span "
-            f"{offsets[1] - offsets[0]:,}", code="CK07", where=where,
+            f"{offsets[1] - offsets[0]:,}",
+            code="CK07",
+            where=where,
         )
     return TensorEntry(
         name=key, dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], end=data_start + offsets[1]
@@ -235,16 +279,24 @@ def _check_offsets(entries: list[TensorEntry], data_start: int, size: int, name:
             kind = "overlaps the tensor before it" if entry.start < at else "leaves a gap before it"
             raise CheckpointError(
                 f"{name}: {entry.name} {kind} (byte {entry.start - data_start}, expected {at - data_start})",
-                code="CK07", where=f"{name}: {entry.name}",
+                code="CK07",
+                where=f"{name}: {entry.name}",
             )
         at = entry.end
     if at > size:
         raise CheckpointError(
-            f"{name} is cut off: {size:,} bytes, its header promises {at:,}", code="CK02", where=name,
-            expected=f"{at:,} bytes", found=f"{size:,} bytes", hint="fetch the checkpoint again",
+            f"{name} is cut off: {size:,} bytes, its header promises {at:,}",
+            code="CK02",
+            where=name,
+            expected=f"{at:,} bytes",
+            found=f"{size:,} bytes",
+            hint="fetch the checkpoint again",
         )
     if at < size:
         raise CheckpointError(
-            f"{name} has {size - at:,} bytes after its last tensor", code="CK03", where=name,
-            expected=f"{at:,} bytes", found=f"{size:,} bytes",
+            f"{name} has {size - at:,} bytes after its last tensor",
+            code="CK03",
+            where=name,
+            expected=f"{at:,} bytes",
+            found=f"{size:,} bytes",
         )

@@ -45,8 +45,12 @@ class Problems:
             first = self.found[0]
             lines = "".join(f"\n  [{problem.code}] {problem.message}" for problem in self.found)
             error = CheckpointError(
-                f"{self.subject} has {len(self.found)} problems:{lines}", code=first.code, where=first.where,
-                expected=first.expected, found=first.found, hint=first.hint,
+                f"{self.subject} has {len(self.found)} problems:{lines}",
+                code=first.code,
+                where=first.where,
+                expected=first.expected,
+                found=first.found,
+                hint=first.hint,
             )
             error.problems = tuple(self.found)
             raise error

@@ -1,0 +1,362 @@
+"""Convert a dense checkpoint to sparse attention: the weights are linked, the few new tensors are added."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nsa_convert import __version__
+from nsa_convert.config import LayerRule, SparseAttentionConfig
+from nsa_convert.errors import CheckpointError, UsageError
+from nsa_convert.methods.base import SparseMethod
+from nsa_convert.methods.registry import read_rule
+from nsa_convert.patch.checkpoint import SOURCE_README, Checkpoint, open_checkpoint
+from nsa_convert.patch.estimate import CONTEXTS, ContextCost, context_costs, dense_until
+from nsa_convert.patch.gguf import is_gguf, open_gguf, write_dense_folder
+from nsa_convert.patch.headers import WEIGHT_DTYPES
+from nsa_convert.patch.manifest import RECIPE, REPORT, SOURCE_FOLDER, write_json, write_manifest
+from nsa_convert.patch.new_weights import NewTensor, planned_tensors, write_new_shard
+from nsa_convert.patch.plan import resolve_plan, sparse_config_dict
+from nsa_convert.patch.remote_code import write_code_files
+from nsa_convert.patch.shards import INDEX_FILE, SINGLE_FILE, Shard, resolve_inside
+from nsa_convert.patch.staging import check_free, check_places, copy_file, link_file, require_space, staged
+from nsa_convert.patch.streams import ShardScan, hash_file, run_threads, scan_shard
+from nsa_convert.patch.tokenizer_files import check_tokenizer
+
+SPARSE_SHARD = "model-sparse.safetensors"
+OVERHEAD_BYTES = 4_000_000
+"""Room for config, index, code and report files in the disk check."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did, or would do.
+
+    Attributes:
+        out: The folder, or None after a dry run.
+        source: ``id``, ``revision``, ``format`` and, after a conversion, ``files`` with their hashes.
+        family: Title of the model family.
+        layers: For each run of layers with the same rule: ``layers``, ``method``, ``settings``.
+        kept_tensors: Tensors that stay as they are.
+        kept_parameters: Their weights.
+        new_tensors: Tensors that are added, with shape, dtype and initial value.
+        dense_until: Tokens up to which nothing is sparse; None when every layer is full.
+        costs: Cache size and attention work at several lengths, dense against sparse.
+        placed: ``"linked"``, ``"copied"`` or ``"dequantised"``: how the weights got to OUT.
+        new_bytes: Bytes on disk that did not exist before.
+        warnings: What the user should know.
+    """
+
+    out: Path | None
+    source: dict[str, Any]
+    family: str
+    layers: list[dict[str, Any]]
+    kept_tensors: int
+    kept_parameters: int
+    new_tensors: list[NewTensor]
+    dense_until: int | None
+    costs: list[ContextCost]
+    placed: str
+    new_bytes: int
+    warnings: list[str]
+
+    @property
+    def new_parameters(self) -> int:
+        """Number of weights that are added."""
+        return sum(tensor.size for tensor in self.new_tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        out = dataclasses.asdict(self)
+        out["out"] = None if self.out is None else str(self.out)
+        return {**out, "new_parameters": self.new_parameters}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A checked source together with a checked plan."""
+
+    checkpoint: Checkpoint
+    sparse: SparseAttentionConfig
+    methods: list[SparseMethod]
+    new: list[NewTensor]
+
+
+def convert_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    sparse: SparseAttentionConfig,
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    copy: bool = False,
+    allow_extra_tensors: bool = False,
+    dtype: str = "float32",
+    source_id: str | None = None,
+    revision: str | None = None,
+    contexts: Sequence[int] = CONTEXTS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Write the sparse form of a dense checkpoint to a new folder.
+
+    The weight files are hard-linked where the file system allows it, else copied; they are read once, to hash
+    them and to look for values that are not finite. OUT appears complete or not at all.
+
+    Args:
+        source: Folder of a dense checkpoint, or a ``.gguf`` file.
+        out: The new folder.
+        sparse: Which method runs in which layer.
+        dry_run: Do every check and all arithmetic, write nothing.
+        overwrite: Replace an existing checkpoint at ``out``.
+        copy: Copy the weight files instead of linking them.
+        allow_extra_tensors: Accept (and keep) tensors the architecture does not have.
+        dtype: Dtype of the weights of a dequantised ``.gguf`` file.
+        source_id: Name of the source for the report; the folder's name when left out.
+        revision: Commit of the source for the report.
+        contexts: Lengths for the cost table.
+        threads: Threads that read; one per core when left out.
+        progress: Called with shard name, shards done and shards in all.
+
+    Raises:
+        UsageError: ``out`` is taken, or overlaps the source.
+        UnsupportedModelError: The architecture is not supported.
+        ConfigError: The plan does not fit the model.
+        CheckpointError: The source is damaged; all problems in one message.
+        MachineError: Disk, memory or permission.
+    """
+    source, out = Path(source), Path(out)
+    check_places(source, out)
+    check_free(out, overwrite=overwrite, recognise="config.json")
+    identity = {"id": source_id or source.resolve().name, "revision": revision}
+    if is_gguf(source):
+        return _convert_gguf(
+            source, out, sparse, identity, dtype, contexts, dry_run, threads=threads, progress=progress
+        )
+    job = _prepare(open_checkpoint(source, allow_extra_tensors=allow_extra_tensors), sparse)
+    placed = "linked" if not copy and _same_device(job.checkpoint, out) else "copied"
+    report = _report(job, {**identity, "format": "safetensors"}, contexts, placed)
+    require_space(out, report.new_bytes + OVERHEAD_BYTES)
+    if dry_run:
+        return report
+    with staged(out) as folder:
+        report = _fill(folder, job, report, copy=copy, threads=threads, progress=progress)
+    return dataclasses.replace(report, out=out)
+
+
+def explicit_settings(sparse: SparseAttentionConfig) -> SparseAttentionConfig:
+    """Return the plan with every setting written out, so that a later change of a default changes nothing."""
+
+    def explicit(rule: LayerRule, where: str) -> LayerRule:
+        _, settings = read_rule(rule, where)
+        return dataclasses.replace(rule, settings=dataclasses.asdict(settings))
+
+    rules = tuple(explicit(rule, f"rules[{i}]") for i, rule in enumerate(sparse.rules))
+    return SparseAttentionConfig(default=explicit(sparse.default, "default"), rules=rules)
+
+
+def _prepare(checkpoint: Checkpoint, sparse: SparseAttentionConfig) -> _Job:
+    methods = resolve_plan(sparse, checkpoint.num_layers, checkpoint.geometry)
+    new = planned_tensors(methods, checkpoint.geometry, WEIGHT_DTYPES[checkpoint.weights.dtype()])
+    check_tokenizer(checkpoint)
+    return _Job(checkpoint=checkpoint, sparse=explicit_settings(sparse), methods=methods, new=new)
+
+
+def _report(job: _Job, source: dict[str, Any], contexts: Sequence[int], placed: str) -> ConversionReport:
+    checkpoint = job.checkpoint
+    new_bytes = sum(tensor.nbytes for tensor in job.new)
+    if placed != "linked":
+        new_bytes += checkpoint.weight_bytes
+    width = 2 if checkpoint.weights.dtype() in ("BF16", "F16") else 4
+    return ConversionReport(
+        out=None,
+        source=source,
+        family=checkpoint.family.title,
+        layers=layer_table(job.sparse, checkpoint.num_layers),
+        kept_tensors=len(checkpoint.weights.tensors()),
+        kept_parameters=checkpoint.parameters,
+        new_tensors=job.new,
+        dense_until=dense_until(job.methods),
+        costs=context_costs(job.methods, checkpoint.geometry, width, contexts),
+        placed=placed,
+        new_bytes=new_bytes,
+        warnings=[*checkpoint.warnings, *_left_out(checkpoint)],
+    )
+
+
+def layer_table(sparse: SparseAttentionConfig, num_layers: int) -> list[dict[str, Any]]:
+    """Return the plan as runs of layers that share a rule."""
+    runs: list[dict[str, Any]] = []
+    for layer in range(num_layers):
+        rule = sparse.for_layer(layer)
+        entry = {"method": rule.method, "settings": dict(rule.settings)}
+        if runs and {key: runs[-1][key] for key in entry} == entry:
+            runs[-1]["layers"] = f"{runs[-1]['layers'].split('-')[0]}-{layer}"
+        else:
+            runs.append({"layers": str(layer), **entry})
+    return runs
+
+
+def _convert_gguf(
+    source: Path,
+    out: Path,
+    sparse: SparseAttentionConfig,
+    identity: Mapping[str, Any],
+    dtype: str,
+    contexts: Sequence[int],
+    dry_run: bool,
+    **options: Any,
+) -> ConversionReport:
+    """Convert a GGUF file by way of a dense folder inside the staging folder."""
+    if dtype not in WEIGHT_DTYPES.values():
+        raise UsageError(f"unknown dtype {dtype!r}", code="CL03", expected=", ".join(WEIGHT_DTYPES.values()))
+    info = {**identity, "format": "gguf"}
+    planned = _prepare(open_gguf(source, dtype), sparse)
+    report = _report(planned, info, contexts, "dequantised")
+    require_space(out, report.new_bytes + OVERHEAD_BYTES)
+    if dry_run:
+        return report
+    with staged(out) as folder:
+        dense = folder / "dense"
+        write_dense_folder(source, dense, dtype)
+        info |= {"sha256": hash_file(source), "dtype": dtype}
+        job = _prepare(open_checkpoint(dense), sparse)
+        notes = planned.checkpoint.warnings
+        report = _report(job, info, contexts, "dequantised")
+        report = dataclasses.replace(report, warnings=[*notes, *report.warnings])
+        report = _fill(folder, job, report, copy=False, **options)
+        shutil.rmtree(dense)
+    return dataclasses.replace(report, out=out)
+
+
+def _fill(
+    folder: Path,
+    job: _Job,
+    report: ConversionReport,
+    *,
+    copy: bool,
+    threads: int | None,
+    progress: Progress | None,
+) -> ConversionReport:
+    """Write everything that belongs into the converted folder; the manifest is last."""
+    checkpoint = job.checkpoint
+    names = _shard_names(job)
+    scans, linked = _place_shards(folder, checkpoint, names, copy, threads, progress)
+    if job.new:
+        write_new_shard(folder / SPARSE_SHARD, checkpoint, job.sparse)
+    for name in checkpoint.side_files:
+        copy_file(resolve_inside(checkpoint.folder, name), folder / name)
+    _keep_originals(folder, checkpoint)
+    write_code_files(folder, checkpoint.family.sparse_model_type)
+    write_json(folder / "config.json", sparse_config_dict(checkpoint.config, job.sparse))
+    if job.new or checkpoint.weights.index is not None:
+        write_json(folder / INDEX_FILE, _index(job, names))
+    files = {
+        scan.name: {"file": names[scan.name], "bytes": scan.bytes, "sha256": scan.sha256} for scan in scans
+    }
+    report = dataclasses.replace(
+        report,
+        source={**report.source, "files": files},
+        placed=report.placed if report.placed == "dequantised" else "linked" if linked else "copied",
+        warnings=[*report.warnings, *(line for scan in scans for line in scan.warnings)],
+    )
+    (folder / RECIPE).write_text(recipe_text(report, job.sparse), encoding="utf-8")
+    stored = {"schema": 1, "versions": _versions(), **report.to_dict()}
+    del stored["out"]
+    write_json(folder / REPORT, stored)
+    write_manifest(folder, {names[scan.name]: scan.sha256 for scan in scans})
+    return report
+
+
+def _place_shards(
+    folder: Path,
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    copy: bool,
+    threads: int | None,
+    progress: Progress | None,
+) -> tuple[list[ShardScan], bool]:
+    """Link or copy every shard and read it once; returns the scans and whether all were linked."""
+    shards = checkpoint.weights.shards
+    done: list[str] = []
+
+    def place(shard: Shard) -> tuple[ShardScan, bool]:
+        target = folder / names[shard.name]
+        linked = not copy and link_file(shard.header.path, target)
+        scan = scan_shard(shard, target if linked else shard.header.path, None if linked else target)
+        done.append(shard.name)
+        if progress is not None:
+            progress(shard.name, len(done), len(shards))
+        return scan, linked
+
+    results = run_threads(place, shards, threads)
+    return [scan for scan, _ in results], all(linked for _, linked in results)
+
+
+def _shard_names(job: _Job) -> dict[str, str]:
+    """Return source name -> name in OUT; ``model.safetensors`` would hide the index, so it gets a number."""
+    shards = job.checkpoint.weights.shards
+    if job.new and SPARSE_SHARD in {shard.name for shard in shards}:
+        raise CheckpointError(f"the source already holds {SPARSE_SHARD}", code="CK35", where=SPARSE_SHARD)
+    if job.new and [shard.name for shard in shards] == [SINGLE_FILE]:
+        return {SINGLE_FILE: "model-00001-of-00001.safetensors"}
+    return {shard.name: shard.name for shard in shards}
+
+
+def _index(job: _Job, names: Mapping[str, str]) -> dict[str, Any]:
+    weights = job.checkpoint.weights
+    where = {entry.name: names[shard.name] for shard in weights.shards for entry in shard.header.tensors}
+    where |= {tensor.name: SPARSE_SHARD for tensor in job.new}
+    kept = weights.tensors().values()
+    metadata = {
+        "total_parameters": sum(t.size for t in kept) + sum(t.size for t in job.new),
+        "total_size": sum(t.nbytes for t in kept) + sum(t.nbytes for t in job.new),
+    }
+    return {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
+
+
+def _keep_originals(folder: Path, checkpoint: Checkpoint) -> None:
+    """Keep the files that conversion replaces, so that revert gives the very same bytes back."""
+    kept = folder / SOURCE_FOLDER
+    kept.mkdir()
+    for name in ("config.json", INDEX_FILE, SOURCE_README):
+        if (checkpoint.folder / name).exists():
+            copy_file(resolve_inside(checkpoint.folder, name), kept / name)
+
+
+def recipe_text(report: ConversionReport, sparse: SparseAttentionConfig) -> str:
+    """Return the recipe that repeats a conversion."""
+    import yaml
+
+    base = {key: report.source[key] for key in ("id", "revision", "dtype") if report.source.get(key)}
+    body = yaml.safe_dump({"base_model": base, "sparse_attention": sparse.to_dict()}, sort_keys=False)
+    return f"# nsa-convert convert MODEL OUT --config {RECIPE}\n{body}"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "nsa_convert": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+    }
+
+
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    if not checkpoint.left_out:
+        return []
+    names = ", ".join(checkpoint.left_out[:10]) + (" ..." if len(checkpoint.left_out) > 10 else "")
+    return [f"not carried over: {names}"]
+
+
+def _same_device(checkpoint: Checkpoint, out: Path) -> bool:
+    """Return whether every shard lies on the file system that will hold OUT."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    device = parent.stat().st_dev
+    return all(shard.header.path.stat().st_dev == device for shard in checkpoint.weights.shards)

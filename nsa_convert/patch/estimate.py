@@ -1,0 +1,140 @@
+"""Memory and work of dense and sparse attention, by arithmetic alone.
+
+Counted: raw keys and values plus compressed cells in the cache; multiply-adds of attention scores and outputs
+(2 FLOPs each), not of projections or the MLP, which conversion does not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nsa_convert.config import AttentionGeometry
+from nsa_convert.methods.base import SparseMethod
+
+CONTEXTS = (8192, 32768, 131072)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextCost:
+    """Cost of one sequence of a given length, dense against sparse.
+
+    Attributes:
+        context: T, tokens.
+        dense_kv_bytes: Size of the dense cache.
+        sparse_kv_bytes: Size of the converted model's cache, compressed cells included.
+        dense_prefill_flops: Attention FLOPs to read the whole sequence.
+        sparse_prefill_flops: The same, converted.
+        dense_decode_bytes: Cache bytes one new token reads.
+        sparse_decode_bytes: The same, converted.
+        density: Share of the raw keys that the last query reads, mean over layers.
+    """
+
+    context: int
+    dense_kv_bytes: int
+    sparse_kv_bytes: int
+    dense_prefill_flops: int
+    sparse_prefill_flops: int
+    dense_decode_bytes: int
+    sparse_decode_bytes: int
+    density: float
+
+
+def context_costs(
+    methods: Sequence[SparseMethod], geometry: AttentionGeometry, dtype_bytes: int, contexts: Sequence[int]
+) -> list[ContextCost]:
+    """Return the cost at each context length.
+
+    Args:
+        methods: One method per layer, as :func:`nsa_convert.patch.plan.resolve_plan` returns them.
+        geometry: Sizes of a layer.
+        dtype_bytes: Bytes of one cached number.
+        contexts: Sequence lengths.
+    """
+    return [_cost(methods, geometry, dtype_bytes, length) for length in contexts]
+
+
+def parameter_shapes(methods: Sequence[SparseMethod]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor a plan adds."""
+    return {
+        f"model.layers.{index}.self_attn.sparse.{name}": tuple(parameter.shape)
+        for index, method in enumerate(methods)
+        for name, parameter in method.named_parameters()
+    }
+
+
+def dense_until(methods: Sequence[SparseMethod]) -> int | None:
+    """Return the context up to which every layer still sees everything; None when all layers are full."""
+    budgets = [method.visible_budget() for method in methods if _limit(method) is not None]
+    return min(budgets, default=None)
+
+
+def _limit(method: SparseMethod) -> int | None:
+    """Return how many raw keys one query reads at most, or None for dense attention."""
+    budget = method.visible_budget()
+    return None if budget >= sys.maxsize else budget
+
+
+def _cost(
+    methods: Sequence[SparseMethod], geometry: AttentionGeometry, width: int, length: int
+) -> ContextCost:
+    row = geometry.head_dim * width  # bytes of one cached vector
+    work = 2 * geometry.num_query_heads * geometry.head_dim  # FLOPs of one dot product, all query heads
+    dense_entry = 2 * geometry.num_kv_heads * row
+    kv = flops = decode = 0
+    density = 0.0
+    for method in methods:
+        limit = _limit(method)
+        seen = length if limit is None else min(length, limit)
+        heads = geometry.num_kv_heads + _extra_heads(method, geometry)
+        kv += 2 * heads * row * length
+        decode += dense_entry * seen
+        flops += 2 * work * _sum_of_keys(length, limit)
+        density += seen / length / len(methods)
+        for pool in method.pools():
+            cells = max(0, (length - pool.width) // pool.stride + 1)
+            pool_bytes = (pool.heads[1] - pool.heads[0]) * row * cells
+            kv += pool_bytes
+            decode += pool_bytes
+            flops += work * _sum_of_cells(length, pool.width, pool.stride)
+    return ContextCost(
+        context=length,
+        dense_kv_bytes=dense_entry * length * len(methods),
+        sparse_kv_bytes=kv,
+        dense_prefill_flops=2 * work * _sum_of_keys(length, None) * len(methods),
+        sparse_prefill_flops=flops,
+        dense_decode_bytes=dense_entry * length * len(methods),
+        sparse_decode_bytes=decode,
+        density=density,
+    )
+
+
+def _extra_heads(method: SparseMethod, geometry: AttentionGeometry) -> int:
+    """Return how many further key/value heads a method caches."""
+    with torch.device("meta"):
+        extra = method.extra_kv(torch.empty(1, 1, geometry.hidden_size))
+    return 0 if extra is None else extra[0].shape[2]
+
+
+def _sum_of_keys(length: int, limit: int | None) -> int:
+    """Return the sum of min(t, limit) for t = 1..length."""
+    if limit is None or limit >= length:
+        return length * (length + 1) // 2
+    return limit * (limit + 1) // 2 + (length - limit) * limit
+
+
+def _sum_of_cells(length: int, width: int, stride: int) -> int:
+    """Return the sum over t = 1..length of the finished cells at t, (t - width) // stride + 1."""
+    if length < width:
+        return 0
+    whole, rest = divmod(length - width + 1, stride)
+    return stride * whole * (whole + 1) // 2 + rest * (whole + 1)
+
+
+def cost_tables(costs: Sequence[ContextCost]) -> list[Mapping[str, Any]]:
+    """Return the costs as plain mappings, for JSON."""
+    return [dataclasses.asdict(cost) for cost in costs]

@@ -1,0 +1,236 @@
+"""Write a folder beside its final place and rename it there when it is complete.
+
+At every moment OUT is absent or complete. A process that dies leaves a staging folder, which the next run for
+the same OUT removes; a lock keeps two runs apart and vanishes with its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nsa_convert.errors import MachineError, NsaConvertError, UsageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextlib.contextmanager
+def machine_errors() -> Iterator[None]:
+    """Turn failures of the disk and the memory into :class:`MachineError`."""
+    try:
+        yield
+    except NsaConvertError:
+        raise
+    except MemoryError as error:
+        raise MachineError(
+            "not enough memory", code="SV07", hint="close other programs or use a bigger machine"
+        ) from error
+    except OSError as error:
+        raise machine_error(error) from error
+    except Exception as error:
+        # safetensors reports a full disk as its own error with the system's text inside.
+        if type(error).__name__ == "SafetensorError" and "os error" in str(error):
+            raise MachineError(
+                f"writing failed: {error}", code="SV03", hint="free space or quota and run again"
+            ) from error
+        raise
+
+
+def machine_error(error: OSError) -> MachineError:
+    """Return the error a user should see for a failed system call."""
+    where = str(error.filename) if error.filename else None
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in _FULL:
+        return MachineError(
+            f"writing failed: {reason}", code="SV03", where=where, hint="free space or quota and run again"
+        )
+    if error.errno in _DENIED:
+        hint = "choose a place you may write to, or change its permissions"
+        return MachineError(f"{reason}: {where or 'a file'}", code="SV15", where=where, hint=hint)
+    return MachineError(f"{reason}: {where or 'a file'}", code="SV03", where=where)
+
+
+def check_places(source: Path, out: Path) -> None:
+    """Refuse an OUT that is, holds, or lies in the source.
+
+    Raises:
+        UsageError: The two overlap.
+    """
+    here, there = source.resolve(), out.resolve()
+    folder = here if here.is_dir() else here.parent
+    if there == folder or there in folder.parents or (folder in there.parents and here.is_dir()):
+        raise UsageError(
+            f"the output {out} and the source {source} overlap",
+            code="SV04",
+            where=str(out),
+            expected="a folder outside the source",
+            hint="choose another OUT",
+        )
+
+
+def check_free(out: Path, *, overwrite: bool, recognise: str) -> None:
+    """Refuse an OUT that is taken.
+
+    Args:
+        out: The final place.
+        overwrite: Allow replacing a folder.
+        recognise: A file that a folder must hold to be replaced, so that no unrelated folder is ever removed.
+
+    Raises:
+        UsageError: OUT is a file, or a folder with something in it.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UsageError(
+            f"{out} exists and is not a folder", code="SV05", where=str(out), hint="choose another OUT"
+        )
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{out} exists and is not empty",
+            code="SV05",
+            where=str(out),
+            expected="a new or an empty folder",
+            hint="choose another OUT, or --overwrite replaces it",
+        )
+    if not (out / recognise).is_file():
+        raise UsageError(
+            f"{out} holds something else than a checkpoint; it is not replaced",
+            code="SV05",
+            where=str(out),
+            hint="remove it yourself if you mean it",
+        )
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``out``; rename it to ``out`` when the block ends well, else remove it.
+
+    Raises:
+        UsageError: Another process is writing the same OUT.
+        MachineError: The parent folder cannot be written.
+    """
+    parent = out.absolute().parent
+    tag = hashlib.sha256(out.name.encode()).hexdigest()[:16]
+    staging, old = parent / f".nsa-staging-{tag}", parent / f".nsa-replaced-{tag}"
+    with machine_errors():
+        parent.mkdir(parents=True, exist_ok=True)
+        with _lock(parent / f".nsa-lock-{tag}", out):
+            _recover(out, staging, old)
+            staging.mkdir()
+            try:
+                yield staging
+                _publish(staging, out, old)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free space of the file system that will hold ``folder``."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(out: Path, needed: int) -> None:
+    """Raise MachineError unless the file system of OUT has room for ``needed`` bytes."""
+    free = free_bytes(out.absolute().parent)
+    if needed > free:
+        raise MachineError(
+            f"{out} needs {gigabytes(needed)}, {gigabytes(free)} are free",
+            code="SV02",
+            where=str(out),
+            expected=gigabytes(needed),
+            found=gigabytes(free),
+            hint="free some space or choose another disk",
+        )
+
+
+def gigabytes(count: int) -> str:
+    """Return a size for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def link_file(source: Path, target: Path) -> bool:
+    """Make a hard link; return False where that is impossible, as between two file systems."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of a file; the copy gets the mode the umask asks for."""
+    with source.open("rb") as read, target.open("xb") as write:
+        shutil.copyfileobj(read, write, 4 << 20)
+
+
+def use_umask(path: Path) -> None:
+    """Give a file the mode the umask asks for; safetensors creates its files for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _publish(staging: Path, out: Path, old: Path) -> None:
+    """Flush the small files and the folder, then rename; a replaced folder is removed last."""
+    for path in staging.rglob("*"):
+        if path.is_dir() or path.stat().st_nlink == 1:
+            _sync(path)
+    _sync(staging)
+    if out.is_dir() and any(out.iterdir()):
+        out.rename(old)
+    staging.rename(out)
+    _sync(out.absolute().parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(out: Path, staging: Path, old: Path) -> None:
+    """Clear what a dead run left; one that died between its two renames gets its old folder back."""
+    if old.exists():
+        if out.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(out)
+    if staging.exists():
+        shutil.rmtree(staging)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, out: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the file goes away with the block, the lock with the process."""
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            raise UsageError(
+                f"another process is writing {out}", code="SV16", where=str(out), hint="wait for it to end"
+            ) from error
+        # The file may have been removed by its last owner between our open and our lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == path.stat().st_ino:
+                break
+        os.close(handle)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
