@@ -1,0 +1,128 @@
+"""Loading models for evaluation, and the dense model inside a converted one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsa_convert.config import LayerRule, SparseAttentionConfig
+from nsa_convert.errors import CheckpointError, ConfigError
+from nsa_convert.methods.base import SparseMethod
+from nsa_convert.methods.registry import build_method
+from nsa_convert.patch.attention import SparseAttention
+from nsa_convert.patch.families import FAMILIES, family_of_sparse, geometry_of
+from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.strict_files import read_json_mapping
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNLIMITED = 1 << 40
+"""A visible budget above this is no budget: the layer is dense."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What config.json says, before any weight is read.
+
+    Attributes:
+        path: Folder of the checkpoint.
+        model_type: Of the config.
+        max_positions: Longest sequence the model was built for, or None when the config does not say.
+        vocab_size: Rows of the embedding.
+        methods: Layer -> method name; empty for a dense model.
+        visible_budget: Longest context that every layer sees whole; None for a dense model.
+    """
+
+    path: Path
+    model_type: str
+    max_positions: int | None
+    vocab_size: int | None
+    methods: tuple[str, ...]
+    visible_budget: int | None
+
+
+def read_facts(path: str | Path) -> ModelFacts:
+    """Read the config of a dense or converted checkpoint.
+
+    Raises:
+        CheckpointError: There is no such folder, or no readable config.json.
+        ConfigError: The sparse plan is wrong.
+        UnsupportedModelError: The architecture is none that can be evaluated.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"no model at {str(path)!r}: " + ("it has no config.json" if path.is_dir() else "no such folder"),
+            code="CF24", where=str(path),
+        )
+    config = read_json_mapping(path / "config.json")
+    model_type = str(config.get("model_type"))
+    methods: list[SparseMethod] = []
+    if model_type not in FAMILIES:
+        geometry = geometry_of(config, family_of_sparse(model_type))
+        plan = SparseAttentionConfig.from_dict(config.get("sparse_attention"))
+        methods = resolve_plan(plan, config["num_hidden_layers"], geometry)
+    budgets = [method.visible_budget() for method in methods]
+    return ModelFacts(
+        path=path, model_type=model_type, max_positions=config.get("max_position_embeddings"),
+        vocab_size=config.get("vocab_size"), methods=tuple(method.spec.name for method in methods),
+        visible_budget=min(budgets) if budgets and min(budgets) < UNLIMITED else None,
+    )
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: The folder has no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"no usable tokenizer in {str(path)!r}: {error}", code="TK01", where=str(path),
+            hint="copy tokenizer.json and tokenizer_config.json of the source model there",
+        ) from error
+
+
+def load_model(path: str | Path, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+    """Load a dense or converted checkpoint for inference with this package's own classes.
+
+    Code files inside the checkpoint are not run.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import nsa_convert  # noqa: F401  registers the converted model types with transformers
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True)
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def dense_attention_in(model: nn.Module) -> Iterator[nn.Module]:
+    """Give every layer of a converted model dense attention over the same weights, inside the block.
+
+    The method modules are set aside, not copied. In a model that was trained after conversion this is dense
+    attention with the trained weights, not the original dense model.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
+    if not layers:
+        raise ConfigError("this is no converted model: its attention is dense already", code="CF12")
+    methods = [layer.sparse for layer in layers]
+    full = LayerRule(method="full")
+    try:
+        for layer, method in zip(layers, methods, strict=True):
+            layer.sparse = build_method(full, method.geometry, method.layer_index)
+        yield model
+    finally:
+        for layer, method in zip(layers, methods, strict=True):
+            layer.sparse = method
+
+
