@@ -262,7 +262,7 @@ def _fill(
     }
     report = dataclasses.replace(
         report,
-        source={**report.source, "files": files},
+        source={**report.source, "files": files, "side_files": list(checkpoint.side_files)},
         placed=report.placed if report.placed == "dequantised" else "linked" if linked else "copied",
         warnings=[*report.warnings, *(line for scan in scans for line in scan.warnings)],
     )

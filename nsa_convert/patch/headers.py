@@ -1,7 +1,7 @@
 """Read safetensors headers without reading weights, and refuse every file that breaks the format.
 
-The format is 8 bytes of header length (little endian), a JSON header, the tensor bytes; its limits are those of
-the safetensors format description. A path is looked at before it is opened, so a pipe can never block us.
+The format is 8 bytes of header length (little endian), a JSON header, the tensor bytes; its limits are those
+of the safetensors format description. A path is looked at before it is opened, so a pipe can never block us.
 """
 
 from __future__ import annotations

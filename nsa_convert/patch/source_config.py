@@ -54,7 +54,7 @@ def read_source_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds a PEFT adapter, not a model",
             code="CK37",
             where="adapter_config.json",
-            hint="merge it first: `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, then save that",
+            hint="merge it first: `PeftModel.from_pretrained(base, adapter).merge_and_unload()`",
         )
     if "config.json" not in names:
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
@@ -81,7 +81,7 @@ def check_source_config(config: Mapping[str, Any], family: ModelFamily, problems
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:
-    """Refuse GPTQ, AWQ, bitsandbytes, compressed-tensors and every other quantised checkpoint."""
+    """Refuse GPTQ, AWQ, bitsandbytes and every other quantised checkpoint."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return

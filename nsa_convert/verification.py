@@ -1,0 +1,316 @@
+"""Check a converted checkpoint, and turn it back into the dense one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nsa_convert.errors import CheckFailedError, CheckpointError, NsaConvertError
+from nsa_convert.patch.checkpoint import SPARSE_TENSOR, open_checkpoint, open_converted
+from nsa_convert.patch.equivalence import bare_logits, compare_with_dense, probe_lengths, sparse_logits
+from nsa_convert.patch.gguf import is_gguf, load_gguf_model
+from nsa_convert.patch.headers import WEIGHT_DTYPES
+from nsa_convert.patch.manifest import MANIFEST, REPORT, SOURCE_FOLDER, check_manifest, read_manifest
+from nsa_convert.patch.remote_code import code_files
+from nsa_convert.patch.shards import resolve_inside
+from nsa_convert.patch.staging import check_free, check_places, copy_file, link_file, require_space, staged
+from nsa_convert.patch.streams import hash_file, hash_tensors, run_threads, scan_shard
+from nsa_convert.strict_files import read_json_mapping
+
+TOLERANCE = 1e-4
+"""Largest difference of fp32 logits between the full budget and the dense model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was checked.
+
+    Attributes:
+        name: What.
+        ok: Whether it holds; None when it was not checked.
+        detail: Numbers, or the reason.
+        code: Error code of a failure.
+    """
+
+    name: str
+    ok: bool | None
+    detail: str
+    code: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerificationReport:
+    """All checks of one converted folder.
+
+    Attributes:
+        out: The folder.
+        checks: In the order they ran.
+    """
+
+    out: Path
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return all(check.ok is not False for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "out": str(self.out),
+            "passed": self.ok,
+            "checks": [dataclasses.asdict(c) for c in self.checks],
+        }
+
+    def raise_failed(self) -> None:
+        """Raise CheckFailedError for the first check that failed, if any."""
+        failed = [check for check in self.checks if check.ok is False]
+        if failed:
+            others = f" (and {len(failed) - 1} more checks failed)" if len(failed) > 1 else ""
+            raise CheckFailedError(
+                f"{failed[0].name}: {failed[0].detail}{others}",
+                code=failed[0].code,
+                where=str(self.out),
+                hint="convert the source again; a folder that fails is not the model it was made from",
+            )
+
+
+def verify_checkpoint(
+    out: str | Path,
+    against: str | Path | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> VerificationReport:
+    """Check that a converted folder is whole and still holds the dense model.
+
+    Args:
+        out: The converted folder.
+        against: The dense source, folder or ``.gguf`` file: its tensors must be in ``out`` bit by bit. Left
+            out, the hashes noted at conversion stand for it.
+        lengths: Context lengths for the comparison of logits; chosen by the size of the model when left out.
+        trust_remote_code: Also run code files in ``out`` that this version of the package would not have
+            written.
+        progress: Called with the name of each check before it runs.
+
+    Returns:
+        Every check with its outcome; a check that cannot run because an earlier one failed says so.
+
+    Raises:
+        CheckpointError: ``out`` is not a converted folder.
+    """
+    out = Path(out)
+    tell = progress or (lambda name: None)
+    read_manifest(out)
+    checks: list[Check] = []
+    for name, code, work in (
+        ("files", "CK29", lambda: _files(out)),
+        ("values", "CK27", lambda: _values(out)),
+        ("kept tensors", "SV18", lambda: _kept_tensors(out, against)),
+    ):
+        tell(name)
+        checks.append(_run(name, code, work))
+    whole = all(check.ok is not False for check in checks)
+    for name, code, work in (
+        ("full budget = dense", "SV19", lambda: _full_budget(out, lengths)),
+        ("bare transformers", "SV20", lambda: _bare(out, trust_remote_code)),
+    ):
+        tell(name)
+        skipped = Check(name=name, ok=None, detail="not run: the folder is not whole", code=code)
+        checks.append(_run(name, code, work) if whole else skipped)
+    return VerificationReport(out=out, checks=checks)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RevertReport:
+    """What a revert wrote.
+
+    Attributes:
+        dense: The folder.
+        files: Names of its files.
+        placed: ``"linked"`` or ``"copied"``: how the weights got there.
+    """
+
+    dense: Path
+    files: list[str]
+    placed: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {"dense": str(self.dense), "files": self.files, "placed": self.placed}
+
+
+def revert_checkpoint(
+    out: str | Path, dense: str | Path, *, overwrite: bool = False, copy: bool = False
+) -> RevertReport:
+    """Write the dense checkpoint that a converted folder was made from, byte for byte.
+
+    Args:
+        out: The converted folder.
+        dense: The new folder.
+        overwrite: Replace an existing checkpoint at ``dense``.
+        copy: Copy the weight files instead of linking them.
+
+    Raises:
+        CheckpointError: ``out`` is not a converted folder.
+        CheckFailedError: A file of the source was changed since the conversion, as training does.
+        UsageError: ``dense`` is taken, or overlaps ``out``.
+        MachineError: Disk or permission.
+    """
+    out, dense = Path(out), Path(dense)
+    check_places(out, dense)
+    check_free(dense, overwrite=overwrite, recognise="config.json")
+    places = _original_files(out)
+    linked = not copy
+    if copy:
+        require_space(dense, sum(path.stat().st_size for path, _ in places.values()))
+    with staged(dense) as folder:
+        for name, (path, is_shard) in places.items():
+            if not (is_shard and linked and link_file(path, folder / name)):
+                copy_file(path, folder / name)
+                linked = linked and not is_shard
+    return RevertReport(dense=dense, files=sorted(places), placed="linked" if linked else "copied")
+
+
+def _original_files(out: Path) -> dict[str, tuple[Path, bool]]:
+    """Return name in the dense folder -> (file in OUT, whether it is a weight file), hashes checked."""
+    manifest = read_manifest(out)
+    source = read_json_mapping(out / REPORT).get("source", {})
+    places = {name: (entry["file"], True) for name, entry in source["files"].items()}
+    places |= {name: (name, False) for name in source["side_files"]}
+    kept = f"{SOURCE_FOLDER}/"
+    places |= {name.removeprefix(kept): (name, False) for name in manifest if name.startswith(kept)}
+    for name, (place, is_shard) in places.items():
+        path = out / place
+        expected = source["files"][name]["sha256"] if is_shard else manifest[place]["sha256"]
+        if not path.is_file() or hash_file(path) != expected:
+            raise CheckFailedError(
+                f"{place} was changed since the conversion; the dense model cannot be given back from it",
+                code="SV13",
+                where=str(path),
+                expected=f"sha256 {expected}",
+                hint="a trained model has no dense form; take the original checkpoint",
+            )
+    return {name: (out / place, is_shard) for name, (place, is_shard) in places.items()}
+
+
+def _run(name: str, code: str, work: Callable[[], str | None]) -> Check:
+    """Run one check; what it returns is the detail, what it raises the reason for failing."""
+    try:
+        detail = work()
+    except CheckFailedError as error:
+        return Check(name=name, ok=False, detail=error.message, code=code)
+    except NsaConvertError as error:
+        if error.exit_status != CheckpointError.exit_status:
+            raise
+        return Check(name=name, ok=False, detail=error.message, code=error.code)
+    return Check(name=name, ok=True, detail=detail or "", code=code)
+
+
+def _files(out: Path) -> str:
+    """Every file of the manifest is there and unchanged, and nothing that would be loaded was added."""
+    problems = check_manifest(out)
+    listed = read_manifest(out)
+    problems += [
+        f"{path.name} was added after conversion"
+        for path in sorted(out.iterdir())
+        if path.suffix in {".py", ".safetensors", ".bin"} and path.name not in listed
+    ]
+    if problems:
+        raise CheckFailedError("; ".join(problems[:10]))
+    return f"{len(listed)} files match {MANIFEST}"
+
+
+def _values(out: Path) -> str:
+    checkpoint = open_converted(out)
+    run_threads(lambda shard: scan_shard(shard, shard.header.path), checkpoint.weights.shards)
+    return f"{len(checkpoint.weights.tensors())} tensors are finite; headers and config agree"
+
+
+def _kept_tensors(out: Path, against: str | Path | None) -> str:
+    """Compare the tensors of the source with those of OUT, by hash."""
+    if against is None:
+        files = read_json_mapping(out / REPORT)["source"]["files"]
+        changed = [
+            entry["file"] for entry in files.values() if hash_file(out / entry["file"]) != entry["sha256"]
+        ]
+        if changed:
+            raise CheckFailedError(f"weights changed since the conversion: {', '.join(changed[:5])}")
+        return f"{len(files)} weight files have the hashes noted at conversion (--against compares tensors)"
+    here = _tensor_hashes(out)
+    there = _source_hashes(Path(against), out)
+    different = sorted(name for name in there if here.get(name) != there[name])
+    if different:
+        raise CheckFailedError(
+            f"{len(different)} of {len(there)} tensors differ from {against}: {', '.join(different[:5])}"
+        )
+    extra = sorted(name for name in here if name not in there and not SPARSE_TENSOR.match(name))
+    if extra:
+        raise CheckFailedError(f"tensors that {against} does not have: {', '.join(extra[:5])}")
+    return f"{len(there)} tensors are bit-equal to {against}"
+
+
+def _tensor_hashes(folder: Path) -> dict[str, str]:
+    checkpoint = open_converted(folder)
+    tables = run_threads(lambda shard: hash_tensors(shard.header), checkpoint.weights.shards)
+    return {name: digest for table in tables for name, digest in table.items()}
+
+
+def _source_hashes(source: Path, out: Path) -> dict[str, str]:
+    if not is_gguf(source):
+        shards = open_checkpoint(source, allow_extra_tensors=True).weights.shards
+        tables = run_threads(lambda shard: hash_tensors(shard.header), shards)
+        return {name: digest for table in tables for name, digest in table.items()}
+    code = open_converted(out).weights.dtype()
+    model = load_gguf_model(source, WEIGHT_DTYPES[code])
+    hashes = {}
+    for name, tensor in model.state_dict().items():
+        if name not in model.all_tied_weights_keys:
+            digest = hashlib.sha256(f"{code}{list(tensor.shape)}".encode())
+            digest.update(memoryview(tensor.contiguous().view(-1).view(_byte_type()).numpy()))
+            hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def _byte_type() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def _full_budget(out: Path, lengths: Sequence[int] | None) -> str:
+    dense_config = resolve_inside(out / SOURCE_FOLDER, "config.json")
+    worst, used = compare_with_dense(out, read_json_mapping(dense_config), lengths)
+    spans = ", ".join(str(length) for length in used)
+    if not worst <= TOLERANCE:
+        raise CheckFailedError(
+            f"fp32 logits differ by up to {worst:.2e} at lengths {spans} (at most {TOLERANCE:g})"
+        )
+    return f"fp32 logits within {worst:.1e} at lengths {spans}"
+
+
+def _bare(out: Path, trust_remote_code: bool) -> str:
+    """Load OUT with its own code files in a Python that cannot see this package."""
+    model_type = open_converted(out).config["model_type"]
+    ours = code_files(model_type)
+    other = [name for name, text in ours.items() if not _same_text(out / name, text)]
+    other += [path.name for path in out.glob("*.py") if path.name not in ours]
+    if other and not trust_remote_code:
+        raise CheckFailedError(
+            f"the code files are not those this version writes ({', '.join(other[:5])}); they are not run "
+            "without --trust-remote-code"
+        )
+    length = probe_lengths(out)[-1]
+    difference = float((bare_logits(out, length) - sparse_logits(out, length)).abs().max())
+    if not difference <= TOLERANCE:
+        raise CheckFailedError(f"logits without the package differ by {difference:.2e}")
+    return f"loads with trust_remote_code alone; logits within {difference:.1e} of the package's"
+
+
+def _same_text(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
