@@ -1,28 +1,25 @@
-"""Converted model classes, and patching a model that is already in memory."""
+"""Converted model classes: a family's own classes with sparse attention layers."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import BackendError, ConfigError
-from nsa_convert.methods.base import InitialisedModule, SparseMethod
-from nsa_convert.methods.gates import BranchGate
+from nsa_convert.methods.base import InitialisedModule
 from nsa_convert.methods.registry import build_method
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.families import ModelFamily, family_of, family_of_sparse, geometry_of
+from nsa_convert.patch.families import ModelFamily, family_of_sparse, geometry_of
 from nsa_convert.patch.layout import read_context
-from nsa_convert.patch.plan import copy_dense_rows, resolve_plan, sparse_config_dict
-from nsa_convert.patch.remote_code import write_code_files
+from nsa_convert.patch.own_code import write_own_code
+from nsa_convert.patch.plan import resolve_plan
 
 try:  # transformers 5: does not touch parameters that were loaded
     from transformers.initialization import copy_ as init_copy_
@@ -71,7 +68,7 @@ class SparsePreTrainedMixin:
         """Save as transformers does, with the code files that load the model where this package is absent."""
         if kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)
-            write_code_files(save_directory, self.config.model_type)
+            write_own_code(save_directory, self.config.model_type)
         super().save_pretrained(save_directory, **kwargs)
 
 
@@ -171,105 +168,3 @@ def install_sparse_attention(decoder: nn.Module) -> None:
     for index, layer in enumerate(decoder.layers):
         layer.self_attn = SparseAttention(layer.self_attn, build_method(sparse.for_layer(index), geometry, index))
     config._attn_implementation = ATTENTION_NAME
-
-
-def patch_model(model: PreTrainedModel, sparse: SparseAttentionConfig) -> PreTrainedModel:
-    """Turn a dense causal model in memory into the converted model, in place; the inverse is unpatch_model.
-
-    The dense weights stay the same tensors; new parameters get their initial values, in the dtype and on the
-    device of the layer they join.
-
-    Args:
-        model: A dense causal language model of a supported family.
-        sparse: The plan.
-
-    Returns:
-        The same object, now of the converted class.
-
-    Raises:
-        UnsupportedModelError: The architecture is not supported.
-        ConfigError: The plan does not fit the model.
-    """
-    from nsa_convert.patch.models import classes_of
-
-    family = family_of(model.config.to_dict())
-    config_class, model_class, lm_class = classes_of(family)
-    config = config_class(**_without_identity(sparse_config_dict(model.config.to_dict(), sparse)))
-    geometry = geometry_of(config.to_dict(), family)
-    resolve_plan(sparse, len(model.model.layers), geometry)
-    dense = (model.config, type(model), type(model.model), [layer.self_attn for layer in model.model.layers])
-    config.dtype = model.config.dtype
-    model.config = model.model.config = config
-    model.__class__, model.model.__class__ = lm_class, model_class
-    install_sparse_attention(model.model)
-    for layer, attention in zip(model.model.layers, dense[3], strict=True):
-        like = attention.q_proj.weight
-        copy_dense_rows(layer.self_attn.sparse, attention.get_parameter)
-        layer.self_attn.sparse.to(device=like.device, dtype=like.dtype)
-        layer.self_attn.train(attention.training)
-    object.__setattr__(model, "_dense_state", dense)
-    return model
-
-
-def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo :func:`patch_model` in place; the new parameters are dropped.
-
-    Raises:
-        ValueError: The model was not patched in memory.
-    """
-    dense = getattr(model, "_dense_state", None)
-    if dense is None:
-        raise ValueError("this model was not made by patch_model; load the dense checkpoint, or revert the converted one")
-    config, lm_class, model_class, attentions = dense
-    for layer, attention in zip(model.model.layers, attentions, strict=True):
-        attention.train(layer.training)
-        layer.self_attn = attention
-    model.__class__, model.model.__class__ = lm_class, model_class
-    model.config = model.model.config = config
-    object.__delattr__(model, "_dense_state")
-    return model
-
-
-def sparse_methods(model: nn.Module) -> list[SparseMethod]:
-    """Return the methods of a converted model, one per layer."""
-    return [module.sparse for module in model.modules() if isinstance(module, SparseAttention)]
-
-
-@contextlib.contextmanager
-def with_full_budget(model: nn.Module, length: int) -> Iterator[None]:
-    """Run every layer's sparse path with a budget that covers ``length`` tokens and gates that pass through.
-
-    The output must then equal dense attention; ``verify`` relies on it.
-    """
-    methods = sparse_methods(model)
-    gates = [module for method in methods for module in method.modules() if isinstance(module, BranchGate)]
-    for method in methods:
-        method.cover = length
-    for gate in gates:
-        gate.pass_through = True
-    try:
-        yield
-    finally:
-        for method in methods:
-            method.cover = None
-        for gate in gates:
-            gate.pass_through = False
-
-
-def set_mode(model: nn.Module, mode: str) -> None:
-    """Switch layers whose method has modes (SSA) between ``"sparse"`` and ``"full"`` attention.
-
-    Raises:
-        ValueError: The mode is neither, or no layer has modes.
-    """
-    if mode not in ("sparse", "full"):
-        raise ValueError(f"mode must be 'sparse' or 'full', got {mode!r}")
-    switchable = [method for method in sparse_methods(model) if hasattr(method, "mode")]
-    if not switchable:
-        raise ValueError("no layer of this model has a method with modes; only SSA can be switched to full attention")
-    for method in switchable:
-        method.mode = mode
-
-
-def _without_identity(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}

@@ -11,6 +11,8 @@ import os
 import re
 from pathlib import Path
 
+from nsa_convert.patch.families import family_of_sparse
+
 ENTRY = "nsa_convert.patch.modeling"
 _IMPORT = re.compile(r"^(\s*)from (nsa_convert(?:\.\w+)*) import ", re.MULTILINE)
 
@@ -35,8 +37,6 @@ from .nsa_patch_modeling import sparse_model_classes
 def write_code_files(folder: str | os.PathLike, model_type: str) -> list[Path]:
     """Write the code files of a converted model type into a folder.
 
-    Called from a flat copy of itself, it copies the files beside it.
-
     Args:
         folder: Where to write; must exist.
         model_type: ``model_type`` of the converted model.
@@ -52,10 +52,6 @@ def write_code_files(folder: str | os.PathLike, model_type: str) -> list[Path]:
 
 def code_files(model_type: str) -> dict[str, str]:
     """Return file name -> text of the code files of a converted model type."""
-    if not __name__.startswith("nsa_convert."):
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
-    from nsa_convert.patch.families import family_of_sparse
-
     family = family_of_sparse(model_type)
     names = {
         "title": family.title, "dense": family.model_type, "sparse": model_type, "prefix": f"NSA{family.class_prefix}",
