@@ -34,7 +34,8 @@ COMMANDS = {
 
 def options_of(command: click.Command) -> set[str]:
     """Return every long option of a command, ``--help`` included, secondary names (``--no-x``) too."""
-    names = {name for p in command.params if isinstance(p, click.Option) for name in (*p.opts, *p.secondary_opts)}
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    names = {name for p in options for name in (*p.opts, *p.secondary_opts)}
     return {name for name in names if name.startswith("--")} | {"--help"}
 
 
