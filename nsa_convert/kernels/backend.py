@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 from nsa_convert.errors import BackendError
 
 BACKENDS = ("reference", "torch")
-_current: ContextVar[str] = ContextVar("nsa_convert_backend", default="torch")
+# A plain global, shared by threads: torch.compile cannot trace a ContextVar.
+_current = "torch"
 
 
 def current_backend() -> str:
-    """Return the name of the backend that ops use in this context."""
-    return _current.get()
+    """Return the name of the backend that ops use now."""
+    return _current
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops inside the ``with`` block on one backend.
+    """Run the ops inside the ``with`` block on one backend, in every thread.
 
     Args:
         name: ``"reference"`` builds a TQ x TK mask and serves as the truth for tests; ``"torch"`` gathers
@@ -32,8 +32,9 @@ def use_backend(name: str) -> Iterator[None]:
         raise BackendError(
             f"unknown backend {name!r}", expected=", ".join(BACKENDS), found=name, hint="choose one of these"
         )
-    token = _current.set(name)
+    global _current
+    before, _current = _current, name
     try:
         yield
     finally:
-        _current.reset(token)
+        _current = before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -108,17 +107,19 @@ class AttentionRecord:
     gates: Tensor | None
 
 
-_observer: ContextVar[Callable[[AttentionRecord], None] | None] = ContextVar("nsa_convert_observer", default=None)
+# A plain global, shared by threads: torch.compile cannot trace a ContextVar.
+_observer: Callable[[AttentionRecord], None] | None = None
 
 
 @contextlib.contextmanager
 def observe(callback: Callable[[AttentionRecord], None]) -> Iterator[None]:
     """Call ``callback`` with an :class:`AttentionRecord` for every layer that runs inside the block."""
-    token = _observer.set(callback)
+    global _observer
+    before, _observer = _observer, callback
     try:
         yield
     finally:
-        _observer.reset(token)
+        _observer = before
 
 
 class InitialisedModule(nn.Module):
@@ -212,9 +213,8 @@ class SparseMethod(nn.Module):
 
     def record(self, x: AttentionInputs, k: Tensor, patterns: Mapping[str, Pattern], gates: Tensor | None = None) -> None:
         """Report to :func:`observe` what this call attends to."""
-        callback = _observer.get()
-        if callback is not None:
-            callback(
+        if _observer is not None:
+            _observer(
                 AttentionRecord(
                     layer_index=self.layer_index, q=x.q, k=k, patterns=patterns, layout=x.layout,
                     scale=x.scale, gates=gates,

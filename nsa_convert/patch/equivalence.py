@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import CheckFailedError
 from nsa_convert.patch.checkpoint import open_converted
-from nsa_convert.patch.modeling import with_full_budget
+from nsa_convert.patch.patching import with_full_budget
 from nsa_convert.patch.plan import visible_budget
 from nsa_convert.patch.registration import register
 

@@ -7,9 +7,7 @@ Counted: raw keys and values plus compressed cells in the cache; multiply-adds o
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -58,25 +56,15 @@ def context_costs(
     return [_cost(methods, geometry, dtype_bytes, length) for length in contexts]
 
 
-def parameter_shapes(methods: Sequence[SparseMethod]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor a plan adds."""
-    return {
-        f"model.layers.{index}.self_attn.sparse.{name}": tuple(parameter.shape)
-        for index, method in enumerate(methods)
-        for name, parameter in method.named_parameters()
-    }
+def parameter_count(methods: Sequence[SparseMethod]) -> int:
+    """Return how many weights a plan adds."""
+    return sum(parameter.numel() for method in methods for parameter in method.parameters())
 
 
 def dense_until(methods: Sequence[SparseMethod]) -> int | None:
     """Return the context up to which every layer still sees everything; None when all layers are full."""
-    budgets = [method.visible_budget() for method in methods if _limit(method) is not None]
+    budgets = [method.visible_budget() for method in methods if method.keys_per_query() is not None]
     return min(budgets, default=None)
-
-
-def _limit(method: SparseMethod) -> int | None:
-    """Return how many raw keys one query reads at most, or None for dense attention."""
-    budget = method.visible_budget()
-    return None if budget >= sys.maxsize else budget
 
 
 def _cost(
@@ -88,7 +76,7 @@ def _cost(
     kv = flops = decode = 0
     density = 0.0
     for method in methods:
-        limit = _limit(method)
+        limit = method.keys_per_query()
         seen = length if limit is None else min(length, limit)
         heads = geometry.num_kv_heads + _extra_heads(method, geometry)
         kv += 2 * heads * row * length
@@ -135,6 +123,13 @@ def _sum_of_cells(length: int, width: int, stride: int) -> int:
     return stride * whole * (whole + 1) // 2 + rest * (whole + 1)
 
 
-def cost_tables(costs: Sequence[ContextCost]) -> list[Mapping[str, Any]]:
-    """Return the costs as plain mappings, for JSON."""
-    return [dataclasses.asdict(cost) for cost in costs]
+def cost_lines(costs: Sequence[ContextCost]) -> list[str]:
+    """Return the costs as a table for people; percentages are sparse against dense."""
+    lines = ["  context   dense cache   sparse cache   read per token   attention FLOPs"]
+    for cost in costs:
+        lines.append(
+            f"{cost.context:>9,}  {cost.dense_kv_bytes / 1e6:>9,.1f} MB  {cost.sparse_kv_bytes / 1e6:>10,.1f} MB  "
+            f"{cost.sparse_decode_bytes / cost.dense_decode_bytes:>14.1%}  "
+            f"{cost.sparse_prefill_flops / cost.dense_prefill_flops:>16.1%}"
+        )
+    return lines

@@ -109,7 +109,7 @@ def write_dense_folder(path: Path, folder: Path, dtype: str) -> None:
     model = load_gguf_model(path, dtype)
     tied = set(model.all_tied_weights_keys)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     use_umask(folder / SINGLE_FILE)
     model.config.save_pretrained(folder)

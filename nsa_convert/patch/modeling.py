@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from nsa_convert.config import SparseAttentionConfig
@@ -143,7 +144,7 @@ def sparse_model_classes(family: ModelFamily, config_class: type, module: str) -
 
     def init_lm(self: Any, config: Any) -> None:
         dense_lm.__init__(self, config)
-        self.model.__class__ = model
+        adopt_class(self.model, model)
         install_sparse_attention(self.model)
         self.post_init()
 
@@ -151,6 +152,16 @@ def sparse_model_classes(family: ModelFamily, config_class: type, module: str) -
     model = type(f"NSA{prefix}Model", (SparseModelMixin, dense_model), {**shared, "__init__": init_model})
     lm = type(f"NSA{prefix}ForCausalLM", (SparseCausalLMMixin, dense_lm), {**shared, "__init__": init_lm})
     return model, lm
+
+
+def adopt_class(instance: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
+    """Make an existing model object an instance of a class that was never constructed itself.
+
+    The base initialiser notes for each class which outputs it can record (``output_hidden_states``); it runs
+    here on an empty object, because ``instance`` keeps its weights.
+    """
+    PreTrainedModel.__init__(cls.__new__(cls), copy.copy(instance.config))
+    instance.__class__ = cls
 
 
 def install_sparse_attention(decoder: nn.Module) -> None:

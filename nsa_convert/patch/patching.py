@@ -14,7 +14,7 @@ from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.gates import BranchGate
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.families import family_of, geometry_of
-from nsa_convert.patch.modeling import install_sparse_attention
+from nsa_convert.patch.modeling import adopt_class, install_sparse_attention
 from nsa_convert.patch.models import classes_of
 from nsa_convert.patch.plan import copy_dense_rows, resolve_plan, sparse_config_dict
 
@@ -44,7 +44,8 @@ def patch_model(model: PreTrainedModel, sparse: SparseAttentionConfig) -> PreTra
     dense = (model.config, type(model), type(model.model), [layer.self_attn for layer in model.model.layers])
     config.dtype = model.config.dtype
     model.config = model.model.config = config
-    model.__class__, model.model.__class__ = lm_class, model_class
+    adopt_class(model, lm_class)
+    adopt_class(model.model, model_class)
     install_sparse_attention(model.model)
     for layer, attention in zip(model.model.layers, dense[3], strict=True):
         like = attention.q_proj.weight

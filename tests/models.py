@@ -1,0 +1,64 @@
+"""Tiny random models of every family, and sparse plans small enough that they select."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from nsa_convert.config import SparseAttentionConfig
+from nsa_convert.patch.patching import patch_model
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+PREFIX = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+SIZES = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "initializer_range": 0.3, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
+}
+
+NSA = {
+    "method": "nsa", "compression_block": 8, "compression_stride": 4, "block_size": 8, "num_blocks": 4,
+    "window_size": 8,
+}
+SSA = {"method": "ssa", "block_size": 8, "num_blocks": 4}
+
+VARIANTS = {
+    "nsa": NSA,
+    "nsa-coarse-max": {**NSA, "block_size": 16, "num_blocks": 3, "block_score": "max"},
+    "nsa-learned-before-rope": {
+        **NSA, "key_compressor": "mlp", "value_compressor": "linear", "compress_rope": "before",
+    },
+    "nsa-independent": {**NSA, "branch_kv": "independent", "key_compressor": "weighted", "gate": "sigmoid"},
+    "ssa": SSA,
+    "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed"},
+}
+
+
+def plan(default: dict, *rules: dict) -> SparseAttentionConfig:
+    """Return a plan with one default rule and further rules."""
+    return SparseAttentionConfig.from_dict({"default": dict(default), "rules": [dict(r) for r in rules]})
+
+
+def dense_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """Return a tiny dense model in eval mode, float64, large weights so that errors show."""
+    torch.manual_seed(seed)
+    sizes = {**copy.deepcopy(SIZES), **({"sliding_window": None} if family == "mistral" else {}), **changes}
+    config = getattr(transformers, f"{PREFIX[family]}Config")(**sizes)
+    return getattr(transformers, f"{PREFIX[family]}ForCausalLM")(config).double().eval()
+
+
+def trained_model(family: str, settings: dict, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """Return a patched model whose new weights are away from their initial values, as after training."""
+    model = patch_model(dense_model(family, seed, **changes), plan(settings))
+    for name, parameter in model.named_parameters():
+        if ".sparse." in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Return random token ids."""
+    return torch.randint(1, 128, shape, generator=torch.Generator().manual_seed(seed))

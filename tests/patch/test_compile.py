@@ -1,0 +1,32 @@
+"""torch.compile of decoding with a static cache, one graph and no break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from tests.models import VARIANTS, tokens, trained_model
+
+GREEDY = {"max_new_tokens": 14, "do_sample": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_compiled_static_decode(variant: str) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model, prompt = trained_model("qwen3", VARIANTS[variant]), tokens(1, 53)
+    compiled = CompileConfig(fullgraph=True, dynamic=False, backend="inductor", mode=None)
+    compiled._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compiled, **GREEDY}
+    assert torch.equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **GREEDY))
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] >= 1
+
+    mask = torch.ones(2, 53, dtype=torch.long)
+    mask[0, :33] = 0
+    out = model.generate(torch.cat([prompt, prompt]), attention_mask=mask, **options)[:, 53:]
+    alone = model.generate(prompt[:, 33:], use_cache=False, **GREEDY)[0, 20:]
+    assert torch.equal(out[0], alone)

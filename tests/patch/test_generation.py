@@ -1,0 +1,153 @@
+"""generate() with every kind of cache equals generate() without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from tests.models import VARIANTS, dense_model, tokens, trained_model
+
+GREEDY = {"max_new_tokens": 14, "do_sample": False}
+CASES = [("qwen3", name) for name in VARIANTS] + [("llama", "nsa"), ("mistral", "ssa"), ("qwen2", "nsa")]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(case), scope="module")
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    family, variant = request.param
+    return trained_model(family, VARIANTS[variant])
+
+
+@pytest.fixture(scope="module")
+def prompt() -> torch.Tensor:
+    return tokens(1, 53)
+
+
+@pytest.fixture(scope="module")
+def expected(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
+    return model.generate(prompt, use_cache=False, **GREEDY)
+
+
+@pytest.fixture(scope="module")
+def padded() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    prompts = [tokens(1, n, seed=n) for n in (53, 20, 37, 5)]
+    ids = torch.cat([torch.nn.functional.pad(p, (53 - p.shape[1], 0)) for p in prompts])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (53 - p.shape[1], 0)) for p in prompts])
+    return ids, mask, prompts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"past_key_values": DynamicCache},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 7},
+        {"prefill_chunk_size": 7, "cache_implementation": "static"},
+    ],
+    ids=["dynamic", "user-dynamic", "static", "chunked", "chunked-static"],
+)
+def test_greedy(model: PreTrainedModel, prompt: torch.Tensor, expected: torch.Tensor, options: dict) -> None:
+    made = {key: value() if isinstance(value, type) else value for key, value in options.items()}
+    assert torch.equal(model.generate(prompt, **made, **GREEDY), expected)
+
+
+def test_user_static_cache(model: PreTrainedModel, prompt: torch.Tensor, expected: torch.Tensor) -> None:
+    cache = StaticCache(model.config, max_cache_len=128)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_beam_search(model: PreTrainedModel, prompt: torch.Tensor, implementation: str | None) -> None:
+    beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    expected = model.generate(prompt, use_cache=False, **beams)
+    assert torch.equal(model.generate(prompt, cache_implementation=implementation, **beams), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 9}, {"num_beams": 3}],
+    ids=["dynamic", "uncached", "static", "chunked", "beam"],
+)
+def test_left_padded_batch(model: PreTrainedModel, padded: tuple, options: dict) -> None:
+    ids, mask, prompts = padded
+    beams = {"num_beams": 3} if "num_beams" in options else {}
+    out = model.generate(ids, attention_mask=mask, **options, **GREEDY)[:, 53:]
+    for row, alone in zip(out, prompts, strict=True):
+        expected = model.generate(alone, use_cache=False, **beams, **GREEDY)[0, alone.shape[1] :]
+        assert torch.equal(row, expected)
+
+
+def test_assisted_decoding(model: PreTrainedModel, prompt: torch.Tensor, expected: torch.Tensor) -> None:
+    assistant = dense_model("llama", seed=3, num_hidden_layers=1)
+    assert torch.equal(model.generate(prompt, assistant_model=assistant, **GREEDY), expected)
+    assert torch.equal(model.generate(prompt, assistant_model=model, **GREEDY), expected)
+
+
+def test_prompt_lookup(model: PreTrainedModel, prompt: torch.Tensor) -> None:
+    repeated = torch.cat([prompt[:, :20]] * 3, 1)
+    expected = model.generate(repeated, use_cache=False, **GREEDY)
+    assert torch.equal(model.generate(repeated, prompt_lookup_num_tokens=5, **GREEDY), expected)
+
+
+def test_second_turn_on_a_kept_cache(model: PreTrainedModel, prompt: torch.Tensor) -> None:
+    cache = DynamicCache(config=model.config)
+    first = model.generate(prompt, past_key_values=cache, **GREEDY)
+    longer = torch.cat([first, tokens(1, 11, seed=4)], 1)
+    expected = model.generate(longer, use_cache=False, **GREEDY)
+    assert torch.equal(model.generate(longer, past_key_values=cache, **GREEDY), expected)
+
+
+class TestCells:
+    """The cache holds the compressed cells and compresses each of them once."""
+
+    def test_each_cell_is_compressed_once(self, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor) -> None:
+        model = trained_model("llama", VARIANTS["nsa"])
+        method = model.model.layers[0].self_attn.sparse
+        counts = []
+        compress = method.compress
+
+        def counting(name: str, windows: torch.Tensor) -> torch.Tensor:
+            counts.append(windows.shape[1])
+            return compress(name, windows)
+
+        monkeypatch.setattr(method, "compress", counting)
+        cache = DynamicCache()
+        model.generate(prompt, past_key_values=cache, **GREEDY)
+        length = cache.get_seq_length()
+        cells = (length - 8) // 4 + 1
+        assert sum(counts) == 2 * cells
+        assert cache.layers[0].cells["key"].shape[2] >= cells
+
+    def test_wrong_cells_would_be_noticed(self, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor) -> None:
+        model = trained_model("llama", VARIANTS["nsa"])
+        expected = model.generate(prompt, use_cache=False, **GREEDY)
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(prompt[:, :-1], past_key_values=cache)
+        for layer in cache.layers:
+            layer.cells = {name: torch.zeros_like(x) for name, x in layer.cells.items()}
+        assert not torch.equal(model.generate(prompt, past_key_values=cache, **GREEDY), expected)
+
+    def test_cropped_cache_continues_exactly(self, prompt: torch.Tensor) -> None:
+        model = trained_model("llama", VARIANTS["nsa"])
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(torch.cat([prompt, tokens(1, 30, seed=8)], 1), past_key_values=cache)
+            cache.crop(-30)
+            out = model(tokens(1, 20, seed=6), past_key_values=cache).logits
+            expected = model(torch.cat([prompt, tokens(1, 20, seed=6)], 1), use_cache=False).logits[:, 53:]
+        assert (out - expected).abs().max() < 1e-10
+
+    def test_deep_copied_caches_do_not_share_memory(self, prompt: torch.Tensor) -> None:
+        import copy
+
+        model = trained_model("llama", VARIANTS["ssa"])
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+            model(tokens(1, 1), past_key_values=cache)  # from now on in place, in a buffer with room
+            other = copy.deepcopy(cache)
+            expected = model(tokens(1, 9, seed=5), past_key_values=copy.deepcopy(cache)).logits
+            model(tokens(1, 9, seed=2), past_key_values=other)
+            out = model(tokens(1, 9, seed=5), past_key_values=cache).logits
+        assert torch.equal(out, expected)
