@@ -49,10 +49,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", required=True, type=Path, help="folder of a dense checkpoint")
     parser.add_argument("--length", type=int, default=4096, help="tokens of each text")
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), metavar="NAME")
+    names = list(SETTINGS)
+    parser.add_argument("--settings", nargs="*", default=names, choices=names, metavar="NAME")
     parser.add_argument("--plan", action="append", default=[], metavar="NAME=JSON", help="a further setting")
     parser.add_argument("--text", action="append", type=Path, default=[], help="a further text file")
     parser.add_argument("--needles", nargs="*", type=int, default=[1024, 2048, 4096], metavar="LENGTH")
@@ -75,7 +77,8 @@ def all_settings(names: list[str], plans: list[str]) -> dict[str, SparseAttentio
 
 def needle_row(model: torch.nn.Module, cases: list[NeedleCase]) -> dict[str, Any]:
     scores = [score_case(model, case) for case in cases]
-    row: dict[str, Any] = {f"needle_{n}": f"{hit}/{all_}" for n, (hit, all_) in hits_by_length(scores).items()}
+    hits = hits_by_length(scores)
+    row: dict[str, Any] = {f"needle_{n}": f"{hit}/{cases}" for n, (hit, cases) in hits.items()}
     if scores:
         row["needle_nll"] = sum(score.nll for score in scores) / len(scores)
     return row
@@ -147,7 +150,8 @@ def main() -> None:
         begin = time.perf_counter()
         patch_model(model, sparse)
         budget = min(layer.self_attn.sparse.visible_budget() for layer in model.model.layers)
-        row = {"setting": name, "budget": budget, **text_row(model, dense, budget), **needle_row(model, cases)}
+        row = {"setting": name, "budget": budget, **text_row(model, dense, budget)}
+        row |= needle_row(model, cases)
         row["seconds"] = round(time.perf_counter() - begin, 1)
         unpatch_model(model)
         gc.collect()

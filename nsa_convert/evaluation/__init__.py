@@ -1,0 +1,1 @@
+"""How far a converted model is from the dense model it came from."""

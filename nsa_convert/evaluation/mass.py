@@ -75,7 +75,8 @@ class MassProbe:
     def _add(self, record: AttentionRecord) -> None:
         layout = record.layout
         assert record.q.shape[0] == 1, "the probe reads one sequence at a time"
-        assert layout.start is None and layout.cu_seqlens is None, "the probe reads unpadded sequences"
+        assert layout.start is None, "the probe reads unpadded sequences"
+        assert layout.cu_seqlens is None, "the probe reads one document"
         if not record.patterns:
             return
         queries = sample_queries(record.q.shape[1], self.min_context, self.num_queries).to(record.q.device)
@@ -96,7 +97,7 @@ class MassProbe:
 
 
 def sample_queries(num_queries: int, min_context: int, count: int) -> Tensor:
-    """Return ``count`` evenly spaced query positions whose context exceeds ``min_context``, the last included."""
+    """Return ``count`` evenly spaced positions with more context than ``min_context``, the last included."""
     first = min(min_context, num_queries - 1)
     return torch.linspace(first, num_queries - 1, min(count, num_queries - first)).round().long()
 

@@ -99,10 +99,23 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "cpu") ->
     """
     from transformers import AutoModelForCausalLM
 
-    import nsa_convert  # noqa: F401  registers the converted model types with transformers
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True)
+    with _no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True)
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing on stderr inside the block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

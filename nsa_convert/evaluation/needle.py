@@ -154,7 +154,9 @@ def _encode(tokenizer: Any, context: str, key: str, value: str, chat: bool) -> t
     # A template writes its own special tokens; a plain prompt gets those of the tokenizer (BOS).
     before = tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"]
     whole = tokenizer(f"{prompt} {value}", add_special_tokens=not chat, verbose=False)["input_ids"]
-    cut = next((i for i, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), len(before))
+    cut = 0
+    while cut < len(before) and before[cut] == whole[cut]:
+        cut += 1
     while cut < len(whole) - 1 and not tokenizer.decode(whole[cut : cut + 1]).strip():
         cut += 1
     return whole[:cut], whole[cut:]

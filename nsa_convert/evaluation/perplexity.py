@@ -30,7 +30,7 @@ class Readout:
     head: Callable[[Tensor], Tensor]
 
     def log_probs(self, begin: int, end: int) -> Tensor:
-        """Return log-probabilities of the next token after positions ``begin .. end - 1``, ``[N, V]`` float32.
+        """Return log-probabilities of the token after each position begin .. end - 1, ``[N, V]`` float32.
 
         Raises:
             CheckFailedError: A logit is not finite.

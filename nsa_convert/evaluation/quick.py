@@ -1,0 +1,160 @@
+"""The quick suite: perplexity, divergence from the dense model, and captured mass, on one or two texts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from nsa_convert import __version__
+from nsa_convert.errors import ConfigError
+from nsa_convert.evaluation.divergence import compare
+from nsa_convert.evaluation.inputs import Inputs, prepare_inputs
+from nsa_convert.evaluation.mass import LayerMass, MassProbe
+from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
+from nsa_convert.evaluation.needle import NeedleScore, score_case
+from nsa_convert.evaluation.perplexity import Readout, position_buckets, read_out
+from nsa_convert.evaluation.plots import require_matplotlib, write_plots
+from nsa_convert.evaluation.report import QuickReport, TextResult
+from nsa_convert.evaluation.settings import QuickSettings
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """One model's answers to all inputs."""
+
+    readouts: list[Readout]
+    layers: list[tuple[LayerMass, ...]]
+    needles: tuple[NeedleScore, ...]
+
+
+def run_quick(
+    model_path: str | Path,
+    *,
+    against: str | Path | None = None,
+    text_file: str | Path | None = None,
+    out_dir: str | Path | None = None,
+    length: int | None = None,
+    progress: Say | None = None,
+    **settings: Any,
+) -> QuickReport:
+    """Compare a converted model with its dense model.
+
+    Without ``against`` the dense model is the converted one with dense attention over the same weights: the
+    original exactly, as long as the model was not trained after conversion.
+
+    Args:
+        model_path: Folder of a converted (or dense) checkpoint.
+        against: Folder of the dense checkpoint to compare with.
+        text_file: UTF-8 text; by default standard-library source code and the Python language reference.
+        out_dir: Folder for ``report.json``, CSV files and plots; None writes nothing.
+        length: Tokens per text; by default four visible budgets, as far as model and text allow.
+        progress: Called with one line before each slow step.
+        **settings: Fields of :class:`QuickSettings`.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: A bad setting, a text that is too short, a length beyond the model's positions, or a
+            dense model with other tokens.
+        CheckpointError: A folder holds no model or no tokenizer.
+        CheckFailedError: A model's logits are not finite.
+        MachineError: ``out_dir`` was given and matplotlib is missing.
+    """
+    begin = time.perf_counter()
+    say = progress or (lambda line: None)
+    chosen = QuickSettings.read(settings)
+    if out_dir is not None:
+        require_matplotlib()
+    models = [read_facts(path) for path in (model_path, against) if path is not None]
+    inputs = prepare_inputs(models, text_file, length, chosen)
+    device = _device(chosen.device)
+    sparse, dense = _read_both(models, inputs, chosen, device, say)
+    say("comparing the distributions")
+    report = QuickReport(
+        model=_describe(models[0]), against=_describe(models[-1], same_weights=against is None),
+        visible_budget=models[0].visible_budget, texts=_results(models[0], inputs, sparse, dense),
+        needles={"dense": dense.needles, "sparse": sparse.needles} if inputs.cases else {},
+        warnings=inputs.warnings, settings={"length": length, **dataclasses.asdict(chosen)},
+        environment=_environment(device), seconds=time.perf_counter() - begin,
+    )
+    if out_dir is None:
+        return report
+    report = dataclasses.replace(report, files=tuple(write_plots(report, Path(out_dir))))
+    return dataclasses.replace(report, files=(*report.files, *report.write(Path(out_dir))))
+
+
+def _read_both(
+    models: list[ModelFacts], inputs: Inputs, chosen: QuickSettings, device: str, say: Say
+) -> tuple[_Reading, _Reading]:
+    """Run the sparse model, then the dense one; two checkpoints are never in memory together."""
+    say(f"loading {models[0].path}")
+    model = load_model(models[0].path, chosen.dtype, device)
+    sparse = _read(model, inputs, models[0].visible_budget, chosen.num_queries, say)
+    if len(models) == 2:
+        del model
+        say(f"loading {models[1].path}")
+        model = load_model(models[1].path, chosen.dtype, device)
+    same_weights = len(models) == 1 and models[0].methods
+    with dense_attention_in(model) if same_weights else contextlib.nullcontext():
+        say("dense attention")
+        dense = _read(model, inputs, None, chosen.num_queries, say)
+    return sparse, dense
+
+
+def _read(model: nn.Module, inputs: Inputs, budget: int | None, num_queries: int, say: Say) -> _Reading:
+    readouts, layers, needles = [], [], []
+    for text, ids in inputs.texts:
+        say(f"{text.name}: {len(ids)} tokens")
+        probe = MassProbe(budget or 0, num_queries)
+        with probe.watch():
+            readouts.append(read_out(model, ids))
+        layers.append(tuple(probe.rows))
+    for case in inputs.cases:
+        say(f"needle: {case.length} tokens, depth {case.depth:.0%}")
+        needles.append(score_case(model, case))
+    return _Reading(readouts=readouts, layers=layers, needles=tuple(needles))
+
+
+def _results(model: ModelFacts, inputs: Inputs, sparse: _Reading, dense: _Reading) -> tuple[TextResult, ...]:
+    return tuple(
+        TextResult(
+            text=text, tokens=len(ids), divergence=compare(dense.readouts[i], sparse.readouts[i], ids),
+            buckets=tuple(position_buckets(len(ids) - 1, model.visible_budget)), layers=sparse.layers[i],
+        )
+        for i, (text, ids) in enumerate(inputs.texts)
+    )
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device", code="RC10")
+    return name
+
+
+def _describe(facts: ModelFacts, *, same_weights: bool = False) -> dict[str, Any]:
+    counts = {name: facts.methods.count(name) for name in dict.fromkeys(facts.methods)}
+    out = {"path": str(facts.path), "model_type": facts.model_type, "layers_by_method": counts}
+    return {**out, "attention": "dense, over the weights of the evaluated model"} if same_weights else out
+
+
+def _environment(device: str) -> dict[str, Any]:
+    return {
+        "nsa_convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(), "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+    }
