@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from nsa_convert.kernels.checks import accumulate_dtype
 from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.compressed.decode import decode_cells
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
-from nsa_convert.kernels.dense.segments import Segment, segments
+from nsa_convert.kernels.dense.segments import Segment, is_decode, segments
 from nsa_convert.kernels.dense.tiles import Tiles, backward_tiles, split_non_finite
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
@@ -25,6 +26,8 @@ def attend(
     layout: SequenceLayout, scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :func:`nsa_convert.kernels.compressed.compressed_attention`."""
+    if is_decode(layout, q, cv):
+        return decode_cells(q, ck, cv, grid, rule, layout, scale)
     run = CompressedRun(q, ck, grid, rule, layout, scale)
     if cv is None:
         with torch.no_grad():
@@ -55,7 +58,8 @@ class CompressedRun:
     """One call: its documents with their cells, and the loops over them."""
 
     def __init__(
-        self, q: Tensor, ck: Tensor, grid: CellGrid, rule: BlockTopK | None, layout: SequenceLayout, scale: float
+        self, q: Tensor, ck: Tensor, grid: CellGrid, rule: BlockTopK | None, layout: SequenceLayout,
+        scale: float,
     ) -> None:
         self.grid, self.rule, self.scale = grid, rule, scale
         self.num_heads, self.num_kv_heads, self.device = q.shape[2], ck.shape[2], q.device

@@ -57,7 +57,7 @@ def top_blocks(score: Tensor, own: Tensor, size: int, rule: BlockTopK) -> Tensor
     forced = (block < rule.num_sink_blocks) | (block > own - rule.num_local_blocks)
     score = score.masked_fill_(forced, torch.inf).masked_fill_(block > own, -1.0)
     if score.dtype == torch.float32:
-        # The bits of non-negative floats are ordered like the floats; the block number below them settles ties.
+        # Non-negative floats are ordered like their bits; the block number below them settles ties.
         key = score.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(_LOW - block)
         kept = key.topk(size, -1, sorted=False).values
         kept = torch.where(kept < 0, num_blocks, _LOW - kept.bitwise_and(_LOW))

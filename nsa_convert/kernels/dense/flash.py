@@ -1,4 +1,4 @@
-"""One small attention with its log-sum-exp: torch's fused CPU kernel where it exists, plain math elsewhere."""
+"""One small attention with its log-sum-exp: torch's fused CPU kernel if it exists, plain math otherwise."""
 
 from __future__ import annotations
 
@@ -8,51 +8,66 @@ from torch import Tensor
 from nsa_convert.kernels.checks import accumulate_dtype
 
 FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-"""What ``scaled_dot_product_attention`` runs on a CPU; the public function does not return its lse. None where
-this torch has no such operator: then :func:`plain_attention` does the work."""
+"""What ``scaled_dot_product_attention`` runs on a CPU; the public function does not return its lse.
+
+None where this torch has no such operator: then :func:`plain_attention` does the work.
+"""
+
+GROUP_ON_ROWS = 32
+"""Tiles with fewer queries put the query heads of a group on the rows of the matrix products."""
 
 
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend with g query heads that share each key list.
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend without causality; not differentiable in lse.
+
+    Args:
+        q: ``[N, H, R, D]``.
+        k: ``[N, H, L, D]``, finite where ``bias`` is -inf.
+        v: ``[N, H, L, DV]``, finite where ``bias`` is -inf.
+        bias: 0 or -inf in the dtype of q, broadcasts to ``[N, H, R, L]``, or None.
+        scale: Factor on the scores.
+
+    Returns:
+        ``(o [N, H, R, DV], lse [N, H, R] float32 or float64)``. A row that is masked everywhere has
+        undefined o and lse: the caller knows these rows and sets them.
+    """
+    if FUSED is None or q.device.type != "cpu" or v.shape[-1] != q.shape[-1]:
+        return plain_attention(q, k, v, bias, scale)
+    return FUSED(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+
+
+def attend_group(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend with g query heads that share each list of keys.
 
     Args:
         q: ``[n, g, W, D]``.
-        k: ``[n or 1, L, D]``, finite.
-        v: ``[n or 1, L, DV]``, finite.
+        k: ``[n or 1, L, D]``.
+        v: ``[n or 1, L, DV]``.
         bias: ``[n or 1, W, L]`` in the dtype of q, 0 or -inf, or None.
         scale: Factor on the scores.
 
     Returns:
-        ``(o [n, g, W, DV], lse [n, g, W] float32 or float64)``; not differentiable. A row that is masked
-        everywhere has undefined o and lse: the caller knows these rows and sets them.
+        ``(o [n, g, W, DV], lse [n, g, W])`` as :func:`attend_rows`.
     """
-    if FUSED is None or q.device.type != "cpu" or v.shape[-1] != q.shape[-1]:
-        return plain_attention(q, k, v, bias, scale)
     n, g, width, _ = q.shape
-    if width < 32:  # short tiles: the group on the rows gives the matrix product enough of them
-        rows = q.reshape(n, 1, g * width, -1)
-        if bias is not None:
-            bias = bias[:, None].expand(-1, g, -1, -1).flatten(1, 2)[:, None]
-        o, lse = FUSED(rows, _heads(k, n, 1), _heads(v, n, 1), 0.0, False, attn_mask=bias, scale=scale)
-        return o.view(n, g, width, -1), lse.reshape(n, g, width)
-    mask = None if bias is None else bias[:, None]
-    return FUSED(q, _heads(k, n, g), _heads(v, n, g), 0.0, False, attn_mask=mask, scale=scale)
-
-
-def _heads(x: Tensor, n: int, g: int) -> Tensor:
-    return x[:, None].expand(n, g, -1, -1)
+    heads = 1 if width < GROUP_ON_ROWS else g
+    k, v = (x[:, None].expand(n, heads, -1, -1) for x in (k, v))
+    if heads == g:
+        return attend_rows(q, k, v, None if bias is None else bias[:, None], scale)
+    if bias is not None:
+        bias = bias[:, None].expand(-1, g, -1, -1).flatten(1, 2)[:, None]
+    o, lse = attend_rows(q.reshape(n, 1, g * width, -1), k, v, bias, scale)
+    return o.reshape(n, g, width, -1), lse.reshape(n, g, width)
 
 
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`flash_attention` with matrix products, in float32 or float64."""
+    """Compute :func:`attend_rows` with matrix products, in float32 or float64."""
     dtype = accumulate_dtype(q.dtype)
-    scores = torch.matmul(q.to(dtype), k.to(dtype)[:, None].transpose(2, 3)).mul_(scale)
+    scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(2, 3)) * scale
     if bias is not None:
-        scores += bias[:, None]
+        scores = scores + bias
     lse = scores.logsumexp(-1)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return torch.matmul(p, v.to(dtype)[:, None]).to(q.dtype), lse
+    return torch.matmul(p, v.to(dtype)).to(q.dtype), lse

@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 from nsa_convert.patterns import SequenceLayout
+
+DECODE_QUERIES = 16
+"""Calls with at most this many queries fetch keys query by query."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,3 +60,17 @@ def segments(layout: SequenceLayout, batch: int, num_queries: int, num_keys: int
             yield Segment(
                 row=row, queries=(first, num_queries), keys=(start, end), offset=offset + first - start
             )
+
+
+def is_decode(layout: SequenceLayout, q: Tensor, *others: Tensor | None) -> bool:
+    """Return whether a call takes the decode path: few queries on a cache, and no gradient wanted."""
+    if layout.cu_seqlens is not None:
+        return False
+    tensors = (q, *(x for x in others if x is not None))
+    if any(x.shape[1] == 0 for x in tensors):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    # A graph that takes the offset as a tensor must not look at its value, as the tiles do.
+    static = isinstance(layout.offset, Tensor) and torch.compiler.is_compiling()
+    return static or q.shape[1] <= DECODE_QUERIES

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_convert.kernels.checks import accumulate_dtype
-from nsa_convert.kernels.dense.flash import flash_attention
+from nsa_convert.kernels.dense.flash import attend_group
 
 SCORE_BYTES = 1 << 24
 """Scores one step of the backward may hold; small enough to stay in the cache of a desktop processor."""
@@ -136,7 +136,7 @@ def forward_tiles(
         bias = None
         if t.visible is not None:
             bias = torch.zeros_like(t.visible, dtype=q.dtype).masked_fill_(~t.visible, -torch.inf)
-        part, part_lse = flash_attention(t.queries(q).transpose(1, 2), t.gather(k), t.gather(v), bias, scale)
+        part, part_lse = attend_group(t.queries(q).transpose(1, 2), t.gather(k), t.gather(v), bias, scale)
         if t.alive is not None:
             dead = ~t.alive[:, None]
             part, part_lse = part.masked_fill(dead[..., None], 0.0), part_lse.masked_fill(dead, -torch.inf)

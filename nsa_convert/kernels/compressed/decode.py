@@ -1,0 +1,66 @@
+"""Compressed attention and block choice for a few queries.
+
+Nothing here depends on the value of a tensor, so a compiled graph can take ``layout.offset`` as a tensor;
+the cells are then the whole buffer of a static cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa_convert.kernels.checks import accumulate_dtype
+from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
+from nsa_convert.patterns import BlockTopK, SequenceLayout
+
+
+def decode_cells(
+    q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
+    layout: SequenceLayout, scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See :func:`nsa_convert.kernels.compressed.compressed_attention`."""
+    num_queries, num_kv_heads = q.shape[1], ck.shape[2]
+    capacity = (ck.shape[1] - 1) * grid.stride + grid.width + grid.stride - 1  # tokens these cells can cover
+    if not isinstance(layout.offset, Tensor):
+        capacity = layout.offset + num_queries - (0 if layout.start is None else int(layout.start.min()))
+        ck, cv = (None if x is None else x[:, : grid.count(capacity)] for x in (ck, cv))
+    ages = layout.positions(num_queries, q.device) - layout.row_starts(num_queries, q.device) + 1
+    visible = None
+    if num_queries > 1 or layout.start is not None or isinstance(layout.offset, Tensor):
+        visible = torch.arange(ck.shape[1], device=q.device) < grid.complete(ages)[..., None]  # [B or 1, TQ, C]
+    p, lse = _probabilities(q, ck, visible, scale)  # [B, H, TQ, g, C], [B, H, TQ, g]
+    indices = None
+    if rule is not None:
+        own = (ages - 1).div(rule.block_size, rounding_mode="floor")[:, None, :, None]
+        num_blocks = max(1, -(-capacity // rule.block_size))
+        size = min(rule.num_blocks, num_blocks)
+        if size == num_blocks:
+            score = p.new_empty(q.shape[0], num_kv_heads, num_queries, num_blocks)
+        else:
+            score = block_scores(p.sum(3).nan_to_num_(nan=0.0), num_blocks, grid, rule)
+        indices = top_blocks(score, own, size, rule)
+    if cv is None:
+        return None, None, indices
+    if visible is not None:
+        # 0 * NaN is NaN: cells that nobody sees yet must not be multiplied.
+        cv = cv.masked_fill(~visible.any(1)[..., None, None], 0.0)
+    o = torch.matmul(p.flatten(2, 3).to(q.dtype), cv.transpose(1, 2)).unflatten(2, p.shape[2:4])
+    return o.permute(0, 2, 1, 3, 4).flatten(2, 3), lse.permute(0, 2, 1, 3).flatten(2, 3), indices
+
+
+def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(q.dtype)
+    rows = q.to(dtype).mul(scale).unflatten(2, (ck.shape[2], -1)).permute(0, 2, 1, 3, 4)  # [B, H, TQ, g, D]
+    if ck.shape[1] == 0:
+        return rows.new_zeros(*rows.shape[:4], 0), rows.new_full(rows.shape[:4], -torch.inf)
+    scores = torch.matmul(rows.flatten(2, 3), ck.to(dtype).permute(0, 2, 3, 1)).unflatten(2, rows.shape[2:4])
+    if visible is None:
+        p = scores.softmax(-1)
+        return p, scores.amax(-1) - p.amax(-1).log()
+    hidden = ~visible[:, None, :, None]
+    scores = scores.masked_fill(hidden, torch.finfo(dtype).min)
+    p = scores.softmax(-1)
+    blind = hidden.all(-1)
+    lse = (scores.amax(-1) - p.amax(-1).log()).masked_fill(blind, -torch.inf)
+    return p.masked_fill(blind[..., None], 0.0), lse
