@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from nsa_convert import __version__
 from nsa_convert.config import LayerRule, SparseAttentionConfig
-from nsa_convert.errors import CheckpointError, UsageError
+from nsa_convert.errors import UsageError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.registry import read_rule
-from nsa_convert.patch.checkpoint import SOURCE_README, Checkpoint, open_checkpoint
-from nsa_convert.patch.estimate import CONTEXTS, ContextCost, context_costs, dense_until
+from nsa_convert.patch.checkpoint import Checkpoint, open_checkpoint
+from nsa_convert.patch.estimate import CONTEXTS, ContextCost, context_costs, cost_lines, dense_until
 from nsa_convert.patch.gguf import is_gguf, open_gguf, write_dense_folder
 from nsa_convert.patch.headers import WEIGHT_DTYPES
-from nsa_convert.patch.manifest import RECIPE, REPORT, SOURCE_FOLDER, write_json, write_manifest
+from nsa_convert.patch.manifest import RECIPE, REPORT, write_json, write_manifest
 from nsa_convert.patch.new_weights import NewTensor, planned_tensors, write_new_shard
+from nsa_convert.patch.output import (
+    SPARSE_SHARD,
+    Progress,
+    converted_index,
+    keep_originals,
+    place_shards,
+    same_device,
+    shard_names,
+)
 from nsa_convert.patch.plan import resolve_plan, sparse_config_dict
 from nsa_convert.patch.remote_code import write_code_files
-from nsa_convert.patch.shards import INDEX_FILE, SINGLE_FILE, Shard, resolve_inside
-from nsa_convert.patch.staging import check_free, check_places, copy_file, link_file, require_space, staged
-from nsa_convert.patch.streams import ShardScan, hash_file, run_threads, scan_shard
+from nsa_convert.patch.shards import INDEX_FILE, resolve_inside
+from nsa_convert.patch.staging import check_free, check_places, copy_file, gigabytes, require_space, staged
+from nsa_convert.patch.streams import hash_file
 from nsa_convert.patch.tokenizer_files import check_tokenizer
 
-SPARSE_SHARD = "model-sparse.safetensors"
 OVERHEAD_BYTES = 4_000_000
 """Room for config, index, code and report files in the disk check."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,25 @@ class ConversionReport:
         out = dataclasses.asdict(self)
         out["out"] = None if self.out is None else str(self.out)
         return {**out, "new_parameters": self.new_parameters}
+
+    def to_text(self) -> str:
+        """Return the report for people."""
+        share = self.new_parameters / self.kept_parameters
+        lines = [
+            f"{self.source['id']} ({self.family})",
+            f"kept: {self.kept_parameters:,} parameters in {self.kept_tensors} tensors",
+            *(
+                f"layers {run['layers']}: {run['method']} {_settings_text(run['settings'])}"
+                for run in self.layers
+            ),
+            f"new: {self.new_parameters:,} parameters ({share:.2%}) in {len(self.new_tensors)} tensors",
+            f"disk: {gigabytes(self.new_bytes)} new (weights {self.placed})",
+        ]
+        if self.dense_until is not None:
+            lines.append(f"no sparsity below {self.dense_until:,} tokens: up to there it is the dense model")
+        lines += ["", *cost_lines(self.costs), ""]
+        lines.append("dry run: nothing was written" if self.out is None else f"written: {self.out}")
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +165,7 @@ def convert_checkpoint(
             source, out, sparse, identity, dtype, contexts, dry_run, threads=threads, progress=progress
         )
     job = _prepare(open_checkpoint(source, allow_extra_tensors=allow_extra_tensors), sparse)
-    placed = "linked" if not copy and _same_device(job.checkpoint, out) else "copied"
+    placed = "linked" if not copy and same_device(job.checkpoint, out) else "copied"
     report = _report(job, {**identity, "format": "safetensors"}, contexts, placed)
     require_space(out, report.new_bytes + OVERHEAD_BYTES)
     if dry_run:
@@ -246,17 +271,17 @@ def _fill(
 ) -> ConversionReport:
     """Write everything that belongs into the converted folder; the manifest is last."""
     checkpoint = job.checkpoint
-    names = _shard_names(job)
-    scans, linked = _place_shards(folder, checkpoint, names, copy, threads, progress)
+    names = shard_names(checkpoint, job.new)
+    scans, linked = place_shards(folder, checkpoint, names, copy, threads, progress)
     if job.new:
         write_new_shard(folder / SPARSE_SHARD, checkpoint, job.sparse)
     for name in checkpoint.side_files:
         copy_file(resolve_inside(checkpoint.folder, name), folder / name)
-    _keep_originals(folder, checkpoint)
+    keep_originals(folder, checkpoint)
     write_code_files(folder, checkpoint.family.sparse_model_type)
     write_json(folder / "config.json", sparse_config_dict(checkpoint.config, job.sparse))
     if job.new or checkpoint.weights.index is not None:
-        write_json(folder / INDEX_FILE, _index(job, names))
+        write_json(folder / INDEX_FILE, converted_index(checkpoint.weights, names, job.new))
     files = {
         scan.name: {"file": names[scan.name], "bytes": scan.bytes, "sha256": scan.sha256} for scan in scans
     }
@@ -274,62 +299,6 @@ def _fill(
     return report
 
 
-def _place_shards(
-    folder: Path,
-    checkpoint: Checkpoint,
-    names: Mapping[str, str],
-    copy: bool,
-    threads: int | None,
-    progress: Progress | None,
-) -> tuple[list[ShardScan], bool]:
-    """Link or copy every shard and read it once; returns the scans and whether all were linked."""
-    shards = checkpoint.weights.shards
-    done: list[str] = []
-
-    def place(shard: Shard) -> tuple[ShardScan, bool]:
-        target = folder / names[shard.name]
-        linked = not copy and link_file(shard.header.path, target)
-        scan = scan_shard(shard, target if linked else shard.header.path, None if linked else target)
-        done.append(shard.name)
-        if progress is not None:
-            progress(shard.name, len(done), len(shards))
-        return scan, linked
-
-    results = run_threads(place, shards, threads)
-    return [scan for scan, _ in results], all(linked for _, linked in results)
-
-
-def _shard_names(job: _Job) -> dict[str, str]:
-    """Return source name -> name in OUT; ``model.safetensors`` would hide the index, so it gets a number."""
-    shards = job.checkpoint.weights.shards
-    if job.new and SPARSE_SHARD in {shard.name for shard in shards}:
-        raise CheckpointError(f"the source already holds {SPARSE_SHARD}", code="CK35", where=SPARSE_SHARD)
-    if job.new and [shard.name for shard in shards] == [SINGLE_FILE]:
-        return {SINGLE_FILE: "model-00001-of-00001.safetensors"}
-    return {shard.name: shard.name for shard in shards}
-
-
-def _index(job: _Job, names: Mapping[str, str]) -> dict[str, Any]:
-    weights = job.checkpoint.weights
-    where = {entry.name: names[shard.name] for shard in weights.shards for entry in shard.header.tensors}
-    where |= {tensor.name: SPARSE_SHARD for tensor in job.new}
-    kept = weights.tensors().values()
-    metadata = {
-        "total_parameters": sum(t.size for t in kept) + sum(t.size for t in job.new),
-        "total_size": sum(t.nbytes for t in kept) + sum(t.nbytes for t in job.new),
-    }
-    return {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
-
-
-def _keep_originals(folder: Path, checkpoint: Checkpoint) -> None:
-    """Keep the files that conversion replaces, so that revert gives the very same bytes back."""
-    kept = folder / SOURCE_FOLDER
-    kept.mkdir()
-    for name in ("config.json", INDEX_FILE, SOURCE_README):
-        if (checkpoint.folder / name).exists():
-            copy_file(resolve_inside(checkpoint.folder, name), kept / name)
-
-
 def recipe_text(report: ConversionReport, sparse: SparseAttentionConfig) -> str:
     """Return the recipe that repeats a conversion."""
     import yaml
@@ -337,6 +306,10 @@ def recipe_text(report: ConversionReport, sparse: SparseAttentionConfig) -> str:
     base = {key: report.source[key] for key in ("id", "revision", "dtype") if report.source.get(key)}
     body = yaml.safe_dump({"base_model": base, "sparse_attention": sparse.to_dict()}, sort_keys=False)
     return f"# nsa-convert convert MODEL OUT --config {RECIPE}\n{body}"
+
+
+def _settings_text(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _versions() -> dict[str, str]:
@@ -351,12 +324,3 @@ def _left_out(checkpoint: Checkpoint) -> list[str]:
         return []
     names = ", ".join(checkpoint.left_out[:10]) + (" ..." if len(checkpoint.left_out) > 10 else "")
     return [f"not carried over: {names}"]
-
-
-def _same_device(checkpoint: Checkpoint, out: Path) -> bool:
-    """Return whether every shard lies on the file system that will hold OUT."""
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    device = parent.stat().st_dev
-    return all(shard.header.path.stat().st_dev == device for shard in checkpoint.weights.shards)

@@ -66,6 +66,11 @@ class VerificationReport:
             "checks": [dataclasses.asdict(c) for c in self.checks],
         }
 
+    def to_text(self) -> str:
+        """Return the report for people."""
+        words = {True: "ok", False: "FAILED", None: "skipped"}
+        return "\n".join(f"{words[check.ok]:8} {check.name:20} {check.detail}" for check in self.checks)
+
     def raise_failed(self) -> None:
         """Raise CheckFailedError for the first check that failed, if any."""
         failed = [check for check in self.checks if check.ok is False]
@@ -143,6 +148,12 @@ class RevertReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return {"dense": str(self.dense), "files": self.files, "placed": self.placed}
+
+    def to_text(self) -> str:
+        """Return the report for people."""
+        return (
+            f"written: {self.dense} ({len(self.files)} files, weights {self.placed}), bit-equal to the source"
+        )
 
 
 def revert_checkpoint(

@@ -128,7 +128,8 @@ def cost_lines(costs: Sequence[ContextCost]) -> list[str]:
     lines = ["  context   dense cache   sparse cache   read per token   attention FLOPs"]
     for cost in costs:
         lines.append(
-            f"{cost.context:>9,}  {cost.dense_kv_bytes / 1e6:>9,.1f} MB  {cost.sparse_kv_bytes / 1e6:>10,.1f} MB  "
+            f"{cost.context:>9,}  {cost.dense_kv_bytes / 1e6:>9,.1f} MB  "
+            f"{cost.sparse_kv_bytes / 1e6:>10,.1f} MB  "
             f"{cost.sparse_decode_bytes / cost.dense_decode_bytes:>14.1%}  "
             f"{cost.sparse_prefill_flops / cost.dense_prefill_flops:>16.1%}"
         )

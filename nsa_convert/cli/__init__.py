@@ -1,0 +1,5 @@
+"""The command line ``nsa-convert``."""
+
+from nsa_convert.cli.commands import main
+
+__all__ = ["main"]

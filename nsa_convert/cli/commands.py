@@ -1,0 +1,259 @@
+"""The commands: each parses, calls one function and prints; everything heavy is imported inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nsa_convert import __version__
+from nsa_convert.cli.frame import Commands, common, hint, print_json, shard_progress, show, show_tables, tell
+from nsa_convert.errors import ConfigError, MachineError, UsageError
+
+
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True
+)
+@click.version_option(__version__, prog_name="nsa-convert")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Turn a dense Llama, Qwen or Mistral checkpoint into a sparse one that starts as the same model.
+
+    MODEL is a folder, a .gguf file, a Hub id, or demo. Start with: nsa-convert inspect demo
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@main.command()
+@common
+def doctor(as_json: bool) -> None:
+    """Show versions, device, a tiny kernel run, memory, disk and missing packages."""
+    from nsa_convert.doctor import examine_machine
+
+    report = examine_machine()
+    if not report.kernel_ok:
+        raise MachineError(
+            f"the kernel run {report.kernel}", code="KN14", hint="check the installation of torch"
+        )
+    show(report, as_json)
+
+
+@main.command()
+@common
+def methods(as_json: bool) -> None:
+    """List the sparse attention methods and their settings."""
+    import dataclasses
+
+    from nsa_convert.methods.registry import METHODS
+
+    rows = []
+    for method in METHODS.values():
+        defaults = {field.name: field.default for field in dataclasses.fields(method.Settings)}
+        rows.append({**dataclasses.asdict(method.spec), "defaults": defaults})
+    if as_json:
+        print_json({"ok": True, "methods": rows})
+        return
+    for row in rows:
+        click.echo(f"{row['name']:6} {row['title']} ({row['paper']}): {row['summary']}")
+        for key, value in row["defaults"].items():
+            click.echo(f"         --set {key}={value}  ({row['sources'].get(key, '')})")
+
+
+@main.command()
+@click.argument("code")
+@common
+def explain(code: str, as_json: bool) -> None:
+    """Say what an error CODE means and what to do."""
+    import dataclasses
+
+    from nsa_convert.error_codes import explain_code
+
+    entry = explain_code(code)
+    if as_json:
+        print_json({"ok": True, **dataclasses.asdict(entry)})
+        return
+    status = f"exit status {entry.exit}" if entry.exit else "a warning"
+    click.echo(f"{entry.code} ({status}): {entry.title}\n{entry.remedy}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--method", help="Look at this method only.")
+@click.option("--context", default="8192,32768,131072", show_default=True, help="Lengths for the cost table.")
+@common
+def inspect(model: str, method: str | None, context: str, as_json: bool) -> None:
+    """Show what MODEL is, which methods fit, and what they cost; reads headers only."""
+    from nsa_convert.cli.options import parse_lengths
+    from nsa_convert.hub import resolve_model
+    from nsa_convert.inspection import inspect_checkpoint
+
+    lengths = parse_lengths(context, "--context")
+    show(inspect_checkpoint(resolve_model(model, tell=tell).path, method, lengths), as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--method", help="Sparse attention method; see `nsa-convert methods`.")
+@click.option(
+    "--config", help="YAML or JSON file with a whole plan under sparse_attention, as recipe.yaml has."
+)
+@click.option(
+    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A setting of the method; repeatable."
+)
+@click.option("--layers", help="Layers that become sparse, such as 0-3,7; the others stay dense.")
+@click.option("--dtype", default="float32", show_default=True, help="Dtype for the weights of a .gguf file.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--copy", is_flag=True, help="Copy the weight files instead of hard-linking them.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint at OUT.")
+@click.option("--allow-extra-tensors", is_flag=True, help="Keep tensors the architecture does not have.")
+@click.option("--dry-run", is_flag=True, help="Do every check and all arithmetic, write nothing.")
+@common
+def convert(
+    model: str,
+    out: Path,
+    method: str | None,
+    config: str | None,
+    pairs: tuple[str, ...],
+    layers: str | None,
+    revision: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write the sparse form of MODEL to the new folder OUT."""
+    from nsa_convert.cli.options import read_plan
+    from nsa_convert.convert import convert_checkpoint
+    from nsa_convert.hub import resolve_model
+
+    plan = read_plan(method, config, pairs, layers)
+    source = resolve_model(model, revision=revision, tell=tell)
+    with shard_progress() as progress:
+        report = convert_checkpoint(
+            source.path,
+            out,
+            plan,
+            source_id=source.id,
+            revision=source.revision,
+            progress=progress,
+            **options,
+        )
+    show(report, as_json)
+    if report.out is not None:
+        hint(f"untrained, it differs from the dense model beyond its budget; next: nsa-convert verify {out}")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--against", help="The dense MODEL it was made from: compare every tensor with it.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Also run code files of OUT that are not this version's."
+)
+@common
+def verify(out: Path, against: str | None, trust_remote_code: bool, as_json: bool) -> None:
+    """Check the converted folder OUT: files, values, kept tensors, full budget = dense, bare loading."""
+    from nsa_convert.hub import resolve_model
+    from nsa_convert.verification import verify_checkpoint
+
+    source = None if against is None else resolve_model(against, tell=tell).path
+    report = verify_checkpoint(out, source, trust_remote_code=trust_remote_code, progress=tell)
+    if report.ok or not as_json:
+        show(report, as_json)
+    report.raise_failed()
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("dense", type=click.Path(path_type=Path))
+@click.option("--copy", is_flag=True, help="Copy the weight files instead of hard-linking them.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint at DENSE.")
+@common
+def revert(out: Path, dense: Path, copy: bool, overwrite: bool, as_json: bool) -> None:
+    """Write the dense checkpoint that OUT was made from to the new folder DENSE, bit by bit."""
+    from nsa_convert.verification import revert_checkpoint
+
+    show(revert_checkpoint(out, dense, copy=copy, overwrite=overwrite), as_json)
+
+
+@main.command(name="eval")
+@click.argument("model")
+@click.option("--against", help="The dense MODEL to compare with; the weights of MODEL when left out.")
+@click.option(
+    "--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure."
+)
+@click.option(
+    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A setting of the suite, or text_file, length."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json, tables and plots.")
+@common
+def evaluate(
+    model: str, against: str | None, suite: str, pairs: tuple[str, ...], out: Path | None, as_json: bool
+) -> None:
+    """Measure how far MODEL is from the dense model: perplexity, KL, top-1, attention mass."""
+    from nsa_convert.cli.options import parse_settings
+    from nsa_convert.evaluation.quick import run_quick
+    from nsa_convert.hub import dense_folder, resolve_model
+
+    settings = parse_settings(pairs)
+    folders = [
+        None if name is None else dense_folder(resolve_model(name, tell=tell), tell)
+        for name in (model, against)
+    ]
+    report = run_quick(folders[0], against=folders[1], out_dir=out, progress=tell, **settings)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    show_tables(report.tables())
+    for line in report.warnings:
+        click.echo(f"Warning: {line}", err=True)
+    click.echo(report.headline())
+    if out is not None:
+        click.echo(f"written: {out}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the text to continue.")
+@click.option(
+    "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), help="Length limit."
+)
+@common
+def generate(
+    model: str, prompt: str | None, prompt_file: Path | None, max_new_tokens: int, as_json: bool
+) -> None:
+    """Continue a prompt with MODEL, greedily."""
+    import dataclasses
+
+    from nsa_convert.evaluation.models import load_model, load_tokenizer
+    from nsa_convert.generation import generate_text
+    from nsa_convert.hub import dense_folder, resolve_model
+
+    if (prompt is None) == (prompt_file is None):
+        raise UsageError("give either --prompt or --prompt-file", code="CL02")
+    if prompt_file is not None:
+        prompt = read_text(prompt_file)
+    folder = dense_folder(resolve_model(model, tell=tell), tell)
+    tokenizer = load_tokenizer(folder)
+    stream = None if as_json else lambda piece: click.echo(piece, nl=False)
+    result = generate_text(
+        load_model(folder), tokenizer, prompt, max_new_tokens=max_new_tokens, stream=stream
+    )
+    if as_json:
+        print_json({"ok": True, **dataclasses.asdict(result)})
+    else:
+        click.echo()
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a prompt file.
+
+    Raises:
+        ConfigError: It is missing or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "is not there"
+        raise ConfigError(f"the prompt file {path} {reason}", code="DA01", where=str(path)) from error

@@ -1,0 +1,86 @@
+"""Turn the text of options into values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nsa_convert.config import FULL, LayerRule, SparseAttentionConfig
+from nsa_convert.errors import UsageError
+from nsa_convert.strict_files import parse_yaml, read_mapping
+
+
+def parse_lengths(text: str, option: str) -> tuple[int, ...]:
+    """Read ``8192,32768``."""
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 1:
+        raise UsageError(
+            f"{option} takes whole numbers such as 8192,32768, got '{text}'", code="CL03", found=text
+        )
+    return lengths
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Read ``0-3,7``."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
+            raise UsageError(
+                f"--layers takes numbers and ranges such as 0-3,7, got '{text}'", code="CL03", found=text
+            )
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` pairs; values are YAML scalars or lists."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set takes key=value, got '{pair}'", code="CL03", found=pair)
+        settings[key.strip()] = parse_yaml(value, f"--set {key}")
+    return settings
+
+
+def read_plan(
+    method: str | None, config: str | None, pairs: Sequence[str], layers: str | None
+) -> SparseAttentionConfig:
+    """Return the plan that the options of ``convert`` describe."""
+    settings = parse_settings(pairs)
+    if config is not None:
+        if method is not None or layers is not None:
+            raise UsageError("--config holds the whole plan; leave out --method and --layers", code="CL02")
+        values = read_mapping(Path(config))
+        if "sparse_attention" not in values:
+            raise UsageError(f"{config} has no key 'sparse_attention'", code="CL03", where=config)
+        return _with_settings(SparseAttentionConfig.from_dict(values["sparse_attention"]), settings)
+    if method is None:
+        raise UsageError(
+            "name a --method, or a --config file", code="CL02", hint="`nsa-convert methods` lists them"
+        )
+    rule = LayerRule(
+        method=method, settings=settings, layers=None if layers is None else parse_layers(layers)
+    )
+    if rule.layers is None:
+        return SparseAttentionConfig(default=rule)
+    return SparseAttentionConfig(default=LayerRule(method=FULL), rules=(rule,))
+
+
+def _with_settings(plan: SparseAttentionConfig, settings: dict[str, Any]) -> SparseAttentionConfig:
+    """Return the plan with settings changed in every rule that is not dense."""
+
+    def changed(rule: LayerRule) -> LayerRule:
+        if rule.method == FULL:
+            return rule
+        return dataclasses.replace(rule, settings={**rule.settings, **settings})
+
+    return SparseAttentionConfig(
+        default=changed(plan.default), rules=tuple(changed(rule) for rule in plan.rules)
+    )
