@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import sys
 
@@ -29,7 +30,7 @@ def no_loading(monkeypatch):
 
 
 def render(tables):
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=io.StringIO())
     for table in tables:
         console.print(table)
     return console.export_text()
