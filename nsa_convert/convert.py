@@ -171,7 +171,8 @@ def convert_checkpoint(
     if dry_run:
         return report
     with staged(out) as folder:
-        report = _fill(folder, job, report, copy=copy, threads=threads, progress=progress)
+        report, hashes = _fill(folder, job, report, copy=copy, threads=threads, progress=progress)
+        write_manifest(folder, hashes)
     return dataclasses.replace(report, out=out)
 
 
@@ -255,8 +256,9 @@ def _convert_gguf(
         notes = planned.checkpoint.warnings
         report = _report(job, info, contexts, "dequantised")
         report = dataclasses.replace(report, warnings=[*notes, *report.warnings])
-        report = _fill(folder, job, report, copy=False, **options)
+        report, hashes = _fill(folder, job, report, copy=False, **options)
         shutil.rmtree(dense)
+        write_manifest(folder, hashes)
     return dataclasses.replace(report, out=out)
 
 
@@ -268,8 +270,8 @@ def _fill(
     copy: bool,
     threads: int | None,
     progress: Progress | None,
-) -> ConversionReport:
-    """Write everything that belongs into the converted folder; the manifest is last."""
+) -> tuple[ConversionReport, dict[str, str]]:
+    """Write everything but the manifest; return the report and the hashes that are known already."""
     checkpoint = job.checkpoint
     names = shard_names(checkpoint, job.new)
     scans, linked = place_shards(folder, checkpoint, names, copy, threads, progress)
@@ -295,8 +297,7 @@ def _fill(
     stored = {"schema": 1, "versions": _versions(), **report.to_dict()}
     del stored["out"]
     write_json(folder / REPORT, stored)
-    write_manifest(folder, {names[scan.name]: scan.sha256 for scan in scans})
-    return report
+    return report, {names[scan.name]: scan.sha256 for scan in scans}
 
 
 def recipe_text(report: ConversionReport, sparse: SparseAttentionConfig) -> str:

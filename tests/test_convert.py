@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from nsa_convert.config import LayerRule, SparseAttentionConfig
+from nsa_convert.convert import convert_checkpoint
+from nsa_convert.patch.streams import LARGE_WEIGHT, magnitude_bits
+from nsa_convert.strict_files import read_mapping
+from tests.checkpoints import FAMILY_OPTIONS, SETTINGS, shard_paths, tree_hash, write_dense
+
+NSA = SparseAttentionConfig(default=LayerRule(method="nsa", settings=SETTINGS))
+SSA = SparseAttentionConfig(default=LayerRule(method="ssa", settings={"block_size": 8, "num_blocks": 4}))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_dense(tmp_path_factory.mktemp("dense") / "model")
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in shard_paths(folder):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def load(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    from nsa_convert.patch.registration import register
+
+    register()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("model_type", FAMILY_OPTIONS)
+@pytest.mark.parametrize("sparse", [NSA, SSA], ids=["nsa", "ssa"])
+def test_starts_at_the_dense_model(tmp_path, model_type, sparse):
+    source = write_dense(tmp_path / "dense", model_type, shards=model_type != "qwen2")
+    before = tree_hash(source)
+    report = convert_checkpoint(source, tmp_path / "out", sparse)
+    assert tree_hash(source) == before
+    ids = torch.randint(64, (1, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (load(tmp_path / "out")(ids).logits - load(source)(ids).logits).abs().max()
+    assert difference <= 1e-4
+    kept, out = all_tensors(source), all_tensors(tmp_path / "out")
+    assert all(torch.equal(kept[name], out[name]) for name in kept)
+    assert set(out) - set(kept) == {tensor.name for tensor in report.new_tensors}
+    assert all(".self_attn.sparse." in name for name in set(out) - set(kept))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+def test_report_and_index_count_everything(tmp_path, source):
+    report = convert_checkpoint(source, tmp_path / "out", NSA)
+    tensors = all_tensors(tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert report.kept_parameters + report.new_parameters == index["metadata"]["total_parameters"]
+    assert report.dense_until == 32
+    assert report.placed == "linked"
+    assert {tensor.init for tensor in report.new_tensors} == {"constant 0"}
+    stored = json.loads((tmp_path / "out/conversion_report.json").read_text())
+    assert str(tmp_path) not in json.dumps(stored)
+    assert set(stored["source"]["files"]) == {path.name for path in shard_paths(source)}
+
+
+def test_linked_shards_share_the_inode_and_copies_do_not(tmp_path, source):
+    convert_checkpoint(source, tmp_path / "linked", NSA)
+    report = convert_checkpoint(source, tmp_path / "copied", NSA, copy=True)
+    assert report.placed == "copied"
+    for path in shard_paths(source):
+        assert path.samefile(tmp_path / "linked" / path.name)
+        assert not path.samefile(tmp_path / "copied" / path.name)
+        assert (tmp_path / "copied" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_falls_back_to_copying(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+    assert convert_checkpoint(source, tmp_path / "out", NSA).placed == "copied"
+
+
+def test_single_file_gets_a_number(tmp_path):
+    source = write_dense(tmp_path / "dense", shards=False)
+    convert_checkpoint(source, tmp_path / "out", NSA)
+    names = {path.name for path in shard_paths(tmp_path / "out")}
+    assert names == {"model-00001-of-00001.safetensors", "model-sparse.safetensors"}
+
+
+def test_method_without_new_tensors_keeps_the_single_file(tmp_path):
+    source = write_dense(tmp_path / "dense", shards=False)
+    report = convert_checkpoint(source, tmp_path / "out", SSA)
+    assert report.new_tensors == []
+    assert [path.name for path in shard_paths(tmp_path / "out")] == ["model.safetensors"]
+    assert not (tmp_path / "out/model.safetensors.index.json").exists()
+
+
+def test_same_bytes_every_time(tmp_path, source):
+    """SV08: another process, hash seed, working directory, umask-free content and thread count."""
+    convert_checkpoint(source, tmp_path / "first", NSA)
+    script = (
+        "import sys; from pathlib import Path; from tests.test_convert import NSA, convert_checkpoint;"
+        "convert_checkpoint(sys.argv[1], Path('second'), NSA, threads=1)"
+    )
+    root = str(Path(__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", script, str(source)], cwd=tmp_path, env=env, check=True)
+    assert tree_hash(tmp_path / "first") == tree_hash(tmp_path / "second")
+
+
+def test_recipe_repeats_the_conversion(tmp_path, source):
+    plan = SparseAttentionConfig(
+        default=LayerRule(method="full"), rules=(LayerRule(method="nsa", settings=SETTINGS, layers=(1,)),)
+    )
+    convert_checkpoint(source, tmp_path / "first", plan)
+    recipe = read_mapping(tmp_path / "first/recipe.yaml")
+    again = SparseAttentionConfig.from_dict(recipe["sparse_attention"])
+    convert_checkpoint(source, tmp_path / "second", again)
+    assert tree_hash(tmp_path / "first") == tree_hash(tmp_path / "second")
+    assert again.for_layer(0).method == "full"
+    assert again.for_layer(1).settings["block_score"] == "sum"
+
+
+def test_dry_run_writes_nothing(tmp_path, source):
+    before = tree_hash(source)
+    report = convert_checkpoint(source, tmp_path / "out", NSA, dry_run=True, contexts=(64, 4096))
+    real = convert_checkpoint(source, tmp_path / "real", NSA, contexts=(64, 4096))
+    assert report.out is None
+    assert not (tmp_path / "out").exists()
+    assert tree_hash(source) == before
+    assert (report.new_tensors, report.costs, report.layers) == (real.new_tensors, real.costs, real.layers)
+    assert [cost.context for cost in report.costs] == [64, 4096]
+
+
+def test_costs_of_dense_layers_are_equal(tmp_path, source):
+    full = SparseAttentionConfig(default=LayerRule(method="full"))
+    for cost in convert_checkpoint(source, tmp_path / "out", full, dry_run=True).costs:
+        assert cost.dense_kv_bytes == cost.sparse_kv_bytes
+        assert cost.dense_prefill_flops == cost.sparse_prefill_flops
+        assert cost.density == 1
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_tied_embeddings(tmp_path, shards):
+    source = write_dense(tmp_path / "dense", tie_word_embeddings=True, shards=shards)
+    assert "lm_head.weight" not in all_tensors(source)
+    convert_checkpoint(source, tmp_path / "out", NSA)
+    model = load(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_mha_is_allowed(tmp_path):
+    source = write_dense(tmp_path / "dense", num_key_value_heads=4)
+    convert_checkpoint(source, tmp_path / "out", NSA)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert (load(tmp_path / "out")(ids).logits - load(source)(ids).logits).abs().max() <= 1e-4
+
+
+def test_biases_of_llama(tmp_path):
+    source = write_dense(tmp_path / "dense", attention_bias=True, mlp_bias=True)
+    assert "model.layers.0.self_attn.o_proj.bias" in all_tensors(source)
+    convert_checkpoint(source, tmp_path / "out", NSA)
+
+
+def test_hub_cache_layout(tmp_path, source):
+    """CK16: snapshots/REVISION holds symlinks into blobs; the result holds the files themselves."""
+    snapshot, blobs = tmp_path / "models--x--y/snapshots/abc", tmp_path / "models--x--y/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in source.iterdir():
+        shutil.copy(path, blobs / f"blob-{path.name}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"blob-{path.name}")
+    convert_checkpoint(snapshot, tmp_path / "out", NSA)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert set(all_tensors(tmp_path / "out")) > set(all_tensors(source))
+
+
+def test_only_known_side_files_travel(tmp_path):
+    """TK05: no code, no secrets, no optimizer state."""
+    source = write_dense(tmp_path / "dense")
+    for name in (".env", "modeling_evil.py", "optimizer.pt", "training_args.bin"):
+        (source / name).write_text("secret")
+    (source / "LICENSE").write_text("Apache-2.0")
+    (source / "README.md").write_text("a card")
+    report = convert_checkpoint(source, tmp_path / "out", NSA)
+    out = {path.name for path in (tmp_path / "out").iterdir()}
+    assert out & {".env", "modeling_evil.py", "optimizer.pt", "training_args.bin", "README.md"} == set()
+    assert {"LICENSE", "tokenizer.json"} <= out
+    assert (tmp_path / "out/source/README.md").read_text() == "a card"
+    assert any(".env" in line for line in report.warnings)
+
+
+def test_files_are_readable_for_others(tmp_path, source):
+    """SV09: safetensors alone would make the new shard private."""
+    before = os.umask(0o022)
+    try:
+        convert_checkpoint(source, tmp_path / "out", NSA, copy=True)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {0o644}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("name", ["with space", "ünïcode-模型", "-leading", "x" * 255, "slash/"])
+def test_odd_output_names(tmp_path, source, name, monkeypatch):
+    """SV11."""
+    monkeypatch.chdir(tmp_path)
+    convert_checkpoint(source, name, NSA)
+    assert (tmp_path / name / "config.json").is_file()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_overwrite_replaces_a_checkpoint(tmp_path, source):
+    convert_checkpoint(source, tmp_path / "out", SSA)
+    convert_checkpoint(source, tmp_path / "out", NSA, overwrite=True)
+    assert json.loads((tmp_path / "out/config.json").read_text())["sparse_attention"]["default"]["method"] == "nsa"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_foreign_code_of_the_source_is_dropped(tmp_path):
+    """CF14, CF15: nothing is run, fetched or passed on."""
+    from tests.checkpoints import edit_json
+
+    source = write_dense(tmp_path / "dense")
+    edit_json(
+        source / "config.json", attn_implementation="org/kernel", auto_map={"AutoModel": "evil.Model"}
+    )
+    report = convert_checkpoint(source, tmp_path / "out", NSA)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert "attn_implementation" not in config
+    assert "evil" not in json.dumps(config)
+    assert sum("CF14" in line or "CF15" in line for line in report.warnings) == 2
+
+
+def test_suspicious_weights_are_named(tmp_path):
+    """CK28."""
+    from safetensors.torch import save_file
+
+    source = write_dense(tmp_path / "dense", shards=False)
+    tensors = all_tensors(source)
+    tensors["model.layers.0.self_attn.q_proj.weight"].zero_()
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 5e4
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    warnings = convert_checkpoint(source, tmp_path / "out", NSA).warnings
+    assert any("layers.0.self_attn.q_proj.weight is all zero" in line for line in warnings)
+    assert any("layers.1.mlp.up_proj.weight has values above" in line for line in warnings)
+
+
+def test_magnitude_bits_order_like_numbers():
+    for dtype, kind in (("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)):
+        bits = torch.tensor(LARGE_WEIGHT, dtype=kind).view(torch.int32 if kind.itemsize == 4 else torch.int16)
+        assert magnitude_bits(LARGE_WEIGHT, dtype) == int(bits)
+
+
+def test_progress_counts_every_shard(tmp_path, source):
+    seen = []
+    convert_checkpoint(source, tmp_path / "out", NSA, progress=lambda name, done, total: seen.append((done, total)))
+    count = len(shard_paths(source))
+    assert sorted(seen) == [(i, count) for i in range(1, count + 1)]
