@@ -13,7 +13,7 @@ GREEDY = {"max_new_tokens": 14, "do_sample": False}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", ["nsa-learned-before-rope", "nsa-independent", "ssa-gated"])
 def test_compiled_static_decode(variant: str) -> None:
     torch._dynamo.reset()
     counters.clear()

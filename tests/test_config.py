@@ -1,0 +1,55 @@
+"""Plans are checked at birth, every problem at once, the nearest name suggested."""
+
+from __future__ import annotations
+
+import pytest
+
+from nsa_convert.config import AttentionGeometry, LayerRule, SparseAttentionConfig
+from nsa_convert.errors import ConfigError
+
+
+def test_round_trip() -> None:
+    values = {"default": {"method": "nsa", "block_size": 32}, "rules": [{"method": "full", "layers": [0, 3]}]}
+    plan = SparseAttentionConfig.from_dict(values)
+    assert plan.to_dict() == values
+    assert plan.for_layer(3).method == "full"
+    assert plan.for_layer(1).settings == {"block_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "'default' is missing"),
+        ([], "expected a mapping"),
+        ({"default": {"method": "nsa"}, "rule": []}, "did you mean 'rules'"),
+        ({"default": {"block_size": 64}}, "'method' is missing"),
+        ({"default": {"method": 3}}, "method must be a name"),
+        ({"default": {"method": "nsa", "layers": [1]}}, "belongs in a rule"),
+        ({"default": {"method": "nsa"}, "rules": [{"method": "full"}]}, "'layers' is missing"),
+        ({"default": {"method": "nsa"}, "rules": {"method": "full"}}, "expected a list"),
+        ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": []}]}, "layers is empty"),
+        ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": "0-3"}]}, "list of integers"),
+        ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [-1]}]}, "integers from 0"),
+        ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1, 1]}]}, "listed twice"),
+        (
+            {"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1]}, {"method": "ssa", "layers": [1]}]},
+            "layer 1 is named by",
+        ),
+    ],
+)
+def test_bad_plans(values: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SparseAttentionConfig.from_dict(values)
+
+
+def test_layers_outside_the_model() -> None:
+    plan = SparseAttentionConfig(default=LayerRule(method="nsa"), rules=(LayerRule(method="full", layers=(2, 9)),))
+    plan.check_layers(10)
+    with pytest.raises(ConfigError, match=r"layers \[9\] do not exist: the model has layers 0-3"):
+        plan.check_layers(4)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 3), (0, 1), (4, True), (4, "2"), (-4, 2), (4, 8)])
+def test_bad_geometry(heads: object, kv_heads: object) -> None:
+    with pytest.raises(ConfigError, match="multiple|positive integer"):
+        AttentionGeometry(hidden_size=8, num_query_heads=heads, num_kv_heads=kv_heads, head_dim=2)
