@@ -111,7 +111,11 @@ class SinkWindow:
         return self.num_sinks + self.window_size
 
     def to_dense_mask(
-        self, num_queries: int, num_keys: int, num_heads: int, layout: SequenceLayout = DENSE_LAYOUT,
+        self,
+        num_queries: int,
+        num_keys: int,
+        num_heads: int,
+        layout: SequenceLayout = DENSE_LAYOUT,
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Return the visible keys, bool ``[B or 1, 1, TQ, TK]`` (the same for every head)."""
@@ -151,7 +155,11 @@ class BlockSelection:
         return self.block_indices.shape[-1] * self.block_size
 
     def to_dense_mask(
-        self, num_queries: int, num_keys: int, num_heads: int, layout: SequenceLayout = DENSE_LAYOUT,
+        self,
+        num_queries: int,
+        num_keys: int,
+        num_heads: int,
+        layout: SequenceLayout = DENSE_LAYOUT,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Return the visible keys, bool ``[B, HQ, TQ, TK]`` for ``num_heads`` = HQ query heads."""
@@ -195,9 +203,7 @@ class TokenSelection:
 
     def as_blocks(self) -> BlockSelection:
         """Return the same selection as blocks of one token."""
-        return BlockSelection(
-            block_indices=self.token_indices, block_size=1, query_block=self.query_block
-        )
+        return BlockSelection(block_indices=self.token_indices, block_size=1, query_block=self.query_block)
 
     @property
     def budget(self) -> int:
@@ -205,7 +211,11 @@ class TokenSelection:
         return self.token_indices.shape[-1]
 
     def to_dense_mask(
-        self, num_queries: int, num_keys: int, num_heads: int, layout: SequenceLayout = DENSE_LAYOUT,
+        self,
+        num_queries: int,
+        num_keys: int,
+        num_heads: int,
+        layout: SequenceLayout = DENSE_LAYOUT,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Return the visible keys, bool ``[B, HQ, TQ, TK]`` for ``num_heads`` = HQ query heads."""
@@ -277,9 +287,7 @@ class BlockTopK:
         return 1 - overlap, tuple(counts)
 
 
-def query_tiles(
-    num_queries: int, query_block: int, layout: SequenceLayout, device: torch.device
-) -> Tensor:
+def query_tiles(num_queries: int, query_block: int, layout: SequenceLayout, device: torch.device) -> Tensor:
     """Return the tile number of each query, ``[TQ]`` int64; tiles never cross packed documents."""
     slots = torch.arange(num_queries, device=device)
     if layout.cu_seqlens is None or query_block == 1:

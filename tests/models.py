@@ -14,13 +14,25 @@ from nsa_convert.patch.patching import patch_model
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 PREFIX = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
 SIZES = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "initializer_range": 0.3, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+    "eos_token_id": None,
+    "bos_token_id": None,
 }
 
 NSA = {
-    "method": "nsa", "compression_block": 8, "compression_stride": 4, "block_size": 8, "num_blocks": 4,
+    "method": "nsa",
+    "compression_block": 8,
+    "compression_stride": 4,
+    "block_size": 8,
+    "num_blocks": 4,
     "window_size": 8,
 }
 SSA = {"method": "ssa", "block_size": 8, "num_blocks": 4}
@@ -29,7 +41,10 @@ VARIANTS = {
     "nsa": NSA,
     "nsa-coarse-max": {**NSA, "block_size": 16, "num_blocks": 3, "block_score": "max"},
     "nsa-learned-before-rope": {
-        **NSA, "key_compressor": "mlp", "value_compressor": "linear", "compress_rope": "before",
+        **NSA,
+        "key_compressor": "mlp",
+        "value_compressor": "linear",
+        "compress_rope": "before",
     },
     "nsa-independent": {**NSA, "branch_kv": "independent", "key_compressor": "weighted", "gate": "sigmoid"},
     "ssa": SSA,

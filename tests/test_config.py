@@ -32,7 +32,10 @@ def test_round_trip() -> None:
         ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [-1]}]}, "integers from 0"),
         ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1, 1]}]}, "listed twice"),
         (
-            {"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1]}, {"method": "ssa", "layers": [1]}]},
+            {
+                "default": {"method": "nsa"},
+                "rules": [{"method": "full", "layers": [1]}, {"method": "ssa", "layers": [1]}],
+            },
             "layer 1 is named by",
         ),
     ],
@@ -43,7 +46,9 @@ def test_bad_plans(values: object, message: str) -> None:
 
 
 def test_layers_outside_the_model() -> None:
-    plan = SparseAttentionConfig(default=LayerRule(method="nsa"), rules=(LayerRule(method="full", layers=(2, 9)),))
+    plan = SparseAttentionConfig(
+        default=LayerRule(method="nsa"), rules=(LayerRule(method="full", layers=(2, 9)),)
+    )
     plan.check_layers(10)
     with pytest.raises(ConfigError, match=r"layers \[9\] do not exist: the model has layers 0-3"):
         plan.check_layers(4)

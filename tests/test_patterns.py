@@ -19,7 +19,10 @@ def document(layout: SequenceLayout, row: int, slot: int) -> int:
     return 0 if layout.start is None else layout.start[row].item()
 
 
-@pytest.mark.parametrize(("layout", "queries", "keys", "batch"), [(SequenceLayout(), 27, 27, 1), (PACKED, 27, 27, 1), (PADDED, 27, 27, 2), (LATER, 7, 27, 1)])
+@pytest.mark.parametrize(
+    ("layout", "queries", "keys", "batch"),
+    [(SequenceLayout(), 27, 27, 1), (PACKED, 27, 27, 1), (PADDED, 27, 27, 2), (LATER, 7, 27, 1)],
+)
 class TestMasks:
     def test_sink_window(self, layout: SequenceLayout, queries: int, keys: int, batch: int) -> None:
         pattern = SinkWindow(num_sinks=2, window_size=4)
@@ -33,11 +36,15 @@ class TestMasks:
                     assert mask[b, 0, t, s] == (inside and (s > slot - 4 or s < begin + 2))
 
     @pytest.mark.parametrize("query_block", [1, 4])
-    def test_blocks(self, layout: SequenceLayout, queries: int, keys: int, batch: int, query_block: int) -> None:
+    def test_blocks(
+        self, layout: SequenceLayout, queries: int, keys: int, batch: int, query_block: int
+    ) -> None:
         torch.manual_seed(0)
         lengths = layout.cu_seqlens.diff().tolist() if layout.cu_seqlens is not None else [queries]
         tiles = sum(-(-n // query_block) for n in lengths)
-        indices = torch.stack([torch.randperm(6)[:3] for _ in range(batch * 2 * tiles)]).view(batch, 2, tiles, 3)
+        indices = torch.stack([torch.randperm(6)[:3] for _ in range(batch * 2 * tiles)]).view(
+            batch, 2, tiles, 3
+        )
         indices[..., 2] = -1
         pattern = BlockSelection(block_indices=indices, block_size=5, query_block=query_block)
         mask = pattern.to_dense_mask(queries, keys, 4, layout)
@@ -56,9 +63,13 @@ class TestMasks:
                         visible = begin <= s <= slot and (s - begin) // 5 in listed
                         assert mask[b, head, t, s] == visible
 
-    def test_density_counts_the_mask(self, layout: SequenceLayout, queries: int, keys: int, batch: int) -> None:
+    def test_density_counts_the_mask(
+        self, layout: SequenceLayout, queries: int, keys: int, batch: int
+    ) -> None:
         torch.manual_seed(1)
-        indices = torch.stack([torch.randperm(6)[:3] for _ in range(batch * 2 * queries)]).view(batch, 2, queries, 3)
+        indices = torch.stack([torch.randperm(6)[:3] for _ in range(batch * 2 * queries)]).view(
+            batch, 2, queries, 3
+        )
         dense = layout.visible(queries, keys, torch.device("cpu")).expand(batch, -1, -1)
         for pattern in (
             SinkWindow(num_sinks=1, window_size=4),

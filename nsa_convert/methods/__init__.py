@@ -1,0 +1,1 @@
+"""One file per paper: what is learned and scored, and which pattern follows."""

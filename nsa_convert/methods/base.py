@@ -185,7 +185,7 @@ class SparseMethod(nn.Module):
         return None
 
     def dense_copies(self) -> dict[str, str]:
-        """Return own parameter name -> parameter of the dense attention whose rows it repeats at the start."""
+        """Return own parameter name -> parameter of the dense attention whose rows it starts with."""
         return {}
 
     def visible_budget(self) -> int:
@@ -211,12 +211,19 @@ class SparseMethod(nn.Module):
             return rule
         return dataclasses.replace(rule, num_blocks=max(rule.num_blocks, -(-self.cover // rule.block_size)))
 
-    def record(self, x: AttentionInputs, k: Tensor, patterns: Mapping[str, Pattern], gates: Tensor | None = None) -> None:
+    def record(
+        self, x: AttentionInputs, k: Tensor, patterns: Mapping[str, Pattern], gates: Tensor | None = None
+    ) -> None:
         """Report to :func:`observe` what this call attends to."""
         if _observer is not None:
             _observer(
                 AttentionRecord(
-                    layer_index=self.layer_index, q=x.q, k=k, patterns=patterns, layout=x.layout,
-                    scale=x.scale, gates=gates,
+                    layer_index=self.layer_index,
+                    q=x.q,
+                    k=k,
+                    patterns=patterns,
+                    layout=x.layout,
+                    scale=x.scale,
+                    gates=gates,
                 )
             )

@@ -13,7 +13,10 @@ def block_rule_problems(settings: Any) -> list[str]:
     if settings.num_sink_blocks < 0:
         problems.append(f"num_sink_blocks must be >= 0, got {settings.num_sink_blocks}")
     if settings.num_local_blocks < 1:
-        problems.append(f"num_local_blocks must be >= 1 (a query always sees its own block), got {settings.num_local_blocks}")
+        problems.append(
+            "num_local_blocks must be >= 1 (a query always sees its own block), "
+            f"got {settings.num_local_blocks}"
+        )
     forced = settings.num_sink_blocks + settings.num_local_blocks
     if settings.num_blocks < forced:
         problems.append(

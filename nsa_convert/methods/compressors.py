@@ -90,7 +90,7 @@ class MLPCompressor(InitialisedModule):
 
     | parameter | initial value | why |
     |---|---|---|
-    | up ``[H, l, D, D]`` (in, out) | normal, std (l D) ** -1/2, fixed seed | unit-scale features to learn from |
+    | up ``[H, l, D, D]`` (in, out) | normal, std (l D) ** -1/2, fixed seed | unit-scale features |
     | down ``[H, D, D]`` (in, out) | 0 | the residual starts at zero, the cell at the mean |
     | position ``[H, l, D]`` | 0 | as above |
 

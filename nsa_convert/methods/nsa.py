@@ -77,8 +77,11 @@ class NSASettings:
     def rule(self) -> BlockTopK:
         """The block budget as the kernels take it."""
         return BlockTopK(
-            block_size=self.block_size, num_blocks=self.num_blocks, num_sink_blocks=self.num_sink_blocks,
-            num_local_blocks=self.num_local_blocks, reduce=self.block_score,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            num_sink_blocks=self.num_sink_blocks,
+            num_local_blocks=self.num_local_blocks,
+            reduce=self.block_score,
         )
 
 
@@ -94,12 +97,18 @@ class NSA(SparseMethod):
         phases=("train", "prefill", "decode"),
         granularity="blocks per query token and KV head",
         sources={
-            "compression_block": "paper section 4.1", "compression_stride": "paper section 4.1",
-            "block_size": "paper section 4.1", "num_blocks": "paper section 4.1",
-            "num_sink_blocks": "paper section 4.1", "num_local_blocks": "paper section 4.1",
-            "window_size": "paper section 4.1", "block_score": "paper eq. 9",
-            "key_compressor": "starts at the dense model", "value_compressor": "starts at the dense model",
-            "compress_rope": "keys as the dense model caches them", "branch_kv": "starts at the dense model",
+            "compression_block": "paper section 4.1",
+            "compression_stride": "paper section 4.1",
+            "block_size": "paper section 4.1",
+            "num_blocks": "paper section 4.1",
+            "num_sink_blocks": "paper section 4.1",
+            "num_local_blocks": "paper section 4.1",
+            "window_size": "paper section 4.1",
+            "block_score": "paper eq. 9",
+            "key_compressor": "starts at the dense model",
+            "value_compressor": "starts at the dense model",
+            "compress_rope": "keys as the dense model caches them",
+            "branch_kv": "starts at the dense model",
             "gate": "starts at the dense model",
         },
     )
@@ -111,7 +120,10 @@ class NSA(SparseMethod):
         self.compress_key = build_compressor(settings.key_compressor, heads, width, dim)
         self.compress_value = build_compressor(settings.value_compressor, heads, width, dim)
         self.gate = BranchGate(
-            geometry.hidden_size, geometry.num_query_heads, open_branches=(False, True, False), kind=settings.gate
+            geometry.hidden_size,
+            geometry.num_query_heads,
+            open_branches=(False, True, False),
+            kind=settings.gate,
         )
         self.branch_k_proj = self.branch_v_proj = None
         if settings.branch_kv == "independent":
@@ -139,7 +151,9 @@ class NSA(SparseMethod):
         if self.branch_k_proj is None:
             return None
         shape = (2 * self.geometry.num_kv_heads, self.geometry.head_dim)
-        return self.branch_k_proj(hidden).unflatten(-1, shape), self.branch_v_proj(hidden).unflatten(-1, shape)
+        return self.branch_k_proj(hidden).unflatten(-1, shape), self.branch_v_proj(hidden).unflatten(
+            -1, shape
+        )
 
     def dense_copies(self) -> dict[str, str]:
         """Return which dense projection each own projection repeats."""
@@ -163,8 +177,14 @@ class NSA(SparseMethod):
         window_k, window_v = x.k[:, :, -heads:], x.v[:, :, -heads:]
         fits = self.fits(x, s.rule.budget)
         compressed = compressed_attention(
-            x.q, x.pooled["key"], x.pooled["value"], width=s.compression_block, stride=s.compression_stride,
-            rule=None if fits else self.block_rule(), layout=x.layout, scale=x.scale,
+            x.q,
+            x.pooled["key"],
+            x.pooled["value"],
+            width=s.compression_block,
+            stride=s.compression_stride,
+            rule=None if fits else self.block_rule(),
+            layout=x.layout,
+            scale=x.scale,
         )
         window = SinkWindow(window_size=s.window_size)
         windowed, _ = sparse_attention(x.q, window_k, window_v, window, layout=x.layout, scale=x.scale)

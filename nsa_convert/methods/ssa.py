@@ -51,7 +51,9 @@ class SSASettings:
     def rule(self) -> BlockTopK:
         """The block budget as the kernels take it."""
         return BlockTopK(
-            block_size=self.block_size, num_blocks=self.num_blocks, num_sink_blocks=self.num_sink_blocks,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            num_sink_blocks=self.num_sink_blocks,
             num_local_blocks=self.num_local_blocks,
         )
 
@@ -90,7 +92,9 @@ class SSA(SparseMethod):
     def pools(self) -> tuple[Pool, ...]:
         """Return the block means of the keys."""
         size = self.settings.block_size
-        return (Pool(name="key", source="key", heads=(0, self.geometry.num_kv_heads), width=size, stride=size),)
+        return (
+            Pool(name="key", source="key", heads=(0, self.geometry.num_kv_heads), width=size, stride=size),
+        )
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """Return the mean key of each block."""
@@ -113,7 +117,12 @@ class SSA(SparseMethod):
         else:
             size = self.settings.block_size
             selection = block_topk(
-                x.q, x.pooled["key"], width=size, stride=size, rule=self.block_rule(), layout=x.layout,
+                x.q,
+                x.pooled["key"],
+                width=size,
+                stride=size,
+                rule=self.block_rule(),
+                layout=x.layout,
                 scale=x.scale,
             )
             o, _ = sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)

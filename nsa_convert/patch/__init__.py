@@ -1,0 +1,1 @@
+"""The only place that knows transformers: families, layers, caches, checkpoints, remote code."""

@@ -67,23 +67,39 @@ class SparseAttention(nn.Module):
         if sparse_context is None:
             raise ValueError("a sparse attention layer must be called by its own model's forward")
         if self.training and self.attention_dropout:
-            raise NotImplementedError("attention dropout is not supported by sparse layers; set attention_dropout to 0")
+            raise NotImplementedError(
+                "attention dropout is not supported by sparse layers; set attention_dropout to 0"
+            )
         batch, length = hidden_states.shape[:2]
         q, k, v = self._project(hidden_states, position_embeddings)
         if sparse_context.layout.cu_seqlens is not None:
-            q, k, v, hidden_states = (x.reshape(1, batch * length, *x.shape[2:]) for x in (q, k, v, hidden_states))
+            q, k, v, hidden_states = (
+                x.reshape(1, batch * length, *x.shape[2:]) for x in (q, k, v, hidden_states)
+            )
             past_key_values = None
         k, v, pooled = self._remember(k, v, past_key_values, sparse_context)
         inputs = AttentionInputs(
-            q=q, k=k, v=v, hidden=hidden_states, pooled=pooled, layout=sparse_context.layout, scale=self.scaling
+            q=q,
+            k=k,
+            v=v,
+            hidden=hidden_states,
+            pooled=pooled,
+            layout=sparse_context.layout,
+            scale=self.scaling,
         )
         o = self.sparse(inputs)
         return self.o_proj(o.reshape(batch, length, -1)), None
 
-    def _project(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]``, extra heads of the method last."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
-        q, k, v = self.q_proj(hidden).view(shape), self.k_proj(hidden).view(shape), self.v_proj(hidden).view(shape)
+        q, k, v = (
+            self.q_proj(hidden).view(shape),
+            self.k_proj(hidden).view(shape),
+            self.v_proj(hidden).view(shape),
+        )
         extra = self.sparse.extra_kv(hidden)
         if extra is not None:
             k, v = torch.cat([k, extra[0]], 2), torch.cat([v, extra[1]], 2)
@@ -105,7 +121,11 @@ class SparseAttention(nn.Module):
         offset = context.layout.offset
         if not isinstance(offset, Tensor):  # a static cache hands out its whole capacity
             k, v = k[:, : offset + new_tokens], v[:, : offset + new_tokens]
-        return k, v, {p.name: grow_cells(self.sparse, p, layer, _heads(p, k, v), new_tokens, context) for p in pools}
+        return (
+            k,
+            v,
+            {p.name: grow_cells(self.sparse, p, layer, _heads(p, k, v), new_tokens, context) for p in pools},
+        )
 
 
 def _heads(pool: Any, k: Tensor, v: Tensor) -> Tensor:

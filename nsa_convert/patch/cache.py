@@ -1,4 +1,4 @@
-"""The KV cache of a sparse layer: any transformers cache layer, retyped in place to also keep compressed cells.
+"""The KV cache of a sparse layer: any transformers cache layer, retyped in place to keep compressed cells too.
 
 The cells are a pure function of the cached keys and values; which of them count follows from the length of
 the sequence. So cropping needs no bookkeeping, and a cell that was written too early is written again when
@@ -27,7 +27,9 @@ def _sparse_layer_class(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
         cells: dict[str, Tensor] | None = None  # pool name -> [B, H, capacity, D]
         buffers: tuple[Tensor | None, Tensor | None] = (None, None)  # room behind keys and values
 
-        def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+        ) -> tuple[Tensor, Tensor]:
             if base is DynamicLayer and self.is_initialized and _may_write_in_place(key_states, value_states):
                 key_buffer, self.keys = _append(self.buffers[0], self.keys, key_states)
                 value_buffer, self.values = _append(self.buffers[1], self.values, value_states)
@@ -91,7 +93,9 @@ def cached_length(layer: CacheLayerMixin) -> int | Tensor:
     return length.clone() if torch.compiler.is_compiling() else int(length)
 
 
-def write_cells(layer: CacheLayerMixin, name: str, first: Tensor | int, cells: Tensor, capacity: int) -> Tensor:
+def write_cells(
+    layer: CacheLayerMixin, name: str, first: Tensor | int, cells: Tensor, capacity: int
+) -> Tensor:
     """Store cells and return the whole buffer.
 
     Args:
@@ -142,8 +146,11 @@ def _append(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, T
     length = held.shape[2] if held.dim() == 4 else 0  # an empty DynamicLayer holds a 1-D tensor
     total = length + new.shape[2]
     fits = (
-        buffer is not None and buffer.shape[2] >= total and buffer.data_ptr() == held.data_ptr()
-        and buffer.stride() == held.stride() and buffer.shape[:2] == held.shape[:2]
+        buffer is not None
+        and buffer.shape[2] >= total
+        and buffer.data_ptr() == held.data_ptr()
+        and buffer.stride() == held.stride()
+        and buffer.shape[:2] == held.shape[:2]
     )
     if not fits:
         buffer = new.new_empty(*new.shape[:2], total + max(GROWTH, total // 4), new.shape[3])

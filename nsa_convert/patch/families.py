@@ -60,15 +60,25 @@ FAMILIES: dict[str, ModelFamily] = {
             model_type="llama", title="Llama", class_prefix="Llama", qkv_bias="attention_bias", mlp_bias=True
         ),
         ModelFamily(
-            model_type="qwen2", title="Qwen2 / Qwen2.5", class_prefix="Qwen2", qkv_bias="always",
+            model_type="qwen2",
+            title="Qwen2 / Qwen2.5",
+            class_prefix="Qwen2",
+            qkv_bias="always",
             defaults={"num_key_value_heads": 32},
         ),
         ModelFamily(
-            model_type="qwen3", title="Qwen3", class_prefix="Qwen3", qkv_bias="attention_bias", qk_norm=True,
+            model_type="qwen3",
+            title="Qwen3",
+            class_prefix="Qwen3",
+            qkv_bias="attention_bias",
+            qk_norm=True,
             defaults={"num_key_value_heads": 32, "head_dim": 128},
         ),
         ModelFamily(
-            model_type="mistral", title="Mistral", class_prefix="Mistral", qkv_bias="never",
+            model_type="mistral",
+            title="Mistral",
+            class_prefix="Mistral",
+            qkv_bias="never",
             defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         ),
     )
@@ -86,12 +96,17 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
         return FAMILIES[model_type]
     if model_type in {family.sparse_model_type for family in FAMILIES.values()}:
         raise UnsupportedModelError(
-            f"this checkpoint is already converted (model_type {model_type!r})", code="CK35",
-            where="config.json: model_type", hint="use it as it is, or `nsa-convert revert` it first",
+            f"this checkpoint is already converted (model_type {model_type!r})",
+            code="CK35",
+            where="config.json: model_type",
+            hint="use it as it is, or `nsa-convert revert` it first",
         )
     raise UnsupportedModelError(
-        f"model_type {model_type!r} cannot be converted", code="CF12", where="config.json: model_type",
-        expected=", ".join(FAMILIES), found=repr(model_type),
+        f"model_type {model_type!r} cannot be converted",
+        code="CF12",
+        where="config.json: model_type",
+        expected=", ".join(FAMILIES),
+        found=repr(model_type),
         hint="decoder-only models of the listed families with ordinary softmax attention are supported",
     )
 
@@ -106,8 +121,10 @@ def family_of_sparse(model_type: str) -> ModelFamily:
         if family.sparse_model_type == model_type:
             return family
     raise UnsupportedModelError(
-        f"model_type {model_type!r} is not a converted model", code="CF12",
-        expected=", ".join(family.sparse_model_type for family in FAMILIES.values()), found=repr(model_type),
+        f"model_type {model_type!r} is not a converted model",
+        code="CF12",
+        expected=", ".join(family.sparse_model_type for family in FAMILIES.values()),
+        found=repr(model_type),
     )
 
 
@@ -128,26 +145,34 @@ def geometry_of(config: Mapping[str, Any], family: ModelFamily | None = None) ->
     missing = [key for key in ("hidden_size", "num_attention_heads") if not _is_count(config.get(key))]
     if missing:
         found = ", ".join(f"{key}={config.get(key)!r}" for key in missing)
-        raise ConfigError(f"config.json: positive integers are needed for {', '.join(missing)}; got {found}", code="CF01")
+        raise ConfigError(
+            f"config.json: positive integers are needed for {', '.join(missing)}; got {found}", code="CF01"
+        )
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config_value(config, "head_dim", family)
     if head_dim is None:
         if hidden % heads:
             raise ConfigError(
                 f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads} "
-                "and head_dim is not given", code="CF03",
+                "and head_dim is not given",
+                code="CF03",
             )
         head_dim = hidden // heads
     kv_heads = config_value(config, "num_key_value_heads", family)
     return AttentionGeometry(
-        hidden_size=hidden, num_query_heads=heads, head_dim=head_dim,
-        num_kv_heads=heads if kv_heads is None else kv_heads, qkv_bias=has_qkv_bias(config, family),
+        hidden_size=hidden,
+        num_query_heads=heads,
+        head_dim=head_dim,
+        num_kv_heads=heads if kv_heads is None else kv_heads,
+        qkv_bias=has_qkv_bias(config, family),
     )
 
 
 def has_qkv_bias(config: Mapping[str, Any], family: ModelFamily) -> bool:
     """Return whether the query, key and value projections have a bias."""
-    return family.qkv_bias == "always" or (family.qkv_bias == "attention_bias" and bool(config.get("attention_bias")))
+    return family.qkv_bias == "always" or (
+        family.qkv_bias == "attention_bias" and bool(config.get("attention_bias"))
+    )
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -178,7 +203,9 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sliding_window_problems(config: Mapping[str, Any], family: ModelFamily) -> list[str]:
     kinds = config.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, (list, tuple)) or set(map(str, kinds)) != {"full_attention"}):
+    if kinds is not None and (
+        not isinstance(kinds, (list, tuple)) or set(map(str, kinds)) != {"full_attention"}
+    ):
         return [f"layer_types must be all 'full_attention', got {sorted(set(map(str, kinds)))}"]
     if family.model_type == "mistral" and config_value(config, "sliding_window", family) is not None:
         window = config_value(config, "sliding_window", family)
@@ -195,12 +222,18 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
     parameters = rope_parameters(config)
     problems = []
     if parameters["rope_type"] not in ROPE_TYPES:
-        problems.append(f"rope_type {parameters['rope_type']!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
+        problems.append(
+            f"rope_type {parameters['rope_type']!r} is not supported (supported: {', '.join(ROPE_TYPES)})"
+        )
     if not _is_positive(parameters["rope_theta"]):
         problems.append(f"rope_theta must be a positive finite number, got {parameters['rope_theta']!r}")
     if "factor" in parameters and not (_is_positive(parameters["factor"]) and parameters["factor"] >= 1):
         problems.append(f"the rope scaling factor must be >= 1, got {parameters['factor']!r}")
-    if config.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) not in (1, 1.0, None):
+    if config.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) not in (
+        1,
+        1.0,
+        None,
+    ):
         problems.append("partial_rotary_factor other than 1 is not supported")
     return problems
 
@@ -210,4 +243,6 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )

@@ -82,9 +82,13 @@ def _refuse_unsupported(attention_mask: Any, hints: Mapping[str, Any]) -> None:
             "attention layers: their compressed keys do not live in its paged cache; use generate()"
         )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
-        found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        found = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
         raise ValueError(
-            f"sparse attention takes a 2-D padding mask [batch, tokens], got {found}; custom 4-D masks are not "
+            f"sparse attention takes a 2-D padding mask [batch, tokens], got {found}; 4-D masks are not "
             "supported, pack documents with position_ids or cu_seq_lens_q instead"
         )
 
@@ -100,7 +104,9 @@ def _left_padding(
         return real.int().argmax(-1), None
     total = int(past) + length
     if real.shape[1] < total:
-        raise ValueError(f"attention_mask covers {real.shape[1]} tokens, but the cache and input hold {total}")
+        raise ValueError(
+            f"attention_mask covers {real.shape[1]} tokens, but the cache and input hold {total}"
+        )
     real = real[:, :total]
     if bool(real.all()):
         return None, None
@@ -111,7 +117,7 @@ def _left_padding(
     if not torch.equal(one_run, real):
         raise ValueError(
             "attention_mask has a hole: the real tokens of a row must be consecutive (padding on the left or "
-            "on the right). A right-padded batch cannot be continued with its cache; and generate() guesses a mask "
+            "on the right). A right-padded batch cannot continue with its cache, and generate() guesses a mask "
             "when a prompt contains the pad token and none is given: pass attention_mask"
         )
     starts = tuple(start.tolist())
@@ -119,8 +125,14 @@ def _left_padding(
 
 
 def _documents(
-    batch: int, length: int, mask: Tensor | None, position_ids: Tensor | None, past: int | Tensor,
-    has_cache: bool, hints: Mapping[str, Any], device: torch.device,
+    batch: int,
+    length: int,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int | Tensor,
+    has_cache: bool,
+    hints: Mapping[str, Any],
+    device: torch.device,
 ) -> SequenceLayout | None:
     """Return the layout of packed documents over the flattened batch, or None when nothing is packed."""
     if torch.compiler.is_compiling() and has_cache:
@@ -135,14 +147,21 @@ def _documents(
     bounds = bounds.to(device=device, dtype=torch.long)
     if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != batch * length or (bounds.diff() < 0).any():
         raise ValueError(
-            f"cu_seq_lens_q must rise from 0 to the {batch * length} tokens of the batch, got {bounds.tolist()}"
+            f"cu_seq_lens_q must rise from 0 to the {batch * length} tokens of the batch, "
+            f"got {bounds.tolist()}"
         )
     longest = hints.get("max_length_q")
-    return SequenceLayout(cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()) if longest is None else int(longest))
+    return SequenceLayout(
+        cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()) if longest is None else int(longest)
+    )
 
 
 def _restarts(
-    batch: int, length: int, mask: Tensor | None, position_ids: Tensor | None, past: int | Tensor,
+    batch: int,
+    length: int,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int | Tensor,
     device: torch.device,
 ) -> Tensor | None:
     """Return document boundaries where position_ids restart at 0, or None when they never do."""

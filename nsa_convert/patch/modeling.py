@@ -41,7 +41,7 @@ def _no_mask(**_: Any) -> None:
 
 def _no_dense_layer(*_: Any, **__: Any) -> None:
     raise BackendError(
-        f"attn_implementation='{ATTENTION_NAME}' belongs to converted models; choose 'sdpa' or 'eager' for a dense one"
+        f"attn_implementation='{ATTENTION_NAME}' belongs to converted models; a dense one needs 'sdpa' or 'eager'"
     )
 
 
@@ -93,14 +93,24 @@ class SparseModelMixin(SparsePreTrainedMixin):
             past = past.clone() if torch.compiler.is_compiling() else int(past)
         context, position_ids = read_context(
             tokens=input_ids if inputs_embeds is None else inputs_embeds,
-            attention_mask=attention_mask, position_ids=position_ids, past=past,
-            has_cache=past_key_values is not None, rotary=self.rotary_emb, hints=kwargs,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past=past,
+            has_cache=past_key_values is not None,
+            rotary=self.rotary_emb,
+            hints=kwargs,
         )
         if context.layout.cu_seqlens is not None:
             use_cache = False
         return super().forward(
-            input_ids=input_ids, attention_mask=None, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, sparse_context=context, **kwargs,
+            input_ids=input_ids,
+            attention_mask=None,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            sparse_context=context,
+            **kwargs,
         )
 
 
@@ -120,7 +130,9 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
 
 def sparse_config_class(family: ModelFamily, module: str) -> type:
     """Make the config class of a converted family: the dense one plus the field ``sparse_attention``."""
-    library = importlib.import_module(f"transformers.models.{family.model_type}.configuration_{family.model_type}")
+    library = importlib.import_module(
+        f"transformers.models.{family.model_type}.configuration_{family.model_type}"
+    )
     body = {
         "__module__": module,
         "__doc__": f"Configuration of a {family.title} model converted to sparse attention.",
@@ -165,17 +177,21 @@ def adopt_class(instance: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
 
 
 def install_sparse_attention(decoder: nn.Module) -> None:
-    """Replace the attention module of every layer by the method that ``config.sparse_attention`` plans for it.
+    """Replace every layer's attention module by the method that ``config.sparse_attention`` plans for it.
 
     Raises:
         ConfigError: The config holds no plan, or one that does not fit the model.
     """
     config = decoder.config
     if config.sparse_attention is None:
-        raise ConfigError("config.sparse_attention is missing: this is not the config of a converted model", code="CF20")
+        raise ConfigError(
+            "config.sparse_attention is missing: this is not the config of a converted model", code="CF20"
+        )
     sparse = SparseAttentionConfig.from_dict(config.sparse_attention)
     geometry = geometry_of(config.to_dict(), family_of_sparse(config.model_type))
     resolve_plan(sparse, len(decoder.layers), geometry)
     for index, layer in enumerate(decoder.layers):
-        layer.self_attn = SparseAttention(layer.self_attn, build_method(sparse.for_layer(index), geometry, index))
+        layer.self_attn = SparseAttention(
+            layer.self_attn, build_method(sparse.for_layer(index), geometry, index)
+        )
     config._attn_implementation = ATTENTION_NAME

@@ -15,4 +15,3 @@ for _family in FAMILIES.values():
 def classes_of(family: ModelFamily) -> tuple[type, type, type]:
     """Return the config, decoder and causal language model class of a converted family."""
     return _CLASSES[family.model_type]
-

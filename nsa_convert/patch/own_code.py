@@ -1,4 +1,4 @@
-"""Where the code of a converted model is, whether it runs from this package or from files beside a checkpoint."""
+"""Where a converted model's code is: in this package, or in files beside a checkpoint."""
 
 from __future__ import annotations
 

@@ -64,7 +64,9 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     dense = getattr(model, "_dense_state", None)
     if dense is None:
-        raise ValueError("this model was not made by patch_model; load the dense checkpoint, or revert the converted one")
+        raise ValueError(
+            "this model was not made by patch_model; load the dense checkpoint, or revert the converted one"
+        )
     config, lm_class, model_class, attentions = dense
     for layer, attention in zip(model.model.layers, attentions, strict=True):
         attention.train(layer.training)
@@ -111,7 +113,9 @@ def set_mode(model: nn.Module, mode: str) -> None:
         raise ValueError(f"mode must be 'sparse' or 'full', got {mode!r}")
     switchable = [method for method in sparse_methods(model) if hasattr(method, "mode")]
     if not switchable:
-        raise ValueError("no layer of this model has a method with modes; only SSA can be switched to full attention")
+        raise ValueError(
+            "no layer of this model has a method with modes; only SSA can be switched to full attention"
+        )
     for method in switchable:
         method.mode = mode
 

@@ -18,7 +18,9 @@ from nsa_convert.patch.families import family_of, geometry_of
 AUTO_CLASSES = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
 
-def resolve_plan(sparse: SparseAttentionConfig, num_layers: int, geometry: AttentionGeometry) -> list[SparseMethod]:
+def resolve_plan(
+    sparse: SparseAttentionConfig, num_layers: int, geometry: AttentionGeometry
+) -> list[SparseMethod]:
     """Check a plan against a model and return one method per layer, on the meta device.
 
     Args:
@@ -38,7 +40,10 @@ def resolve_plan(sparse: SparseAttentionConfig, num_layers: int, geometry: Atten
         sparse.check_layers(num_layers)
     except ConfigError as error:
         problems.append(str(error))
-    for where, rule in [("default", sparse.default), *((f"rules[{i}]", r) for i, r in enumerate(sparse.rules))]:
+    for where, rule in [
+        ("default", sparse.default),
+        *((f"rules[{i}]", r) for i, r in enumerate(sparse.rules)),
+    ]:
         try:
             read_rule(rule, where)
         except ConfigError as error:
@@ -105,14 +110,22 @@ def sparse_config_dict(config: Mapping[str, Any], sparse: SparseAttentionConfig)
     """
     family = family_of(config)
     out = copy.deepcopy(dict(config))
-    for key in ("quantization_config", "attn_implementation", "_attn_implementation", "_name_or_path", "auto_map"):
+    for key in (
+        "quantization_config",
+        "attn_implementation",
+        "_attn_implementation",
+        "_name_or_path",
+        "auto_map",
+    ):
         out.pop(key, None)
     prefix = f"NSA{family.class_prefix}"
     out["model_type"] = family.sparse_model_type
     out["architectures"] = [family.sparse_architecture]
     out["auto_map"] = {
         "AutoConfig": f"configuration_{family.sparse_model_type}.{prefix}Config",
-        **{auto: f"modeling_{family.sparse_model_type}.{prefix}{part}" for auto, part in AUTO_CLASSES.items()},
+        **{
+            auto: f"modeling_{family.sparse_model_type}.{prefix}{part}" for auto, part in AUTO_CLASSES.items()
+        },
     }
     out["sparse_attention"] = sparse.to_dict()
     return out

@@ -38,7 +38,12 @@ def pool_sequence(method: SparseMethod, pool: Pool, source: Tensor, context: Spa
 
 
 def grow_cells(
-    method: SparseMethod, pool: Pool, layer: CacheLayerMixin, source: Tensor, new_tokens: int, context: SparseContext
+    method: SparseMethod,
+    pool: Pool,
+    layer: CacheLayerMixin,
+    source: Tensor,
+    new_tokens: int,
+    context: SparseContext,
 ) -> Tensor:
     """Compress the cells that the new tokens complete, store them, and return all of them.
 
@@ -67,18 +72,29 @@ def grow_cells(
     first: int | Tensor = held[0] if start is None else start.new_tensor(held)
     room = max(capacity, max(before + count for before in held))
     cells = _compress(method, pool, source, first, count, start, context)
-    buffer = write_cells(layer, pool.name, first, cells, capacity if layer.is_compileable and start is None else room)
+    buffer = write_cells(
+        layer, pool.name, first, cells, capacity if layer.is_compileable and start is None else room
+    )
     if cells.requires_grad:
         # The buffer holds values only: join the new cells again so that gradients reach the compressor.
         if start is not None and past > 0:
-            raise ValueError("training through a padded batch that continues a cache is not supported; pass use_cache=False")
+            raise ValueError(
+                "training through a padded batch that continues a cache is not supported; "
+                "pass use_cache=False"
+            )
         return torch.cat([buffer[:, :, : held[0]].transpose(1, 2), cells], dim=1)
     return buffer[:, :, : max(done)].transpose(1, 2)
 
 
 def _grow_compiled(
-    method: SparseMethod, pool: Pool, layer: CacheLayerMixin, source: Tensor, new_tokens: int, context: SparseContext,
-    grid: CellGrid, capacity: int,
+    method: SparseMethod,
+    pool: Pool,
+    layer: CacheLayerMixin,
+    source: Tensor,
+    new_tokens: int,
+    context: SparseContext,
+    grid: CellGrid,
+    capacity: int,
 ) -> Tensor:
     """Write the last cells that can have been completed, whether or not they were: shapes stay fixed."""
     past, start = context.layout.offset, context.layout.start
@@ -92,7 +108,12 @@ def _grow_compiled(
 
 
 def _compress(
-    method: SparseMethod, pool: Pool, source: Tensor, first: int | Tensor, count: int, start: Tensor | None,
+    method: SparseMethod,
+    pool: Pool,
+    source: Tensor,
+    first: int | Tensor,
+    count: int,
+    start: Tensor | None,
     context: SparseContext,
 ) -> Tensor:
     """Compress cells ``first .. first + count - 1`` of each row, counted from the row's start."""
@@ -103,11 +124,13 @@ def _compress(
     if pool.source == "value" or pool.rope == "after":
         return method.compress(pool.name, windows)
     cell = torch.arange(count, device=source.device)
-    begin = (cell + (first if isinstance(first, int) else first[:, None])).reshape(-1, count) * pool.stride  # [B or 1, N]
+    begin = (cell + (first if isinstance(first, int) else first[:, None])).reshape(
+        -1, count
+    ) * pool.stride  # [B or 1, N]
     token = begin[..., None] + torch.arange(pool.width, device=source.device)
-    plain = unrotate(
-        windows.flatten(1, 2), *_angles(context, windows, token.flatten(1))
-    ).unflatten(1, (count, pool.width))
+    plain = unrotate(windows.flatten(1, 2), *_angles(context, windows, token.flatten(1))).unflatten(
+        1, (count, pool.width)
+    )
     return rotate(method.compress(pool.name, plain), *_angles(context, windows, begin))
 
 

@@ -54,7 +54,10 @@ def code_files(model_type: str) -> dict[str, str]:
     """Return file name -> text of the code files of a converted model type."""
     family = family_of_sparse(model_type)
     names = {
-        "title": family.title, "dense": family.model_type, "sparse": model_type, "prefix": f"NSA{family.class_prefix}",
+        "title": family.title,
+        "dense": family.model_type,
+        "sparse": model_type,
+        "prefix": f"NSA{family.class_prefix}",
     }
     files = {
         f"configuration_{model_type}.py": _CONFIGURATION.format(**names),
@@ -67,7 +70,9 @@ def code_files(model_type: str) -> dict[str, str]:
         if _flat_name(module) + ".py" in files:
             continue
         source = _source(root, module)
-        files[_flat_name(module) + ".py"] = _IMPORT.sub(lambda m: f"{m[1]}from .{_flat_name(m[2])} import ", source)
+        files[_flat_name(module) + ".py"] = _IMPORT.sub(
+            lambda m: f"{m[1]}from .{_flat_name(m[2])} import ", source
+        )
         pending += [match[2] for match in _IMPORT.finditer(source)]
     return dict(sorted(files.items()))
 

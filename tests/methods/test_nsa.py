@@ -21,8 +21,10 @@ def softmax_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[t
     return p @ v, p
 
 
-def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: NSASettings, gates: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """Return o ``[T, HQ, D]`` and the blocks of each (t, KV head); q ``[T, HQ, D]``, k and v ``[T, H, D]``."""
+def oracle(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: NSASettings, gates: torch.Tensor
+) -> tuple[torch.Tensor, dict]:
+    """Return o ``[T, HQ, D]`` and the blocks of each (t, KV head); k and v are ``[T, H, D]``."""
     total, heads, group = q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     l, d, size = s.compression_block, s.compression_stride, s.block_size
     out, chosen = torch.zeros_like(q), {}
@@ -41,7 +43,9 @@ def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: NSASettings, ga
                 compressed.append(o)
                 for j in range(len(score)):
                     for m in range(size // d):
-                        for n in range(l // d):  # eq. 9, on the cells that overlap block j; eq. 10 sums the heads
+                        for n in range(
+                            l // d
+                        ):  # eq. 9, on the cells that overlap block j; eq. 10 sums the heads
                             cell = (size // d) * j + m - n
                             score[j] += p[cell].item() if 0 <= cell < len(cells) else 0.0
             own = t // size
@@ -71,10 +75,18 @@ def test_equals_the_oracle(l: int, d: int, size: int, heads: int, kv_heads: int)
     torch.nn.init.normal_(method.gate.weight)
     q, k, v = (2 * torch.randn(1, total, n, dim, dtype=torch.float64) for n in (heads, kv_heads, kv_heads))
     hidden = torch.randn(1, total, 10, dtype=torch.float64)
-    windows = {"key": k.unfold(1, l, d).permute(0, 1, 4, 2, 3), "value": v.unfold(1, l, d).permute(0, 1, 4, 2, 3)}
+    windows = {
+        "key": k.unfold(1, l, d).permute(0, 1, 4, 2, 3),
+        "value": v.unfold(1, l, d).permute(0, 1, 4, 2, 3),
+    }
     inputs = AttentionInputs(
-        q=q, k=k, v=v, hidden=hidden, pooled={n: method.compress(n, w) for n, w in windows.items()},
-        layout=SequenceLayout(), scale=dim**-0.5,
+        q=q,
+        k=k,
+        v=v,
+        hidden=hidden,
+        pooled={n: method.compress(n, w) for n, w in windows.items()},
+        layout=SequenceLayout(),
+        scale=dim**-0.5,
     )
     records = []
     with torch.no_grad(), observe(records.append):
@@ -96,7 +108,9 @@ class TestInitialisation:
         assert torch.equal(values, torch.tensor([0.0, 1.0, 0.0]).expand(2, 5, 6, 3))
         values.sum().backward()
         assert gate.weight.grad.abs().min() > 0
-        assert torch.equal(gate.bfloat16()(hidden.bfloat16()), torch.tensor([0.0, 1.0, 0.0]).bfloat16().expand(2, 5, 6, 3))
+        assert torch.equal(
+            gate.bfloat16()(hidden.bfloat16()), torch.tensor([0.0, 1.0, 0.0]).bfloat16().expand(2, 5, 6, 3)
+        )
 
     def test_sigmoid_gates_start_near_dense(self) -> None:
         gate = NSA(NSASettings(gate="sigmoid"), self.geometry, 0).gate
@@ -120,9 +134,8 @@ class TestInitialisation:
         assert (compressor(windows) - compressor(windows.flip(2))).abs().max() > 1e-3
 
     def test_independent_branches_start_as_copies(self) -> None:
-        from tests.models import VARIANTS, dense_model, plan
-
         from nsa_convert.patch.patching import patch_model
+        from tests.models import VARIANTS, dense_model, plan
 
         model = patch_model(dense_model("qwen2"), plan(VARIANTS["nsa-independent"]))
         attention = model.model.layers[1].self_attn
@@ -135,7 +148,10 @@ class TestInitialisation:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"compression_block": 24, "compression_stride": 16}, "compression_block 24 must be a positive multiple"),
+        (
+            {"compression_block": 24, "compression_stride": 16},
+            "compression_block 24 must be a positive multiple",
+        ),
         ({"block_size": 40}, "block_size 40 must be a multiple of compression_stride 16"),
         ({"num_blocks": 2}, "smaller than the forced blocks"),
         ({"window_size": 0}, "window_size must be >= 1"),

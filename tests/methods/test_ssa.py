@@ -41,7 +41,9 @@ def test_equals_the_oracle(heads: int, kv_heads: int, sinks: int) -> None:
     q, k, v = (2 * torch.randn(1, total, n, dim, dtype=torch.float64) for n in (heads, kv_heads, kv_heads))
     hidden = torch.randn(1, total, 10, dtype=torch.float64)
     pooled = {"key": method.compress("key", k.unfold(1, 8, 8).permute(0, 1, 4, 2, 3))}
-    inputs = AttentionInputs(q=q, k=k, v=v, hidden=hidden, pooled=pooled, layout=SequenceLayout(), scale=dim**-0.5)
+    inputs = AttentionInputs(
+        q=q, k=k, v=v, hidden=hidden, pooled=pooled, layout=SequenceLayout(), scale=dim**-0.5
+    )
     records = []
     with torch.no_grad(), observe(records.append):
         out, gates = method(inputs)[0], method.gate(hidden)[0]

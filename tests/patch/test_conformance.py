@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from nsa_convert.kernels import use_backend
 from nsa_convert.patch.patching import patch_model, unpatch_model, with_full_budget
-
 from tests.models import FAMILIES, VARIANTS, dense_model, plan, tokens, trained_model
 
 BUDGET = 32
@@ -102,14 +102,20 @@ class TestBehaviour:
         hints = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 90, "max_length_k": 90}
         with torch.no_grad():
             alone = torch.cat([model(d).logits for d in documents], 1)
-            for given in ({"position_ids": positions, "use_cache": False}, {"position_ids": positions}, hints):
+            for given in (
+                {"position_ids": positions, "use_cache": False},
+                {"position_ids": positions},
+                hints,
+            ):
                 assert (model(packed, **given).logits - alone).abs().max() < 1e-10
 
     def test_documents_packed_in_two_rows(self, settings: dict) -> None:
         model = trained_model("llama", settings)
         a, b, c, d = (tokens(1, n, seed=n) for n in (90, 5, 61, 34))
         rows = torch.cat([torch.cat([a, b], 1), torch.cat([c, d], 1)])
-        positions = torch.stack([torch.cat([torch.arange(90), torch.arange(5)]), torch.cat([torch.arange(61), torch.arange(34)])])
+        positions = torch.stack(
+            [torch.cat([torch.arange(90), torch.arange(5)]), torch.cat([torch.arange(61), torch.arange(34)])]
+        )
         with torch.no_grad():
             out = model(rows, position_ids=positions, use_cache=False).logits
             assert (out[:1, :90] - model(a).logits).abs().max() < 1e-10

@@ -65,7 +65,14 @@ def test_beam_search(model: PreTrainedModel, prompt: torch.Tensor, implementatio
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 9}, {"num_beams": 3}],
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 9},
+        {"num_beams": 3},
+    ],
     ids=["dynamic", "uncached", "static", "chunked", "beam"],
 )
 def test_left_padded_batch(model: PreTrainedModel, padded: tuple, options: dict) -> None:
@@ -100,7 +107,9 @@ def test_second_turn_on_a_kept_cache(model: PreTrainedModel, prompt: torch.Tenso
 class TestCells:
     """The cache holds the compressed cells and compresses each of them once."""
 
-    def test_each_cell_is_compressed_once(self, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor) -> None:
+    def test_each_cell_is_compressed_once(
+        self, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor
+    ) -> None:
         model = trained_model("llama", VARIANTS["nsa"])
         method = model.model.layers[0].self_attn.sparse
         counts = []
@@ -118,7 +127,9 @@ class TestCells:
         assert sum(counts) == 2 * cells
         assert cache.layers[0].cells["key"].shape[2] >= cells
 
-    def test_wrong_cells_would_be_noticed(self, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor) -> None:
+    def test_wrong_cells_would_be_noticed(
+        self, monkeypatch: pytest.MonkeyPatch, prompt: torch.Tensor
+    ) -> None:
         model = trained_model("llama", VARIANTS["nsa"])
         expected = model.generate(prompt, use_cache=False, **GREEDY)
         cache = DynamicCache()

@@ -39,7 +39,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folders = []
     for family in FAMILIES:
         folder = tmp_path_factory.mktemp("models") / family
-        model = trained_model(family, VARIANTS["nsa-learned-before-rope" if family == "llama" else "nsa"]).float()
+        model = trained_model(
+            family, VARIANTS["nsa-learned-before-rope" if family == "llama" else "nsa"]
+        ).float()
         model.save_pretrained(folder)
         ids = tokens(2, 90)
         with torch.no_grad():
@@ -53,7 +55,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_loads_without_the_package(saved: list[Path], tmp_path: Path) -> None:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", BARE, *map(str, saved)], capture_output=True, text=True, env=env, cwd=tmp_path,
+        [sys.executable, "-c", BARE, *map(str, saved)],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=tmp_path,
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr[-3000:]

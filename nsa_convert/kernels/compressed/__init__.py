@@ -8,9 +8,9 @@ from torch import Tensor
 
 from nsa_convert.kernels.backend import current_backend
 from nsa_convert.kernels.checks import check_qkv, default_scale
+from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.compressed.gather import attend as gathered
 from nsa_convert.kernels.compressed.reference import attend as reference
-from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout
 
 
@@ -90,8 +90,6 @@ def block_topk(
     scale: float | None = None,
 ) -> BlockSelection:
     """Choose blocks from compressed keys without computing an output; see :func:`compressed_attention`."""
-    out = compressed_attention(
-        q, ck, None, width=width, stride=stride, rule=rule, layout=layout, scale=scale
-    )
+    out = compressed_attention(q, ck, None, width=width, stride=stride, rule=rule, layout=layout, scale=scale)
     assert out.selection is not None
     return out.selection

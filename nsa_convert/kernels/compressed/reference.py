@@ -11,8 +11,13 @@ from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
 def attend(
-    q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
-    layout: SequenceLayout, scale: float,
+    q: Tensor,
+    ck: Tensor,
+    cv: Tensor | None,
+    grid: CellGrid,
+    rule: BlockTopK | None,
+    layout: SequenceLayout,
+    scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :func:`nsa_convert.kernels.compressed.compressed_attention`."""
     if layout.cu_seqlens is not None:
@@ -24,7 +29,9 @@ def attend(
     return (None, None, indices) if cv is None else (o, lse, indices)
 
 
-def choose_blocks(p: Tensor, num_kv_heads: int, grid: CellGrid, rule: BlockTopK, layout: SequenceLayout) -> Tensor:
+def choose_blocks(
+    p: Tensor, num_kv_heads: int, grid: CellGrid, rule: BlockTopK, layout: SequenceLayout
+) -> Tensor:
     """Turn cell probabilities into block lists.
 
     Args:
@@ -46,8 +53,10 @@ def choose_blocks(p: Tensor, num_kv_heads: int, grid: CellGrid, rule: BlockTopK,
     cell = torch.arange(num_blocks, device=p.device)[:, None] * per_block + first
     cell = cell + torch.arange(len(weights), device=p.device)  # [NB, W]
     inside = (cell >= 0) & (cell < p.shape[3])
-    parts = group_p[..., cell.clamp(0, max(p.shape[3] - 1, 0))] if p.shape[3] else group_p.new_zeros(
-        *group_p.shape[:3], *cell.shape
+    parts = (
+        group_p[..., cell.clamp(0, max(p.shape[3] - 1, 0))]
+        if p.shape[3]
+        else group_p.new_zeros(*group_p.shape[:3], *cell.shape)
     )
     parts = parts.masked_fill(~inside, 0.0)
     if rule.reduce == "sum":
@@ -66,8 +75,13 @@ def choose_blocks(p: Tensor, num_kv_heads: int, grid: CellGrid, rule: BlockTopK,
 
 
 def _attend_documents(
-    q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
-    layout: SequenceLayout, scale: float,
+    q: Tensor,
+    ck: Tensor,
+    cv: Tensor | None,
+    grid: CellGrid,
+    rule: BlockTopK | None,
+    layout: SequenceLayout,
+    scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     parts, cell = [], 0
     for begin, end in layout.documents():
