@@ -20,15 +20,21 @@ COMMON = {"--json", "--debug", "--help"}
 # command -> (arguments, options beside COMMON)
 COMMANDS = {
     "bench": ([], {"--geometry", "--lengths", "--device", "--set", "--csv"}),
-    "convert": (["MODEL", "OUT"], {"--method", "--config", "--set", "--layers", "--dry-run"}),
+    "convert": (
+        ["MODEL", "OUT"],
+        {
+            "--method", "--config", "--set", "--layers", "--dry-run", "--dtype", "--revision", "--copy",
+            "--overwrite", "--allow-extra-tensors",
+        },
+    ),
     "doctor": ([], set()),
     "eval": (["MODEL"], {"--against", "--suite", "--set", "--out"}),
     "explain": (["CODE"], set()),
     "generate": (["MODEL"], {"--prompt", "--prompt-file", "--max-new-tokens"}),
     "inspect": (["MODEL"], {"--method", "--context"}),
     "methods": ([], set()),
-    "revert": (["OUT", "DENSE"], set()),
-    "verify": (["OUT"], {"--against"}),
+    "revert": (["OUT", "DENSE"], {"--copy", "--overwrite"}),
+    "verify": (["OUT"], {"--against", "--trust-remote-code"}),
 }
 
 

@@ -16,6 +16,7 @@ import torch
 
 from nsa_convert.cli import main
 from nsa_convert.config import AttentionGeometry
+from nsa_convert.errors import UsageError
 from nsa_convert.kernels import dense_attention, sparse_attention, use_backend
 from nsa_convert.methods.base import AttentionInputs
 from nsa_convert.methods.registry import METHODS
@@ -67,12 +68,10 @@ def command_problem(words: list[str]) -> str | None:
             name, command, rest = main.resolve_command(context, words[1:])
             if "--help" in rest:
                 return None
-            options, _, _ = command.make_parser(click.Context(command, info_name=name)).parse_args(list(rest))
-            required = [p for p in command.params if isinstance(p, click.Argument) and p.required]
-            missing = [p.human_readable_name for p in required if options.get(p.name) in (None, ())]
-            return f"missing {', '.join(missing)}" if missing else None
-    except click.UsageError as error:
-        return error.format_message()
+            command.make_context(name, list(rest), parent=context)
+            return None
+    except (click.UsageError, UsageError) as error:
+        return getattr(error, "message", str(error))
 
 
 def python_problems(block: str) -> list[str]:
@@ -209,9 +208,9 @@ def test_the_method_of_add_a_method_works():
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("nsa-convert convret a b", "No such command"),
+        ("nsa-convert convret a b", "no command 'convret'"),
         ("nsa-convert convert a b --methd nsa", "No such option"),
-        ("nsa-convert convert a", "missing"),
+        ("nsa-convert convert a", "Missing argument 'OUT'"),
         ("make no-such-target", "no make target"),
         ("PYTHON=x make test JOBS=4", None),
         ("nsa-convert --help", None),

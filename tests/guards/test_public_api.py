@@ -12,15 +12,18 @@ import nsa_convert
 FUNCTIONS = {
     "block_topk": "(q, ck, *, width, stride, rule, layout=…, scale=…)",
     "compressed_attention": "(q, ck, cv, *, width, stride, rule=…, layout=…, scale=…)",
-    "convert_checkpoint": None,
+    "convert_checkpoint": (
+        "(source, out, sparse, *, dry_run=…, overwrite=…, copy=…, allow_extra_tensors=…, dtype=…, "
+        "source_id=…, revision=…, contexts=…, threads=…, progress=…)"
+    ),
     "merge_lse": "(outputs, lses)",
     "patch_model": "(model, sparse)",
-    "revert_checkpoint": None,
+    "revert_checkpoint": "(out, dense, *, overwrite=…, copy=…)",
     "set_mode": "(model, mode)",
     "sparse_attention": "(q, k, v, pattern, *, layout=…, scale=…)",
     "unpatch_model": "(model)",
     "use_backend": "(name)",
-    "verify_checkpoint": None,
+    "verify_checkpoint": "(out, against=…, *, lengths=…, trust_remote_code=…, progress=…)",
 }
 
 CLASSES = {
