@@ -70,8 +70,10 @@ def command_problem(words: list[str]) -> str | None:
                 return None
             command.make_context(name, list(rest), parent=context)
             return None
-    except (click.UsageError, UsageError) as error:
-        return getattr(error, "message", str(error))
+    except click.UsageError as error:
+        return error.format_message()
+    except UsageError as error:
+        return error.message
 
 
 def python_problems(block: str) -> list[str]:
