@@ -37,8 +37,14 @@ def write_checkpoint(folder: Path, gib: float) -> int:
 
     layers = max(1, round((gib * 2**30 - 4 * VOCABULARY * LAYER["hidden_size"]) / LAYER_BYTES))
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers,
-        "vocab_size": VOCABULARY, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "dtype": "bfloat16", **LAYER,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "dtype": "bfloat16",
+        **LAYER,
     }
     folder.mkdir(parents=True)
     shards: dict[str, dict] = {}
@@ -86,7 +92,9 @@ def measure(what: str, source: Path, out: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder when left out")
@@ -110,10 +118,16 @@ def main() -> None:
 def report(runs: dict[str, list[dict[str, float]]], total: int, path: Path | None) -> None:
     from importlib.metadata import version
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     facts = {
-        "date": datetime.date.today().isoformat(), "commit": commit, "device": platform.processor() or "cpu",
-        "cores": os.cpu_count(), "torch": version("torch"), "gib": round(total / 2**30, 3),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "device": platform.processor() or "cpu",
+        "cores": os.cpu_count(),
+        "torch": version("torch"),
+        "gib": round(total / 2**30, 3),
     }
     base = statistics.median(run["seconds"] for run in runs["plain copy"])
     rows = []
@@ -121,12 +135,21 @@ def report(runs: dict[str, list[dict[str, float]]], total: int, path: Path | Non
         seconds = sorted(run["seconds"] for run in results)
         median = statistics.median(seconds)
         extra = max(run["extra_mib"] for run in results)
-        rows.append({
-            **facts, "what": kind, "median_s": round(median, 3), "min_s": round(seconds[0], 3),
-            "max_s": round(seconds[-1], 3), "times_copy": round(median / base, 2), "extra_mib": round(extra, 1),
-        })
-        print(f"{kind:16} {median:6.2f} s ({seconds[0]:.2f}-{seconds[-1]:.2f})  {median / base:5.2f} x copy  "
-              f"+{extra:.0f} MiB")
+        rows.append(
+            {
+                **facts,
+                "what": kind,
+                "median_s": round(median, 3),
+                "min_s": round(seconds[0], 3),
+                "max_s": round(seconds[-1], 3),
+                "times_copy": round(median / base, 2),
+                "extra_mib": round(extra, 1),
+            }
+        )
+        print(
+            f"{kind:16} {median:6.2f} s ({seconds[0]:.2f}-{seconds[-1]:.2f})  {median / base:5.2f} x copy  "
+            f"+{extra:.0f} MiB"
+        )
     if path is not None:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())

@@ -155,6 +155,7 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
         "Use the model's own tokenizer.",
     ),
     ("TK03", 3, "tokenizer_config.json names a file outside the folder.", _TRUST),
+    ("TK04", 3, "The tokenizer has no chat template.", "Give the prompt as plain text."),
     ("TK06", 0, "generation_config.json is not valid.", "It is copied as it is."),
     ("SV02", 5, "There is not enough free space.", "Free some space or choose another disk."),
     ("SV03", 5, "Writing failed.", "Free space or quota, check the disk, and run again."),

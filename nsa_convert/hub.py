@@ -97,7 +97,7 @@ def dense_folder(model: ResolvedModel, tell: Callable[[str], None] = lambda line
         return model.path
     info = model.path.stat()
     facts = f"{model.path.resolve()} {info.st_size} {info.st_mtime_ns}"
-    folder = cache_folder() / f"{model.path.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+    folder = cache_folder() / f"{model.path.stem}-{hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]}"
     if not folder.is_dir():
         tell(f"dequantising {model.path.name} into {folder}")
         with staged(folder) as staging:

@@ -190,15 +190,16 @@ def revert_checkpoint(
 
 def _original_files(out: Path) -> dict[str, tuple[Path, bool]]:
     """Return name in the dense folder -> (file in OUT, whether it is a weight file), hashes checked."""
-    manifest = read_manifest(out)
-    source = read_json_mapping(out / REPORT).get("source", {})
-    places = {name: (entry["file"], True) for name, entry in source["files"].items()}
-    places |= {name: (name, False) for name in source["side_files"]}
-    kept = f"{SOURCE_FOLDER}/"
-    places |= {name.removeprefix(kept): (name, False) for name in manifest if name.startswith(kept)}
-    for name, (place, is_shard) in places.items():
+    manifest, kept = read_manifest(out), f"{SOURCE_FOLDER}/"
+    shards, side_files = _source_files(out)
+    places = {name: (entry["file"], entry["sha256"], True) for name, entry in shards.items()}
+    for place in [*side_files, *(name for name in manifest if name.startswith(kept))]:
+        listed = manifest.get(place, {}).get("sha256")
+        places[place.removeprefix(kept)] = (place, listed, False)
+    for name, (place, expected, _) in places.items():
+        if Path(name).name != name or place not in manifest:
+            raise CheckpointError(f"{REPORT} names a file that cannot be: {name}", code="SV17", where=REPORT)
         path = out / place
-        expected = source["files"][name]["sha256"] if is_shard else manifest[place]["sha256"]
         if not path.is_file() or hash_file(path) != expected:
             raise CheckFailedError(
                 f"{place} was changed since the conversion; the dense model cannot be given back from it",
@@ -207,7 +208,19 @@ def _original_files(out: Path) -> dict[str, tuple[Path, bool]]:
                 expected=f"sha256 {expected}",
                 hint="a trained model has no dense form; take the original checkpoint",
             )
-    return {name: (out / place, is_shard) for name, (place, is_shard) in places.items()}
+    return {name: (out / place, is_shard) for name, (place, _, is_shard) in places.items()}
+
+
+def _source_files(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return what the conversion noted about the source: its weight files and its side files."""
+    try:
+        source = read_json_mapping(out / REPORT, code="SV17")["source"]
+        shards = {name: dict(entry) for name, entry in source["files"].items()}
+        if all({"file", "sha256"} <= entry.keys() for entry in shards.values()):
+            return shards, list(source["side_files"])
+    except (KeyError, TypeError, ValueError, AttributeError, OSError):
+        pass
+    raise CheckpointError(f"{REPORT} is missing or damaged", code="SV17", where=REPORT, hint="convert again")
 
 
 def _run(name: str, code: str, work: Callable[[], str | None]) -> Check:
@@ -246,7 +259,7 @@ def _values(out: Path) -> str:
 def _kept_tensors(out: Path, against: str | Path | None) -> str:
     """Compare the tensors of the source with those of OUT, by hash."""
     if against is None:
-        files = read_json_mapping(out / REPORT)["source"]["files"]
+        files, _ = _source_files(out)
         changed = [
             entry["file"] for entry in files.values() if hash_file(out / entry["file"]) != entry["sha256"]
         ]

@@ -89,7 +89,9 @@ def test_linked_shards_share_the_inode_and_copies_do_not(tmp_path, source):
 
 
 def test_falls_back_to_copying(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+    monkeypatch.setattr(
+        os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link"))
+    )
     assert convert_checkpoint(source, tmp_path / "out", NSA).placed == "copied"
 
 
@@ -228,7 +230,10 @@ def test_odd_output_names(tmp_path, source, name, monkeypatch):
 def test_overwrite_replaces_a_checkpoint(tmp_path, source):
     convert_checkpoint(source, tmp_path / "out", SSA)
     convert_checkpoint(source, tmp_path / "out", NSA, overwrite=True)
-    assert json.loads((tmp_path / "out/config.json").read_text())["sparse_attention"]["default"]["method"] == "nsa"
+    assert (
+        json.loads((tmp_path / "out/config.json").read_text())["sparse_attention"]["default"]["method"]
+        == "nsa"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -237,9 +242,7 @@ def test_foreign_code_of_the_source_is_dropped(tmp_path):
     from tests.checkpoints import edit_json
 
     source = write_dense(tmp_path / "dense")
-    edit_json(
-        source / "config.json", attn_implementation="org/kernel", auto_map={"AutoModel": "evil.Model"}
-    )
+    edit_json(source / "config.json", attn_implementation="org/kernel", auto_map={"AutoModel": "evil.Model"})
     report = convert_checkpoint(source, tmp_path / "out", NSA)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert "attn_implementation" not in config
@@ -269,6 +272,8 @@ def test_magnitude_bits_order_like_numbers():
 
 def test_progress_counts_every_shard(tmp_path, source):
     seen = []
-    convert_checkpoint(source, tmp_path / "out", NSA, progress=lambda name, done, total: seen.append((done, total)))
+    convert_checkpoint(
+        source, tmp_path / "out", NSA, progress=lambda name, done, total: seen.append((done, total))
+    )
     count = len(shard_paths(source))
     assert sorted(seen) == [(i, count) for i in range(1, count + 1)]

@@ -37,8 +37,12 @@ BAD_FILES = {
     "CK05 deep nesting": (build(None, raw=b'{"a":' + b"[" * 100_000), "CK05"),
     "CK05 no offsets": (build({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)), "CK05"),
     "CK06 tensor twice": (
-        build(None, raw=b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
-                        b'"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', data=bytes(2)),
+        build(
+            None,
+            raw=b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+            b'"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+            data=bytes(2),
+        ),
         "CK06",
     ),
     "CK07 overlap": (build({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "CK07"),
@@ -70,7 +74,9 @@ def test_header_agrees_with_safetensors(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     header = read_header(tmp_path / "x.safetensors")
     assert {e.name: (e.dtype, e.shape) for e in header.tensors} == {
-        "a": ("F32", (5,)), "b": ("BF16", (3, 4)), "scalar": ("F32", ()),
+        "a": ("F32", (5,)),
+        "b": ("BF16", (3, 4)),
+        "scalar": ("F32", ()),
     }
     assert header.metadata == {"format": "pt"}
     content = (tmp_path / "x.safetensors").read_bytes()

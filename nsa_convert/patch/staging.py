@@ -118,7 +118,7 @@ def staged(out: Path) -> Iterator[Path]:
         MachineError: The parent folder cannot be written.
     """
     parent = out.absolute().parent
-    tag = hashlib.sha256(out.name.encode()).hexdigest()[:16]
+    tag = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
     staging, old = parent / f".nsa-staging-{tag}", parent / f".nsa-replaced-{tag}"
     with machine_errors():
         parent.mkdir(parents=True, exist_ok=True)
