@@ -54,7 +54,10 @@ def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) 
     rows = q.to(dtype).mul(scale).unflatten(2, (ck.shape[2], -1)).permute(0, 2, 1, 3, 4)  # [B, H, TQ, g, D]
     if ck.shape[1] == 0:
         return rows.new_zeros(*rows.shape[:4], 0), rows.new_full(rows.shape[:4], -torch.inf)
-    scores = torch.matmul(rows.flatten(2, 3), ck.to(dtype).permute(0, 2, 3, 1)).unflatten(2, rows.shape[2:4])
+    # Head by head: the float32 copy of one head's cells stays in the cache.
+    scores = torch.stack(
+        [torch.matmul(rows[:, h].flatten(1, 2), ck[:, :, h].to(dtype).mT) for h in range(ck.shape[2])], 1
+    ).unflatten(2, rows.shape[2:4])
     if visible is None:
         p = scores.softmax(-1)
         return p, scores.amax(-1) - p.amax(-1).log()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.checks import accumulate_dtype
 from nsa_convert.kernels.dense.fetch import fetch_runs
 from nsa_convert.kernels.dense.flash import attend_rows
 from nsa_convert.patterns import BlockSelection, SequenceLayout, SinkWindow
@@ -27,19 +26,29 @@ def decode_blocks(
     lists = max(indices.shape[2], num_kv_heads)  # heads that fetch
     indices = indices.expand(-1, -1, lists, -1)
     size = min(pattern.block_size, num_keys)
-    starts, positions = _starts(layout, num_queries, q.device)
-    wanted = indices * pattern.block_size + starts[:, :, None, None]
+    wanted = indices * pattern.block_size
+    if layout.start is not None:
+        wanted = wanted + layout.start[:, None, None, None]
     # The last block may end before its full size: fetch a full run that ends with the keys.
     slots = wanted.clamp(0, num_keys - size)
-    tokens = slots[..., None] + torch.arange(size, device=q.device)  # [B, TQ, lists, S, size]
-    first = wanted.masked_fill(indices < 0, num_keys)[..., None]
-    visible = (tokens >= first) & (tokens < first + pattern.block_size)
-    visible = (visible & (tokens <= positions[:, None, None, None])).flatten(-2)
-    rows = torch.arange(batch, device=q.device)[:, None, None, None]
+    rows = torch.arange(batch, device=q.device)[:, None, None, None] if batch > 1 else None
     heads = (torch.arange(lists, device=q.device) // (lists // num_kv_heads))[:, None]
-    k, v = (fetch_runs(x, rows, heads, slots, size).flatten(3, 4).flatten(0, 1) for x in (k, v))
+    k, v = (x.flatten(3, 4).flatten(0, 1) for x in fetch_runs(k, v, rows, heads, slots, size))
+    lead = wanted.masked_fill(indices < 0, num_keys) - slots  # tokens of the run before the block
+    token = torch.arange(size, device=q.device)
+    visible = token >= lead[..., None]
+    past = _only_past(layout, num_queries, num_keys)
+    if past:
+        blind = (lead >= size).all(-1)
+    else:
+        reach = layout.positions(num_queries, q.device)[:, None, None] - slots
+        visible = visible & (token <= reach[..., None])
+        blind = ((lead >= size) | (lead > reach)).all(-1)
     shape = (batch * num_queries, lists, num_heads // lists, -1)  # the group is on the rows
-    o, lse = _attend_masked(q.reshape(shape), k, v, visible.flatten(0, 1)[:, :, None], scale)
+    visible = visible.flatten(3, 4).flatten(0, 1)[:, :, None]
+    o, lse = _attend_masked(
+        q.reshape(shape), k, v, visible, blind.flatten(0, 1)[..., None], scale, clean=past
+    )
     return o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 
 
@@ -58,17 +67,11 @@ def decode_window(
         tokens, visible = _window_tokens(pattern, layout, num_queries, k.shape[1], q.device)
         index = torch.arange(k.shape[0], device=q.device)[:, None, None]
         heads = torch.arange(num_kv_heads, device=q.device)[:, None]
-        k, v = (fetch_runs(x, index, heads, tokens[:, None], 1).squeeze(3) for x in (k, v))  # [B, H, L, D]
-        visible = visible.repeat_interleave(group, 1)[:, None]  # [B, 1, TQ * g, L]
-        o, lse = _attend_masked(rows.flatten(2, 3), k, v, visible, scale)
+        k, v = (x.squeeze(3) for x in fetch_runs(k, v, index, heads, tokens[:, None], 1))  # [B, H, L, D]
+        visible = visible.repeat_interleave(group, 1)[:, None]  # [B or 1, 1, TQ * g, L]
+        o, lse = _attend_masked(rows.flatten(2, 3), k, v, visible, ~visible.any(-1), scale)
     o, lse = (x.unflatten(2, (num_queries, group)) for x in (o, lse))
     return o.permute(0, 2, 1, 3, 4).flatten(2, 3), lse.permute(0, 2, 1, 3).flatten(2, 3)
-
-
-def _starts(layout: SequenceLayout, num_queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the first slot of each document ``[B or 1, 1]`` and the slots of the queries ``[TQ]``."""
-    starts = torch.zeros(1, dtype=torch.long, device=device) if layout.start is None else layout.start
-    return starts[:, None], layout.positions(num_queries, device)
 
 
 def _only_past(layout: SequenceLayout, num_queries: int, num_keys: int) -> bool:
@@ -81,7 +84,8 @@ def _window_tokens(
     pattern: SinkWindow, layout: SequenceLayout, num_queries: int, num_keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the slots any query needs ``[B or 1, L]`` and who sees them ``[B or 1, TQ, L]``."""
-    starts, positions = _starts(layout, num_queries, device)
+    positions = layout.positions(num_queries, device)
+    starts = (positions.new_zeros(1) if layout.start is None else layout.start)[:, None]
     band = min(pattern.window_size + num_queries - 1, num_keys)
     own = positions[-1:] - band + 1 + torch.arange(band, device=device)
     sinks = starts + torch.arange(min(pattern.num_sinks, num_keys), device=device)  # [B or 1, sinks]
@@ -93,12 +97,17 @@ def _window_tokens(
     return tokens.clamp(0, num_keys - 1), visible
 
 
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend where ``visible`` (broadcasts to ``[N, H, R, L]``); blind rows get o = 0 and lse = -inf."""
-    unseen = ~visible.any(2)[..., None]  # [N, 1 or H, L, 1]; 0 * NaN is NaN, so hidden keys become 0
-    k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
+def _attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, blind: Tensor, scale: float, clean: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attend where ``visible`` (broadcasts to ``[N, H, R, L]``).
+
+    Rows in ``blind`` (broadcasts to ``[N, H, R]``) see nothing: they get o = 0 and lse = -inf. ``clean`` says
+    that hidden keys are finite.
+    """
+    if not clean:
+        unseen = ~visible.any(2)[..., None]  # [N, 1 or H, L, 1]; 0 * NaN is NaN, so hidden keys become 0
+        k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
     bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
     o, lse = attend_rows(q, k, v, bias.expand(*bias.shape[:2], q.shape[2], -1), scale)
-    blind = ~visible.any(-1)
-    lse = lse.to(accumulate_dtype(q.dtype)).masked_fill(blind, -torch.inf)
-    return o.masked_fill(blind[..., None], 0.0), lse
+    return o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
