@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
-from nsa_convert.config import raise_problems
-from nsa_convert.errors import ConfigError
+from nsa_convert.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,8 +77,8 @@ def generate_text(
         The continuation.
 
     Raises:
-        ConfigError: An empty prompt, a bad number, a prompt that leaves no room below the model's positions,
-            or ``chat`` without a template.
+        UsageError: An empty prompt or a bad number.
+        ConfigError: A prompt that leaves no room below the model's positions, or ``chat`` without a template.
     """
     _check_options(max_new_tokens, temperature, top_p)
     text = _chat_prompt(tokenizer, prompt) if chat else prompt
@@ -115,12 +114,13 @@ def _check_options(max_new_tokens: int, temperature: float, top_p: float) -> Non
         problems.append(f"temperature must be 0 (greedy) or more, got {temperature}")
     if not 0 < top_p <= 1:
         problems.append(f"top_p must be above 0 and at most 1, got {top_p}")
-    raise_problems(problems, code="CL02")
+    if problems:
+        raise UsageError("; ".join(problems), code="CL02")
 
 
 def _check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None) -> None:
     if prompt_tokens == 0:
-        raise ConfigError("the prompt is empty", code="CL02", hint="give at least one token of text")
+        raise UsageError("the prompt is empty", code="CL02", hint="give at least one token of text")
     if positions and prompt_tokens + max_new_tokens > positions:
         raise ConfigError(
             f"the prompt has {prompt_tokens} tokens; with {max_new_tokens} new ones that is beyond the "

@@ -15,7 +15,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from nsa_convert.errors import ConfigError
+from nsa_convert.errors import ConfigError, MachineError
 
 CODE_MODULES = ("argparse", "subprocess", "tarfile", "inspect")
 PROSE_TOPICS = (
@@ -54,7 +54,7 @@ def code_text() -> EvalText:
         try:
             parts.append(inspect.getsource(importlib.import_module(name)))
         except OSError as error:
-            raise ConfigError(
+            raise MachineError(
                 f"this Python has no source for its own module {name!r}: {error}", code="EV12",
                 hint="give a text file instead",
             ) from error
@@ -67,7 +67,7 @@ def prose_text() -> EvalText:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
-        raise ConfigError(
+        raise MachineError(
             "this Python has no pydoc_data package, the default prose text", code="EV12",
             hint="give a text file instead",
         ) from error

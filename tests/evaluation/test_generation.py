@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nsa_convert.errors import ConfigError
+from nsa_convert.errors import ConfigError, UsageError
 from nsa_convert.generation import generate_text
 from nsa_convert.patch.patching import patch_model
 from tests.evaluation.tiny import byte_tokenizer, tiny_dense
@@ -59,15 +59,15 @@ def test_draws_depend_on_the_seed_alone(model):
     assert draw(2) != first
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-    ({"temperature": -1.0, "top_p": 2.0}, "temperature .* top_p"),
-    ({"max_new_tokens": 100}, "beyond the 128 positions"),
-    ({"chat": True}, "no chat template"),
-    ({"prompt": ""}, "prompt is empty"),
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"max_new_tokens": 0}, UsageError, "max_new_tokens must be at least 1"),
+    ({"temperature": -1.0, "top_p": 2.0}, UsageError, "temperature .* top_p"),
+    ({"prompt": ""}, UsageError, "prompt is empty"),
+    ({"max_new_tokens": 100}, ConfigError, "beyond the 128 positions"),
+    ({"chat": True}, ConfigError, "no chat template"),
 ])
-def test_bad_requests(model, options, message):
-    with pytest.raises(ConfigError, match=message):
+def test_bad_requests(model, options, error, message):
+    with pytest.raises(error, match=message):
         generate_text(model, byte_tokenizer(), **{"prompt": PROMPT, **options})
 
 
