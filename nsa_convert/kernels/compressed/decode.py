@@ -28,7 +28,8 @@ def decode_cells(
     ages = layout.positions(num_queries, q.device) - layout.row_starts(num_queries, q.device) + 1
     visible = None
     if num_queries > 1 or layout.start is not None or isinstance(layout.offset, Tensor):
-        visible = torch.arange(ck.shape[1], device=q.device) < grid.complete(ages)[..., None]  # [B or 1, TQ, C]
+        cells = torch.arange(ck.shape[1], device=q.device)
+        visible = cells < grid.complete(ages)[..., None]  # [B or 1, TQ, C]
     p, lse = _probabilities(q, ck, visible, scale)  # [B, H, TQ, g, C], [B, H, TQ, g]
     indices = None
     if rule is not None:
@@ -43,8 +44,11 @@ def decode_cells(
     if cv is None:
         return None, None, indices
     if visible is not None:
-        # 0 * NaN is NaN: cells that nobody sees yet must not be multiplied.
-        cv = cv.masked_fill(~visible.any(1)[..., None, None], 0.0)
+        bad = ~cv.isfinite().all(-1)  # [B, C, H]; 0 * NaN is NaN
+        cv = cv.masked_fill(bad[..., None], 0.0)
+        sees = (visible[:, None] & bad.transpose(1, 2)[:, :, None]).any(-1)[..., None]  # [B, H, TQ, 1]
+        lse = lse.masked_fill(sees, torch.nan)
+        p = p.masked_fill(sees[..., None], torch.nan)
     o = torch.matmul(p.flatten(2, 3).to(q.dtype), cv.transpose(1, 2)).unflatten(2, p.shape[2:4])
     return o.permute(0, 2, 1, 3, 4).flatten(2, 3), lse.permute(0, 2, 1, 3).flatten(2, 3), indices
 

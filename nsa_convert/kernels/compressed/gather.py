@@ -40,7 +40,7 @@ class _CompressedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, ck: Tensor, cv: Tensor, run: CompressedRun) -> tuple[Tensor | None, ...]:
         with torch.autocast(q.device.type, enabled=False):
             o, lse, indices = run.forward(q, ck, cv)
-        ctx.save_for_backward(q, ck, cv, o, lse)
+        ctx.save_for_backward(q, ck, cv, lse)
         ctx.run = run
         if indices is not None:
             ctx.mark_non_differentiable(indices)
@@ -49,9 +49,9 @@ class _CompressedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dlse: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, ck, cv, o, lse = ctx.saved_tensors
+        q, ck, cv, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            return *backward_tiles(q, ck, cv, o, lse, do, dlse, ctx.run.tiles(), ctx.run.scale), None
+            return *backward_tiles(q, ck, cv, lse, do, dlse, ctx.run.tiles(), ctx.run.scale), None
 
 
 class CompressedRun:

@@ -113,16 +113,16 @@ class _TileAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
             o, lse = forward_tiles(q, k, v, plan(), scale)
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, lse)
         ctx.plan, ctx.scale = plan, scale
         return o, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
+        q, k, v, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            return *backward_tiles(q, k, v, o, lse, do, dlse, ctx.plan(), ctx.scale), None, None
+            return *backward_tiles(q, k, v, lse, do, dlse, ctx.plan(), ctx.scale), None, None
 
 
 def forward_tiles(
@@ -143,7 +143,8 @@ def forward_tiles(
         if bad is not None:
             seen = t.gather(bad)[:, None]
             seen = (seen if t.visible is None else seen & t.visible).any(-1)[:, None]
-            part, part_lse = part.masked_fill(seen[..., None], torch.nan), part_lse.masked_fill(seen, torch.nan)
+            part = part.masked_fill(seen[..., None], torch.nan)
+            part_lse = part_lse.masked_fill(seen, torch.nan)
         t.queries(o).copy_(part.transpose(1, 2))
         t.queries(lse).copy_(part_lse.transpose(1, 2))
     return o, lse
@@ -166,39 +167,37 @@ def split_non_finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
 
 
 def backward_tiles(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor,
-    tiles: Iterator[Tiles], scale: float,
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, do: Tensor, dlse: Tensor, tiles: Iterator[Tiles],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v; scores are computed again from lse, in float32 or float64."""
     dtype = accumulate_dtype(q.dtype)
     dq = torch.zeros_like(q, dtype=dtype)
     dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
     k, v, _ = split_non_finite(k, v)
-    # d lse / d score = p, so its gradient joins the row term of the softmax.
-    row_term = (do.to(dtype) * o.to(dtype)).sum(-1) - dlse
     for group in tiles:
         length = group.keys[1] - group.keys[0] if isinstance(group.keys, tuple) else group.keys.shape[1]
         row_bytes = (group.heads[1] - group.heads[0]) * group.width * max(1, length) * dtype.itemsize
         for t in group.parts(max(1, SCORE_BYTES // row_bytes)):
-            tile_grads(t, (q, k, v, do, lse, row_term), (dq, dk, dv), scale)
+            tile_grads(t, (q, k, v, do, lse, dlse), (dq, dk, dv), scale)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def tile_grads(
-    t: Tiles, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], grads: tuple[Tensor, Tensor, Tensor],
-    scale: float,
+    t: Tiles, inputs: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], scale: float
 ) -> None:
-    """Add the gradients of a few tiles to ``(dq, dk, dv)``."""
+    """Add the gradients of a few tiles, from ``(q, k, v, do, lse, dlse)`` to ``(dq, dk, dv)``."""
     dq, dk, dv = grads
-    q, do, lse, row_term = (t.queries(inputs[i]).to(dq.dtype) for i in (0, 3, 4, 5))  # [n, W, g, ...]
+    # [n, W * g, ...]
+    q, do, lse, dlse = (t.queries(inputs[i]).to(dq.dtype).flatten(1, 2) for i in (0, 3, 4, 5))
     k, v = (t.gather(inputs[i]).to(dq.dtype).expand(t.count, -1, -1) for i in (1, 2))  # [n, L, D]
-    q, do = q.flatten(1, 2), do.flatten(1, 2)  # [n, W * g, D]
-    p = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-    p.sub_(lse.masked_fill(lse == -torch.inf, torch.inf).flatten(1, 2)[..., None]).exp_()
+    p = torch.bmm(q, k.mT).mul_(scale)
+    p.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp_()
     if t.visible is not None:
-        hidden = ~t.visible[:, :, None]
-        p.unflatten(1, (t.width, -1)).masked_fill_(hidden, 0.0)
-    t.scatter_add(dv, torch.bmm(p.transpose(1, 2), do))
-    ds = torch.bmm(do, v.transpose(1, 2)).sub_(row_term.flatten(1, 2)[..., None]).mul_(p).mul_(scale)
-    t.scatter_add(dk, torch.bmm(ds.transpose(1, 2), q))
+        p.unflatten(1, (t.width, -1)).masked_fill_(~t.visible[:, :, None], 0.0)
+    t.scatter_add(dv, torch.bmm(p.mT, do))
+    ds = torch.bmm(do, v.mT).mul_(p)
+    # A tile holds all keys of its rows, so the row term needs no rounded o; d lse / d score = p joins it.
+    ds.addcmul_(p, (ds.sum(-1) - dlse)[..., None], value=-1.0).mul_(scale)
+    t.scatter_add(dk, torch.bmm(ds.mT, q))
     t.queries(dq).copy_(torch.bmm(ds, k).unflatten(1, (t.width, -1)))

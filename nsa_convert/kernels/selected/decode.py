@@ -103,11 +103,14 @@ def _attend_masked(
     """Attend where ``visible`` (broadcasts to ``[N, H, R, L]``).
 
     Rows in ``blind`` (broadcasts to ``[N, H, R]``) see nothing: they get o = 0 and lse = -inf. ``clean`` says
-    that hidden keys are finite.
+    that all keys are finite or visible to all; otherwise the rows that see one that is not get NaN.
     """
     if not clean:
-        unseen = ~visible.any(2)[..., None]  # [N, 1 or H, L, 1]; 0 * NaN is NaN, so hidden keys become 0
-        k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
+        bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))  # [N, H, L]
+        k, v = (x.masked_fill(bad[..., None], 0.0) for x in (k, v))  # 0 * NaN is NaN
     bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
     o, lse = attend_rows(q, k, v, bias.expand(*bias.shape[:2], q.shape[2], -1), scale)
+    if not clean:
+        sees = (visible & bad[:, :, None]).any(-1)
+        o, lse = o.masked_fill(sees[..., None], torch.nan), lse.masked_fill(sees, torch.nan)
     return o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)

@@ -141,7 +141,7 @@ def union_sizes(indices: Tensor) -> Tensor:
 
 
 def _runs(lists: Lists, width: int) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(first query of the segment, tiles, tile width)``: full tiles in the middle, aligned to lists."""
+    """Yield ``(first query of the segment, tiles, tile width)``; full tiles are aligned to lists."""
     total = lists.positions.shape[0]
     begin = min(total, lists.aligned % width)
     if begin:
@@ -169,7 +169,8 @@ def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) 
         while last < count and max(largest, sizes[last]) * block_bytes * (last + 1 - first) <= CHUNK_BYTES:
             largest, last = max(largest, sizes[last]), last + 1
         part = slice(first, last)
-        yield _tiles(lists, begin + first * width, position[part], blocks[part, :largest], member[part, :, :largest])
+        known = blocks[part, :largest], member[part, :, :largest]
+        yield _tiles(lists, begin + first * width, position[part], *known)
         first = last
 
 
