@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from nsa_convert.errors import NsaConvertError
+from nsa_convert.errors import CheckpointError, NsaConvertError
 from nsa_convert.patch.headers import read_header
 
 
@@ -110,9 +111,6 @@ def test_damaged_files_never_crash(tmp_path, position, value, cut):
     content[position % len(content)] = value
     path = tmp_path / "x.safetensors"
     path.write_bytes(bytes(content)[: len(content) - cut if cut < 100 else len(content)])
-    try:
+    with contextlib.suppress(CheckpointError):
         header = read_header(path)
-    except NsaConvertError as error:
-        assert error.exit_status == 3
-    else:
         assert sum(e.nbytes for e in header.tensors) == header.file_bytes - header.data_start

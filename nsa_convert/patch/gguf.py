@@ -12,6 +12,7 @@ from typing import Any
 from nsa_convert.errors import CheckpointError, MachineError
 from nsa_convert.patch.checkpoint import Checkpoint
 from nsa_convert.patch.families import family_of, geometry_of
+from nsa_convert.patch.gguf_header import read_gguf_config
 from nsa_convert.patch.headers import (
     DTYPE_BYTES,
     WEIGHT_DTYPES,
@@ -21,7 +22,7 @@ from nsa_convert.patch.headers import (
 )
 from nsa_convert.patch.problems import Problems
 from nsa_convert.patch.shards import SINGLE_FILE, Shard, WeightFiles
-from nsa_convert.patch.source_config import check_source_config, dense_tensor_shapes, strip_source_config
+from nsa_convert.patch.source_config import check_source_config, dense_tensor_shapes
 from nsa_convert.patch.staging import use_umask
 
 SUFFIX = ".gguf"
@@ -41,7 +42,7 @@ def open_gguf(path: Path, dtype: str) -> Checkpoint:
         MachineError: The ``gguf`` package is missing.
     """
     check_gguf(path)
-    config = _read_config(path, dtype)
+    config = {**read_gguf_config(path), "dtype": dtype}
     family = family_of(config)
     problems = Problems(path.name)
     check_source_config(config, family, problems)
@@ -127,7 +128,7 @@ def load_gguf_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more precise
         raise CheckpointError(f"the tokenizer in {path.name} cannot be read: {error}", code="TK01") from error
 
 
@@ -145,7 +146,18 @@ def load_gguf_model(path: Path, dtype: str) -> Any:
 
     check_gguf(path)
     with _damage(path):
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True, **_dequantise()
+        )
+    # transformers fills what it did not find with random numbers and goes on.
+    missing = sorted(set(loading["missing_keys"]) - set(model.all_tied_weights_keys))
+    if missing:
+        raise CheckpointError(
+            f"{path.name} lacks {len(missing)} tensors, the first {missing[0]}",
+            code="CK23",
+            where=path.name,
+            hint="the file is damaged, or transformers does not know its tensor names",
+        )
     model.hf_quantizer = None
     for key in ("quantization_config", "_name_or_path"):
         if hasattr(model.config, key):
@@ -153,14 +165,13 @@ def load_gguf_model(path: Path, dtype: str) -> Any:
     return model.eval()
 
 
-def _read_config(path: Path, dtype: str) -> dict[str, Any]:
-    """Return the config.json that the file's header amounts to."""
-    from transformers import AutoConfig
-
-    with _damage(path):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
-    config.pop("quantization_config", None)
-    return strip_source_config({**config, "dtype": dtype})[0]
+def _dequantise() -> dict[str, Any]:
+    """Return the argument that keeps transformers from leaving the weights packed; older ones never do."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 @contextlib.contextmanager
