@@ -1,4 +1,4 @@
-"""The KV cache of a sparse layer: any transformers cache layer, retyped in place to keep compressed cells too.
+"""The KV cache of a sparse layer: any transformers cache layer, retyped in place to hold cells too.
 
 The cells are a pure function of the cached keys and values; which of them count follows from the length of
 the sequence. So cropping needs no bookkeeping, and a cell that was written too early is written again when

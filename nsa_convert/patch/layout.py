@@ -117,7 +117,7 @@ def _left_padding(
     if not torch.equal(one_run, real):
         raise ValueError(
             "attention_mask has a hole: the real tokens of a row must be consecutive (padding on the left or "
-            "on the right). A right-padded batch cannot continue with its cache, and generate() guesses a mask "
+            "on the right). A right-padded batch cannot continue with its cache; generate() guesses a mask "
             "when a prompt contains the pad token and none is given: pass attention_mask"
         )
     starts = tuple(start.tolist())

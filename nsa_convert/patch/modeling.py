@@ -41,7 +41,7 @@ def _no_mask(**_: Any) -> None:
 
 def _no_dense_layer(*_: Any, **__: Any) -> None:
     raise BackendError(
-        f"attn_implementation='{ATTENTION_NAME}' belongs to converted models; a dense one needs 'sdpa' or 'eager'"
+        f"attn_implementation='{ATTENTION_NAME}' belongs to converted models; use 'sdpa' or 'eager'"
     )
 
 
