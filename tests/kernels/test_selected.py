@@ -113,6 +113,17 @@ def test_cache_memory_gives_the_same_answer(num_queries: int, room: int) -> None
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, 40])
+def test_any_memory_order(num_queries: int) -> None:
+    layout = SequenceLayout(offset=60 - num_queries)
+    q, k, v = (x.movedim(1, 3).contiguous().movedim(3, 1) for x in make_qkv(2, num_queries, 60, (4, 2)))
+    blocks = make_blocks(2, 2, num_queries, 60, 3, 8, 1, layout)
+    for pattern in (blocks, SinkWindow(window_size=20), SinkWindow(num_sinks=2, window_size=20)):
+        fast, truth = both(sparse_attention, q[..., ::2], k[..., ::2], v[..., ::2], pattern, layout=layout)
+        for x, y in zip(fast, truth, strict=True):
+            assert_close(x, y, y)
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 40])
 def test_tensor_offset_equals_int_offset(num_queries: int) -> None:
     q, k, v = make_qkv(2, num_queries, 100, (6, 2))
     blocks = make_blocks(2, 2, num_queries, 100, 5, 16, 1, DENSE_LAYOUT)

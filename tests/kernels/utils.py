@@ -97,8 +97,8 @@ def assert_close(fast: Tensor, low: Tensor, truth: Tensor, inputs: torch.dtype |
         fast: Result under test.
         low: Reference in the dtype of the test.
         truth: Reference in float64.
-        inputs: Dtype of q where ``fast`` is a float32 lse of half-precision inputs: torch's fused kernel uses a
-            shorter exp for these, so an eighth of their rounding step is added to the allowed error.
+        inputs: Dtype of q where ``fast`` is a float32 lse of half-precision inputs: torch's fused kernel uses
+            a shorter exp for these, so an eighth of their rounding step is added to the allowed error.
     """
     assert fast.shape == truth.shape
     assert fast.dtype == low.dtype

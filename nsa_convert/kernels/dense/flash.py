@@ -33,6 +33,8 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: flo
     """
     if FUSED is None or q.device.type != "cpu" or v.shape[-1] != q.shape[-1]:
         return plain_attention(q, k, v, bias, scale)
+    # The operator reads heads as if they were contiguous, without checking.
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     return FUSED(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
 
 

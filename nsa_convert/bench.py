@@ -1,0 +1,375 @@
+"""Speed and memory of the sparse ops against dense attention: prefill and decode, one table, one run.
+
+Inputs are synthetic queries and keys that drift along the sequence, so that neighbouring queries choose
+nearly the same blocks, as those of a language model do; or queries and keys from a file.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, scaled_dot_product_attention
+
+from nsa_convert.config import AttentionGeometry
+from nsa_convert.errors import CheckFailedError, ConfigError
+from nsa_convert.kernels.backend import use_backend
+from nsa_convert.kernels.compressed import block_topk, compressed_attention
+from nsa_convert.kernels.selected import sparse_attention
+from nsa_convert.methods.nsa import NSASettings
+from nsa_convert.methods.ssa import SSASettings
+from nsa_convert.patterns import DENSE_LAYOUT, SequenceLayout, SinkWindow
+
+LENGTHS = (4096, 8192, 16384, 32768)
+DENSE = "dense: "
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One measurement.
+
+    Attributes:
+        phase: ``"prefill"`` (all queries of the length) or ``"decode"`` (one query on that many tokens).
+        length: Tokens.
+        name: What ran; the dense formulations begin with ``"dense: "``.
+        median_ms: Median time.
+        min_ms: Shortest time.
+        max_ms: Longest time.
+        speedup: Median of the best dense formulation over this median; None where dense was not run.
+        peak_mib: Memory above the inputs; None where it cannot be measured.
+    """
+
+    phase: str
+    length: int
+    name: str
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    speedup: float | None = None
+    peak_mib: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """All rows of one run and where it ran.
+
+    Attributes:
+        geometry: ``"HQ/H/D"``.
+        dtype: Dtype of the inputs.
+        environment: Device, versions, threads and date.
+        rows: The measurements.
+    """
+
+    geometry: str
+    dtype: str
+    environment: dict[str, str]
+    rows: tuple[BenchRow, ...]
+
+    def to_dict(self) -> dict:
+        """Return a JSON-ready mapping."""
+        return dataclasses.asdict(self)
+
+    def to_table(self) -> str:
+        """Return the rows as a Markdown table under a line that says where they were measured."""
+        where = ", ".join(f"{key} {value}" for key, value in self.environment.items())
+        head = ("phase", "tokens", "what", "median ms", "min", "max", "x best dense", "peak MiB")
+        lines = [
+            f"{self.geometry} heads/KV heads/head dim, {self.dtype}; {where}", "",
+            "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
+        ]
+        for row in self.rows:
+            cells = [row.phase, str(row.length), row.name]
+            cells += [f"{x:.4g}" for x in (row.median_ms, row.min_ms, row.max_ms)]
+            cells += ["" if row.speedup is None else f"{row.speedup:.2f}"]
+            cells += ["" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def write_csv(self, path: Path | str) -> None:
+        """Write one line per row; geometry, dtype and environment are repeated on each."""
+        common = {"geometry": self.geometry, "dtype": self.dtype, **self.environment}
+        with Path(path).open("w", newline="") as file:
+            names = [*common, *(field.name for field in dataclasses.fields(BenchRow))]
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(common | dataclasses.asdict(row) for row in self.rows)
+
+
+def run_bench(
+    geometry: str = "14/2/64", lengths: Sequence[int] = LENGTHS, device: str = "cpu", dtype: str = "bfloat16",
+    repeats: int = 5, dense: bool = True,
+) -> BenchReport:
+    """Check the ops against the reference, then time NSA, SSA and their parts against dense attention.
+
+    Args:
+        geometry: ``"HQ/H/D"``: query heads, key/value heads, head dim.
+        lengths: Sequence lengths.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        repeats: Timed runs of a prefill; decode takes ten times as many.
+        dense: Whether to time dense attention too.
+
+    Raises:
+        ConfigError: A setting is malformed or there is no such device.
+        CheckFailedError: An op differs from the reference.
+    """
+    sizes, kind = parse_geometry(geometry), parse_dtype(dtype)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here", expected="device cpu", found=device)
+    if not lengths or min(lengths) < 128:
+        raise ConfigError(f"lengths must be at least 128 tokens, got {list(lengths)}")
+    rows: list[BenchRow] = []
+    with torch.inference_mode():
+        check_ops(sizes, kind, device)
+        for length in lengths:
+            inputs = Inputs.drifting(sizes, length, kind, device)
+            rows += time_cases("prefill", length, prefill_cases(inputs, dense), repeats, device)
+            rows += time_cases("decode", length, decode_cases(inputs, dense), 10 * repeats, device)
+    return BenchReport(geometry=geometry, dtype=dtype, environment=environment(device), rows=tuple(rows))
+
+
+def parse_geometry(text: str) -> AttentionGeometry:
+    """Read ``"HQ/H/D"``."""
+    if not re.fullmatch(r"\d+/\d+/\d+", text):
+        raise ConfigError(f"geometry must read HQ/H/D, for example 14/2/64, got {text!r}")
+    heads, kv_heads, dim = (int(part) for part in text.split("/"))
+    return AttentionGeometry(
+        hidden_size=max(1, heads * dim), num_query_heads=heads, num_kv_heads=kv_heads, head_dim=dim
+    )
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Read the name of a floating dtype."""
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise ConfigError(f"dtype must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Queries, keys and values ``[1, T, heads, D]``, and the compressed cells of NSA and SSA."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cell_keys: Tensor
+    cell_values: Tensor
+    block_keys: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+        """Add the mean-pooled cells to q, k and v."""
+        nsa, size = NSASettings(), SSASettings().block_size
+        cells = [mean_pool(x, nsa.compression_block, nsa.compression_stride) for x in (k, v)]
+        return cls(
+            q=q, k=k, v=v, cell_keys=cells[0], cell_values=cells[1], block_keys=mean_pool(k, size, size)
+        )
+
+    @classmethod
+    def drifting(cls, sizes: AttentionGeometry, length: int, dtype: torch.dtype, device: str) -> Inputs:
+        """Make queries and keys that drift: neighbours select about as alike as in a language model.
+
+        With 16 blocks of 64, the union over 16 (64) neighbouring queries has about 27 (33) blocks; real
+        queries of a small model have 23-29 (29-39).
+        """
+        g = torch.Generator().manual_seed(0)
+        heads, dim = sizes.num_kv_heads, sizes.head_dim
+        q = drift(length, 256, heads * dim, g).view(length, heads, 1, dim)
+        q = q + 0.5 * torch.randn(length, heads, sizes.group_size, dim, generator=g)
+        k = drift(length, 64, heads * dim, g).view(length, heads, dim)
+        k = k + torch.randn(length, heads, dim, generator=g)
+        v = torch.randn(length, heads, dim, generator=g)
+        return cls.of(*(x[None].to(device, dtype).contiguous() for x in (q.flatten(1, 2), k, v)))
+
+
+def drift(length: int, step: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return ``[length, size]``: random vectors every ``step`` tokens with straight lines between them."""
+    knots = torch.randn(1, size, -(-length // step) + 1, generator=generator)
+    return interpolate(knots, size=knots.shape[2] * step, mode="linear")[0, :, :length].T
+
+
+def mean_pool(x: Tensor, width: int, stride: int) -> Tensor:
+    """Return the means of the complete windows of ``[B, T, H, D]``."""
+    return x.unfold(1, width, stride).mean(-1, dtype=torch.float32).to(x.dtype)
+
+
+def nsa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
+    """Run the three branches of NSA with open gates."""
+    s = NSASettings()
+    cells = compressed_attention(
+        q, x.cell_keys, x.cell_values, width=s.compression_block, stride=s.compression_stride, rule=s.rule,
+        layout=layout,
+    )
+    selected, _ = sparse_attention(q, x.k, x.v, cells.selection, layout=layout)
+    window, _ = sparse_attention(q, x.k, x.v, SinkWindow(window_size=s.window_size), layout=layout)
+    return cells.o + selected + window
+
+
+def ssa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
+    """Run SSA: block choice and one attention."""
+    s = SSASettings()
+    chosen = block_topk(
+        q, x.block_keys, width=s.block_size, stride=s.block_size, rule=s.rule, layout=layout
+    )
+    return sparse_attention(q, x.k, x.v, chosen, layout=layout)[0]
+
+
+Case = tuple[str, Callable[[], object]]
+
+
+def sparse_cases(x: Inputs, q: Tensor, layout: SequenceLayout) -> Iterator[Case]:
+    """Yield NSA, its branches, and SSA."""
+    s = NSASettings()
+    cells = {"width": s.compression_block, "stride": s.compression_stride, "rule": s.rule, "layout": layout}
+    window = SinkWindow(window_size=s.window_size)
+    chosen = block_topk(q, x.cell_keys, **cells)
+    yield "nsa", lambda: nsa(x, q, layout)
+    yield "nsa: compressed + top-k", lambda: compressed_attention(q, x.cell_keys, x.cell_values, **cells)
+    yield "nsa: selected", lambda: sparse_attention(q, x.k, x.v, chosen, layout=layout)
+    yield "nsa: window", lambda: sparse_attention(q, x.k, x.v, window, layout=layout)
+    yield "ssa", lambda: ssa(x, q, layout)
+
+
+def prefill_cases(x: Inputs, dense: bool = True) -> Iterator[Case]:
+    """Yield what a prefill is timed on."""
+    q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+    if dense:
+        group = q.shape[1] // k.shape[1]
+        wide = [y.repeat_interleave(group, 1) for y in (k, v)]
+        yield DENSE + "SDPA enable_gqa", lambda: scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+        yield DENSE + "SDPA, keys repeated", lambda: scaled_dot_product_attention(q, *wide, is_causal=True)
+    yield from sparse_cases(x, x.q, DENSE_LAYOUT)
+
+
+def decode_cases(x: Inputs, dense: bool = True) -> Iterator[Case]:
+    """Yield what one decode step is timed on; keys and cells lie head by head, as in a cache."""
+    parts = ((f.name, getattr(x, f.name)) for f in dataclasses.fields(Inputs))
+    cache = {name: y.transpose(1, 2).contiguous() for name, y in parts if name != "q"}
+    q = x.q[:, -1:]
+    k, v = cache["k"], cache["v"]
+    if dense:
+        rows = q.view(1, k.shape[1], -1, q.shape[3])  # the group on the rows
+        yield DENSE + "SDPA enable_gqa", lambda: scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, enable_gqa=True
+        )
+        yield DENSE + "SDPA, group as rows", lambda: scaled_dot_product_attention(rows, k, v)
+        yield DENSE + "bmm, group as rows", lambda: torch.bmm(
+            torch.bmm(rows[0], k[0].mT).mul_(q.shape[3] ** -0.5).softmax(-1), v[0]
+        )
+    cached = Inputs(q=x.q, **{name: y.transpose(1, 2) for name, y in cache.items()})
+    yield from sparse_cases(cached, q, SequenceLayout(offset=k.shape[2] - 1))
+
+
+def time_cases(
+    phase: str, length: int, cases: Iterable[Case], repeats: int, device: str
+) -> list[BenchRow]:
+    """Time the cases in turn, round after round, so that all meet the same machine."""
+    runs = dict(cases)
+    peaks = {name: peak_memory(run, device) for name, run in runs.items()}  # also the warm-up
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(elapsed_ms(run, device))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    best = min((m for name, m in medians.items() if name.startswith(DENSE)), default=None)
+    return [
+        BenchRow(
+            phase=phase, length=length, name=name, median_ms=medians[name], min_ms=min(values),
+            max_ms=max(values), speedup=None if best is None else best / medians[name], peak_mib=peaks[name],
+        )
+        for name, values in times.items()
+    ]
+
+
+def elapsed_ms(run: Callable[[], object], device: str) -> float:
+    """Return the wall time of one call in milliseconds."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def peak_memory(run: Callable[[], object], device: str) -> float | None:
+    """Return how much memory one call held above what was held before, in MiB; None if unknown here."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present size
+        before = _resident_mib("VmRSS")
+        run()
+        return _resident_mib("VmHWM") - before
+    except OSError:
+        run()
+        return None
+
+
+def _resident_mib(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {field}")
+    return int(found[1]) / 1024
+
+
+def check_ops(sizes: AttentionGeometry, dtype: torch.dtype, device: str) -> None:
+    """Compare NSA and SSA with the reference at a small odd length; raise CheckFailedError if they differ."""
+    x = Inputs.drifting(sizes, 1531, torch.float32, device)
+    x = dataclasses.replace(x, **{f.name: getattr(x, f.name).to(dtype) for f in dataclasses.fields(x)})
+    # Scores that differ in the last bit may choose another block, so the lists are made once.
+    s = NSASettings()
+    cells = {"width": s.compression_block, "stride": s.compression_stride}
+    for q, layout in ((x.q, DENSE_LAYOUT), (x.q[:, -1:], SequenceLayout(offset=1530))):
+        chosen = block_topk(q, x.cell_keys, rule=s.rule, layout=layout, **cells)
+        results = []
+        for backend in ("torch", "reference"):
+            with use_backend(backend):
+                results.append([
+                    compressed_attention(q, x.cell_keys, x.cell_values, layout=layout, **cells).o,
+                    sparse_attention(q, x.k, x.v, chosen, layout=layout)[0],
+                    sparse_attention(q, x.k, x.v, SinkWindow(window_size=s.window_size), layout=layout)[0],
+                ])
+        allowed = 4 * torch.finfo(dtype).eps + 1e-5
+        for name, fast, truth in zip(("compressed", "selected", "window"), *results, strict=True):
+            error = (fast.float() - truth.float()).abs().max().item() / max(1.0, truth.abs().max().item())
+            if not error <= allowed:
+                raise CheckFailedError(
+                    f"the {name} op differs from the reference by {error:.2g}; {allowed:.2g} is allowed"
+                )
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return what a number needs beside it: device, versions, threads, date."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name()
+    return {
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
