@@ -11,6 +11,8 @@ from nsa_convert import __version__
 from nsa_convert.cli.frame import Commands, common, hint, print_json, shard_progress, show, show_tables, tell
 from nsa_convert.errors import ConfigError, MachineError, UsageError
 
+BENCH_SETTINGS = ("dtype", "repeats", "dense")
+
 
 @click.group(
     cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True
@@ -210,6 +212,41 @@ def evaluate(
     click.echo(report.headline())
     if out is not None:
         click.echo(f"written: {out}")
+
+
+@main.command()
+@click.option(
+    "--geometry", default="14/2/64", show_default=True, help="Query heads/key-value heads/head dim."
+)
+@click.option("--lengths", help="Sequence lengths, such as 4096,32768.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="dtype, repeats or dense.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Also write the rows to this file.")
+@common
+def bench(
+    geometry: str,
+    lengths: str | None,
+    device: str,
+    pairs: tuple[str, ...],
+    csv_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Time sparse against dense attention on this machine."""
+    from nsa_convert.bench import run_bench
+    from nsa_convert.cli.options import parse_lengths, parse_settings
+    from nsa_convert.config import raise_problems, unknown_keys
+
+    settings = parse_settings(pairs)
+    raise_problems(unknown_keys(settings, BENCH_SETTINGS, "--set"))
+    if lengths is not None:
+        settings["lengths"] = parse_lengths(lengths, "--lengths")
+    report = run_bench(geometry, device=device, **settings)
+    if csv_file is not None:
+        report.write_csv(csv_file)
+    if as_json:
+        print_json({"ok": True, **report.to_dict()})
+    else:
+        click.echo(report.to_table())
 
 
 @main.command()
