@@ -25,15 +25,16 @@ def decode_cells(
     if not isinstance(layout.offset, Tensor):
         capacity = layout.offset + num_queries - (0 if layout.start is None else int(layout.start.min()))
         ck, cv = (None if x is None else x[:, : grid.count(capacity)] for x in (ck, cv))
-    ages = layout.positions(num_queries, q.device) - layout.row_starts(num_queries, q.device) + 1
-    visible = None
+    visible = own = None
     if num_queries > 1 or layout.start is not None or isinstance(layout.offset, Tensor):
+        ages = layout.positions(num_queries, q.device) - layout.row_starts(num_queries, q.device) + 1
         cells = torch.arange(ck.shape[1], device=q.device)
         visible = cells < grid.complete(ages)[..., None]  # [B or 1, TQ, C]
     p, lse = _probabilities(q, ck, visible, scale)  # [B, H, TQ, g, C], [B, H, TQ, g]
     indices = None
     if rule is not None:
-        own = (ages - 1).div(rule.block_size, rounding_mode="floor")[:, None, :, None]
+        if visible is not None:
+            own = (ages - 1).div(rule.block_size, rounding_mode="floor")[:, None, :, None]
         num_blocks = max(1, -(-capacity // rule.block_size))
         size = min(rule.num_blocks, num_blocks)
         if size == num_blocks:

@@ -32,7 +32,9 @@ def decode_blocks(
     # The last block may end before its full size: fetch a full run that ends with the keys.
     slots = wanted.clamp(0, num_keys - size)
     rows = torch.arange(batch, device=q.device)[:, None, None, None] if batch > 1 else None
-    heads = (torch.arange(lists, device=q.device) // (lists // num_kv_heads))[:, None]
+    heads = torch.arange(num_kv_heads, device=q.device)[:, None]
+    if lists > num_kv_heads:
+        heads = heads.repeat_interleave(lists // num_kv_heads, 0)
     k, v = (x.flatten(3, 4).flatten(0, 1) for x in fetch_runs(k, v, rows, heads, slots, size))
     lead = wanted.masked_fill(indices < 0, num_keys) - slots  # tokens of the run before the block
     token = torch.arange(size, device=q.device)
@@ -113,4 +115,6 @@ def _attend_masked(
     if not clean:
         sees = (visible & bad[:, :, None]).any(-1)
         o, lse = o.masked_fill(sees[..., None], torch.nan), lse.masked_fill(sees, torch.nan)
+    if clean and not torch.compiler.is_compiling() and not blind.any():
+        return o, lse
     return o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
