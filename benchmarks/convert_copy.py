@@ -4,7 +4,8 @@
 
 Each round copies the folder, then converts it with linked and with copied weights, each in a process of its
 own, in turn, so that all meet the same machine. Time is that of the call, imports not counted; memory is the
-peak of the process minus what it held before the call.
+peak of the process minus what it held before the call. A conversion that copies flushes its files to disk, so
+the copy is also timed with that.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def write_checkpoint(folder: Path, gib: float) -> int:
 
 
 CHILD = """
-import json, re, shutil, sys, time
+import json, os, re, shutil, sys, time
 from pathlib import Path
 from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.convert import convert_checkpoint
@@ -76,6 +77,11 @@ held = lambda key: int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status")
 before, start = held("VmRSS"), time.perf_counter()
 if what == "plain copy":
     shutil.copytree(source, out)
+elif what == "copy, flushed":
+    shutil.copytree(source, out)
+    for path in out.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 else:
     sparse = SparseAttentionConfig(default=LayerRule(method="nsa"))
     convert_checkpoint(source, out, sparse, copy=what == "convert, copied")
@@ -101,7 +107,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="nsa-bench-", dir=options.folder))
-    kinds = ("plain copy", "convert, linked", "convert, copied")
+    kinds = ("plain copy", "copy, flushed", "convert, linked", "convert, copied")
     try:
         total = write_checkpoint(root / "source", options.gib)
         os.sync()

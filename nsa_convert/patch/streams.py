@@ -20,7 +20,7 @@ from nsa_convert.errors import CheckpointError
 from nsa_convert.patch.headers import ShardHeader, TensorEntry
 from nsa_convert.patch.shards import Shard
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 LARGE_WEIGHT = 1e4
 
 # dtype -> (integer of the same width, mask without the sign, the pattern of infinity)
