@@ -23,8 +23,16 @@ COMMANDS = {
     "convert": (
         ["MODEL", "OUT"],
         {
-            "--method", "--config", "--set", "--layers", "--dry-run", "--dtype", "--revision", "--copy",
-            "--overwrite", "--allow-extra-tensors",
+            "--method",
+            "--config",
+            "--set",
+            "--layers",
+            "--dry-run",
+            "--dtype",
+            "--revision",
+            "--copy",
+            "--overwrite",
+            "--allow-extra-tensors",
         },
     ),
     "doctor": ([], set()),
@@ -54,7 +62,10 @@ def run(*words: str) -> tuple[subprocess.CompletedProcess, float]:
     begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "nsa_convert.cli", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     return done, time.perf_counter() - begin
 
