@@ -123,6 +123,24 @@ def test_same_bytes_every_time(tmp_path, source):
     assert tree_hash(tmp_path / "first") == tree_hash(tmp_path / "second")
 
 
+@pytest.mark.parametrize("model_type", FAMILY_OPTIONS)
+def test_every_learned_part(tmp_path, model_type):
+    """Own projections start as copies (qwen2 has biases), MLP compressors the same in every run."""
+    learned = {"branch_kv": "independent", "key_compressor": "mlp", "value_compressor": "linear"}
+    plan = SparseAttentionConfig(default=LayerRule(method="nsa", settings={**SETTINGS, **learned}))
+    source = write_dense(tmp_path / "dense", model_type)
+    report = convert_checkpoint(source, tmp_path / "first", plan)
+    convert_checkpoint(source, tmp_path / "second", plan)
+    assert tree_hash(tmp_path / "first") == tree_hash(tmp_path / "second")
+    tensors = all_tensors(tmp_path / "first")
+    for new in report.new_tensors:
+        assert tuple(tensors[new.name].shape) == new.shape
+        if new.init.startswith("copy of"):
+            dense = tensors[new.name.split("sparse.")[0] + new.init.removeprefix("copy of ")]
+            assert torch.equal(tensors[new.name], torch.cat([dense, dense]))
+    assert any(new.init == "copy of k_proj.weight" for new in report.new_tensors)
+
+
 def test_recipe_repeats_the_conversion(tmp_path, source):
     plan = SparseAttentionConfig(
         default=LayerRule(method="full"), rules=(LayerRule(method="nsa", settings=SETTINGS, layers=(1,)),)

@@ -131,6 +131,10 @@ def test_several_problems_are_reported_at_once(source, tmp_path):
 
 SETTINGS = {
     "CF13": ({"blok_size": 8}, "did you mean 'block_size'"),
+    "CF20-text": ({"block_size": "64"}, "must be an integer"),
+    "CF20-truth": ({"num_blocks": True}, "must be an integer"),
+    "CF20-fraction": ({"window_size": 1.5}, "must be an integer"),
+    "CF20-choice": ({"gate": "x"}, "signed, sigmoid"),
     "CF22-stride": ({"compression_block": 8, "compression_stride": 3}, "compression_stride"),
     "CF22-block": ({"block_size": 9, "compression_stride": 4, "compression_block": 8}, "block_size"),
     "CF22-window": ({"window_size": 0}, "window_size"),
