@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nsa_convert.errors import MachineError, NsaConvertError, UsageError
@@ -182,9 +183,10 @@ def use_umask(path: Path) -> None:
 
 def _publish(staging: Path, out: Path, old: Path) -> None:
     """Flush the small files and the folder, then rename; a replaced folder is removed last."""
-    for path in staging.rglob("*"):
-        if path.is_dir() or path.stat().st_nlink == 1:
-            _sync(path)
+    own = [path for path in staging.rglob("*") if path.is_dir() or path.stat().st_nlink == 1]
+    # Together, because the file system writes waiting requests in one go.
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(_sync, own))
     _sync(staging)
     if out.is_dir() and any(out.iterdir()):
         out.rename(old)
