@@ -47,8 +47,9 @@ VARIANTS = {
         "compress_rope": "before",
     },
     "nsa-independent": {**NSA, "branch_kv": "independent", "key_compressor": "weighted", "gate": "sigmoid"},
+    "nsa-second-order": {**NSA, "scorer": "second_order"},
     "ssa": SSA,
-    "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed"},
+    "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed", "scorer": "second_order"},
 }
 
 

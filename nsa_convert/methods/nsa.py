@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry, raise_problems
-from nsa_convert.kernels.compressed import compressed_attention
+from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
 from nsa_convert.methods.budget import block_rule_problems
 from nsa_convert.methods.compressors import build_compressor
 from nsa_convert.methods.gates import BranchGate
+from nsa_convert.methods.scores import half_variance, second_order
 from nsa_convert.patterns import BlockTopK, SinkWindow
 
 Compressor = Literal["mean", "weighted", "linear", "mlp"]
@@ -40,6 +41,8 @@ class NSASettings:
         num_local_blocks: Last blocks always selected, the query's own included.
         window_size: w, tokens of the sliding window, the query's own included.
         block_score: How cells become block scores: ``"sum"`` is eq. 9, ``"max"`` InfLLM-v2's max-pooling.
+        scorer: ``"first_order"`` scores blocks by the compressed attention itself (eq. 8); ``"second_order"``
+            adds the spread of the keys in each cell, see :mod:`nsa_convert.methods.scores`.
         key_compressor: How keys are compressed.
         value_compressor: How values are compressed.
         compress_rope: Compress keys ``"after"`` or ``"before"`` RoPE.
@@ -56,6 +59,7 @@ class NSASettings:
     num_local_blocks: int = 2
     window_size: int = 512
     block_score: Literal["sum", "max"] = "sum"
+    scorer: Literal["first_order", "second_order"] = "first_order"
     key_compressor: Compressor = "mean"
     value_compressor: Compressor = "mean"
     compress_rope: Literal["after", "before"] = "after"
@@ -105,6 +109,7 @@ class NSA(SparseMethod):
             "num_local_blocks": "paper section 4.1",
             "window_size": "paper section 4.1",
             "block_score": "paper eq. 9",
+            "scorer": "paper eq. 8",
             "key_compressor": "starts at the dense model",
             "value_compressor": "starts at the dense model",
             "compress_rope": "keys as the dense model caches them",
@@ -137,14 +142,20 @@ class NSA(SparseMethod):
         s, heads = self.settings, self.geometry.num_kv_heads
         span = (0, heads) if s.branch_kv == "shared" else (heads, 2 * heads)
         sizes = {"heads": span, "width": s.compression_block, "stride": s.compression_stride}
-        return (
+        pools = (
             Pool(name="key", source="key", rope=s.compress_rope, **sizes),
             Pool(name="value", source="value", **sizes),
+        )
+        return (
+            pools
+            if s.scorer == "first_order"
+            else (*pools, Pool(name="half_variance", source="key", **sizes))
         )
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """See the base class."""
-        return self.compress_key(windows) if name == "key" else self.compress_value(windows)
+        compressors = {"key": self.compress_key, "value": self.compress_value, "half_variance": half_variance}
+        return compressors[name](windows)
 
     def extra_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the compressed and window branches' own keys and values, ``[B, T, 2 H, D]``."""
@@ -176,16 +187,7 @@ class NSA(SparseMethod):
         k, v = x.k[:, :, :heads], x.v[:, :, :heads]
         window_k, window_v = x.k[:, :, -heads:], x.v[:, :, -heads:]
         fits = self.fits(x, s.rule.budget)
-        compressed = compressed_attention(
-            x.q,
-            x.pooled["key"],
-            x.pooled["value"],
-            width=s.compression_block,
-            stride=s.compression_stride,
-            rule=None if fits else self.block_rule(),
-            layout=x.layout,
-            scale=x.scale,
-        )
+        compressed = self._compressed(x, choose=not fits)
         window = SinkWindow(window_size=s.window_size)
         windowed, _ = sparse_attention(x.q, window_k, window_v, window, layout=x.layout, scale=x.scale)
         if fits:
@@ -197,3 +199,18 @@ class NSA(SparseMethod):
         self.record(x, k, patterns, gates)
         g_cmp, g_slc, g_win = gates.to(selected.dtype).unsqueeze(-2).unbind(-1)  # each [B, TQ, HQ, 1]
         return torch.addcmul(torch.addcmul(compressed.o * g_cmp, selected, g_slc), windowed, g_win)
+
+    def _compressed(self, x: AttentionInputs, *, choose: bool) -> CompressedOutput:
+        """Attend to the compressed cells and, unless everything is visible anyway, choose blocks."""
+        s, ck = self.settings, x.pooled["key"]
+        sizes = {"width": s.compression_block, "stride": s.compression_stride}
+        rule = self.block_rule() if choose else None
+        first_order = rule if s.scorer == "first_order" else None
+        out = compressed_attention(
+            x.q, ck, x.pooled["value"], rule=first_order, layout=x.layout, scale=x.scale, **sizes
+        )
+        if rule is None or first_order is not None:
+            return out
+        q, ck = second_order(x.q, ck, x.pooled["half_variance"], x.scale)
+        selection = block_topk(q, ck, rule=rule, layout=x.layout, scale=x.scale, **sizes)
+        return dataclasses.replace(out, selection=selection)

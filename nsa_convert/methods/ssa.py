@@ -20,7 +20,8 @@ from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
 from nsa_convert.methods.budget import block_rule_problems
 from nsa_convert.methods.gates import BranchGate
-from nsa_convert.patterns import BlockTopK
+from nsa_convert.methods.scores import half_variance, second_order
+from nsa_convert.patterns import BlockSelection, BlockTopK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class SSASettings:
         num_blocks: Blocks a query sees, forced ones included.
         num_sink_blocks: First blocks always selected.
         num_local_blocks: Last blocks always selected, the query's own included.
+        scorer: ``"first_order"`` scores a block by its mean key; ``"second_order"`` adds the spread of its
+            keys, see :mod:`nsa_convert.methods.scores`.
         gate: ``"none"``, ``"signed"`` (``2 sigma(W x)``, starts at exactly 1) or the paper's ``"sigmoid"``
             (starts at sigma(4) = 0.982), on the output of each head.
         mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights.
@@ -41,6 +44,7 @@ class SSASettings:
     num_blocks: int = 64
     num_sink_blocks: int = 1
     num_local_blocks: int = 1
+    scorer: Literal["first_order", "second_order"] = "first_order"
     gate: Literal["none", "signed", "sigmoid"] = "none"
     mode: Literal["sparse", "full"] = "sparse"
 
@@ -74,6 +78,7 @@ class SSA(SparseMethod):
             "num_blocks": "paper section 4 (receptive field 1024)",
             "num_sink_blocks": "added for conversion: a dense model needs its attention sink",
             "num_local_blocks": "the paper's code forces the current block",
+            "scorer": "paper section 3 (mean-pooled keys)",
             "gate": "starts at the dense model; the paper gates every model it trains",
             "mode": "paper section 3 (inference mode)",
         },
@@ -90,15 +95,15 @@ class SSA(SparseMethod):
             )
 
     def pools(self) -> tuple[Pool, ...]:
-        """Return the block means of the keys."""
+        """Return the block means of the keys, and their spread where the scorer wants it."""
         size = self.settings.block_size
-        return (
-            Pool(name="key", source="key", heads=(0, self.geometry.num_kv_heads), width=size, stride=size),
-        )
+        sizes = {"source": "key", "heads": (0, self.geometry.num_kv_heads), "width": size, "stride": size}
+        names = ("key",) if self.settings.scorer == "first_order" else ("key", "half_variance")
+        return tuple(Pool(name=name, **sizes) for name in names)
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
-        """Return the mean key of each block."""
-        return windows.mean(2)
+        """Return the mean key of each block, or half the variance of its keys."""
+        return windows.mean(2) if name == "key" else half_variance(windows)
 
     def visible_budget(self) -> int:
         """Return num_blocks * block_size."""
@@ -115,16 +120,14 @@ class SSA(SparseMethod):
             o = dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
             self.record(x, x.k, {}, gates)
         else:
-            size = self.settings.block_size
-            selection = block_topk(
-                x.q,
-                x.pooled["key"],
-                width=size,
-                stride=size,
-                rule=self.block_rule(),
-                layout=x.layout,
-                scale=x.scale,
-            )
+            selection = self._choose(x)
             o, _ = sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)
             self.record(x, x.k, {"selected": selection}, gates)
         return o if gates is None else o * gates.to(o.dtype)
+
+    def _choose(self, x: AttentionInputs) -> BlockSelection:
+        q, ck, size = x.q, x.pooled["key"], self.settings.block_size
+        if self.settings.scorer == "second_order":
+            q, ck = second_order(q, ck, x.pooled["half_variance"], x.scale)
+        rule = self.block_rule()
+        return block_topk(q, ck, width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale)

@@ -1,0 +1,42 @@
+"""How well a compressed cell predicts the attention its tokens get.
+
+A query gives the tokens of a cell the mass ``sum_i exp(s q k_i)``. The papers estimate its logarithm by the
+mean key, ``s q mean(k)``: the first cumulant of ``s q k_i`` over the cell. The second one, half the variance,
+is what makes a cell with one outstanding token (a needle among noise) score high. Along the coordinates of a
+head it is ``1/2 s^2 sum_d q_d^2 var_d(k)``, one more vector per cell, linear in the squared query: so the
+kernels score with both as with one key of 2 D numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def half_variance(windows: Tensor) -> Tensor:
+    """Return half the variance of each coordinate over the window.
+
+    Args:
+        windows: ``[B, N, l, H, D]``.
+
+    Returns:
+        ``[B, N, H, D]`` in the same dtype; no gradient, since block choices have none.
+    """
+    with torch.no_grad():
+        wide = windows if windows.dtype == torch.float64 else windows.float()
+        return (0.5 * wide.var(2, unbiased=False)).to(windows.dtype)
+
+
+def second_order(q: Tensor, ck: Tensor, half_var: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return queries and cell keys whose scaled product is the second-order score.
+
+    Args:
+        q: ``[B, TQ, HQ, D]``.
+        ck: ``[B, C, H, D]`` compressed keys.
+        half_var: ``[B, C, H, D]`` from :func:`half_variance`.
+        scale: Factor on the scores.
+
+    Returns:
+        ``([B, TQ, HQ, 2 D], [B, C, H, 2 D])``.
+    """
+    return torch.cat([q, q * q], -1), torch.cat([ck, scale * half_var], -1)
