@@ -40,9 +40,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nsa-16/8-max": {
         "method": "nsa", "compression_block": 16, "compression_stride": 8, "block_score": "max",
     },
+    "nsa-2nd": {"method": "nsa", "scorer": "second_order"},
+    "nsa-2nd-max": {"method": "nsa", "scorer": "second_order", "block_score": "max"},
     "nsa-rope-before": {"method": "nsa", "compress_rope": "before"},
     "nsa-sigmoid": {"method": "nsa", "gate": "sigmoid"},
     "ssa": {"method": "ssa"},
+    "ssa-2nd": {"method": "ssa", "scorer": "second_order"},
     "ssa-b32": {"method": "ssa", "block_size": 32, "num_blocks": 32},
     "ssa-b64": {"method": "ssa", "block_size": 64, "num_blocks": 16},
 }
