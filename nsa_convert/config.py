@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from nsa_convert.errors import ConfigError
@@ -30,6 +30,17 @@ def suggest(name: str, known: Collection[str]) -> str:
 def unknown_keys(given: Collection[str], known: Collection[str], where: str) -> list[str]:
     """Return one problem line for each key of ``given`` that is not in ``known``."""
     return [f"{where}: unknown key '{key}'{suggest(key, known)}" for key in given if key not in known]
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as ``"0-3, 7"``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def raise_problems(problems: list[str], *, code: str = "CF13", hint: str | None = None) -> None:
@@ -228,5 +239,5 @@ class SparseAttentionConfig:
         outside = sorted(layer for layer in named if layer >= num_layers)
         if outside:
             raise ConfigError(
-                f"layers {outside} do not exist: the model has layers 0-{num_layers - 1}", code="RC10"
+                f"layers {number_ranges(outside)} do not exist: the model has layers 0-{num_layers - 1}", code="RC10"
             )

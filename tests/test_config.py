@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nsa_convert.config import AttentionGeometry, LayerRule, SparseAttentionConfig
+from nsa_convert.config import AttentionGeometry, LayerRule, SparseAttentionConfig, number_ranges
 from nsa_convert.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ def test_layers_outside_the_model() -> None:
         default=LayerRule(method="nsa"), rules=(LayerRule(method="full", layers=(2, 9)),)
     )
     plan.check_layers(10)
-    with pytest.raises(ConfigError, match=r"layers \[9\] do not exist: the model has layers 0-3"):
+    with pytest.raises(ConfigError, match=r"layers 9 do not exist: the model has layers 0-3"):
         plan.check_layers(4)
 
 
@@ -58,3 +58,7 @@ def test_layers_outside_the_model() -> None:
 def test_bad_geometry(heads: object, kv_heads: object) -> None:
     with pytest.raises(ConfigError, match="multiple|positive integer"):
         AttentionGeometry(hidden_size=8, num_query_heads=heads, num_kv_heads=kv_heads, head_dim=2)
+
+
+def test_number_ranges() -> None:
+    assert number_ranges([7, 1, 0, 2, 9, 10]) == "0-2, 7, 9-10"
