@@ -239,5 +239,6 @@ class SparseAttentionConfig:
         outside = sorted(layer for layer in named if layer >= num_layers)
         if outside:
             raise ConfigError(
-                f"layers {number_ranges(outside)} do not exist: the model has layers 0-{num_layers - 1}", code="RC10"
+                f"layers {number_ranges(outside)} do not exist: the model has layers 0-{num_layers - 1}",
+                code="RC10",
             )

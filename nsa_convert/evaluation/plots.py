@@ -70,6 +70,7 @@ def _mark_budget(axis: Axes, report: QuickReport) -> None:
 
 def _positions(axis: Axes, curve: list[dict[str, Any]]) -> list[int]:
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
     axis.set_xlabel("tokens of context")
     return [row["context_end"] for row in curve]
 
@@ -83,6 +84,8 @@ def _perplexity(report: QuickReport) -> Figure:
         axis.plot(x, dense, color=DENSE, marker=".", label="dense")
         axis.plot(x, sparse, color=SPARSE, marker=".", linestyle=":", label="sparse")
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.set_ylabel("perplexity")
         _mark_budget(axis, report)
         axis.legend(fontsize=8)
