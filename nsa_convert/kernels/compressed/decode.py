@@ -14,6 +14,9 @@ from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
+BATCHED_ELEMENTS = 1 << 20
+"""More keys than this are scored head by head, so that the float32 copy of one head stays in the cache."""
+
 
 def decode_cells(
     q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
@@ -40,7 +43,7 @@ def decode_cells(
         if size == num_blocks:
             score = p.new_empty(q.shape[0], num_kv_heads, num_queries, num_blocks)
         else:
-            score = block_scores(p.sum(3).nan_to_num_(nan=0.0), num_blocks, grid, rule)
+            score = block_scores(p.sum(3), num_blocks, grid, rule)
         indices = top_blocks(score, own, size, rule)
     if cv is None:
         return None, None, indices
@@ -59,10 +62,13 @@ def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) 
     rows = q.to(dtype).mul(scale).unflatten(2, (ck.shape[2], -1)).permute(0, 2, 1, 3, 4)  # [B, H, TQ, g, D]
     if ck.shape[1] == 0:
         return rows.new_zeros(*rows.shape[:4], 0), rows.new_full(rows.shape[:4], -torch.inf)
-    # Head by head: the float32 copy of one head's cells stays in the cache.
-    scores = torch.stack(
-        [torch.matmul(rows[:, h].flatten(1, 2), ck[:, :, h].to(dtype).mT) for h in range(ck.shape[2])], 1
-    ).unflatten(2, rows.shape[2:4])
+    flat = rows.flatten(2, 3)
+    if ck.numel() <= BATCHED_ELEMENTS or torch.compiler.is_compiling():
+        scores = torch.matmul(flat, ck.to(dtype).permute(0, 2, 3, 1))
+    else:
+        heads = range(ck.shape[2])
+        scores = torch.stack([torch.matmul(flat[:, h], ck[:, :, h].to(dtype).mT) for h in heads], 1)
+    scores = scores.unflatten(2, rows.shape[2:4])
     if visible is None:
         p = scores.softmax(-1)
         return p, scores.amax(-1) - p.amax(-1).log()

@@ -20,6 +20,9 @@ from nsa_convert.patterns import BlockTopK, SequenceLayout
 CHUNK_BYTES = 1 << 22
 """Scores held at once; small enough to stay in the cache."""
 
+CELL_STEP = 128
+"""Chunks read a multiple of this many cells: few different shapes, of each of which oneDNN keeps a kernel."""
+
 
 def attend(
     q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
@@ -74,7 +77,7 @@ class CompressedRun:
         self.size = 0 if rule is None else min(rule.num_blocks, -(-longest // rule.block_size))
 
     def chunks(self) -> Iterator[tuple[Segment, int, int, int, Tensor]]:
-        """Yield ``(segment, first cell, first query slot, visible cells of the last query, ages [W])``."""
+        """Yield ``(segment, first cell, first query slot, cells, ages [W])``; no query sees more cells."""
         for segment, cell, cells in self.parts:
             row_bytes = 4 * self.num_heads * max(cells, 1)
             width = min(256, max(16, CHUNK_BYTES // row_bytes))
@@ -82,8 +85,8 @@ class CompressedRun:
             for slot in range(begin, end, width):
                 position = segment.offset + slot - begin
                 ages = torch.arange(position + 1, position + 1 + min(width, end - slot), device=self.device)
-                seen = min(cells, self.grid.count(position + len(ages)))
-                yield segment, cell, slot, seen, ages
+                seen = self.grid.count(position + len(ages))
+                yield segment, cell, slot, min(cells, -(-seen // CELL_STEP) * CELL_STEP), ages
 
     def tiles(self) -> Iterator[Tiles]:
         """Yield the chunks as tiles over cells, for the backward."""
@@ -116,9 +119,10 @@ class CompressedRun:
             indices = torch.full((q.shape[0], ck.shape[2], q.shape[1], self.size), -1, device=q.device)
         ck, values, bad = split_non_finite(ck, ck if cv is None else cv)
         keys = ck.to(dtype)
+        scratch = self.scratch(dtype)
         for segment, cell, slot, seen, ages in self.chunks():
             row, queries, cells = segment.row, slice(slot, slot + len(ages)), slice(cell, cell + seen)
-            p, part_lse = self.probabilities(q[row, queries].to(dtype), keys[row, cells], ages)
+            p, part_lse = self.probabilities(q[row, queries].to(dtype), keys[row, cells], ages, scratch)
             if o is not None and seen:
                 part = torch.matmul(p.flatten(1, 2).to(q.dtype), values[row, cells].transpose(0, 1))
                 o[row, queries] = part.unflatten(1, p.shape[1:3]).permute(2, 0, 1, 3).flatten(1, 2)
@@ -129,19 +133,29 @@ class CompressedRun:
                 indices[row, :, queries] = pad_lists(self.choose(p, ages), self.size)
         return o, lse, indices
 
-    def probabilities(self, q: Tensor, keys: Tensor, ages: Tensor) -> tuple[Tensor, Tensor]:
+    def scratch(self, dtype: torch.dtype) -> Tensor:
+        """Return room for the scores and the probabilities of the largest chunk.
+
+        The chunks grow with the sequence: allocating each anew would leave holes that no later one fits in.
+        """
+        largest = max((seen * len(ages) for _, _, _, seen, ages in self.chunks()), default=0)
+        return torch.empty(2, self.num_heads * largest, dtype=dtype, device=self.device)
+
+    def probabilities(self, q: Tensor, keys: Tensor, ages: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
         """Return p ``[H, g, W, C]`` (0 where invisible) and lse ``[H, g, W]`` of one chunk."""
         width, cells = q.shape[0], keys.shape[0]
         rows = q.mul(self.scale).unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)  # [H, g, W, D]
         if cells == 0:
             return rows.new_zeros(*rows.shape[:3], 0), rows.new_full(rows.shape[:3], -torch.inf)
-        scores = torch.matmul(rows.flatten(1, 2), keys.permute(1, 2, 0)).unflatten(1, (-1, width))
+        room = scratch[:, : self.num_heads * width * cells].view(2, self.num_kv_heads, -1, cells)
+        torch.bmm(rows.flatten(1, 2), keys.permute(1, 2, 0), out=room[0])
+        scores = room[0].unflatten(1, (-1, width))
         complete = self.grid.complete(ages)
         # Only the last cells differ between the queries of a chunk.
         fewest = min(cells, self.grid.count(int(ages[0])))
         hidden = torch.arange(fewest, cells, device=q.device) >= complete[:, None]
         scores[..., fewest:].masked_fill_(hidden, -torch.inf)
-        p = scores.softmax(-1)
+        p = torch.softmax(scores, -1, out=room[1].view(scores.shape))
         lse = scores.amax(-1) - p.amax(-1).log()
         if fewest == 0:
             blind = complete == 0
@@ -159,7 +173,7 @@ class CompressedRun:
         if size == num_blocks:
             score = p.new_empty(p.shape[0], p.shape[2], num_blocks)
         else:
-            score = block_scores(p.sum(1).nan_to_num_(nan=0.0), num_blocks, self.grid, rule)
+            score = block_scores(p.sum(1), num_blocks, self.grid, rule)
         return top_blocks(score, own, size, rule)
 
     def poison(self, o: Tensor, lse: Tensor, bad: Tensor, ages: Tensor) -> None:
