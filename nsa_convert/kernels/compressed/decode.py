@@ -14,8 +14,8 @@ from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
-BATCHED_ELEMENTS = 1 << 20
-"""More keys than this are scored head by head, so that the float32 copy of one head stays in the cache."""
+CHUNK_ELEMENTS = 1 << 21
+"""Keys scored at once: their float32 copy should stay in the cache."""
 
 
 def decode_cells(
@@ -62,13 +62,9 @@ def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) 
     rows = q.to(dtype).mul(scale).unflatten(2, (ck.shape[2], -1)).permute(0, 2, 1, 3, 4)  # [B, H, TQ, g, D]
     if ck.shape[1] == 0:
         return rows.new_zeros(*rows.shape[:4], 0), rows.new_full(rows.shape[:4], -torch.inf)
-    flat = rows.flatten(2, 3)
-    if ck.numel() <= BATCHED_ELEMENTS or torch.compiler.is_compiling():
-        scores = torch.matmul(flat, ck.to(dtype).permute(0, 2, 3, 1))
-    else:
-        heads = range(ck.shape[2])
-        scores = torch.stack([torch.matmul(flat[:, h], ck[:, :, h].to(dtype).mT) for h in heads], 1)
-    scores = scores.unflatten(2, rows.shape[2:4])
+    step = max(256, CHUNK_ELEMENTS // (ck.shape[0] * ck.shape[2] * ck.shape[3]))
+    parts = [torch.matmul(rows.flatten(2, 3), x.to(dtype).permute(0, 2, 3, 1)) for x in ck.split(step, 1)]
+    scores = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).unflatten(2, rows.shape[2:4])
     if visible is None:
         p = scores.softmax(-1)
         return p, scores.amax(-1) - p.amax(-1).log()
