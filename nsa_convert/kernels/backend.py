@@ -1,19 +1,36 @@
-"""Which implementation runs: ``reference`` (dense mask, any dtype) or ``torch`` (block-gathered)."""
+"""Which implementation runs: ``reference`` (dense mask), ``torch`` (block-gathered) or ``triton`` (GPU)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
 
 from nsa_convert.errors import BackendError
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "triton")
 # A plain global, shared by threads: torch.compile cannot trace a ContextVar.
-_current = "torch"
+_current = "auto"
+
+MAX_HEAD_DIM = 256
+"""Largest head dim of the triton kernels."""
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# The kernels do not travel with a checkpoint: a flat copy of this file runs without them.
+_HAS_KERNELS = __name__ == "nsa_convert.kernels.backend" and importlib.util.find_spec("triton") is not None
+_loaded: dict[str, Callable] = {}
+_told: set[str] = set()
 
 
 def current_backend() -> str:
-    """Return the name of the backend that ops use now."""
+    """Return the name given to :func:`use_backend`, ``"auto"`` outside of it."""
     return _current
 
 
@@ -22,8 +39,10 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the ops inside the ``with`` block on one backend, in every thread.
 
     Args:
-        name: ``"reference"`` builds a TQ x TK mask and serves as the truth for tests; ``"torch"`` gathers
-            blocks and never builds one.
+        name: ``"auto"``, the default, takes ``"triton"`` for GPU tensors it can serve and ``"torch"`` for all
+            others; ``"reference"`` builds a TQ x TK mask and serves as the truth for tests; ``"torch"``
+            gathers blocks and never builds one; ``"triton"`` runs compiled kernels on a GPU (float64 goes to
+            ``"torch"``).
 
     Raises:
         BackendError: The name is not a backend.
@@ -38,3 +57,80 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _current = before
+
+
+def choose_backend(q: Tensor, value_dim: int | None = None) -> str:
+    """Return the backend for these queries: ``"reference"``, ``"torch"`` or ``"triton"``.
+
+    Args:
+        q: ``[B, TQ, HQ, D]``.
+        value_dim: Head dim of the values where it may differ from D.
+
+    Raises:
+        BackendError: ``"triton"`` was asked for and cannot run on these tensors.
+    """
+    if _current in ("reference", "torch"):
+        return _current
+    if q.device.type != "cuda":
+        if _current == "auto":
+            return "torch"
+        if q.device.type != "cpu" or os.environ.get("TRITON_INTERPRET", "0") != "1":
+            raise BackendError(
+                f"the triton backend cannot run on {q.device.type} tensors",
+                expected="tensors on a GPU",
+                found=q.device.type,
+                hint="move the tensors to the GPU, or use the backend 'torch'; on a CPU the kernels run only "
+                "in triton's interpreter, for tests: set TRITON_INTERPRET=1 before anything imports triton",
+            )
+    reason = _unserved(q, q.shape[-1] if value_dim is None else value_dim)
+    if reason is None:
+        return "triton"
+    if _current == "triton" and not _HAS_KERNELS:
+        raise BackendError(f"the triton backend cannot run: {reason}", hint="pip install triton")
+    if not torch.compiler.is_compiling() and reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"sparse attention runs on the torch backend: {reason}", stacklevel=3)
+    return "torch"
+
+
+def implementation(op: str, q: Tensor, reference: Callable, gathered: Callable, value_dim: int | None = None):
+    """Return the function that computes an op for these queries.
+
+    Args:
+        op: Folder of the op; its file ``triton_attend.py`` holds ``attend`` of the triton backend.
+        q: ``[B, TQ, HQ, D]``.
+        reference: ``attend`` of the reference backend.
+        gathered: ``attend`` of the torch backend.
+        value_dim: Head dim of the values where it may differ from D.
+
+    Raises:
+        BackendError: ``"triton"`` was asked for and cannot run on these tensors.
+    """
+    name = choose_backend(q, value_dim)
+    if name == "triton":
+        return kernel_function(f"{op}.triton_attend", "attend")
+    return reference if name == "reference" else gathered
+
+
+def kernel_function(module: str, name: str) -> Callable:
+    """Return a function of ``nsa_convert.kernels.<module>``, imported when it is first asked for."""
+    key = f"{module}.{name}"
+    if key not in _loaded:
+        _loaded[key] = _load(module, name)
+    return _loaded[key]
+
+
+@torch.compiler.assume_constant_result
+def _load(module: str, name: str) -> Callable:
+    return getattr(importlib.import_module(f"nsa_convert.kernels.{module}"), name)
+
+
+def _unserved(q: Tensor, value_dim: int) -> str | None:
+    """Return why the kernels cannot take these tensors, or None."""
+    if not _HAS_KERNELS:
+        return "triton or the installed nsa_convert package is missing"
+    if q.dtype not in KERNEL_DTYPES:
+        return f"there are no kernels for {q.dtype}"
+    if not 0 < q.shape[-1] <= MAX_HEAD_DIM or value_dim != q.shape[-1]:
+        return f"there are no kernels for head dims {q.shape[-1]} and {value_dim}"
+    return None

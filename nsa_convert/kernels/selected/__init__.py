@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsa_convert.kernels.backend import current_backend
+from nsa_convert.kernels.backend import implementation
 from nsa_convert.kernels.checks import check_qkv, default_scale
 from nsa_convert.kernels.selected.gather import attend as gathered
 from nsa_convert.kernels.selected.reference import attend as reference
@@ -42,5 +42,5 @@ def sparse_attention(
         ValueError: Shapes, dtypes or devices do not agree.
     """
     check_qkv(q, k, v)
-    run = reference if current_backend() == "reference" else gathered
+    run = implementation("selected", q, reference, gathered, v.shape[-1])
     return run(q, k, v, pattern, layout, default_scale(q, scale))
