@@ -1,0 +1,250 @@
+"""Interval attention as a differentiable operator of torch, and the intervals of each pattern.
+
+One kernel family serves dense attention with padding or packing, sinks and a sliding window, and attention
+over compressed cells: in each of them a query sees a run of keys, and the runs move forward with the queries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa_convert.kernels.dense.triton_interval_bwd import (
+    GRANULE,
+    interval_backward_kv,
+    interval_backward_q,
+    output_delta,
+)
+from nsa_convert.kernels.dense.triton_interval_fwd import interval_forward
+from nsa_convert.kernels.toolchain import padded_dim, upcast
+from nsa_convert.patterns import SequenceLayout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """The keys ``[lo, hi)`` and the sinks ``[first, first + num_sinks)`` of each query; none at or after hi.
+
+    Attributes:
+        lo: ``[B or 1, TQ]`` int32, not decreasing.
+        hi: ``[B or 1, TQ]`` int32, not decreasing; at most TK. A query with hi <= lo sees nothing.
+        first: ``[B or 1, TQ]`` int32, not decreasing; None without sinks. The sinks of a document that starts
+            after the first query of a tile lie among the keys of that tile.
+        num_sinks: Number of sinks.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    first: Tensor | None = None
+    num_sinks: int = 0
+
+
+def layout_intervals(
+    layout: SequenceLayout, num_queries: int, num_keys: int, device: torch.device,
+    window_size: int | None = None, num_sinks: int = 0,
+) -> Intervals:  # fmt: skip
+    """Return what dense attention, or a window of ``window_size`` keys with sinks, shows each query."""
+    starts = layout.row_starts(num_queries, device)  # [B or 1, TQ]
+    ends = layout.positions(num_queries, device).expand_as(starts) + 1
+    lo = starts if window_size is None else torch.maximum(starts, ends - window_size)
+    hi = ends.clamp(max=num_keys)
+    lo, hi, starts = (x.to(torch.int32).contiguous() for x in (lo, hi, starts))
+    return Intervals(lo=lo, hi=hi, first=starts if num_sinks else None, num_sinks=num_sinks)
+
+
+def interval_attention(
+    q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend to a run of keys and a few sinks.
+
+    Args:
+        q: ``[B, TQ, HQ, D]`` float32, bfloat16 or float16.
+        k: ``[B, TK, H, D]``.
+        v: ``[B, TK, H, D]``.
+        intervals: What each query sees.
+        scale: Factor on the scores.
+
+    Returns:
+        ``(o [B, TQ, HQ, D], lse [B, TQ, HQ] float32)``, differentiable in q, k and v.
+    """
+    return _forward(q, k, v, intervals.lo, intervals.hi, intervals.first, intervals.num_sinks, scale)
+
+
+def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors with a last dim of stride 1, copied where they have another."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def new_lse(q: Tensor) -> Tensor:
+    """Return an empty lse ``[B, TQ, HQ]`` float32 for ``q [B, TQ, HQ, D]``, in memory ``[B, HQ, TQ]``."""
+    shape = (q.shape[0], q.shape[2], q.shape[1])
+    return torch.empty(shape, dtype=torch.float32, device=q.device).transpose(1, 2)
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Return the strides of ``[B, T, H, ...]`` tensors as ``s_<name>b``, ``s_<name>t`` and ``s_<name>h``."""
+    return {f"s_{n}{d}": x.stride(i) for n, x in tensors.items() for i, d in enumerate("bth")}
+
+
+def key_row(x: Tensor) -> int:
+    """Return the bytes of a padded row, by which a kernel's configurations are limited."""
+    return padded_dim(x.shape[-1]) * x.element_size()
+
+
+@torch.library.custom_op("nsa_convert::interval_forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, first: Tensor | None, num_sinks: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v = rows_contiguous(q, k, v)
+    batch, num_queries, num_heads, dim = q.shape
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = new_lse(q)
+    interval_forward.launch(
+        lambda c: (triton.cdiv(num_queries, c["BM"]), batch * num_heads),
+        q,
+        key_row(q),
+        **_inputs(q, k, v, lo, hi, first, num_sinks, scale),
+        **strides(q=q, k=k, v=v, o=o, l=lse),
+        o=o,
+        lse=lse,
+    )
+    return o, lse
+
+
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, first: Tensor | None, num_sinks: int,
+    scale: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the arguments that all kernels share, strides of tensors excluded."""
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "lo": lo,
+        "hi": hi,
+        "first": lo if first is None else first,
+        "s_ib": lo.stride(0) if lo.shape[0] > 1 else 0,
+        "num_sinks": num_sinks,
+        "scale": scale,
+        "TQ": q.shape[1],
+        "HQ": q.shape[2],
+        "G": q.shape[2] // k.shape[2],
+        "D": q.shape[3],
+        "BD": padded_dim(q.shape[3]),
+        "HAS_SINKS": first is not None,
+        "UPCAST": upcast(q.dtype),
+    }
+
+
+@_forward.register_fake
+def _(q, k, v, lo, hi, first, num_sinks, scale):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), new_lse(q)
+
+
+def row_delta(o: Tensor, do: Tensor, dlse: Tensor, lse: Tensor) -> Tensor:
+    """Return ``rowsum(o * do) - dlse`` with the strides of lse: what ``ds = p * (dp - delta)`` subtracts."""
+    o, do = rows_contiguous(o, do)
+    delta = torch.empty_strided(lse.shape, lse.stride(), dtype=torch.float32, device=lse.device)
+    batch, num_queries, num_heads, dim = o.shape
+    output_delta.launch(
+        lambda c: (triton.cdiv(num_queries, c["BM"]), batch * num_heads),
+        o,
+        key_row(o),
+        **strides(o=o, g=do, e=dlse, l=delta),
+        o=o,
+        do=do,
+        dlse=dlse,
+        delta=delta,
+        TQ=num_queries,
+        HQ=num_heads,
+        D=dim,
+        BD=padded_dim(dim),
+    )
+    return delta
+
+
+@torch.library.custom_op("nsa_convert::interval_backward", mutates_args=())
+def _backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
+    first: Tensor | None, num_sinks: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, do = rows_contiguous(q, k, v, do)
+    batch, num_queries, num_heads, _ = q.shape
+    num_keys, num_kv_heads = k.shape[1:3]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = row_delta(o, do, dlse, lse)
+    shared = {
+        **_inputs(q, k, v, lo, hi, first, num_sinks, scale),
+        **strides(q=q, k=k, v=v, g=do, l=lse),
+        "do": do,
+        "lse": lse,
+        "delta": delta,
+    }
+    interval_backward_q.launch(
+        lambda c: (triton.cdiv(num_queries, c["BM"]), batch * num_heads),
+        q,
+        key_row(q),
+        **shared,
+        **strides(d=dq),
+        dq=dq,
+    )
+    bounds = query_bounds(lo, hi, first, num_sinks, num_keys)
+    interval_backward_kv.launch(
+        lambda c: (triton.cdiv(num_keys, c["BN"]), batch * num_kv_heads),
+        q,
+        key_row(q),
+        **shared,
+        **strides(d=dk),
+        dk=dk,
+        dv=dv,
+        bounds=bounds,
+        s_bb=bounds.stride(0) if bounds.shape[0] > 1 else 0,
+        num_bounds=bounds.shape[2],
+        TK=num_keys,
+        GRANULE=GRANULE,
+        BOUNDS=bounds.shape[1],
+    )
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(do, dlse, q, k, v, o, lse, lo, hi, first, num_sinks, scale):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def query_bounds(lo: Tensor, hi: Tensor, first: Tensor | None, num_sinks: int, num_keys: int) -> Tensor:
+    """Return which queries see the keys around each multiple n of GRANULE, int32 ``[B or 1, 4 or 5, N]``.
+
+    The rows count the queries with ``hi <= n``, ``hi < n``, ``lo <= n`` and ``lo < n``; with sinks the last
+    row is one more than the last query that has a sink in ``n .. n + GRANULE - 1``, or 0.
+    """
+    count = triton.cdiv(num_keys, GRANULE) + 1
+    edges = torch.arange(count, dtype=torch.int32, device=lo.device) * GRANULE
+    edges = edges.expand(lo.shape[0], -1).contiguous()
+    rows = [
+        torch.searchsorted(x, edges, right=right, out_int32=True)
+        for x, right in ((hi, True), (hi, False), (lo, True), (lo, False))
+    ]
+    if first is not None:
+        before = torch.searchsorted(first, edges + GRANULE, out_int32=True)
+        last = first.gather(1, (before.long() - 1).clamp(min=0))
+        rows.append(before.where((before > 0) & (last + num_sinks > edges), 0))
+    return torch.stack(rows, 1)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, lo, hi, first, ctx.num_sinks, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, lo, hi, first)
+
+
+def _gradients(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, lo, hi, first = ctx.saved_tensors
+    dq, dk, dv = _backward(do, dlse, q, k, v, o, lse, lo, hi, first, ctx.num_sinks, ctx.scale)
+    return dq, dk, dv, None, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

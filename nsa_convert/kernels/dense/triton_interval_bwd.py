@@ -1,0 +1,245 @@
+"""Backward kernels of interval attention: queries walk their keys (dq), keys their queries (dk, dv)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nsa_convert.kernels.dense.triton_interval_fwd import (
+    CASES,
+    TYPES,
+    load_intervals,
+    load_rows,
+    sees,
+    tile_range,
+)
+from nsa_convert.kernels.toolchain import Config, declare, dot
+
+GRANULE = 16
+"""Keys between two entries of ``bounds``; key tiles are multiples of it."""
+
+CASES = tuple({**case, "GRANULE": GRANULE, "BOUNDS": 5 if case["HAS_SINKS"] else 4} for case in CASES)
+
+
+@triton.jit
+def finite(x):
+    """Return x with 0 in place of what is not finite: ``0 * NaN`` is NaN."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def query_step(
+    b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks, s_kt, s_vt, scale2,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SINKS: tl.constexpr, MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys ``i_n .. i_n + BN - 1`` (below ``end``) give to dq."""
+    o_n = i_n + tl.arange(0, BN)
+    m_n = o_n < end
+    b_k = load_rows(k, o_n, s_kt, m_n, D, BD, MASKED)
+    b_v = load_rows(v, o_n, s_vt, m_n, D, BD, MASKED)
+    b_p = tl.exp2(dot(b_q, tl.trans(b_k), UPCAST) * scale2 - b_lse2[:, None])  # [BM, BN]
+    b_ds = b_p * (dot(b_do, tl.trans(b_v), UPCAST) - b_delta[:, None])
+    if MASKED:
+        m_s = sees(o_n[None, :], b_lo[:, None], b_hi[:, None], b_first[:, None], num_sinks, HAS_SINKS)
+        b_ds = tl.where(m_s & m_n[None, :], b_ds, 0.0)
+        b_k = finite(b_k)
+    return b_dq + dot(b_ds.to(b_k.dtype), b_k, UPCAST)
+
+
+@declare(
+    types=TYPES,
+    configs=(
+        Config(sizes={"BM": 64, "BN": 64}, num_warps=4, num_stages=2, max_row=256),
+        Config(sizes={"BM": 128, "BN": 64}, num_warps=8, num_stages=2, max_row=256),
+        Config(sizes={"BM": 64, "BN": 32}, num_warps=4, num_stages=2, max_row=512),
+        Config(sizes={"BM": 32, "BN": 16}, num_warps=4, num_stages=1),
+    ),
+    key=("D", "HAS_SINKS"),
+    cases=CASES,
+)
+def interval_backward_q(
+    q, k, v, do, lse, delta, dq, lo, hi, first,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_gb, s_gt, s_gh, s_db, s_dt, s_dh,
+    s_lb, s_lt, s_lh, s_ib,
+    scale, num_sinks, TQ, HQ, G,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_SINKS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Store dq of a tile of queries of one head."""
+    i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    i_b = (tl.program_id(1) // HQ).to(tl.int64)
+    i_h = (tl.program_id(1) % HQ).to(tl.int64)
+    o_m = i_m + tl.arange(0, BM)
+    m_m = o_m < TQ
+    k += i_b * s_kb + (i_h // G) * s_kh
+    v += i_b * s_vb + (i_h // G) * s_vh
+    b_lo, b_hi, b_first = load_intervals(
+        lo + i_b * s_ib, hi + i_b * s_ib, first + i_b * s_ib, o_m, m_m, HAS_SINKS
+    )
+    begin, full, cut, end = tile_range(b_lo, b_hi, m_m, BN)
+    b_q = load_rows(q + i_b * s_qb + i_h * s_qh, o_m, s_qt, m_m, D, BD, True)
+    b_do = load_rows(do + i_b * s_gb + i_h * s_gh, o_m, s_gt, m_m, D, BD, True)
+    p_l = i_b * s_lb + i_h * s_lh + o_m.to(tl.int64) * s_lt
+    b_lse = tl.load(lse + p_l, mask=m_m, other=float("-inf"))
+    b_lse2 = tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
+    b_delta = tl.load(delta + p_l, mask=m_m, other=0.0)
+    scale2 = scale * 1.4426950408889634
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    if HAS_SINKS:
+        sink = tl.min(b_first, 0)
+        sink_end = tl.minimum(sink + num_sinks, begin)
+        for i_n in range(sink, sink_end, BN):
+            b_dq = query_step(
+                b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, sink_end, b_lo, b_hi, b_first, num_sinks,
+                s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, True, UPCAST,
+            )  # fmt: skip
+    for i_n in range(begin, full, BN):
+        b_dq = query_step(
+            b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks,
+            s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, True, UPCAST,
+        )  # fmt: skip
+    for i_n in range(full, cut, BN):
+        b_dq = query_step(
+            b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks,
+            s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, False, UPCAST,
+        )  # fmt: skip
+    for i_n in range(cut, end, BN):
+        b_dq = query_step(
+            b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks,
+            s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, True, UPCAST,
+        )  # fmt: skip
+    o_d = tl.arange(0, BD)
+    p_dq = dq + i_b * s_db + i_h * s_dh + o_m.to(tl.int64)[:, None] * s_dt + o_d[None, :]
+    tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def key_step(
+    b_dk, b_dv, b_k, b_v, q, do, lse, delta, lo, hi, first, i_m, end, o_n, num_sinks,
+    s_qt, s_gt, s_lt, scale2,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_SINKS: tl.constexpr, MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries ``i_m .. i_m + BM - 1`` (below ``end``) of one head give to dk and dv."""
+    o_m = i_m + tl.arange(0, BM)
+    m_m = o_m < end
+    if MASKED:
+        b_lo, b_hi, b_first = load_intervals(lo, hi, first, o_m, m_m, HAS_SINKS)
+        m_m = m_m & (b_lo < b_hi)  # padding may hold anything
+    b_q = load_rows(q, o_m, s_qt, m_m, D, BD, MASKED)
+    b_do = load_rows(do, o_m, s_gt, m_m, D, BD, MASKED)
+    if MASKED:
+        b_lse2 = tl.load(lse + o_m.to(tl.int64) * s_lt, mask=m_m, other=float("inf")) * 1.4426950408889634
+        b_delta = tl.load(delta + o_m.to(tl.int64) * s_lt, mask=m_m, other=0.0)
+    else:
+        b_lse2 = tl.load(lse + o_m.to(tl.int64) * s_lt) * 1.4426950408889634
+        b_delta = tl.load(delta + o_m.to(tl.int64) * s_lt)
+    b_p = tl.exp2(dot(b_k, tl.trans(b_q), UPCAST) * scale2 - b_lse2[None, :])  # [BN, BM]
+    b_dp = dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :]
+    b_ds = b_p * b_dp
+    if MASKED:
+        m_s = sees(o_n[:, None], b_lo[None, :], b_hi[None, :], b_first[None, :], num_sinks, HAS_SINKS)
+        b_p = tl.where(m_s, b_p, 0.0)
+        b_ds = tl.where(m_s, b_ds, 0.0)
+    b_dv += dot(b_p.to(b_do.dtype), b_do, UPCAST)
+    b_dk += dot(b_ds.to(b_q.dtype), b_q, UPCAST)
+    return b_dk, b_dv
+
+
+@declare(
+    types=TYPES,
+    configs=(
+        Config(sizes={"BM": 32, "BN": 64}, num_warps=4, num_stages=2, max_row=256),
+        Config(sizes={"BM": 64, "BN": 64}, num_warps=8, num_stages=2, max_row=256),
+        Config(sizes={"BM": 64, "BN": 128}, num_warps=8, num_stages=2, max_row=256),
+        Config(sizes={"BM": 32, "BN": 32}, num_warps=4, num_stages=2, max_row=512),
+        Config(sizes={"BM": 16, "BN": 16}, num_warps=4, num_stages=1),
+    ),
+    key=("D", "HAS_SINKS"),
+    cases=CASES,
+)
+def interval_backward_kv(
+    q, k, v, do, lse, delta, dk, dv, lo, hi, first, bounds,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_gb, s_gt, s_gh, s_db, s_dt, s_dh,
+    s_lb, s_lt, s_lh, s_ib, s_bb,
+    scale, num_sinks, num_bounds, TQ, TK, HQ, G,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_SINKS: tl.constexpr,
+    UPCAST: tl.constexpr, GRANULE: tl.constexpr, BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """Store dk and dv of a tile of keys: the sum over the query heads of its group, one after another."""
+    # The first keys are seen by the most queries: they start first.
+    i_n = tl.program_id(0) * BN
+    i_b = (tl.program_id(1) // (HQ // G)).to(tl.int64)
+    i_h = (tl.program_id(1) % (HQ // G)).to(tl.int64)
+    o_n = i_n + tl.arange(0, BN)
+    m_n = o_n < TK
+    b_k = load_rows(k + i_b * s_kb + i_h * s_kh, o_n, s_kt, m_n, D, BD, True)
+    b_v = load_rows(v + i_b * s_vb + i_h * s_vh, o_n, s_vt, m_n, D, BD, True)
+    bounds += i_b * s_bb
+    left = i_n // GRANULE
+    right = tl.minimum(left + BN // GRANULE, num_bounds - 1)
+    # The tile is seen by the queries of [begin, end), and by those of [full, cut) as a whole.
+    begin = tl.load(bounds + left)
+    full = tl.load(bounds + num_bounds + right)
+    cut = tl.load(bounds + 2 * num_bounds + left)
+    end = tl.load(bounds + 3 * num_bounds + right)
+    if HAS_SINKS:
+        o_g = left + tl.arange(0, BN // GRANULE)
+        sink_end = tl.load(bounds + 4 * num_bounds + o_g, mask=o_g < right, other=0)
+        end = tl.maximum(end, tl.max(sink_end, 0))
+    end = tl.maximum(begin, end)
+    full = begin + tl.cdiv(tl.minimum(full, end) - begin, BM) * BM
+    cut = full + tl.maximum(tl.minimum(cut, end) - full, 0) // BM * BM
+    lo += i_b * s_ib
+    hi += i_b * s_ib
+    first += i_b * s_ib
+    scale2 = scale * 1.4426950408889634
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    for i_g in range(G):
+        p_q = q + i_b * s_qb + (i_h * G + i_g) * s_qh
+        p_do = do + i_b * s_gb + (i_h * G + i_g) * s_gh
+        p_lse = lse + i_b * s_lb + (i_h * G + i_g) * s_lh
+        p_delta = delta + i_b * s_lb + (i_h * G + i_g) * s_lh
+        for i_m in range(begin, full, BM):
+            b_dk, b_dv = key_step(
+                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, lo, hi, first, i_m, end, o_n, num_sinks,
+                s_qt, s_gt, s_lt, scale2, D, BD, BM, HAS_SINKS, True, UPCAST,
+            )  # fmt: skip
+        for i_m in range(full, cut, BM):
+            b_dk, b_dv = key_step(
+                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, lo, hi, first, i_m, end, o_n, num_sinks,
+                s_qt, s_gt, s_lt, scale2, D, BD, BM, HAS_SINKS, False, UPCAST,
+            )  # fmt: skip
+        for i_m in range(cut, end, BM):
+            b_dk, b_dv = key_step(
+                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, lo, hi, first, i_m, end, o_n, num_sinks,
+                s_qt, s_gt, s_lt, scale2, D, BD, BM, HAS_SINKS, True, UPCAST,
+            )  # fmt: skip
+    o_d = tl.arange(0, BD)
+    m_nd = m_n[:, None] & (o_d < D)[None, :]
+    p_d = i_b * s_db + i_h * s_dh + o_n.to(tl.int64)[:, None] * s_dt + o_d[None, :]
+    tl.store(dk + p_d, (b_dk * scale).to(dk.dtype.element_ty), mask=m_nd)
+    tl.store(dv + p_d, b_dv.to(dv.dtype.element_ty), mask=m_nd)
+
+
+@declare(
+    types=TYPES,
+    configs=(Config(sizes={"BM": 32}),),
+    cases=tuple({"D": d, "BD": bd} for d, bd in ((64, 64), (80, 128), (128, 128), (256, 256))),
+)
+def output_delta(
+    o, do, dlse, delta, s_ob, s_ot, s_oh, s_gb, s_gt, s_gh, s_eb, s_et, s_eh, s_lb, s_lt, s_lh, TQ, HQ,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Store ``rowsum(o * do) - dlse``."""
+    i_b = (tl.program_id(1) // HQ).to(tl.int64)
+    i_h = (tl.program_id(1) % HQ).to(tl.int64)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_m = o_m < TQ
+    b_o = load_rows(o + i_b * s_ob + i_h * s_oh, o_m, s_ot, m_m, D, BD, True).to(tl.float32)
+    b_do = load_rows(do + i_b * s_gb + i_h * s_gh, o_m, s_gt, m_m, D, BD, True).to(tl.float32)
+    o_t = o_m.to(tl.int64)
+    b_dlse = tl.load(dlse + i_b * s_eb + i_h * s_eh + o_t * s_et, mask=m_m, other=0.0)
+    tl.store(delta + i_b * s_lb + i_h * s_lh + o_t * s_lt, tl.sum(b_o * b_do, 1) - b_dlse, mask=m_m)
