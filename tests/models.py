@@ -35,6 +35,16 @@ NSA = {
     "num_blocks": 4,
     "window_size": 8,
 }
+MOBA = {"method": "moba", "block_size": 8, "num_blocks": 4}
+INFLLM_V2 = {
+    "method": "infllm_v2",
+    "kernel_size": 8,
+    "kernel_stride": 4,
+    "block_size": 8,
+    "topk": 3,
+    "window_size": 16,
+}
+STREAMING = {"method": "streaming", "num_sinks": 2, "window_size": 13}
 SSA = {"method": "ssa", "block_size": 8, "num_blocks": 4}
 
 VARIANTS = {
@@ -49,6 +59,10 @@ VARIANTS = {
     "nsa-independent": {**NSA, "branch_kv": "independent", "key_compressor": "weighted", "gate": "sigmoid"},
     "nsa-second-order": {**NSA, "scorer": "second_order"},
     "ssa": SSA,
+    "moba": MOBA,
+    "moba-group": {**MOBA, "share": "group"},
+    "infllm_v2": INFLLM_V2,
+    "streaming": STREAMING,
     "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed", "scorer": "second_order"},
 }
 

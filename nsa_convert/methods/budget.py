@@ -1,26 +1,62 @@
-"""Checks that methods with a block budget share."""
+"""The block budget that methods share: settings, checks, and the rule the kernels take."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+
+from nsa_convert.config import raise_problems
+from nsa_convert.patterns import BlockTopK
 
 
-def block_rule_problems(settings: Any) -> list[str]:
-    """Return what is wrong with ``block_size``, ``num_blocks`` and the forced blocks of the settings."""
-    problems = []
-    if settings.block_size < 1:
-        problems.append(f"block_size must be >= 1, got {settings.block_size}")
-    if settings.num_sink_blocks < 0:
-        problems.append(f"num_sink_blocks must be >= 0, got {settings.num_sink_blocks}")
-    if settings.num_local_blocks < 1:
-        problems.append(
-            "num_local_blocks must be >= 1 (a query always sees its own block), "
-            f"got {settings.num_local_blocks}"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockBudget:
+    """A number of equal blocks per query, some of them forced.
+
+    Attributes:
+        block_size: Tokens in a block.
+        num_blocks: Blocks a query sees, forced ones included.
+        num_sink_blocks: First blocks always selected.
+        num_local_blocks: Last blocks always selected, the query's own included.
+    """
+
+    block_size: int
+    num_blocks: int
+    num_sink_blocks: int = 1
+    num_local_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        raise_problems([*self.budget_problems(), *self.problems()], code="CF22")
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the settings beside the budget."""
+        return []
+
+    def budget_problems(self) -> list[str]:
+        """Return what is wrong with the budget."""
+        problems = []
+        if self.block_size < 1:
+            problems.append(f"block_size must be >= 1, got {self.block_size}")
+        if self.num_sink_blocks < 0:
+            problems.append(f"num_sink_blocks must be >= 0, got {self.num_sink_blocks}")
+        if self.num_local_blocks < 1:
+            problems.append(
+                "num_local_blocks must be >= 1 (a query always sees its own block), "
+                f"got {self.num_local_blocks}"
+            )
+        forced = self.num_sink_blocks + self.num_local_blocks
+        if self.num_blocks < forced:
+            problems.append(
+                f"num_blocks {self.num_blocks} is smaller than the forced blocks "
+                f"({self.num_sink_blocks} sink + {self.num_local_blocks} local)"
+            )
+        return problems
+
+    @property
+    def rule(self) -> BlockTopK:
+        """The block budget as the kernels take it."""
+        return BlockTopK(
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            num_sink_blocks=self.num_sink_blocks,
+            num_local_blocks=self.num_local_blocks,
         )
-    forced = settings.num_sink_blocks + settings.num_local_blocks
-    if settings.num_blocks < forced:
-        problems.append(
-            f"num_blocks {settings.num_blocks} is smaller than the forced blocks "
-            f"({settings.num_sink_blocks} sink + {settings.num_local_blocks} local)"
-        )
-    return problems

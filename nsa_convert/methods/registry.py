@@ -8,12 +8,18 @@ from nsa_convert.config import FULL, AttentionGeometry, LayerRule, suggest
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import MethodSpec, SparseMethod
 from nsa_convert.methods.full import FullAttention
+from nsa_convert.methods.infllm_v2 import InfLLMv2
+from nsa_convert.methods.moba import MoBA
 from nsa_convert.methods.nsa import NSA
 from nsa_convert.methods.ssa import SSA
+from nsa_convert.methods.streaming import Streaming
 
 METHODS: dict[str, type[SparseMethod]] = {
     "nsa": NSA,
     "ssa": SSA,
+    "moba": MoBA,
+    "infllm_v2": InfLLMv2,
+    "streaming": Streaming,
 }
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels import use_backend
+from nsa_convert.methods.registry import build_method
 from nsa_convert.patch.patching import patch_model, unpatch_model, with_full_budget
 from tests.models import FAMILIES, VARIANTS, dense_model, plan, tokens, trained_model
 
 BUDGET = 32
+GEOMETRY = AttentionGeometry(hidden_size=64, num_query_heads=4, num_kv_heads=2, head_dim=16)
 
 
 @pytest.fixture(params=list(VARIANTS))
@@ -23,7 +26,8 @@ class TestConversion:
     def test_starts_at_the_dense_model_up_to_the_budget(self, family: str, variant: str) -> None:
         model = dense_model(family)
         method = VARIANTS[variant]
-        budget = method["num_blocks"] * method["block_size"]
+        with torch.device("meta"):
+            budget = build_method(plan(method).default, GEOMETRY, 0).visible_budget()
         for length in (1, 7, budget - 1, budget):
             ids = tokens(2, length)
             with torch.no_grad():

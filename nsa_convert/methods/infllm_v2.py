@@ -1,0 +1,180 @@
+"""InfLLM-v2 (Zhao et al. 2025, arXiv 2509.24663; MiniCPM4): max-pooled block scores, one softmax, no weights.
+
+Mean-pooled keys of ``kernel_size`` tokens every ``kernel_stride`` are used for scores only: softmax over the
+complete cells, summed over the heads of a group, max-pooled to blocks. The first blocks, the window and the
+best blocks are attended to in one softmax with the dense keys and values. Up to ``dense_len`` tokens the
+layer is dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from nsa_convert.config import AttentionGeometry, raise_problems, unknown_keys
+from nsa_convert.kernels.compressed import block_topk
+from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.kernels.selected import sparse_attention
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
+from nsa_convert.patterns import BlockTopK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InfLLMv2Settings:
+    """Settings of InfLLM-v2, by the names of MiniCPM4's ``sparse_config`` where it has one.
+
+    Attributes:
+        kernel_size: Tokens in a pooled cell.
+        kernel_stride: Tokens between cells; divides ``kernel_size`` and ``block_size``.
+        block_size: Tokens in a block.
+        init_blocks: First blocks always selected; they count among ``topk``.
+        topk: Blocks chosen by score, the first ones included, the window not.
+        window_size: Tokens behind a query that are always selected, in whole blocks, its own block included.
+        dense_len: Sequences up to this length run dense; 0 stands for the visible budget. A value above the
+            budget makes a prompt that grows past it while decoding differ from one long prefill, as
+            published.
+        mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights.
+    """
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    init_blocks: int = 1
+    topk: int = 64
+    window_size: int = 2048
+    dense_len: int = 0
+    mode: Literal["sparse", "full"] = "sparse"
+
+    def __post_init__(self) -> None:
+        problems = []
+        l, d, size = self.kernel_size, self.kernel_stride, self.block_size
+        if d < 1 or l < d or l % d:
+            problems.append(f"kernel_size {l} must be a positive multiple of kernel_stride {d}")
+        elif size < 1 or size % d:
+            problems.append(f"block_size {size} must be a positive multiple of kernel_stride {d}")
+        if size >= 1 and (self.window_size < size or self.window_size % size):
+            problems.append(
+                f"window_size {self.window_size} must be a positive multiple of block_size {size}"
+            )
+        if self.init_blocks < 0 or self.topk < max(self.init_blocks, 1):
+            problems.append(
+                "init_blocks must be >= 0 and topk at least init_blocks and 1, "
+                f"got {self.init_blocks} and {self.topk}"
+            )
+        if self.dense_len < 0:
+            problems.append(f"dense_len must be >= 0, got {self.dense_len}")
+        raise_problems(problems, code="CF22")
+
+    @property
+    def rule(self) -> BlockTopK:
+        """The block budget as the kernels take it."""
+        local = self.window_size // self.block_size
+        return BlockTopK(
+            block_size=self.block_size,
+            num_blocks=self.topk + local,
+            num_sink_blocks=self.init_blocks,
+            num_local_blocks=local,
+            reduce="max",
+        )
+
+
+class InfLLMv2(SparseMethod):
+    """Max-pooled block scores, group-shared selection, one softmax."""
+
+    spec = MethodSpec(
+        name="infllm_v2",
+        title="InfLLM-v2",
+        paper="arXiv:2509.24663",
+        summary="first blocks, window and max-pooled best blocks in one softmax; no new weights",
+        trainable=True,
+        phases=("train", "prefill", "decode"),
+        granularity="blocks per query token and KV head",
+        sources={
+            "kernel_size": "MiniCPM4 sparse_config",
+            "kernel_stride": "MiniCPM4 sparse_config",
+            "block_size": "MiniCPM4 sparse_config",
+            "init_blocks": "MiniCPM4 sparse_config",
+            "topk": "MiniCPM4 sparse_config",
+            "window_size": "MiniCPM4 sparse_config",
+            "dense_len": "the visible budget; MiniCPM4 has 8192",
+            "mode": "paper section 3 (dense switch)",
+        },
+    )
+    Settings = InfLLMv2Settings
+
+    def __init__(self, settings: InfLLMv2Settings, geometry: AttentionGeometry, layer_index: int) -> None:
+        super().__init__(settings, geometry, layer_index)
+        self.mode = settings.mode
+
+    def pools(self) -> tuple[Pool, ...]:
+        """Return the pooled keys."""
+        s, heads = self.settings, (0, self.geometry.num_kv_heads)
+        return (Pool(name="key", source="key", heads=heads, width=s.kernel_size, stride=s.kernel_stride),)
+
+    def compress(self, name: str, windows: Tensor) -> Tensor:
+        """Return the mean key of each cell."""
+        return windows.mean(2)
+
+    def visible_budget(self) -> int:
+        """Return the tokens of all blocks, or ``dense_len`` where that is longer."""
+        s = self.settings
+        return sys.maxsize if self.mode == "full" else max(s.dense_len, s.rule.budget)
+
+    def keys_per_query(self) -> int | None:
+        """Return the tokens of all blocks, or None in full mode."""
+        return None if self.mode == "full" else self.settings.rule.budget
+
+    def forward(self, x: AttentionInputs) -> Tensor:
+        """Attend to the selected blocks, or to everything; returns ``[B, TQ, HQ, D]``."""
+        if (self.mode == "full" and self.cover is None) or self.fits(x, self.visible_budget()):
+            self.record(x, x.k, {})
+            return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+        s = self.settings
+        selection = block_topk(
+            x.q,
+            x.pooled["key"].detach(),
+            width=s.kernel_size,
+            stride=s.kernel_stride,
+            rule=self.block_rule(),
+            layout=x.layout,
+            scale=x.scale,
+        )
+        self.record(x, x.k, {"selected": selection})
+        return sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)[0]
+
+
+_SHARED_KEYS = tuple(field.name for field in dataclasses.fields(InfLLMv2Settings) if field.name != "mode")
+
+
+def from_sparse_config(values: Mapping[str, Any]) -> InfLLMv2Settings:
+    """Read MiniCPM4's ``sparse_config``.
+
+    Args:
+        values: The mapping; ``use_nope`` must be absent or false.
+
+    Raises:
+        ConfigError: Unknown keys, ``use_nope: true`` (scores from unrotated keys are not supported), or
+            values the settings refuse.
+    """
+    problems = unknown_keys(values, {*_SHARED_KEYS, "use_nope"}, "sparse_config")
+    if values.get("use_nope"):
+        problems.append("use_nope true is not supported: scores use rotated keys; convert without it")
+    raise_problems(problems, code="CF22")
+    shared = {key: values[key] for key in _SHARED_KEYS if key in values}
+    return InfLLMv2.read_settings(shared, "sparse_config")
+
+
+def to_sparse_config(settings: InfLLMv2Settings) -> dict[str, Any]:
+    """Return the settings as MiniCPM4's ``sparse_config``, for engines that serve that format.
+
+    Such an engine reads the dense weights under the family's own architecture (``nsa-convert revert`` gives
+    that folder), and it must support the model's head counts: MiniCPM4's kernels repeat query heads up to
+    groups of 16.
+    """
+    config = {key: getattr(settings, key) for key in _SHARED_KEYS}
+    config["dense_len"] = max(settings.dense_len, settings.rule.budget)
+    return {**config, "use_nope": False}

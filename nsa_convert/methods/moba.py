@@ -1,0 +1,114 @@
+"""MoBA, Mixture of Block Attention (Lu et al. 2025, arXiv 2502.13189): every query head picks its own blocks.
+
+A block's key is the mean of its token keys; a query head keeps the blocks with the largest product and always
+its own block, which counts as one of the k (section 2.2 and the released code). Here the first block is kept
+too: a dense model needs its attention sink. There is nothing to initialise, and one softmax joins the blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Literal
+
+from torch import Tensor
+
+from nsa_convert.config import AttentionGeometry
+from nsa_convert.kernels.compressed import block_topk
+from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.kernels.selected import sparse_attention
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
+from nsa_convert.methods.budget import BlockBudget
+from nsa_convert.patterns import BlockSelection
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoBASettings(BlockBudget):
+    """Settings of MoBA.
+
+    Attributes:
+        block_size: Tokens in a block.
+        num_blocks: k, blocks a query sees, its own and other forced ones included.
+        num_sink_blocks: First blocks always selected.
+        num_local_blocks: Last blocks always selected, the query's own included.
+        share: ``"none"`` lets every query head choose (the paper); ``"group"`` sums the scores of the heads
+            that share a key head, which costs one list per key head.
+        decode: ``"sparse"``, or ``"dense"`` as published: a step of one token attends to everything.
+        mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights.
+    """
+
+    block_size: int = 128
+    num_blocks: int = 16
+    num_sink_blocks: int = 1
+    num_local_blocks: int = 1
+    share: Literal["none", "group"] = "none"
+    decode: Literal["sparse", "dense"] = "sparse"
+    mode: Literal["sparse", "full"] = "sparse"
+
+
+
+class MoBA(SparseMethod):
+    """Mean-pooled block selection per query head with one softmax."""
+
+    spec = MethodSpec(
+        name="moba",
+        title="MoBA",
+        paper="arXiv:2502.13189",
+        summary="every query head attends to its own best mean-pooled blocks; no new weights",
+        trainable=True,
+        phases=("train", "prefill", "decode"),
+        granularity="blocks per query token and query head",
+        sources={
+            "block_size": "FlashMoBA (arXiv:2511.11571) section 5",
+            "num_blocks": "receptive field 2048",
+            "num_sink_blocks": "added for conversion: a dense model needs its attention sink",
+            "num_local_blocks": "paper section 2.2 (the current block)",
+            "share": "paper section 2.2",
+            "decode": "the paper decodes densely; sparse here",
+            "mode": "paper section 3.2 (hybrid training)",
+        },
+    )
+    Settings = MoBASettings
+
+    def __init__(self, settings: MoBASettings, geometry: AttentionGeometry, layer_index: int) -> None:
+        super().__init__(settings, geometry, layer_index)
+        self.mode = settings.mode
+
+    def pools(self) -> tuple[Pool, ...]:
+        """Return the block means of the keys."""
+        size = self.settings.block_size
+        heads = (0, self.geometry.num_kv_heads)
+        return (Pool(name="key", source="key", heads=heads, width=size, stride=size),)
+
+    def compress(self, name: str, windows: Tensor) -> Tensor:
+        """Return the mean key of each block."""
+        return windows.mean(2)
+
+    def visible_budget(self) -> int:
+        """Return num_blocks * block_size."""
+        return sys.maxsize if self.mode == "full" else self.settings.rule.budget
+
+    def keys_per_query(self) -> int | None:
+        """Return num_blocks * block_size, or None where all keys are read."""
+        dense = self.mode == "full" or self.settings.decode == "dense"
+        return None if dense else self.settings.rule.budget
+
+    def forward(self, x: AttentionInputs) -> Tensor:
+        """Attend to the selected blocks of each head, or to everything; returns ``[B, TQ, HQ, D]``."""
+        step = self.settings.decode == "dense" and x.q.shape[1] == 1
+        dense = self.cover is None and (self.mode == "full" or step)
+        if dense or self.fits(x, self.settings.rule.budget):
+            self.record(x, x.k, {})
+            return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+        selection = self._choose(x)
+        self.record(x, x.k, {"selected": selection})
+        return sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)[0]
+
+    def _choose(self, x: AttentionInputs) -> BlockSelection:
+        """Rank by softmax over the blocks: the order of the products, since the choice is per head."""
+        ck, size = x.pooled["key"], self.settings.block_size
+        if self.settings.share == "none":
+            ck = ck.repeat_interleave(self.geometry.group_size, 2)
+        return block_topk(
+            x.q, ck, width=size, stride=size, rule=self.block_rule(), layout=x.layout, scale=x.scale
+        )
