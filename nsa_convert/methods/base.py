@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry, strict_dataclass
+from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.methods.losses import output_error
 from nsa_convert.patterns import BlockTopK, Pattern, SequenceLayout
 
 
@@ -107,6 +109,25 @@ class AttentionRecord:
     gates: Tensor | None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingMode:
+    """What a training step asks of every layer.
+
+    It travels as an argument of the call, so a layer that gradient checkpointing runs a second time does the
+    same thing again, and every process of a step agrees.
+
+    Attributes:
+        stream: Which output the residual stream carries: ``"sparse"``, ``"full"`` (the method's own dense
+            mode, gates included) or ``"teacher"`` (dense attention as the dense model has it, no new weight).
+        losses: Names of the auxiliary losses wanted, in this order.
+        step: Number of the optimizer step; losses on a sample of the queries draw it from this.
+    """
+
+    stream: Literal["sparse", "full", "teacher"] = "sparse"
+    losses: tuple[str, ...] = ()
+    step: int = 0
+
+
 # A plain global, shared by threads: torch.compile cannot trace a ContextVar.
 _observer: Callable[[AttentionRecord], None] | None = None
 
@@ -149,6 +170,10 @@ class SparseMethod(nn.Module):
 
     spec: ClassVar[MethodSpec]
     Settings: ClassVar[type]
+    stage_losses: ClassVar[Mapping[str, Mapping[str, float]]] = {"align": {"output_error": 1.0}}
+    """Kind of training stage -> auxiliary losses with their usual weights; a recipe may choose others."""
+    dual_stream: ClassVar[bool] = False
+    """Whether pretraining draws, step by step, sparse or full attention for the residual stream."""
 
     def __init__(self, settings: Any, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__()
@@ -199,6 +224,51 @@ class SparseMethod(nn.Module):
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend; returns ``[B, TQ, HQ, D]``."""
         raise NotImplementedError
+
+    def train_forward(self, x: AttentionInputs, mode: TrainingMode) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attend as ``mode`` asks, and return its auxiliary losses.
+
+        Args:
+            x: Inputs of the layer.
+            mode: What the step asks for.
+
+        Returns:
+            The output for the residual stream ``[B, TQ, HQ, D]``, and each of ``mode.losses`` that the
+            method has: scalars in float32 (float64 for float64 inputs), means over tokens and heads.
+
+        Raises:
+            ValueError: The method has no full mode.
+        """
+        if mode.stream == "full":
+            raise ValueError(f"{self.spec.name} cannot run as dense attention with its own weights")
+        sparse = self(x)
+        if mode.stream == "sparse" and not mode.losses:
+            return sparse, {}
+        dense = self.teacher(x)
+        o = sparse if mode.stream == "sparse" else dense.detach()
+        return o, self.auxiliary_losses(x, sparse, dense, mode)
+
+    def teacher(self, x: AttentionInputs) -> Tensor:
+        """Return dense attention over the same keys and values, ``[B, TQ, HQ, D]``."""
+        heads = x.k.shape[2] // (1 + self.extra_head_sets())
+        return dense_attention(x.q, x.k[:, :, :heads], x.v[:, :, :heads], layout=x.layout, scale=x.scale)
+
+    def extra_head_sets(self) -> int:
+        """Return how many further sets of H keys and values :meth:`extra_kv` adds."""
+        return 0
+
+    def auxiliary_losses(
+        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
+    ) -> dict[str, Tensor]:
+        """Return the losses of ``mode.losses`` that the method has; a method with its own extends this.
+
+        Args:
+            x: Inputs of the layer.
+            sparse: ``[B, TQ, HQ, D]`` output of the method.
+            dense: ``[B, TQ, HQ, D]`` dense attention.
+            mode: What the step asks for.
+        """
+        return {"output_error": output_error(sparse, dense)} if "output_error" in mode.losses else {}
 
     def fits(self, x: AttentionInputs, budget: int) -> bool:
         """Return whether no query can have more keys than ``budget``, so that dense attention is the same."""

@@ -8,7 +8,7 @@ import sys
 from torch import Tensor
 
 from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod, TrainingMode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class FullAttention(SparseMethod):
         sources={},
     )
     Settings = FullSettings
+    stage_losses = {}
 
     def visible_budget(self) -> int:
         """Return a number no context exceeds."""
@@ -39,3 +40,7 @@ class FullAttention(SparseMethod):
         """Attend densely; returns ``[B, TQ, HQ, D]``."""
         self.record(x, x.k, {})
         return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+
+    def train_forward(self, x: AttentionInputs, mode: TrainingMode) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attend densely in every mode; there is nothing to compare."""
+        return self(x), {}

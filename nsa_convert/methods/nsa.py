@@ -14,14 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
+from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
-from nsa_convert.methods.budget import block_rule_problems
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod, TrainingMode
+from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.compressors import build_compressor
 from nsa_convert.methods.gates import BranchGate
+from nsa_convert.methods.losses import attention_mass, block_kl, block_scores, sample_queries, to_blocks
 from nsa_convert.methods.scores import half_variance, second_order
 from nsa_convert.patterns import BlockTopK, SinkWindow
 
@@ -29,7 +31,7 @@ Compressor = Literal["mean", "weighted", "linear", "mlp"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NSASettings:
+class NSASettings(BlockBudget):
     """Settings of NSA.
 
     Attributes:
@@ -66,8 +68,9 @@ class NSASettings:
     branch_kv: Literal["shared", "independent"] = "shared"
     gate: Literal["signed", "sigmoid"] = "signed"
 
-    def __post_init__(self) -> None:
-        problems = block_rule_problems(self)
+    def problems(self) -> list[str]:
+        """Return what is wrong with the cells and the window."""
+        problems = []
         l, d = self.compression_block, self.compression_stride
         if d < 1 or l < d or l % d:
             problems.append(f"compression_block {l} must be a positive multiple of compression_stride {d}")
@@ -75,18 +78,12 @@ class NSASettings:
             problems.append(f"block_size {self.block_size} must be a multiple of compression_stride {d}")
         if self.window_size < 1:
             problems.append(f"window_size must be >= 1, got {self.window_size}")
-        raise_problems(problems, code="CF22")
+        return problems
 
     @property
     def rule(self) -> BlockTopK:
         """The block budget as the kernels take it."""
-        return BlockTopK(
-            block_size=self.block_size,
-            num_blocks=self.num_blocks,
-            num_sink_blocks=self.num_sink_blocks,
-            num_local_blocks=self.num_local_blocks,
-            reduce=self.block_score,
-        )
+        return dataclasses.replace(super().rule, reduce=self.block_score)
 
 
 class NSA(SparseMethod):
@@ -118,6 +115,7 @@ class NSA(SparseMethod):
         },
     )
     Settings = NSASettings
+    stage_losses = {"align": {"output_error": 1.0, "score_kl": 0.1}}
 
     def __init__(self, settings: NSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
@@ -166,6 +164,10 @@ class NSA(SparseMethod):
             -1, shape
         )
 
+    def extra_head_sets(self) -> int:
+        """Return 2 for independent branches."""
+        return 0 if self.branch_k_proj is None else 2
+
     def dense_copies(self) -> dict[str, str]:
         """Return which dense projection each own projection repeats."""
         if self.branch_k_proj is None:
@@ -199,6 +201,32 @@ class NSA(SparseMethod):
         self.record(x, k, patterns, gates)
         g_cmp, g_slc, g_win = gates.to(selected.dtype).unsqueeze(-2).unbind(-1)  # each [B, TQ, HQ, 1]
         return torch.addcmul(torch.addcmul(compressed.o * g_cmp, selected, g_slc), windowed, g_win)
+
+    def auxiliary_losses(
+        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
+    ) -> dict[str, Tensor]:
+        """Add ``score_kl``: KL of the block scores (eqs. 8-10) to the dense attention mass of the blocks."""
+        losses = super().auxiliary_losses(x, sparse, dense, mode)
+        if "score_kl" in mode.losses:
+            losses["score_kl"] = self._score_kl(x, mode.step)
+        return losses
+
+    def _score_kl(self, x: AttentionInputs, step: int) -> Tensor:
+        s, k = self.settings, x.k[:, :, : x.pooled["key"].shape[2]]
+        q, ck = x.q, x.pooled["key"]
+        if s.scorer == "second_order":
+            q, ck = second_order(q, ck, x.pooled["half_variance"], x.scale)
+        queries = sample_queries(q.shape[1], step, q.device)
+        mass = attention_mass(x.q, k, queries, x.layout, x.scale)
+        grid = CellGrid(width=s.compression_block, stride=s.compression_stride)
+        scores = block_scores(q, ck, queries, grid, s.block_size, x.layout, x.scale, mass.shape[3])
+        starts = x.layout.row_starts(q.shape[1], q.device)[:, queries]
+        keys = torch.arange(mass.shape[3], device=q.device)
+        mass = to_blocks(mass, keys, starts, s.block_size, scores.shape[3])
+        own = (queries + x.layout.offset - starts).div(s.block_size, rounding_mode="floor")[:, None, :, None]
+        block = torch.arange(scores.shape[3], device=q.device)
+        free = (block >= s.num_sink_blocks) & (block <= own - s.num_local_blocks)
+        return block_kl(mass, scores, free)
 
     def _compressed(self, x: AttentionInputs, *, choose: bool) -> CompressedOutput:
         """Attend to the compressed cells and, unless everything is visible anyway, choose blocks."""

@@ -13,19 +13,20 @@ from typing import Literal
 
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
-from nsa_convert.methods.budget import block_rule_problems
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod, TrainingMode
+from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.gates import BranchGate
+from nsa_convert.methods.losses import bidirectional_alignment
 from nsa_convert.methods.scores import half_variance, second_order
-from nsa_convert.patterns import BlockSelection, BlockTopK
+from nsa_convert.patterns import BlockSelection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SSASettings:
+class SSASettings(BlockBudget):
     """Settings of SSA.
 
     Attributes:
@@ -47,19 +48,6 @@ class SSASettings:
     scorer: Literal["first_order", "second_order"] = "first_order"
     gate: Literal["none", "signed", "sigmoid"] = "none"
     mode: Literal["sparse", "full"] = "sparse"
-
-    def __post_init__(self) -> None:
-        raise_problems(block_rule_problems(self), code="CF22")
-
-    @property
-    def rule(self) -> BlockTopK:
-        """The block budget as the kernels take it."""
-        return BlockTopK(
-            block_size=self.block_size,
-            num_blocks=self.num_blocks,
-            num_sink_blocks=self.num_sink_blocks,
-            num_local_blocks=self.num_local_blocks,
-        )
 
 
 class SSA(SparseMethod):
@@ -84,6 +72,13 @@ class SSA(SparseMethod):
         },
     )
     Settings = SSASettings
+    stage_losses = {
+        "align": {"output_error": 1.0},
+        "pretrain": {"alignment": 10.0},
+        "extend": {"alignment": 10.0},
+        "sft": {"alignment": 10.0},
+    }
+    dual_stream = True
 
     def __init__(self, settings: SSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
@@ -124,6 +119,25 @@ class SSA(SparseMethod):
             o, _ = sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)
             self.record(x, x.k, {"selected": selection}, gates)
         return o if gates is None else o * gates.to(o.dtype)
+
+    def train_forward(self, x: AttentionInputs, mode: TrainingMode) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attend both ways over the same inputs; one output goes on, the other serves the losses.
+
+        The alignment compares the outputs before the gate (the paper's Alg. 1), so that closing the gate
+        cannot lower it.
+        """
+        gate = 1.0 if self.gate is None else self.gate(x.hidden).to(x.q.dtype)  # [B, TQ, HQ, 1]
+        fits = self.fits(x, self.settings.rule.budget)
+        full = self.teacher(x) if fits or mode.losses or mode.stream != "sparse" else None
+        sparse = full
+        if not fits and (mode.losses or mode.stream == "sparse"):
+            sparse, _ = sparse_attention(x.q, x.k, x.v, self._choose(x), layout=x.layout, scale=x.scale)
+        losses = self.auxiliary_losses(x, sparse * gate, full, mode) if mode.losses else {}
+        if "alignment" in mode.losses:
+            losses["alignment"] = bidirectional_alignment(full, sparse)
+        if mode.stream == "teacher":
+            return full.detach(), losses
+        return (sparse if mode.stream == "sparse" else full) * gate, losses
 
     def _choose(self, x: AttentionInputs) -> BlockSelection:
         q, ck, size = x.q, x.pooled["key"], self.settings.block_size

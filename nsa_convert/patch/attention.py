@@ -46,7 +46,7 @@ class SparseAttention(nn.Module):
         *,
         sparse_context: SparseContext | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend; the mask is ignored, its meaning arrives in ``sparse_context``.
 
         Args:
@@ -58,7 +58,8 @@ class SparseAttention(nn.Module):
             **kwargs: Other arguments of transformers' attention modules, not used.
 
         Returns:
-            ``([B, T, hidden], None)``.
+            ``([B, T, hidden], None)``; in training with auxiliary losses their values come second, one
+            number for each name of ``sparse_context.training.losses``, 0 where the method has no such loss.
 
         Raises:
             ValueError: The layer is called outside a sparse model.
@@ -87,8 +88,13 @@ class SparseAttention(nn.Module):
             layout=sparse_context.layout,
             scale=self.scaling,
         )
-        o = self.sparse(inputs)
-        return self.o_proj(o.reshape(batch, length, -1)), None
+        mode = sparse_context.training
+        if mode is None:
+            return self.o_proj(self.sparse(inputs).reshape(batch, length, -1)), None
+        o, losses = self.sparse.train_forward(inputs, mode)
+        none = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
+        values = torch.stack([none, *(losses.get(name, none) for name in mode.losses)])[1:]
+        return self.o_proj(o.reshape(batch, length, -1)), values
 
     def _project(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa_convert.methods.base import TrainingMode
 from nsa_convert.patterns import SequenceLayout
 
 
@@ -24,11 +25,13 @@ class SparseContext:
         starts: The left padding of each row as integers; None when no row is padded, or while a compiled
             graph must not read it.
         rotary: The model's rotary embedding, to place compressed keys.
+        training: What a training step asks of the layers; None outside training with auxiliary losses.
     """
 
     layout: SequenceLayout
     starts: tuple[int, ...] | None
     rotary: nn.Module
+    training: TrainingMode | None = None
 
 
 def read_context(

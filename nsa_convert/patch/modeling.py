@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import importlib
 import os
 from typing import Any
@@ -11,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import ModelOutput
 
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import BackendError, ConfigError
-from nsa_convert.methods.base import InitialisedModule
+from nsa_convert.methods.base import InitialisedModule, TrainingMode
 from nsa_convert.methods.registry import build_method
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.families import ModelFamily, family_of_sparse, geometry_of
-from nsa_convert.patch.layout import read_context
+from nsa_convert.patch.layout import SparseContext, read_context
 from nsa_convert.patch.own_code import write_own_code
 from nsa_convert.patch.plan import resolve_plan
 
@@ -33,6 +36,10 @@ except ImportError:
 
 ATTENTION_NAME = "nsa_convert"
 """``attn_implementation`` of converted models: no masks, and no use of transformers' attention functions."""
+
+
+PACKING_HINTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""Keyword arguments that describe packed documents; collators of transformers and TRL send them."""
 
 
 def _no_mask(**_: Any) -> None:
@@ -84,9 +91,13 @@ class SparseModelMixin(SparsePreTrainedMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        training_mode: TrainingMode | None = None,
         **kwargs: Any,
     ) -> Any:
-        """See the family's model; masks must be 2-D, see :func:`nsa_convert.patch.layout.read_context`."""
+        """See the family's model; masks must be 2-D, see :func:`nsa_convert.patch.layout.read_context`.
+
+        With a ``training_mode`` the result is ``(last hidden state, losses [layers, K])``.
+        """
         past: int | Tensor = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(past, Tensor):
             # A static cache hands out the very tensor that it is about to change.
@@ -102,6 +113,11 @@ class SparseModelMixin(SparsePreTrainedMixin):
         )
         if context.layout.cu_seqlens is not None:
             use_cache = False
+        if training_mode is not None:
+            hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            return self._train_layers(
+                hidden, position_ids, dataclasses.replace(context, training=training_mode)
+            )
         return super().forward(
             input_ids=input_ids,
             attention_mask=None,
@@ -114,8 +130,80 @@ class SparseModelMixin(SparsePreTrainedMixin):
         )
 
 
+    def _train_layers(
+        self, hidden: Tensor, position_ids: Tensor, context: SparseContext
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layers; their losses are outputs, which checkpointing and FSDP keep in the graph."""
+        angles = self.rotary_emb(hidden, position_ids=position_ids)
+        losses = []
+        for layer in self.layers:
+            hidden, values = layer(
+                hidden, position_embeddings=angles, position_ids=position_ids, sparse_context=context
+            )
+            losses.append(values)
+        return self.norm(hidden), torch.stack(losses)
+
+
+@dataclasses.dataclass
+class TrainingOutput(ModelOutput):
+    """What a converted model returns in training.
+
+    Attributes:
+        loss: Next-token loss, or None without labels.
+        auxiliary: ``[layers, K]``, one column for each name of ``training_mode.losses``.
+        hidden: ``[B, T, hidden]`` final hidden state.
+    """
+
+    loss: Tensor | None = None
+    auxiliary: Tensor | None = None
+    hidden: Tensor | None = None
+
+
 class SparseCausalLMMixin(SparsePreTrainedMixin):
     """The language model around the decoder."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        training_mode: TrainingMode | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See the family's language model; with a ``training_mode`` the result is a :class:`TrainingOutput`.
+
+        The mode makes every layer return its auxiliary losses. Logits are computed only for ``labels``.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        if training_mode is None:
+            return super().forward(
+                **inputs,
+                past_key_values=past_key_values,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        hints = {key: kwargs[key] for key in PACKING_HINTS if key in kwargs}
+        hidden, auxiliary = self.model(**inputs, training_mode=training_mode, **hints)
+        loss = None
+        if labels is not None:
+            rest = {key: value for key, value in kwargs.items() if key not in PACKING_HINTS}
+            logits = self.lm_head(hidden)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **rest
+            )
+        return TrainingOutput(loss=loss, auxiliary=auxiliary, hidden=hidden)
 
     @staticmethod
     def create_masks_for_generate(
@@ -166,6 +254,26 @@ def sparse_model_classes(family: ModelFamily, config_class: type, module: str) -
     return model, lm
 
 
+@functools.cache
+def sparse_layer_class(dense_layer: type[nn.Module]) -> type[nn.Module]:
+    """Make the decoder layer of a converted model: the family's, with auxiliary losses as a second output."""
+
+    class SparseLayer(dense_layer):
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+            context = kwargs.get("sparse_context")
+            if context is None or context.training is None:
+                return super().forward(hidden_states, **kwargs)
+            out, losses = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + out
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), losses
+
+    # Other libraries find the layers to wrap by the name of their class.
+    SparseLayer.__name__ = dense_layer.__name__
+    SparseLayer.__qualname__ = dense_layer.__qualname__
+    SparseLayer.__doc__ = dense_layer.__doc__
+    return SparseLayer
+
+
 def adopt_class(instance: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
     """Make an existing model object an instance of a class that was never constructed itself.
 
@@ -194,4 +302,5 @@ def install_sparse_attention(decoder: nn.Module) -> None:
         layer.self_attn = SparseAttention(
             layer.self_attn, build_method(sparse.for_layer(index), geometry, index)
         )
+        layer.__class__ = sparse_layer_class(type(layer))
     config._attn_implementation = ATTENTION_NAME

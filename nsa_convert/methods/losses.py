@@ -1,0 +1,160 @@
+"""Losses between a layer's sparse and dense attention, and between its block scores and the true mass.
+
+All of them are computed inside one layer from what it has at hand: the dense attention over the same queries,
+keys and values is the teacher, so no second model is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.patterns import SequenceLayout
+
+SAMPLED_QUERIES = 64
+"""Queries of each row for which the true attention mass is computed; all of them would cost T x T."""
+
+
+def output_error(sparse: Tensor, dense: Tensor) -> Tensor:
+    """Return ``|sparse - sg(dense)|^2 / |sg(dense)|^2`` over all elements, a scalar of at least float32."""
+    wide = torch.promote_types(sparse.dtype, torch.float32)
+    target = dense.detach().to(wide)
+    error = (sparse.to(wide) - target).square().sum()
+    return error / target.square().sum().clamp(min=torch.finfo(wide).tiny)
+
+
+def bidirectional_alignment(full: Tensor, sparse: Tensor) -> Tensor:
+    """Return SSA's alignment (arXiv 2511.20102, Alg. 1): ``S(full, sg sparse) + S(sparse, sg full)``.
+
+    S is SmoothL1 with beta 1 and mean reduction. Both halves are needed: one alone diverges (its table 3).
+    """
+    wide = torch.promote_types(sparse.dtype, torch.float32)
+    full, sparse = full.to(wide), sparse.to(wide)
+    return functional.smooth_l1_loss(full, sparse.detach()) + functional.smooth_l1_loss(sparse, full.detach())
+
+
+def sample_queries(num_queries: int, step: int, device: torch.device) -> Tensor:
+    """Return at most SAMPLED_QUERIES query slots, evenly spaced, shifted from step to step; int64."""
+    stride = max(1, num_queries // SAMPLED_QUERIES)
+    # An odd multiplier visits every offset of a stride that is a power of two.
+    return torch.arange((step * 7919) % stride, num_queries, stride, device=device)
+
+
+def attention_mass(q: Tensor, k: Tensor, queries: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+    """Return dense attention probabilities of sampled queries, mean over the heads of a group.
+
+    Args:
+        q: ``[B, TQ, HQ, D]``.
+        k: ``[B, TK, H, D]``.
+        queries: ``[NQ]`` query slots.
+        layout: Position of the queries, padding and packing.
+        scale: Factor on the scores.
+
+    Returns:
+        ``[B, H, NQ, TK]`` without gradient, at least float32; rows of padding are 0.
+    """
+    with torch.no_grad():
+        wide = torch.promote_types(q.dtype, torch.float32)
+        picked = q[:, queries].to(wide).unflatten(2, (k.shape[2], -1))  # [B, NQ, H, G, D]
+        scores = torch.einsum("bnhgd,bthd->bhgnt", picked, k.to(wide)) * scale
+        slots = queries + layout.offset
+        starts = layout.row_starts(q.shape[1], q.device)[:, queries]  # [B or 1, NQ]
+        keys = torch.arange(k.shape[1], device=q.device)
+        visible = (keys <= slots[:, None]) & (keys >= starts[..., None])  # [B or 1, NQ, TK]
+        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+        return scores.softmax(-1).nan_to_num(0.0).mean(2)
+
+
+def to_blocks(values: Tensor, slots: Tensor, starts: Tensor, block_size: int, num_blocks: int) -> Tensor:
+    """Sum values that belong to key slots over the document-relative blocks of each query.
+
+    Args:
+        values: ``[B, H, NQ, N]``, 0 where not visible.
+        slots: ``[N]`` or ``[B or 1, N]`` slot of each value.
+        starts: ``[B or 1, NQ]`` first slot of each query's document.
+        block_size: Keys in a block.
+        num_blocks: Blocks of the result.
+
+    Returns:
+        ``[B, H, NQ, num_blocks]``.
+    """
+    slots = slots if slots.dim() == 2 else slots[None]
+    block = (slots[:, None] - starts[..., None]).clamp(min=0) // block_size  # [B or 1, NQ, N]
+    block = block.clamp(max=num_blocks - 1)[:, None].expand(values.shape)
+    return values.new_zeros(*values.shape[:3], num_blocks).scatter_add(3, block, values)
+
+
+def block_scores(
+    q: Tensor,
+    ck: Tensor,
+    queries: Tensor,
+    grid: CellGrid,
+    block_size: int,
+    layout: SequenceLayout,
+    scale: float,
+    num_keys: int,
+) -> Tensor:
+    """Return the compressed attention of sampled queries as scores of blocks (NSA eqs. 8-10), with gradient.
+
+    Args:
+        q: ``[B, TQ, HQ, D]``.
+        ck: ``[B, C, H, D]`` compressed keys, those of packed documents one after another.
+        queries: ``[NQ]`` query slots.
+        grid: Cell sizes.
+        block_size: Keys in a block.
+        layout: Position of the queries, padding and packing.
+        scale: Factor on the scores.
+        num_keys: TK.
+
+    Returns:
+        ``[B, H, NQ, NB]``: each cell's probability, summed over the group, once for every stride of the cell
+        that lies in the block.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    begins = _cell_slots(grid, layout, num_keys, q.device)[:, : ck.shape[1]]  # [B or 1, C]
+    starts = layout.row_starts(q.shape[1], q.device)[:, queries]
+    slots = (queries + layout.offset)[:, None]
+    visible = (begins[:, None] + grid.width - 1 <= slots) & (begins[:, None] >= starts[..., None])
+    picked = q[:, queries].to(wide).unflatten(2, (ck.shape[2], -1))
+    logits = torch.einsum("bnhgd,bchd->bhgnc", picked, ck[:, : begins.shape[1]].to(wide)) * scale
+    hidden = ~visible[:, None, None]
+    p = logits.masked_fill(hidden, torch.finfo(wide).min).softmax(-1).masked_fill(hidden, 0.0).sum(2)
+    num_blocks = -(-num_keys // block_size)
+    steps = torch.arange(0, grid.width, grid.stride, device=q.device)
+    strides = (begins[..., None] + steps).flatten(1)  # [B or 1, C * l / d]
+    return to_blocks(p.repeat_interleave(len(steps), 3), strides, starts, block_size, num_blocks)
+
+
+def _cell_slots(grid: CellGrid, layout: SequenceLayout, num_keys: int, device: torch.device) -> Tensor:
+    """Return the slot of each cell's first token, ``[B or 1, C]``."""
+    if layout.cu_seqlens is not None:
+        parts = [
+            begin + grid.stride * torch.arange(grid.count(end - begin), device=device)
+            for begin, end in layout.documents()
+        ]
+        return torch.cat(parts)[None]
+    cells = grid.stride * torch.arange(grid.count(num_keys), device=device)
+    return cells[None] if layout.start is None else cells + layout.start[:, None]
+
+
+def block_kl(mass: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:
+    """Return ``KL(mass || scores)`` over the blocks a method is free to choose.
+
+    Args:
+        mass: ``[B, H, NQ, NB]`` true attention mass, no gradient.
+        scores: ``[B, H, NQ, NB]`` non-negative scores of the method, need not sum to 1.
+        candidates: ``[B or 1, 1, NQ, NB]`` blocks that are neither forced nor in the future.
+
+    Returns:
+        Mean over the queries with at least two candidates; 0 where there is none.
+    """
+    tiny = 1e-9
+    free = candidates.expand(mass.shape)
+    p, s = mass.masked_fill(~free, 0.0), scores.masked_fill(~free, 0.0)
+    p = p / p.sum(-1, keepdim=True).clamp(min=tiny)
+    s = s / s.sum(-1, keepdim=True).clamp(min=tiny)
+    kl = (p * (p.clamp(min=tiny).log() - s.clamp(min=tiny).log())).sum(-1)
+    counted = free.sum(-1) > 1
+    return (kl * counted).sum() / counted.sum().clamp(min=1)

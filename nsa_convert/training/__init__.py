@@ -1,0 +1,1 @@
+"""Training a converted model by a recipe: stages, losses, data, resumable runs."""

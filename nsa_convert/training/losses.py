@@ -1,0 +1,128 @@
+"""The loss of one training step: next token, auxiliary losses of the layers, and which stream they saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nsa_convert.methods.base import SparseMethod, TrainingMode
+from nsa_convert.training.recipe import Stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossPlan:
+    """What a stage minimises.
+
+    Attributes:
+        cross_entropy: Weight of the next-token loss.
+        names: Auxiliary losses, in the order of the columns of ``TrainingOutput.auxiliary``.
+        weights: Weight of each.
+        layers: For each loss, how many layers have it.
+        dual_stream: Whether the stream is drawn step by step.
+        full_ratio: Share of the steps with the full stream.
+        teacher: Whether the residual stream carries dense attention (``align``).
+        seed: Of the draws.
+    """
+
+    cross_entropy: float
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    layers: tuple[int, ...]
+    dual_stream: bool
+    full_ratio: float
+    teacher: bool
+    seed: int
+
+    def mode(self, step: int) -> TrainingMode:
+        """Return what optimizer step ``step`` asks of the layers.
+
+        A pure function: the same in every process, for every micro-batch, and after a resume.
+        """
+        stream = "sparse"
+        if self.teacher:
+            stream = "teacher"
+        elif self.dual_stream and uniform(self.seed, step) < self.full_ratio:
+            stream = "full"
+        return TrainingMode(stream=stream, losses=self.names, step=step)
+
+    def means(self, auxiliary: Tensor) -> Tensor:
+        """Return the mean of each loss over the layers that have it, ``[K]``, from ``[layers, K]``."""
+        return auxiliary.sum(0) / auxiliary.new_tensor(self.layers or (), dtype=auxiliary.dtype).clamp(min=1)
+
+    def total(self, loss: Tensor | None, auxiliary: Tensor, share: float = 1.0) -> Tensor:
+        """Return the loss of one forward pass.
+
+        Args:
+            loss: Next-token loss, already divided by the tokens of the whole step; None in ``align``.
+            auxiliary: ``[layers, K]`` of this pass.
+            share: What this pass contributes to the auxiliary means of the step.
+        """
+        weights = auxiliary.new_tensor(self.weights, dtype=auxiliary.dtype)
+        extra = (self.means(auxiliary) * weights).sum() * share
+        return extra if loss is None else self.cross_entropy * loss + extra
+
+
+def loss_plan(stage: Stage, methods: Sequence[SparseMethod], seed: int, stage_index: int) -> LossPlan:
+    """Return what a stage minimises, from its own weights or the usual ones of the methods."""
+    weights = stage_weights(stage, methods)
+    layers = [sum(name in known_losses(m) for m in methods) for name in weights]
+    align = stage.kind == "align"
+    default = 0.0 if align else 1.0
+    return LossPlan(
+        cross_entropy=default if stage.cross_entropy is None else stage.cross_entropy,
+        names=tuple(weights),
+        weights=tuple(weights.values()),
+        layers=tuple(layers),
+        dual_stream=any(m.dual_stream for m in methods) and not align,
+        full_ratio=stage.full_ratio,
+        teacher=align,
+        seed=mix(seed, stage_index),
+    )
+
+
+def known_losses(method: SparseMethod | type[SparseMethod]) -> set[str]:
+    """Return the names of all auxiliary losses a method has."""
+    return {name for names in method.stage_losses.values() for name in names}
+
+
+def stage_weights(stage: Stage, methods: Sequence[SparseMethod]) -> dict[str, float]:
+    """Return name -> weight of the auxiliary losses of a stage; weights of 0 are left out."""
+    if stage.losses is not None:
+        return {name: weight for name, weight in stage.losses.items() if weight > 0}
+    usual: dict[str, float] = {}
+    for method in methods:
+        usual |= method.stage_losses.get(stage.kind, {})
+    return usual
+
+
+def loss_problems(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
+    """Return what is wrong with the losses of a stage for these methods."""
+    known = sorted({name for method in methods for name in known_losses(method)})
+    problems = [
+        f"loss '{name}' is none of the method's; it has {', '.join(known) or 'none'}"
+        for name in stage.losses or {}
+        if name not in known
+    ]
+    if stage.kind == "align" and not problems and not stage_weights(stage, methods):
+        problems.append("nothing to minimise: every loss has weight 0, or no layer is sparse")
+    return problems
+
+
+def mix(*numbers: int | str) -> int:
+    """Return a 63-bit number that depends on all of its arguments, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def uniform(*numbers: int | str) -> float:
+    """Return a number in [0, 1) drawn from :func:`mix`."""
+    return mix(*numbers) / 2.0**63
+
+
+def finite(values: Mapping[str, Tensor | None]) -> list[str]:
+    """Return the names of the values that hold NaN or infinity."""
+    return [name for name, x in values.items() if x is not None and not bool(torch.isfinite(x).all())]
