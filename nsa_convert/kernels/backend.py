@@ -114,15 +114,17 @@ def implementation(op: str, q: Tensor, reference: Callable, gathered: Callable, 
 
 def kernel_function(module: str, name: str) -> Callable:
     """Return a function of ``nsa_convert.kernels.<module>``, imported when it is first asked for."""
-    key = f"{module}.{name}"
-    if key not in _loaded:
-        _loaded[key] = _load(module, name)
-    return _loaded[key]
+    _load(module, name)
+    return _loaded[f"{module}.{name}"]
 
 
 @torch.compiler.assume_constant_result
-def _load(module: str, name: str) -> Callable:
-    return getattr(importlib.import_module(f"nsa_convert.kernels.{module}"), name)
+def _load(module: str, name: str) -> bool:
+    """Import a function into ``_loaded``; torch.compile runs this as it traces, and reads the dict after it."""
+    if f"{module}.{name}" not in _loaded:
+        imported = importlib.import_module(f"nsa_convert.kernels.{module}")
+        _loaded[f"{module}.{name}"] = getattr(imported, name)
+    return True
 
 
 def _unserved(q: Tensor, value_dim: int) -> str | None:

@@ -50,7 +50,7 @@ def dot(a, b, UPCAST: tl.constexpr):
     return tl.dot(a, b, input_precision="ieee")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Config:
     """One way to launch a kernel.
 
@@ -60,12 +60,18 @@ class Config:
         num_stages: Loads in flight in a loop.
         max_row: Used only when a key row (padded head dim times bytes of an element) is at most this long:
             longer rows would not fit shared memory.
+        only: Used only when the constexprs named here have one of the values listed.
     """
 
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
     max_row: int = 1024
+    only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+
+    def serves(self, row: int, arguments: Mapping[str, Any]) -> bool:
+        """Return whether this configuration may run with these arguments."""
+        return row <= self.max_row and all(arguments[n] in values for n, values in self.only.items())
 
     def arguments(self) -> dict[str, int]:
         """Return the keyword arguments of a launch."""
@@ -78,7 +84,7 @@ class Kernel:
 
     Attributes:
         fn: The ``triton.jit`` function.
-        configs: Ways to launch it; one of them must allow any row.
+        configs: Ways to launch it; one of them should allow any row.
         key: Constexpr arguments that make a new shape class: the choice is made once for each.
         types: Triton types of the arguments that are neither constexprs nor strides (``s_...``): ``"*T"`` is
             a pointer to the dtype of q, ``"*fp32"`` or ``"*i32"`` another, ``"i32"`` or ``"fp32"`` a number.
@@ -100,9 +106,15 @@ class Kernel:
         """Module and function name, for tables."""
         return f"{self.fn.__module__.removeprefix('nsa_convert.kernels.')}.{self.fn.__name__}"
 
-    def fitting(self, row: int) -> tuple[Config, ...]:
-        """Return the configurations for key rows of ``row`` bytes, the first one under the interpreter."""
-        fit = tuple(c for c in self.configs if row <= c.max_row)
+    def fitting(self, row: int, arguments: Mapping[str, Any]) -> tuple[Config, ...]:
+        """Return the configurations that may run, only the first one under the interpreter.
+
+        Raises:
+            ValueError: There is none.
+        """
+        fit = tuple(c for c in self.configs if c.serves(row, arguments))
+        if not fit:
+            raise ValueError(f"{self.name} has no configuration for rows of {row} bytes and {arguments}")
         return fit[:1] if interpreted() else fit
 
     def launch(self, grid: Any, like: Tensor, row: int, **arguments: Any) -> None:
@@ -117,7 +129,7 @@ class Kernel:
             row: Bytes of a key row: padded head dim times the size of an element.
             arguments: All arguments but those the configuration gives.
         """
-        configs = self.fitting(row)
+        configs = self.fitting(row, arguments)
         with _device_of(like):
             if len(configs) == 1:
                 chosen = configs[0].arguments()

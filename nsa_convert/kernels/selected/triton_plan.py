@@ -1,0 +1,241 @@
+"""How a call is cut into tiles of neighbouring queries, how wide they are, and which tiles read a block."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from nsa_convert.kernels.selected.triton_lists import COLUMNS, unite
+from nsa_convert.kernels.selected.union import union_sizes
+from nsa_convert.patterns import SequenceLayout
+
+ROWS = (128, 64, 32, 16)
+"""Rows of the matrix products of a tile: its queries times the heads that share a list."""
+
+MAX_WIDTH = 64
+"""Queries in a tile: one bit each in the member masks."""
+
+LOAD_ROWS = 64
+"""Loading a key and its value costs a tile about as much as this many rows of its matrix products."""
+
+SAMPLES = 32
+MAX_LISTED = 8192
+"""List entries of a tile that fit the registers of the program that unites them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Tiles of one call and the blocks they read.
+
+    Attributes:
+        rows: Rows of a tile, a power of two; row r is query ``r // readers``, head ``r % readers``.
+        width: Queries in a tile.
+        readers: Query heads that share a list and a key head.
+        lists: HS, block lists per batch row; the same for all heads when 1.
+        block_size: Keys in a block.
+        tiles: ``[B, NT, 8]`` int32, see :func:`tile_table`.
+        block_rows: Blocks in a batch row, those of all its documents together.
+        bounds: ``[B * HS * NT + 1]`` int64, see :func:`nsa_convert.kernels.selected.triton_lists.unite`.
+        blocks: ``[E]`` int32.
+        members: ``[E]`` int64.
+    """
+
+    rows: int
+    width: int
+    readers: int
+    lists: int
+    block_size: int
+    tiles: Tensor
+    block_rows: int
+    bounds: Tensor
+    blocks: Tensor
+    members: Tensor
+
+
+def make_plan(
+    indices: Tensor, block_size: int, query_block: int, layout: SequenceLayout, heads: tuple[int, int],
+    lengths: tuple[int, int], max_rows: int = 128, rows: int | None = None,
+) -> Plan:
+    """Cut a call into tiles; reads the device twice.
+
+    Args:
+        indices: ``[B, HS, NQ, S]``.
+        block_size: Keys in a block.
+        query_block: Queries that share one list.
+        layout: Position of the queries, padding and packing.
+        heads: ``(HQ, H)``.
+        lengths: ``(TQ, TK)``.
+        max_rows: Rows that fit the memory of a program.
+        rows: Rows of a tile; chosen from the lists when None.
+    """
+    readers = readers_of(heads, indices.shape[1])
+    if heads[1] < indices.shape[1] < heads[0] // readers:
+        raise ValueError(f"{indices.shape[1]} block lists for {heads[0]} query and {heads[1]} key heads")
+    if indices.shape[1] > 1 and indices.shape[1] < heads[0] // readers:  # more than 64 heads share a list
+        indices = indices.repeat_interleave(heads[0] // readers // indices.shape[1], 1)
+    rows = choose_rows(indices, readers, query_block, max_rows) if rows is None else rows
+    width = tile_width(rows, readers)
+    tiles = tile_table(layout, indices.shape[0], *lengths, width, block_size, query_block, indices.device)
+    bounds, blocks, members = unite(indices, tiles, width, block_size, query_block)
+    documents = 0 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0]
+    return Plan(
+        rows=rows, width=width, readers=readers, lists=indices.shape[1], block_size=block_size, tiles=tiles,
+        block_rows=lengths[1] // block_size + 1 + documents, bounds=bounds, blocks=blocks, members=members,
+    )
+
+
+def readers_of(heads: tuple[int, int], lists: int) -> int:
+    """Return how many query heads share a list and a key head in one tile, at most 64."""
+    group = heads[0] // heads[1] if lists <= heads[1] else 1
+    return max(n for n in range(1, min(group, 64) + 1) if group % n == 0)
+
+
+def tile_width(rows: int, readers: int) -> int:
+    """Return how many queries fit a tile."""
+    return max(1, min(MAX_WIDTH, rows // readers))
+
+
+def choose_rows(indices: Tensor, readers: int, query_block: int, max_rows: int = 128) -> int:
+    """Return the rows of a tile that cost least, from the unions of a sample of neighbouring lists.
+
+    A key of the union costs one load for the tile and one row of matrix products for each of its rows; the
+    tiles serve ``width`` queries. Lists without locality end at small tiles.
+    """
+    least = max(16, 1 << (readers - 1).bit_length())
+    options = [n for n in ROWS if least <= n <= max(least, max_rows)]
+    options = [n for n in options if 2 * tile_width(n, readers) * readers > n]
+    options = [n for n in options if _listed(n, readers, query_block, indices) <= MAX_LISTED] or [least]
+    batch, heads, count, size = indices.shape
+    wide = min(count, max(1, tile_width(options[0], readers) // query_block))
+    if len(options) == 1 or wide == 1 or not indices.numel():
+        return options[0]
+    steps = count // wide
+    n = torch.arange(min(SAMPLES, steps * batch * heads), device=indices.device)
+    begin = (n * steps // len(n) * wide)[:, None] + torch.arange(wide, device=n.device)
+    sample = indices[(n % batch)[:, None], (n // batch % heads)[:, None], begin].long()  # [n, wide, S]
+    costs = []
+    for rows in options:
+        lists = min(wide, max(1, tile_width(rows, readers) // query_block))
+        whole = sample[:, : wide // lists * lists].reshape(-1, lists * size)
+        queries = max(1, tile_width(rows, readers))
+        costs.append(union_sizes(whole).double().mean() * (rows + LOAD_ROWS) / queries)
+    return options[int(torch.stack(costs).argmin())]
+
+
+def _listed(rows: int, readers: int, query_block: int, indices: Tensor) -> int:
+    lists = max(1, tile_width(rows, readers) // query_block)
+    return (1 << (lists - 1).bit_length()) * (1 << (indices.shape[3] - 1).bit_length())
+
+
+def tile_table(
+    layout: SequenceLayout, batch: int, num_queries: int, num_keys: int, width: int, block_size: int,
+    query_block: int, device: torch.device,
+) -> Tensor:
+    """Return the tiles of each batch row, ``[B, NT, 8]`` int32, without reading the device.
+
+    Columns: first query, number of queries (0 for a spare tile), key slot of the first query, first key slot
+    of its document, key slot behind its document, number of the document's first block among all of the row,
+    first list, and how many queries of that list lie before the tile. Tiles never cross documents.
+    """
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    if layout.cu_seqlens is None:
+        first = width * torch.arange(-(-num_queries // width), device=device)
+        count = (num_queries - first).clamp(max=width)
+        starts = zero[None] if layout.start is None else layout.start.to(device)
+        columns = (
+            first, count, first + layout.offset, starts[:, None], zero + num_keys, zero,
+            first // query_block, first % query_block,
+        )  # fmt: skip
+    else:
+        bounds = layout.cu_seqlens.long()
+        lengths = bounds.diff()
+        tile_base, list_base, block_base = (
+            torch.nn.functional.pad(((lengths + n - 1) // n).cumsum(0), (1, 0))
+            for n in (width, query_block, block_size)
+        )
+        tile = torch.arange(num_queries // width + len(lengths), device=device)
+        document = torch.bucketize(tile, tile_base[1:], right=True)
+        real = document < len(lengths)
+        document = document.clamp(max=len(lengths) - 1)
+        inner = ((tile - tile_base[document]) * width).where(real, 0)
+        first = bounds[document] + inner
+        stop = bounds[document + 1]
+        count = (stop - first).clamp(max=width).where(real, 0)
+        columns = (
+            first, count, first, bounds[document], stop, block_base[document],
+            list_base[document] + inner // query_block, inner % query_block,
+        )  # fmt: skip
+    assert len(columns) == COLUMNS
+    return torch.stack([x.expand(batch, len(first)) for x in columns], -1).to(torch.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Readers:
+    """The tiles that read each block, in work items of bounded length.
+
+    Attributes:
+        items: ``[NI, 4]`` int64: block row (``-1`` for a spare item), first and last entry, and the slot of
+            the partial sum it writes (``-1``: it is the block's only item and writes the result).
+        entry_tiles: ``[E]`` int32, ``g * NT + t`` for tile t and the g-th list head of the key head.
+        entry_members: ``[E]`` int64, members of the entries in this order.
+        key_heads: Lists of readers per batch row: 1 when all heads share them, else H.
+        sums: ``[NS, 4]`` int64 for each block with several items: block row, first entry, first slot, items.
+        slots: Partial sums.
+    """
+
+    items: Tensor
+    entry_tiles: Tensor
+    entry_members: Tensor
+    key_heads: int
+    sums: Tensor
+    slots: int
+
+
+def invert(plan: Plan, num_kv_heads: int) -> Readers:
+    """Turn "which blocks does a tile read" around; tiles stay in ascending order.
+
+    A block read by many tiles (the first one is read by all) is cut into items of a length that depends on
+    the sizes alone, whose partial sums are added in a fixed order. Reads the device once.
+    """
+    batch, num_tiles = plan.tiles.shape[:2]
+    device = plan.blocks.device
+    total = plan.blocks.shape[0]
+    key_heads = min(plan.lists, num_kv_heads)
+    per_key = plan.lists // key_heads
+    counts = plan.bounds.diff()
+    lists = torch.arange(counts.shape[0], device=device).repeat_interleave(counts, output_size=total)
+    tile, head = lists % num_tiles, lists // num_tiles  # head = b * HS + l
+    row = head // plan.lists
+    base = plan.tiles[:, :, 5].flatten()[row * num_tiles + tile]
+    block_row = (head // per_key) * plan.block_rows + base + plan.blocks
+    order = block_row.sort(stable=True)
+    num_rows = batch * key_heads * plan.block_rows
+    first = torch.searchsorted(order.values, torch.arange(num_rows + 1, device=device))
+    length = max(32, 1 << (4 * total // max(1, num_rows)).bit_length())
+    parts = (first.diff() + length - 1) // length
+    begin = torch.nn.functional.pad(parts.cumsum(0), (1, 0))
+    item = torch.arange(total // length + min(num_rows, total), device=device)
+    block = torch.bucketize(item, begin[1:], right=True)
+    real = block < num_rows
+    block = block.clamp(max=num_rows - 1)
+    several = parts > 1
+    slot = torch.nn.functional.pad(parts.where(several, 0).cumsum(0), (1, 0))
+    part = item - begin[block]
+    low = first[block] + part * length
+    high = torch.minimum(low + length, first[block + 1])
+    items = torch.stack([
+        block.where(real, -1), low.where(real, 0), high.where(real, 0),
+        (slot[block] + part).where(several[block], -1),
+    ], -1)  # fmt: skip
+    split = several.nonzero()[:, 0]  # reads the device
+    sums = torch.stack([split, first[split], slot[split], parts[split]], -1)
+    return Readers(
+        items=items,
+        entry_tiles=((head % per_key)[order.indices] * num_tiles + tile[order.indices]).to(torch.int32),
+        entry_members=plan.members[order.indices],
+        key_heads=key_heads,
+        sums=sums,
+        slots=int(slot[-1]) if len(split) else 0,
+    )

@@ -1,0 +1,256 @@
+"""Attention to selected blocks: tiles that walk the union of their lists, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from nsa_convert.kernels import sparse_attention, use_backend
+from nsa_convert.kernels.selected import triton_plan
+from nsa_convert.kernels.selected.triton_lists import unite
+from nsa_convert.kernels.selected.triton_plan import choose_rows, invert, make_plan, tile_table, tile_width
+from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, SequenceLayout
+from tests.kernels.triton.checks import check, poison, run
+from tests.kernels.utils import LAYOUTS, as_cache, make_blocks, make_layout, make_qkv
+
+pytestmark = pytest.mark.usefixtures("poison")
+__all__ = ["poison"]
+
+
+def blocks_op(pattern: BlockSelection, layout: SequenceLayout):
+    def op(q, k, v):
+        with use_backend("triton"):
+            return sparse_attention(q, k, v, pattern, layout=layout)
+
+    return op
+
+
+def mask_of(pattern: BlockSelection, q, k, layout: SequenceLayout):
+    return pattern.to_dense_mask(q.shape[1], k.shape[1], q.shape[2], layout, device=q.device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_queries", "heads", "lists", "dim", "dtype", "block_size", "size", "query_block"),
+    [
+        ("plain", 75, (4, 2), 2, 16, torch.float32, 16, 3, 1),
+        ("plain", 41, (1, 1), 1, 32, torch.float16, 8, 4, 1),
+        ("plain", 90, (14, 2), 2, 16, torch.float16, 64, 1, 1),
+        ("plain", 70, (6, 2), 6, 16, torch.float32, 16, 2, 32),
+        ("offset", 60, (3, 1), 1, 80, torch.float16, 32, 2, 1),
+        ("offset", 33, (16, 1), 1, 16, torch.float16, 5, 6, 1),
+        ("offset", 50, (4, 2), 1, 16, torch.float32, 48, 1, 8),
+        ("padded", 65, (2, 1), 1, 16, torch.float16, 16, 3, 1),
+        ("padded_offset", 77, (8, 1), 1, 16, torch.float16, 16, 2, 1),
+        ("padded_offset", 40, (4, 2), 4, 16, torch.float32, 130, 1, 16),
+        ("packed", 100, (4, 1), 1, 16, torch.float32, 16, 3, 1),
+        ("packed", 83, (7, 1), 1, 96, torch.float16, 16, 2, 1),
+        ("packed", 120, (4, 2), 4, 16, torch.float16, 16, 4, 7),
+        ("plain", 40, (2, 1), 1, 128, torch.float16, 16, 2, 1),
+        ("plain", 36, (2, 2), 2, 256, torch.float16, 16, 2, 1),
+    ],
+)
+def test_blocks(kind, num_queries, heads, lists, dim, dtype, block_size, size, query_block) -> None:
+    layout, batch, num_keys = make_layout(kind, num_queries)
+    inputs = make_qkv(batch, num_queries, num_keys, heads, dim, dtype)
+    pattern = make_blocks(batch, lists, num_queries, num_keys, size, block_size, query_block, layout)
+    check(blocks_op(pattern, layout), inputs, mask_of(pattern, *inputs[:2], layout))
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_gradients_do_not_change_from_run_to_run(kind: str) -> None:
+    layout, batch, num_keys = make_layout(kind, 60)
+    inputs = make_qkv(batch, 60, num_keys, (4, 2), dtype=torch.float16)
+    pattern = make_blocks(batch, 2, 60, num_keys, 3, 8, 1, layout)
+    first, second = (run(blocks_op(pattern, layout), inputs) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_large_scores_stay_finite() -> None:
+    q, k, v = make_qkv(1, 50, 50, (4, 2), dtype=torch.float32)
+    k[:, ::7] *= 200 / (q.norm(dim=-1).max() * k.norm(dim=-1).max()) * 4  # |logits| up to about 200
+    pattern = make_blocks(1, 2, 50, 50, 3, 8, 1, DENSE_LAYOUT)
+    got = check(blocks_op(pattern, DENSE_LAYOUT), (q, k, v), mask_of(pattern, q, k, DENSE_LAYOUT))
+    assert all(x[~x.isinf()].isfinite().all() for x in got)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_caches_strides_and_a_moving_offset(moving: bool) -> None:
+    layout = SequenceLayout(offset=20, start=torch.tensor([0, 9]))
+    inputs = make_qkv(2, 40, 60, (4, 2), dtype=torch.float32)
+    pattern = make_blocks(2, 2, 40, 60, 3, 8, 1, layout)
+    expected = blocks_op(pattern, layout)(*inputs)
+    q, k, v = inputs
+    q = torch.stack([q, q], -2)[..., 0, :]  # every other row of memory
+    k, v = (as_cache(x, 9).movedim(3, 0).contiguous().movedim(0, 3) for x in (k, v))  # head dim not innermost
+    if moving:
+        layout = SequenceLayout(offset=torch.tensor(20), start=layout.start)
+    narrow = BlockSelection(block_indices=pattern.block_indices.int(), block_size=8)
+    for x, y in zip(blocks_op(narrow, layout)(q, k, v), expected, strict=True):
+        assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_long_reader_lists_are_added_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every query reads the first blocks: their tiles are cut into items whose sums are added in order."""
+    made = []
+    keep = lambda *a: made.append(invert(*a)) or made[-1]  # noqa: E731
+    monkeypatch.setattr("nsa_convert.kernels.selected.triton_backward_kv.invert", keep)
+    monkeypatch.setattr(triton_plan, "choose_rows", lambda *_: 16)
+    inputs = make_qkv(1, 180, 180, (4, 1), dtype=torch.float32)
+    own = torch.arange(180)[:, None] // 4
+    indices = torch.cat([own.clamp(max=1) * 0, (own > 0) * 2 - 1, own.where(own > 1, -1)], 1)[None, None]
+    pattern = BlockSelection(block_indices=indices, block_size=4)
+    check(blocks_op(pattern, DENSE_LAYOUT), inputs, mask_of(pattern, *inputs[:2], DENSE_LAYOUT))
+    assert made[0].slots == 4
+    assert made[0].sums[:, 3].tolist() == [2, 2]
+
+
+def test_nothing_to_read() -> None:
+    q, k, v = make_qkv(1, 20, 20, (2, 1), dtype=torch.float32)
+    nothing = BlockSelection(block_indices=torch.full((1, 1, 20, 2), -1), block_size=4)
+    o, lse, *grads = run(blocks_op(nothing, DENSE_LAYOUT), (q, k, v))
+    assert (o == 0).all()
+    assert (lse == -torch.inf).all()
+    assert all((x == 0).all() for x in grads)
+    o, lse = blocks_op(nothing, DENSE_LAYOUT)(q[:, :0], k, v)
+    assert o.shape == (1, 0, 2, 16)
+    assert lse.shape == (1, 0, 2)
+
+
+def as_sets(pattern: BlockSelection, layout: SequenceLayout, num_queries: int, num_keys: int, width: int):
+    """Return the union of every tile as ``{block: members}``, by Python loops."""
+    starts = layout.row_starts(num_queries, torch.device("cpu"))
+    sizes = width, pattern.block_size, pattern.query_block
+    tiles = tile_table(
+        layout, pattern.block_indices.shape[0], num_queries, num_keys, *sizes, torch.device("cpu")
+    )
+    expected = []
+    for b in range(tiles.shape[0]):
+        for lists in pattern.block_indices[b]:
+            for first, count, slot, start, stop, _, at, rest in tiles[b].tolist():
+                seen: dict[int, int] = {}
+                reach = min(slot + count, stop)
+                for w in range(count):
+                    assert starts[b % len(starts), first + w] == start
+                    chosen = lists[at + (rest + w) // pattern.query_block].tolist()
+                    for block in [x for x in chosen if x >= 0 and start + x * pattern.block_size < reach]:
+                        seen[block] = seen.get(block, 0) | 1 << w
+                expected.append(dict(sorted(seen.items())))
+    return tiles, expected
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    kind=st.sampled_from(LAYOUTS), num_queries=st.integers(1, 50), width=st.sampled_from([1, 3, 8, 64]),
+    query_block=st.sampled_from([1, 2, 7, 64]), block_size=st.sampled_from([1, 5, 16]),
+)  # fmt: skip
+def test_unions_are_exact(kind, num_queries, width, query_block, block_size) -> None:
+    layout, batch, num_keys = make_layout(kind, num_queries)
+    pattern = make_blocks(batch, 1, num_queries, num_keys, 3, block_size, query_block, layout)
+    tiles, expected = as_sets(pattern, layout, num_queries, num_keys, width)
+    bounds, blocks, members = unite(pattern.block_indices, tiles, width, block_size, query_block)
+    got = [
+        dict(zip(blocks[a:b].tolist(), (members[a:b] & (1 << 64) - 1).tolist(), strict=True))
+        for a, b in zip(bounds.tolist(), bounds[1:].tolist(), strict=False)
+    ]
+    assert [list(x) for x in got] == [list(x) for x in expected]
+    assert got == [{b: m - (1 << 64 if m >> 63 else 0) for b, m in x.items()} for x in expected]
+
+
+@pytest.mark.parametrize(
+    ("kind", "query_block", "lists"), [("plain", 1, 2), ("packed", 5, 4), ("padded", 1, 1)]
+)
+def test_every_entry_has_one_reader_item(kind: str, query_block: int, lists: int) -> None:
+    layout, batch, num_keys = make_layout(kind, 70)
+    pattern = make_blocks(batch, lists, 70, num_keys, 3, 8, query_block, layout)
+    plan = make_plan(pattern.block_indices, 8, query_block, layout, (4, 2), (70, num_keys), rows=16)
+    readers = invert(plan, 2)
+    real = readers.items[readers.items[:, 0] >= 0]
+    covered = torch.cat([torch.arange(a, b) for _, a, b, _ in real.tolist()])
+    assert torch.equal(covered, torch.arange(plan.blocks.shape[0]))
+    assert sorted(readers.entry_members.tolist()) == sorted(plan.members.tolist())
+
+
+def test_tiles_follow_the_locality_of_the_lists() -> None:
+    own = torch.arange(4096)[:, None] // 8
+    near = (own - torch.arange(8)).clamp(min=-1)[None, None]
+    g = torch.Generator().manual_seed(0)
+    far = torch.rand(1, 1, 4096, 512, generator=g).argsort(-1)[..., :8]
+    for readers in (1, 3, 4, 7, 8, 16):
+        wide, small = choose_rows(near, readers, 1), choose_rows(far, readers, 1)
+        assert wide >= 64 > small
+        assert tile_width(wide, readers) * readers > wide / 2
+    assert choose_rows(far, 4, 64) == 128  # neighbours share a list
+    assert choose_rows(near, 16, 1, max_rows=64) == 64
+
+
+def test_side_memory_is_linear_and_small() -> None:
+    """128k tokens, 4 KV heads, 16 blocks of 64 with the locality of a language model: lists and unions."""
+    length, heads, size = 1 << 17, 4, 16
+    bound = 0.1 * 2**30
+    width, union = 32, 30  # 23 to 34 blocks measured for 32 queries
+    tiles = length // width
+    lists = heads * length * size * 4
+    unions = tiles * heads * union * (4 + 8) + tiles * (8 * heads + 4 * 8)
+    assert lists + unions < bound
+    # The formula is that of the plan.
+    lists_of_two = torch.arange(2).expand(1, 2, 256, 2)
+    plan = make_plan(lists_of_two, 64, 1, DENSE_LAYOUT, (8, 2), (256, 256), rows=128)
+    assert plan.width == 32
+    assert plan.tiles.nbytes == 256 // 32 * 8 * 4
+    assert plan.bounds.nbytes == (256 // 32 * 2 + 1) * 8
+    assert plan.blocks.nbytes + plan.members.nbytes == plan.blocks.shape[0] * (4 + 8)
+
+
+def test_bfloat16_in_the_interpreter() -> None:
+    """Its bfloat16 products are garbage unless the kernels upcast; it also truncates where a GPU rounds."""
+    inputs = make_qkv(1, 40, 40, (2, 1), dtype=torch.bfloat16)
+    pattern = make_blocks(1, 1, 40, 40, 3, 8, 1, DENSE_LAYOUT)
+    got = run(blocks_op(pattern, DENSE_LAYOUT), inputs)
+    with use_backend("reference"):
+        truth = run(lambda *x: sparse_attention(*x, pattern), [x.double() for x in inputs])
+    for x, y in zip(got, truth, strict=True):
+        seen = ~y.isinf()
+        assert (x.double() - y)[seen].abs().max() < 0.02 * y[seen].abs().max()
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_compiles_without_breaks_and_checkpoints(moving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_qkv(1, 30, 50, (2, 1), dtype=torch.float32)
+    pattern = make_blocks(1, 1, 30, 50, 2, 8, 1, DENSE_LAYOUT)
+
+    def step(q, k, v, indices, offset):
+        chosen = BlockSelection(block_indices=indices, block_size=8)
+        o, lse = sparse_attention(q, k, v, chosen, layout=SequenceLayout(offset=offset))
+        return (o.float() * 2).sum() + lse.logsumexp(-1).nan_to_num(neginf=0.0).sum()
+
+    def gradients(function):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with use_backend("triton"):
+            return torch.autograd.grad(
+                function(*leaves, pattern.block_indices, torch.tensor(20) if moving else 20), leaves
+            )
+
+    torch._dynamo.reset()
+    expected = gradients(step)
+    monkeypatch.setattr("nsa_convert.kernels.backend._loaded", {})  # as in a process that compiles first
+    compiled = gradients(torch.compile(step, backend="aot_eager", fullgraph=True))
+    repeated = gradients(lambda *x: torch.utils.checkpoint.checkpoint(step, *x, use_reentrant=False))
+    for x, y, z in zip(expected, compiled, repeated, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x, z)
+
+
+def test_operators_agree_with_their_fake_versions() -> None:
+    from nsa_convert.kernels.selected.triton_blocks import selected_attention
+
+    q, k, v = make_qkv(1, 20, 20, (2, 1), dtype=torch.float32)
+    pattern = make_blocks(1, 1, 20, 20, 2, 8, 1, DENSE_LAYOUT)
+    for x in (q, k, v):
+        x.requires_grad_()
+    arguments = (q, k, v, pattern.block_indices, 8, 1, None, 0, None, None, 0.25)
+    torch.library.opcheck(selected_attention, arguments, test_utils=("test_schema", "test_faketensor"))
