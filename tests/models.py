@@ -44,6 +44,8 @@ INFLLM_V2 = {
     "topk": 3,
     "window_size": 16,
 }
+DSA = {"method": "dsa", "num_tokens": 24, "num_sinks": 1, "window_size": 4}
+MSA = {"method": "msa", "block_size": 8, "num_blocks": 4}
 STREAMING = {"method": "streaming", "num_sinks": 2, "window_size": 13}
 SSA = {"method": "ssa", "block_size": 8, "num_blocks": 4}
 
@@ -62,6 +64,10 @@ VARIANTS = {
     "moba": MOBA,
     "moba-group": {**MOBA, "share": "group"},
     "infllm_v2": INFLLM_V2,
+    "dsa": DSA,
+    "dsa-shared": {**DSA, "index_key": "shared"},
+    "msa": MSA,
+    "msa-shared": {**MSA, "index_key": "shared"},
     "streaming": STREAMING,
     "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed", "scorer": "second_order"},
 }

@@ -64,6 +64,21 @@ class Pool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexSize:
+    """What a method reads of every earlier token to choose by.
+
+    Attributes:
+        query_heads: Index queries of head dim size for each token.
+        key_heads: Index keys of head dim size it reads for each earlier token.
+        cached: Whether these keys are kept beside the layer's own.
+    """
+
+    query_heads: int
+    key_heads: int
+    cached: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionInputs:
     """What one layer hands to its method.
 
@@ -73,6 +88,7 @@ class AttentionInputs:
         v: ``[B, TK, Hc, D]`` values, past included.
         hidden: ``[B, TQ, hidden]`` input of the attention layer.
         pooled: Pool name -> ``[B, C, H, D]`` compressed cells.
+        streams: Name -> ``[B, TK, h, d]`` for the method's cached streams, ``[B, TQ, h, d]`` for its others.
         layout: Position of the queries, padding and packing.
         scale: Factor on the scores.
     """
@@ -84,6 +100,7 @@ class AttentionInputs:
     pooled: Mapping[str, Tensor]
     layout: SequenceLayout
     scale: float
+    streams: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +191,10 @@ class SparseMethod(nn.Module):
     """Kind of training stage -> auxiliary losses with their usual weights; a recipe may choose others."""
     dual_stream: ClassVar[bool] = False
     """Whether pretraining draws, step by step, sparse or full attention for the residual stream."""
+    runs_full: ClassVar[bool] = False
+    """Whether dense attention over the same keys and values is a mode of the method."""
+    cached_streams: tuple[str, ...] = ()
+    """Names of the :meth:`streams` that are kept in the cache."""
 
     def __init__(self, settings: Any, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__()
@@ -209,8 +230,23 @@ class SparseMethod(nn.Module):
         """Return further keys and values ``[B, T, He, D]`` before norm and RoPE, or None."""
         return None
 
+    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return per-token vectors of the new tokens, such as index keys and index queries.
+
+        Args:
+            hidden: ``[B, T, hidden]`` input of the attention layer.
+            rotate: Applies RoPE at the tokens' positions to ``[B, T, h, D]``.
+
+        Returns:
+            Name -> ``[B, T, h, d]``; :attr:`cached_streams` arrives in ``forward`` with its past in front.
+        """
+        return {}
+
     def dense_copies(self) -> dict[str, str]:
-        """Return own parameter name -> parameter of the dense attention whose rows it starts with."""
+        """Return own parameter name -> parameter of the dense attention whose rows it starts with.
+
+        More rows than the dense parameter has are repeats of them; fewer are means over neighbouring heads.
+        """
         return {}
 
     def visible_budget(self) -> int:
@@ -219,6 +255,10 @@ class SparseMethod(nn.Module):
 
     def keys_per_query(self) -> int | None:
         """Return the most raw keys one query reads over all branches; None when it reads all of them."""
+        return None
+
+    def index_size(self) -> IndexSize | None:
+        """Return what choosing reads of every earlier token, or None for methods that read cells only."""
         return None
 
     def forward(self, x: AttentionInputs) -> Tensor:
@@ -239,13 +279,15 @@ class SparseMethod(nn.Module):
         Raises:
             ValueError: The method has no full mode.
         """
-        if mode.stream == "full":
+        if mode.stream == "full" and not self.runs_full:
             raise ValueError(f"{self.spec.name} cannot run as dense attention with its own weights")
+        if mode.stream == "full" and not mode.losses:
+            return self.teacher(x), {}
         sparse = self(x)
         if mode.stream == "sparse" and not mode.losses:
             return sparse, {}
         dense = self.teacher(x)
-        o = sparse if mode.stream == "sparse" else dense.detach()
+        o = {"sparse": sparse, "full": dense, "teacher": dense.detach()}[mode.stream]
         return o, self.auxiliary_losses(x, sparse, dense, mode)
 
     def teacher(self, x: AttentionInputs) -> Tensor:

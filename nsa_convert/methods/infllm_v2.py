@@ -9,18 +9,16 @@ layer is dense.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, raise_problems, unknown_keys
+from nsa_convert.config import raise_problems, unknown_keys
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
-from nsa_convert.patterns import BlockTopK
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
+from nsa_convert.methods.selecting import SelectingMethod
+from nsa_convert.patterns import BlockSelection, BlockTopK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +80,7 @@ class InfLLMv2Settings:
         )
 
 
-class InfLLMv2(SparseMethod):
+class InfLLMv2(SelectingMethod):
     """Max-pooled block scores, group-shared selection, one softmax."""
 
     spec = MethodSpec(
@@ -106,10 +104,6 @@ class InfLLMv2(SparseMethod):
     )
     Settings = InfLLMv2Settings
 
-    def __init__(self, settings: InfLLMv2Settings, geometry: AttentionGeometry, layer_index: int) -> None:
-        super().__init__(settings, geometry, layer_index)
-        self.mode = settings.mode
-
     def pools(self) -> tuple[Pool, ...]:
         """Return the pooled keys."""
         s, heads = self.settings, (0, self.geometry.num_kv_heads)
@@ -121,20 +115,12 @@ class InfLLMv2(SparseMethod):
 
     def visible_budget(self) -> int:
         """Return the tokens of all blocks, or ``dense_len`` where that is longer."""
-        s = self.settings
-        return sys.maxsize if self.mode == "full" else max(s.dense_len, s.rule.budget)
+        return max(self.settings.dense_len, super().visible_budget())
 
-    def keys_per_query(self) -> int | None:
-        """Return the tokens of all blocks, or None in full mode."""
-        return None if self.mode == "full" else self.settings.rule.budget
-
-    def forward(self, x: AttentionInputs) -> Tensor:
-        """Attend to the selected blocks, or to everything; returns ``[B, TQ, HQ, D]``."""
-        if (self.mode == "full" and self.cover is None) or self.fits(x, self.visible_budget()):
-            self.record(x, x.k, {})
-            return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+    def choose(self, x: AttentionInputs) -> BlockSelection:
+        """Return the best blocks of each query and key/value head."""
         s = self.settings
-        selection = block_topk(
+        return block_topk(
             x.q,
             x.pooled["key"].detach(),
             width=s.kernel_size,
@@ -143,8 +129,6 @@ class InfLLMv2(SparseMethod):
             layout=x.layout,
             scale=x.scale,
         )
-        self.record(x, x.k, {"selected": selection})
-        return sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)[0]
 
 
 _SHARED_KEYS = tuple(field.name for field in dataclasses.fields(InfLLMv2Settings) if field.name != "mode")

@@ -8,17 +8,14 @@ too: a dense model needs its attention sink. There is nothing to initialise, and
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Literal
 
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
 from nsa_convert.methods.budget import BlockBudget
+from nsa_convert.methods.selecting import SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
 
@@ -47,7 +44,7 @@ class MoBASettings(BlockBudget):
 
 
 
-class MoBA(SparseMethod):
+class MoBA(SelectingMethod):
     """Mean-pooled block selection per query head with one softmax."""
 
     spec = MethodSpec(
@@ -70,10 +67,6 @@ class MoBA(SparseMethod):
     )
     Settings = MoBASettings
 
-    def __init__(self, settings: MoBASettings, geometry: AttentionGeometry, layer_index: int) -> None:
-        super().__init__(settings, geometry, layer_index)
-        self.mode = settings.mode
-
     def pools(self) -> tuple[Pool, ...]:
         """Return the block means of the keys."""
         size = self.settings.block_size
@@ -84,27 +77,16 @@ class MoBA(SparseMethod):
         """Return the mean key of each block."""
         return windows.mean(2)
 
-    def visible_budget(self) -> int:
-        """Return num_blocks * block_size."""
-        return sys.maxsize if self.mode == "full" else self.settings.rule.budget
-
     def keys_per_query(self) -> int | None:
         """Return num_blocks * block_size, or None where all keys are read."""
-        dense = self.mode == "full" or self.settings.decode == "dense"
-        return None if dense else self.settings.rule.budget
+        return None if self.settings.decode == "dense" else super().keys_per_query()
 
-    def forward(self, x: AttentionInputs) -> Tensor:
-        """Attend to the selected blocks of each head, or to everything; returns ``[B, TQ, HQ, D]``."""
-        step = self.settings.decode == "dense" and x.q.shape[1] == 1
-        dense = self.cover is None and (self.mode == "full" or step)
-        if dense or self.fits(x, self.settings.rule.budget):
-            self.record(x, x.k, {})
-            return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
-        selection = self._choose(x)
-        self.record(x, x.k, {"selected": selection})
-        return sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)[0]
+    def is_dense(self, x: AttentionInputs) -> bool:
+        """Return whether this call attends to everything: also a step of one token if decoding is dense."""
+        step = self.settings.decode == "dense" and x.q.shape[1] == 1 and self.cover is None
+        return step or super().is_dense(x)
 
-    def _choose(self, x: AttentionInputs) -> BlockSelection:
+    def choose(self, x: AttentionInputs) -> BlockSelection:
         """Rank by softmax over the blocks: the order of the products, since the choice is per head."""
         ck, size = x.pooled["key"], self.settings.block_size
         if self.settings.share == "none":

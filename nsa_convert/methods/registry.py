@@ -7,9 +7,11 @@ from typing import Any
 from nsa_convert.config import FULL, AttentionGeometry, LayerRule, suggest
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import MethodSpec, SparseMethod
+from nsa_convert.methods.dsa import DSA
 from nsa_convert.methods.full import FullAttention
 from nsa_convert.methods.infllm_v2 import InfLLMv2
 from nsa_convert.methods.moba import MoBA
+from nsa_convert.methods.msa import MSA
 from nsa_convert.methods.nsa import NSA
 from nsa_convert.methods.ssa import SSA
 from nsa_convert.methods.streaming import Streaming
@@ -19,6 +21,8 @@ METHODS: dict[str, type[SparseMethod]] = {
     "ssa": SSA,
     "moba": MoBA,
     "infllm_v2": InfLLMv2,
+    "dsa": DSA,
+    "msa": MSA,
     "streaming": Streaming,
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nsa_convert.methods.base import AttentionInputs, SparseMethod
 from nsa_convert.patch.cache import sparse_cache_layer
 from nsa_convert.patch.layout import SparseContext
-from nsa_convert.patch.pooling import grow_cells, pool_sequence
+from nsa_convert.patch.pooling import grow_cells, grow_stream, pool_sequence
 from nsa_convert.patch.rope import rotate
 
 
@@ -73,12 +73,12 @@ class SparseAttention(nn.Module):
             )
         batch, length = hidden_states.shape[:2]
         q, k, v = self._project(hidden_states, position_embeddings)
+        streams = self.sparse.streams(hidden_states, lambda x: rotate(x, *position_embeddings))
         if sparse_context.layout.cu_seqlens is not None:
-            q, k, v, hidden_states = (
-                x.reshape(1, batch * length, *x.shape[2:]) for x in (q, k, v, hidden_states)
-            )
+            q, k, v, hidden_states = (_one_row(x) for x in (q, k, v, hidden_states))
+            streams = {name: _one_row(x) for name, x in streams.items()}
             past_key_values = None
-        k, v, pooled = self._remember(k, v, past_key_values, sparse_context)
+        k, v, pooled, streams = self._remember(k, v, streams, past_key_values, sparse_context)
         inputs = AttentionInputs(
             q=q,
             k=k,
@@ -87,6 +87,7 @@ class SparseAttention(nn.Module):
             pooled=pooled,
             layout=sparse_context.layout,
             scale=self.scaling,
+            streams=streams,
         )
         mode = sparse_context.training
         if mode is None:
@@ -114,12 +115,13 @@ class SparseAttention(nn.Module):
         return rotate(q, *position_embeddings), rotate(k, *position_embeddings), v
 
     def _remember(
-        self, k: Tensor, v: Tensor, cache: Any, context: SparseContext
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Append to the cache and return all keys, all values and the compressed cells."""
+        self, k: Tensor, v: Tensor, streams: dict[str, Tensor], cache: Any, context: SparseContext
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Append to the cache and return all keys, all values, the compressed cells and the streams."""
         pools = self.sparse.pools()
         if cache is None:
-            return k, v, {p.name: pool_sequence(self.sparse, p, _heads(p, k, v), context) for p in pools}
+            cells = {p.name: pool_sequence(self.sparse, p, _heads(p, k, v), context) for p in pools}
+            return k, v, cells, streams
         new_tokens = k.shape[1]
         layer = sparse_cache_layer(cache, self.layer_idx)
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
@@ -127,11 +129,16 @@ class SparseAttention(nn.Module):
         offset = context.layout.offset
         if not isinstance(offset, Tensor):  # a static cache hands out its whole capacity
             k, v = k[:, : offset + new_tokens], v[:, : offset + new_tokens]
-        return (
-            k,
-            v,
-            {p.name: grow_cells(self.sparse, p, layer, _heads(p, k, v), new_tokens, context) for p in pools},
-        )
+        cells = {
+            p.name: grow_cells(self.sparse, p, layer, _heads(p, k, v), new_tokens, context) for p in pools
+        }
+        kept = {name: grow_stream(layer, name, streams[name], offset) for name in self.sparse.cached_streams}
+        return k, v, cells, {**streams, **kept}
+
+
+def _one_row(x: Tensor) -> Tensor:
+    """Return ``[B, T, ...]`` as one row of packed documents, ``[1, B * T, ...]``."""
+    return x.reshape(1, -1, *x.shape[2:])
 
 
 def _heads(pool: Any, k: Tensor, v: Tensor) -> Tensor:

@@ -83,6 +83,12 @@ def _cost(
         decode += dense_entry * seen
         flops += 2 * work * _sum_of_keys(length, limit)
         density += seen / length / len(methods)
+        index = method.index_size()
+        if index is not None:
+            index_bytes = index.key_heads * row * length
+            kv += index_bytes if index.cached else 0
+            decode += index_bytes
+            flops += 2 * index.query_heads * geometry.head_dim * _sum_of_keys(length, None)
         for pool in method.pools():
             cells = max(0, (length - pool.width) // pool.stride + 1)
             pool_bytes = (pool.heads[1] - pool.heads[0]) * row * cells

@@ -96,10 +96,17 @@ def new_tensors(
 def copy_dense_rows(method: SparseMethod, read: Callable[[str], Tensor]) -> None:
     """Write the dense rows into the parameters of a method that start as copies of them."""
     for own, dense in method.dense_copies().items():
-        parameter, rows = method.get_parameter(own), read(dense)
-        repeats = parameter.shape[0] // rows.shape[0]
+        parameter = method.get_parameter(own)
         with torch.no_grad():
-            parameter.copy_(torch.cat([rows.to(parameter.dtype)] * repeats))
+            parameter.copy_(_fit_rows(read(dense), parameter.shape[0], method.geometry.head_dim))
+
+
+def _fit_rows(rows: Tensor, count: int, head_dim: int) -> Tensor:
+    """Return ``count`` rows: repeats where that is more, means over neighbouring heads where it is fewer."""
+    if count >= rows.shape[0]:
+        return torch.cat([rows] * (count // rows.shape[0]))
+    heads = rows.float().unflatten(0, (count // head_dim, -1, head_dim))
+    return heads.mean(1).flatten(0, 1).to(rows.dtype)
 
 
 def sparse_config_dict(config: Mapping[str, Any], sparse: SparseAttentionConfig) -> dict[str, Any]:

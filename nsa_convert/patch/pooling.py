@@ -86,6 +86,29 @@ def grow_cells(
     return buffer[:, :, : max(done)].transpose(1, 2)
 
 
+def grow_stream(layer: CacheLayerMixin, name: str, new: Tensor, past: int | Tensor) -> Tensor:
+    """Append per-token vectors to the cache and return all of them.
+
+    Args:
+        layer: The retyped cache layer.
+        name: Name of the stream.
+        new: ``[B, T, h, d]`` vectors of the new tokens.
+        past: Slot of the first new token.
+
+    Returns:
+        ``[B, past + T, h, d]``; the whole capacity while compiling a static cache.
+    """
+    name, count = f"stream {name}", new.shape[1]
+    if isinstance(past, Tensor):
+        buffer = write_cells(layer, name, past.expand(new.shape[0]), new, layer.get_max_length())
+        return buffer.transpose(1, 2)
+    capacity = layer.get_max_length() if layer.is_compileable else past + count
+    buffer = write_cells(layer, name, past, new, capacity)
+    if new.requires_grad:  # the buffer holds values only
+        return torch.cat([buffer[:, :, :past].transpose(1, 2), new], 1)
+    return buffer[:, :, : past + count].transpose(1, 2)
+
+
 def _grow_compiled(
     method: SparseMethod,
     pool: Pool,
