@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from nsa_convert.kernels.backend import current_backend
+from nsa_convert.kernels.backend import implementation
 from nsa_convert.kernels.checks import check_qkv, default_scale
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.compressed.gather import attend as gathered
@@ -61,8 +61,9 @@ def compressed_attention(
         scale: Factor on the scores; D ** -0.5 by default.
 
     Returns:
-        Output, lse and selection. ``selection.block_indices`` is ``[B, H, TQ, S]`` int64, ascending, -1 at
-        the end where fewer blocks exist, with S = min(num_blocks, blocks of the longest document).
+        Output, lse and selection. ``selection.block_indices`` is ``[B, H, TQ, S]`` int64 (int32 on the triton
+        backend), ascending, -1 at the end where fewer blocks exist, with S = min(num_blocks, blocks of the
+        longest document); S may count left padding and spare cells as part of the document.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not agree, or sizes do not divide.
@@ -71,7 +72,7 @@ def compressed_attention(
     grid = CellGrid(width=width, stride=stride)
     if rule is not None:
         grid.check_rule(rule)
-    run = reference if current_backend() == "reference" else gathered
+    run = implementation("compressed", q, reference, gathered, None if cv is None else cv.shape[-1])
     o, lse, indices = run(q, ck, cv, grid, rule, layout, default_scale(q, scale))
     selection = None
     if rule is not None:

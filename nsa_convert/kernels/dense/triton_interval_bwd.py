@@ -10,7 +10,10 @@ from nsa_convert.kernels.dense.triton_interval_fwd import (
     TYPES,
     load_intervals,
     load_rows,
+    partial_tile,
+    partial_tiles,
     sees,
+    sink_range,
     tile_range,
 )
 from nsa_convert.kernels.toolchain import Config, declare, dot
@@ -38,21 +41,23 @@ def query_step(
     m_n = o_n < end
     b_k = load_rows(k, o_n, s_kt, m_n, D, BD, MASKED)
     b_v = load_rows(v, o_n, s_vt, m_n, D, BD, MASKED)
-    b_p = tl.exp2(dot(b_q, tl.trans(b_k), UPCAST) * scale2 - b_lse2[:, None])  # [BM, BN]
-    b_ds = b_p * (dot(b_do, tl.trans(b_v), UPCAST) - b_delta[:, None])
+    b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale2 - b_lse2[:, None]  # [BM, BN]
     if MASKED:
         m_s = sees(o_n[None, :], b_lo[:, None], b_hi[:, None], b_first[:, None], num_sinks, HAS_SINKS)
-        b_ds = tl.where(m_s & m_n[None, :], b_ds, 0.0)
+        b_s = tl.where(m_s & m_n[None, :], b_s, float("-inf"))
         b_k = finite(b_k)
+        b_v = finite(b_v)
+    b_ds = tl.exp2(b_s) * (dot(b_do, tl.trans(b_v), UPCAST) - b_delta[:, None])
     return b_dq + dot(b_ds.to(b_k.dtype), b_k, UPCAST)
 
 
 @declare(
     types=TYPES,
     configs=(
-        Config(sizes={"BM": 64, "BN": 64}, num_warps=4, num_stages=2, max_row=256),
-        Config(sizes={"BM": 128, "BN": 64}, num_warps=8, num_stages=2, max_row=256),
-        Config(sizes={"BM": 64, "BN": 32}, num_warps=4, num_stages=2, max_row=512),
+        Config(sizes={"BM": 64, "BN": 64}, num_warps=8, num_stages=2, max_row=256),
+        Config(sizes={"BM": 128, "BN": 32}, num_warps=8, num_stages=2, max_row=256),
+        Config(sizes={"BM": 64, "BN": 64}, num_warps=4, num_stages=2, max_row=128),
+        Config(sizes={"BM": 64, "BN": 32}, num_warps=8, num_stages=1, max_row=512),
         Config(sizes={"BM": 32, "BN": 16}, num_warps=4, num_stages=1),
     ),
     key=("D", "HAS_SINKS"),
@@ -78,6 +83,7 @@ def interval_backward_q(
         lo + i_b * s_ib, hi + i_b * s_ib, first + i_b * s_ib, o_m, m_m, HAS_SINKS
     )
     begin, full, cut, end = tile_range(b_lo, b_hi, m_m, BN)
+    sink, sink_end = sink_range(b_first, num_sinks, begin, HAS_SINKS)
     b_q = load_rows(q + i_b * s_qb + i_h * s_qh, o_m, s_qt, m_m, D, BD, True)
     b_do = load_rows(do + i_b * s_gb + i_h * s_gh, o_m, s_gt, m_m, D, BD, True)
     p_l = i_b * s_lb + i_h * s_lh + o_m.to(tl.int64) * s_lt
@@ -86,28 +92,16 @@ def interval_backward_q(
     b_delta = tl.load(delta + p_l, mask=m_m, other=0.0)
     scale2 = scale * 1.4426950408889634
     b_dq = tl.zeros([BM, BD], tl.float32)
-    if HAS_SINKS:
-        sink = tl.min(b_first, 0)
-        sink_end = tl.minimum(sink + num_sinks, begin)
-        for i_n in range(sink, sink_end, BN):
-            b_dq = query_step(
-                b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, sink_end, b_lo, b_hi, b_first, num_sinks,
-                s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, True, UPCAST,
-            )  # fmt: skip
-    for i_n in range(begin, full, BN):
+    for i in range(partial_tiles(sink, sink_end, begin, full, cut, end, BN)):
+        i_n, stop = partial_tile(i, sink, sink_end, begin, full, cut, end, BN)
         b_dq = query_step(
-            b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks,
+            b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, stop, b_lo, b_hi, b_first, num_sinks,
             s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, True, UPCAST,
         )  # fmt: skip
     for i_n in range(full, cut, BN):
         b_dq = query_step(
             b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks,
             s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, False, UPCAST,
-        )  # fmt: skip
-    for i_n in range(cut, end, BN):
-        b_dq = query_step(
-            b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks,
-            s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, True, UPCAST,
         )  # fmt: skip
     o_d = tl.arange(0, BD)
     p_dq = dq + i_b * s_db + i_h * s_dh + o_m.to(tl.int64)[:, None] * s_dt + o_d[None, :]
@@ -135,13 +129,12 @@ def key_step(
     else:
         b_lse2 = tl.load(lse + o_m.to(tl.int64) * s_lt) * 1.4426950408889634
         b_delta = tl.load(delta + o_m.to(tl.int64) * s_lt)
-    b_p = tl.exp2(dot(b_k, tl.trans(b_q), UPCAST) * scale2 - b_lse2[None, :])  # [BN, BM]
-    b_dp = dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :]
-    b_ds = b_p * b_dp
+    b_s = dot(b_k, tl.trans(b_q), UPCAST) * scale2 - b_lse2[None, :]  # [BN, BM]
     if MASKED:
         m_s = sees(o_n[:, None], b_lo[None, :], b_hi[None, :], b_first[None, :], num_sinks, HAS_SINKS)
-        b_p = tl.where(m_s, b_p, 0.0)
-        b_ds = tl.where(m_s, b_ds, 0.0)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    b_p = tl.exp2(b_s)
+    b_ds = b_p * (dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :])
     b_dv += dot(b_p.to(b_do.dtype), b_do, UPCAST)
     b_dk += dot(b_ds.to(b_q.dtype), b_q, UPCAST)
     return b_dk, b_dv
@@ -150,10 +143,10 @@ def key_step(
 @declare(
     types=TYPES,
     configs=(
-        Config(sizes={"BM": 32, "BN": 64}, num_warps=4, num_stages=2, max_row=256),
-        Config(sizes={"BM": 64, "BN": 64}, num_warps=8, num_stages=2, max_row=256),
-        Config(sizes={"BM": 64, "BN": 128}, num_warps=8, num_stages=2, max_row=256),
-        Config(sizes={"BM": 32, "BN": 32}, num_warps=4, num_stages=2, max_row=512),
+        Config(sizes={"BM": 32, "BN": 64}, num_warps=8, num_stages=2, max_row=256),
+        Config(sizes={"BM": 64, "BN": 64}, num_warps=8, num_stages=1, max_row=256),
+        Config(sizes={"BM": 64, "BN": 64}, num_warps=4, num_stages=2, max_row=128),
+        Config(sizes={"BM": 32, "BN": 32}, num_warps=8, num_stages=2, max_row=512),
         Config(sizes={"BM": 16, "BN": 16}, num_warps=4, num_stages=1),
     ),
     key=("D", "HAS_SINKS"),
@@ -174,8 +167,8 @@ def interval_backward_kv(
     i_h = (tl.program_id(1) % (HQ // G)).to(tl.int64)
     o_n = i_n + tl.arange(0, BN)
     m_n = o_n < TK
-    b_k = load_rows(k + i_b * s_kb + i_h * s_kh, o_n, s_kt, m_n, D, BD, True)
-    b_v = load_rows(v + i_b * s_vb + i_h * s_vh, o_n, s_vt, m_n, D, BD, True)
+    b_k = finite(load_rows(k + i_b * s_kb + i_h * s_kh, o_n, s_kt, m_n, D, BD, True))
+    b_v = finite(load_rows(v + i_b * s_vb + i_h * s_vh, o_n, s_vt, m_n, D, BD, True))
     bounds += i_b * s_bb
     left = i_n // GRANULE
     right = tl.minimum(left + BN // GRANULE, num_bounds - 1)
@@ -197,26 +190,30 @@ def interval_backward_kv(
     scale2 = scale * 1.4426950408889634
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
-    for i_g in range(G):
-        p_q = q + i_b * s_qb + (i_h * G + i_g) * s_qh
-        p_do = do + i_b * s_gb + (i_h * G + i_g) * s_gh
-        p_lse = lse + i_b * s_lb + (i_h * G + i_g) * s_lh
-        p_delta = delta + i_b * s_lb + (i_h * G + i_g) * s_lh
-        for i_m in range(begin, full, BM):
-            b_dk, b_dv = key_step(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, lo, hi, first, i_m, end, o_n, num_sinks,
-                s_qt, s_gt, s_lt, scale2, D, BD, BM, HAS_SINKS, True, UPCAST,
-            )  # fmt: skip
-        for i_m in range(full, cut, BM):
-            b_dk, b_dv = key_step(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, lo, hi, first, i_m, end, o_n, num_sinks,
-                s_qt, s_gt, s_lt, scale2, D, BD, BM, HAS_SINKS, False, UPCAST,
-            )  # fmt: skip
-        for i_m in range(cut, end, BM):
-            b_dk, b_dv = key_step(
-                b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, lo, hi, first, i_m, end, o_n, num_sinks,
-                s_qt, s_gt, s_lt, scale2, D, BD, BM, HAS_SINKS, True, UPCAST,
-            )  # fmt: skip
+    q += i_b * s_qb + i_h * G * s_qh
+    do += i_b * s_gb + i_h * G * s_gh
+    lse += i_b * s_lb + i_h * G * s_lh
+    delta += i_b * s_lb + i_h * G * s_lh
+    edge = (full - begin) // BM
+    tiles = edge + tl.cdiv(tl.maximum(end - cut, 0), BM)
+    for i in range(G * tiles):
+        i_g = (i // tiles).to(tl.int64)
+        i_t = i % tiles
+        i_m = tl.where(i_t < edge, begin + i_t * BM, cut + (i_t - edge) * BM)
+        b_dk, b_dv = key_step(
+            b_dk, b_dv, b_k, b_v, q + i_g * s_qh, do + i_g * s_gh, lse + i_g * s_lh, delta + i_g * s_lh,
+            lo, hi, first, i_m, end, o_n, num_sinks, s_qt, s_gt, s_lt, scale2,
+            D, BD, BM, HAS_SINKS, True, UPCAST,
+        )  # fmt: skip
+    tiles = (cut - full) // BM
+    for i in range(G * tiles):
+        i_g = (i // tiles).to(tl.int64)
+        i_m = full + i % tiles * BM
+        b_dk, b_dv = key_step(
+            b_dk, b_dv, b_k, b_v, q + i_g * s_qh, do + i_g * s_gh, lse + i_g * s_lh, delta + i_g * s_lh,
+            lo, hi, first, i_m, end, o_n, num_sinks, s_qt, s_gt, s_lt, scale2,
+            D, BD, BM, HAS_SINKS, False, UPCAST,
+        )  # fmt: skip
     o_d = tl.arange(0, BD)
     m_nd = m_n[:, None] & (o_d < D)[None, :]
     p_d = i_b * s_db + i_h * s_dh + o_n.to(tl.int64)[:, None] * s_dt + o_d[None, :]

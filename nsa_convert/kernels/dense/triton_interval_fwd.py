@@ -66,20 +66,44 @@ def load_intervals(lo, hi, first, o_m, m_m, HAS_SINKS: tl.constexpr):
 
 @triton.jit
 def tile_range(b_lo, b_hi, m_m, BN: tl.constexpr):
-    """Return the bounds of the three loops over keys of a tile of queries.
+    """Return ``(begin, full, cut, end)`` of a tile of queries, whole tiles of BN keys apart but for ``end``.
 
-    Returns:
-        ``(begin, full, cut, end)``: every query sees all keys of ``[full, cut)``, no query sees keys outside
-        of ``[begin, end)`` but for sinks; the first three lie whole tiles of BN keys apart.
+    Every query sees all keys of ``[full, cut)``; no query sees keys outside of ``[begin, end)``, sinks apart.
     """
     begin = tl.min(b_lo, 0)
-    end = tl.max(b_hi, 0)
-    end = tl.maximum(begin, end)
+    end = tl.maximum(begin, tl.max(b_hi, 0))
     latest = tl.minimum(tl.max(tl.where(m_m, b_lo, 0), 0), end)
     full = begin + tl.cdiv(latest - begin, BN) * BN
     seen_by_all = tl.min(tl.where(m_m, b_hi, FAR), 0)
     cut = full + tl.maximum(seen_by_all - full, 0) // BN * BN
     return begin, full, cut, end
+
+
+@triton.jit
+def sink_range(b_first, num_sinks, begin, HAS_SINKS: tl.constexpr):
+    """Return the sinks before the band of a tile; only the document of its first query can have any."""
+    if HAS_SINKS:
+        sink = tl.min(b_first, 0)
+        sink_end = tl.maximum(sink, tl.minimum(sink + num_sinks, begin))
+    else:
+        sink = begin
+        sink_end = begin
+    return sink, sink_end
+
+
+@triton.jit
+def partial_tiles(sink, sink_end, begin, full, cut, end, BN: tl.constexpr):
+    """Return how many tiles of keys need a mask: sinks, the left and the right edge of the band."""
+    return tl.cdiv(sink_end - sink, BN) + (full - begin) // BN + tl.cdiv(tl.maximum(end - cut, 0), BN)
+
+
+@triton.jit
+def partial_tile(i, sink, sink_end, begin, full, cut, end, BN: tl.constexpr):
+    """Return the first key of the i-th tile that needs a mask, and where its keys end."""
+    sinks = tl.cdiv(sink_end - sink, BN)
+    edge = sinks + (full - begin) // BN
+    i_n = tl.where(i < edge, begin + (i - sinks) * BN, cut + (i - edge) * BN)
+    return tl.where(i < sinks, sink + i * BN, i_n), tl.where(i < sinks, sink_end, end)
 
 
 @triton.jit
@@ -115,9 +139,9 @@ def attend_step(
 @declare(
     types=TYPES,
     configs=(
+        Config(sizes={"BM": 64, "BN": 64}, num_warps=8, num_stages=2, max_row=256),
         Config(sizes={"BM": 128, "BN": 64}, num_warps=8, num_stages=3, max_row=256),
         Config(sizes={"BM": 128, "BN": 64}, num_warps=4, num_stages=3, max_row=128),
-        Config(sizes={"BM": 64, "BN": 64}, num_warps=4, num_stages=2, max_row=256),
         Config(sizes={"BM": 64, "BN": 32}, num_warps=4, num_stages=2, max_row=512),
         Config(sizes={"BM": 32, "BN": 32}, num_warps=4, num_stages=1),
     ),
@@ -145,34 +169,22 @@ def interval_forward(
         lo + i_b * s_ib, hi + i_b * s_ib, first + i_b * s_ib, o_m, m_m, HAS_SINKS
     )
     begin, full, cut, end = tile_range(b_lo, b_hi, m_m, BN)
+    sink, sink_end = sink_range(b_first, num_sinks, begin, HAS_SINKS)
     b_q = load_rows(q, o_m, s_qt, m_m, D, BD, True)
     scale2 = scale * 1.4426950408889634
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BD], tl.float32)
-    if HAS_SINKS:
-        # Only the document of the first query can begin before the band of the tile.
-        sink = tl.min(b_first, 0)
-        sink_end = tl.minimum(sink + num_sinks, begin)
-        for i_n in range(sink, sink_end, BN):
-            b_m, b_l, b_o = attend_step(
-                b_q, b_m, b_l, b_o, k, v, i_n, sink_end, b_lo, b_hi, b_first, num_sinks, s_kt, s_vt, scale2,
-                D, BD, BN, HAS_SINKS, True, UPCAST,
-            )  # fmt: skip
-    for i_n in range(begin, full, BN):
+    for i in range(partial_tiles(sink, sink_end, begin, full, cut, end, BN)):
+        i_n, stop = partial_tile(i, sink, sink_end, begin, full, cut, end, BN)
         b_m, b_l, b_o = attend_step(
-            b_q, b_m, b_l, b_o, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks, s_kt, s_vt, scale2,
+            b_q, b_m, b_l, b_o, k, v, i_n, stop, b_lo, b_hi, b_first, num_sinks, s_kt, s_vt, scale2,
             D, BD, BN, HAS_SINKS, True, UPCAST,
         )  # fmt: skip
     for i_n in range(full, cut, BN):
         b_m, b_l, b_o = attend_step(
             b_q, b_m, b_l, b_o, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks, s_kt, s_vt, scale2,
             D, BD, BN, HAS_SINKS, False, UPCAST,
-        )  # fmt: skip
-    for i_n in range(cut, end, BN):
-        b_m, b_l, b_o = attend_step(
-            b_q, b_m, b_l, b_o, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks, s_kt, s_vt, scale2,
-            D, BD, BN, HAS_SINKS, True, UPCAST,
         )  # fmt: skip
     blind = b_l == 0
     b_o = b_o / tl.where(blind, 1.0, b_l)[:, None]

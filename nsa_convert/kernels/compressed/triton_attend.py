@@ -1,0 +1,25 @@
+"""Compressed attention and the choice of blocks on the triton backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.compressed.triton_blocks import cell_layout, choose_blocks
+from nsa_convert.kernels.dense.triton_interval import interval_attention
+from nsa_convert.patterns import BlockTopK, SequenceLayout
+
+
+def attend(
+    q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
+    layout: SequenceLayout, scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; no score of a cell is stored."""
+    at = cell_layout(layout, grid, q.shape[1], ck.shape[1], q.device)
+    o = lse = indices = None
+    if cv is not None:
+        o, lse = interval_attention(q, ck, cv, at.cells, scale)
+    if rule is not None:
+        growing = layout.cu_seqlens is None and not isinstance(layout.offset, Tensor)
+        indices = choose_blocks(q, ck, lse, at, grid, rule, scale, growing)
+    return o, lse, indices
