@@ -11,6 +11,7 @@ import pytest
 from nsa_convert.convert import convert_checkpoint
 from nsa_convert.errors import ConfigError, NsaConvertError
 from nsa_convert.inspection import inspect_checkpoint
+from nsa_convert.methods.registry import METHODS
 from nsa_convert.patch.headers import TensorEntry
 from tests.checkpoints import FAMILY_OPTIONS, dense_model, edit_json, write_dense
 from tests.test_convert import NSA
@@ -24,7 +25,7 @@ def test_facts(tmp_path, model_type):
     report = inspect_checkpoint(source, contexts=(64, 8192))
     assert report.parameters == sum(p.numel() for p in dense_model(model_type).parameters())
     assert (report.model_type, report.num_layers, report.group_size, report.head_dim) == (model_type, 2, 2, 8)
-    assert {outlook.method for outlook in report.methods} == {"nsa", "ssa"}
+    assert {outlook.method for outlook in report.methods} == set(METHODS)
     assert all(outlook.reason is None for outlook in report.methods)
     assert not report.converted
     assert report.rope["rope_type"] == "default"
