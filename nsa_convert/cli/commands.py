@@ -9,6 +9,7 @@ import click
 
 from nsa_convert import __version__
 from nsa_convert.cli.frame import Commands, common, hint, print_json, shard_progress, show, show_tables, tell
+from nsa_convert.cli.training import recipes, train
 from nsa_convert.errors import ConfigError, MachineError, UsageError
 
 BENCH_SETTINGS = ("dtype", "repeats", "dense")
@@ -26,6 +27,10 @@ def main(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+
+
+main.add_command(train)
+main.add_command(recipes)
 
 
 @main.command()

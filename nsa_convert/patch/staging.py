@@ -133,6 +133,27 @@ def staged(out: Path) -> Iterator[Path]:
                 shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Make the folder ``out`` and keep other processes from working in it, for as long as the block runs.
+
+    The processes of one distributed run share the lock of their first one.
+
+    Raises:
+        UsageError: Another process works there.
+        MachineError: The folder cannot be written.
+    """
+    with machine_errors():
+        out.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with machine_errors():
+            stack.enter_context(_lock(out / ".nsa-lock", out))
+        yield
+
+
 def free_bytes(folder: Path) -> int:
     """Return the free space of the file system that will hold ``folder``."""
     while not folder.exists():

@@ -20,6 +20,7 @@ COMMON = {"--json", "--debug", "--help"}
 # command -> (arguments, options beside COMMON)
 COMMANDS = {
     "bench": ([], {"--geometry", "--lengths", "--device", "--set", "--csv"}),
+    "card": (["MODEL"], {"--license", "--base-model", "--name", "--out"}),
     "convert": (
         ["MODEL", "OUT"],
         {
@@ -41,7 +42,13 @@ COMMANDS = {
     "generate": (["MODEL"], {"--prompt", "--prompt-file", "--max-new-tokens"}),
     "inspect": (["MODEL"], {"--method", "--context"}),
     "methods": ([], set()),
+    "push": (
+        ["MODEL", "REPO"],
+        {"--private", "--public", "--dry-run", "--allow-unverified", "--allow-unevaluated"},
+    ),
+    "recipes": (["ACTION", "NAME"], set()),
     "revert": (["OUT", "DENSE"], {"--copy", "--overwrite"}),
+    "train": (["RECIPE"], {"--set", "--resume", "--dry-run"}),
     "verify": (["OUT"], {"--against", "--trust-remote-code"}),
 }
 

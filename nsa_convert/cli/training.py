@@ -1,0 +1,134 @@
+"""The commands ``train`` and ``recipes``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nsa_convert.cli.frame import common, hint, print_json, show, tell
+from nsa_convert.errors import UsageError
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the recipes that come with the project."""
+    import nsa_convert
+
+    return Path(nsa_convert.__file__).parents[1] / "recipes"
+
+
+def known_recipes() -> dict[str, Path]:
+    """Return name -> file of the recipes that come with the project."""
+    root = recipe_folder()
+    files = sorted(path for path in root.rglob("*.yaml") if path.parent.name != "accelerate")
+    return {str(path.relative_to(root).with_suffix("")): path for path in files}
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe given by path or by name.
+
+    Raises:
+        UsageError: There is no such file and no such recipe.
+    """
+    path = Path(name)
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path
+    known = known_recipes()
+    if name not in known:
+        from nsa_convert.config import suggest
+
+        raise UsageError(f"there is no recipe '{name}'{suggest(name, known)}", code="CL02", found=name)
+    return known[name]
+
+
+@click.command()
+@click.argument("recipe")
+@click.option(
+    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="Change a key, such as stages.align.lr."
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in the recipe's out.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the plan; train nothing.")
+@common
+def train(recipe: str, pairs: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
+    """Convert and train by RECIPE: a YAML file, or a name that `nsa-convert recipes` lists."""
+    from nsa_convert.cli.options import parse_settings
+    from nsa_convert.training.models import read_start
+    from nsa_convert.training.plan import plan_recipe
+    from nsa_convert.training.recipe import read_recipe
+    from nsa_convert.training.run import Interrupted, train_recipe
+    from nsa_convert.training.stages import measure_plan
+
+    path = find_recipe(recipe)
+    read = read_recipe(path, parse_settings(pairs))
+    folder = model_folder(read.model, read.revision, path.parent)
+    if dry_run:
+        start = read_start(read, folder)
+        plan = plan_recipe(read, start, path.parent, processes=int(os.environ.get("WORLD_SIZE", "1")))
+        show(measure_plan(read, start, path.parent, plan) if read.measure else plan, as_json)
+        return
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        report = train_recipe(
+            read, folder, base=path.parent, resume=resume, say=tell if is_main else lambda line: None
+        )
+    except Interrupted as error:
+        hint(f"the state is saved; go on with: nsa-convert train {recipe} --resume")
+        raise SystemExit(128 + error.number) from None
+    if is_main:
+        show(report, as_json)
+        hint(f"next: nsa-convert eval {report.model}")
+
+
+def model_folder(model: Any, revision: str | None, base: Path) -> Path | None:
+    """Return the local folder of a recipe's model; None for a fresh one."""
+    from nsa_convert.hub import dense_folder, resolve_model
+
+    if not isinstance(model, str):
+        return None
+    beside = base / model
+    name = str(beside) if beside.exists() else model
+    return dense_folder(resolve_model(name, revision=revision, tell=tell), tell)
+
+
+@click.command()
+@click.argument("action", required=False, type=click.Choice(["show", "copy"]))
+@click.argument("name", required=False)
+@common
+def recipes(action: str | None, name: str | None, as_json: bool) -> None:
+    """List the recipes that come with the project; `show NAME` prints one, `copy NAME` puts it here."""
+    known = known_recipes()
+    if action is None:
+        titles = {key: _title(path) for key, path in known.items()}
+        if as_json:
+            print_json({"ok": True, "recipes": titles})
+        else:
+            for key, title in titles.items():
+                click.echo(f"{key:32} {title}")
+        return
+    if name is None:
+        raise UsageError(
+            f"recipes {action} takes the NAME of a recipe", code="CL02", hint="see: nsa-convert recipes"
+        )
+    path = find_recipe(name)
+    text = path.read_text()
+    if action == "show":
+        if as_json:
+            print_json({"ok": True, "name": name, "text": text})
+        else:
+            click.echo(text, nl=False)
+        return
+    target = Path(path.name)
+    if target.exists():
+        raise UsageError(f"{target} exists already", code="SV05", where=str(target), hint="remove it first")
+    target.write_text(text)
+    if as_json:
+        print_json({"ok": True, "name": name, "path": str(target)})
+    else:
+        click.echo(f"{target} written; next: nsa-convert train {target} --dry-run")
+
+
+def _title(path: Path) -> str:
+    """Return the first line of a recipe's head comment."""
+    return path.read_text().split("\n", 1)[0].removeprefix("#").strip()

@@ -1,0 +1,295 @@
+"""What a recipe will do, by arithmetic: steps, weights trained, memory; and every reason it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_convert.config import raise_problems
+from nsa_convert.errors import ConfigError, NsaConvertError
+from nsa_convert.methods.base import SparseMethod
+from nsa_convert.patch.staging import gigabytes
+from nsa_convert.training.losses import loss_problems, stage_weights
+from nsa_convert.training.models import Start, rope_parameters
+from nsa_convert.training.recipe import Recipe, Stage
+from nsa_convert.training.sources import open_source
+
+ADAM_BYTES = 8
+"""Two float32 moments per trained weight."""
+LAYER_WIDTHS = 34
+"""Activations a layer keeps for the backward pass, in units of tokens * hidden_size, attention tiled."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage, resolved.
+
+    Attributes:
+        name: Of the stage.
+        kind: Of the stage.
+        train: What is trained.
+        seq_len: Tokens in a row.
+        steps: Optimizer steps.
+        tokens: Tokens that will be read.
+        trained: Weights trained.
+        trained_new: Those of them that conversion added.
+        losses: Loss -> weight.
+        memory: Bytes one device needs: weights, gradients, optimizer, activations.
+        seconds_per_step: Measured, or None.
+        warnings: What will work but may not be meant.
+    """
+
+    name: str
+    kind: str
+    train: str
+    seq_len: int
+    steps: int
+    tokens: int
+    trained: int
+    trained_new: int
+    losses: Mapping[str, float]
+    memory: int
+    seconds_per_step: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipePlan:
+    """All stages of a recipe, resolved.
+
+    Attributes:
+        model: What it starts from.
+        out: Where it writes.
+        parameters: Weights of the model in all.
+        method: Sparse methods by name, or ``dense``.
+        stages: One plan per stage.
+    """
+
+    model: str
+    out: str
+    parameters: int
+    method: str
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings of all stages."""
+        return tuple(f"{stage.name}: {line}" for stage in self.stages for line in stage.warnings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**dataclasses.asdict(self), "warnings": self.warnings}
+
+    def to_text(self) -> str:
+        """Return the plan for people."""
+        lines = [f"{self.model} ({self.parameters:,} weights, {self.method}) -> {self.out}"]
+        for stage in self.stages:
+            losses = " + ".join(
+                name if weight == 1 else f"{weight:g} {name}" for name, weight in stage.losses.items()
+            )
+            lines.append(
+                f"  {stage.name} ({stage.kind}): {stage.steps:,} steps, {stage.tokens:,} tokens in rows of "
+                f"{stage.seq_len:,}"
+            )
+            lines.append(
+                f"    trains {stage.train}: {stage.trained:,} weights, {stage.trained_new:,} of them new; "
+                f"minimises {losses}"
+            )
+            time = ""
+            if stage.seconds_per_step is not None:
+                hours = stage.steps * stage.seconds_per_step / 3600
+                time = f"; {stage.seconds_per_step:.2f} s a step, {hours:.2f} h"
+            lines.append(f"    about {gigabytes(stage.memory)} on one device{time}")
+        return "\n".join(lines)
+
+
+def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1) -> RecipePlan:
+    """Check a recipe against its model and data, and resolve it.
+
+    Args:
+        recipe: The recipe.
+        start: The model's config.
+        base: Folder that relative data paths start from.
+        processes: Processes that will train.
+
+    Raises:
+        ConfigError: Every problem of every stage, in one message.
+    """
+    methods, shapes = start.methods(), weight_shapes(start)
+    problems: list[str] = []
+    plans = []
+    config = dict(start.config)
+    for stage in recipe.stages:
+        found = stage_problems(stage, start, methods, config, processes, recipe)
+        for source in stage.data:
+            try:
+                open_source(source, base)
+            except NsaConvertError as error:
+                found.append(error.message)
+        problems += [f"stage {stage.name}: {line}" for line in found]
+        if not found:
+            if stage.rope is not None:
+                config["rope_parameters"], config["max_position_embeddings"] = rope_parameters(
+                    config, stage.rope
+                )
+            plans.append(_resolve(stage, recipe, start, methods, shapes, processes))
+    raise_problems(problems, code="RC09", hint="no weight was read; correct the recipe and run again")
+    names = sorted({method.spec.name for method in methods})
+    return RecipePlan(
+        model=recipe.model if isinstance(recipe.model, str) else f"fresh {recipe.model.family}",
+        out=recipe.out,
+        parameters=sum(shapes.values()),
+        method=", ".join(names) or "dense",
+        stages=tuple(plans),
+    )
+
+
+def stage_problems(
+    stage: Stage,
+    start: Start,
+    methods: Sequence[SparseMethod],
+    config: Mapping[str, Any],
+    processes: int,
+    recipe: Recipe,
+) -> list[str]:
+    """Return why a stage cannot run on this model."""
+    problems = loss_problems(stage, methods)
+    positions = config.get("max_position_embeddings")
+    if stage.rope is not None:
+        try:
+            _, positions = rope_parameters(config, stage.rope)
+        except ConfigError as error:
+            problems.append(error.message)
+    if positions and stage.seq_len > positions:
+        problems.append(
+            f"seq_len {stage.seq_len} is beyond the model's {positions} positions; shorten it, or set rope"
+        )
+    new = sum(parameter.numel() for method in methods for parameter in method.parameters())
+    if stage.train == "new" and not new:
+        what = "the plan adds no weights" if methods else "the model is dense"
+        problems.append(f"train is new, but {what}; train attention or all, or leave the stage out")
+    if stage.kind == "align" and not methods:
+        problems.append("kind align needs a sparse model: the recipe has no sparse_attention")
+    shared = recipe.tensor_parallel * recipe.context_parallel
+    if processes % shared:
+        problems.append(f"{processes} processes cannot be split into groups of {shared}")
+    elif stage.rows_per_step % (stage.micro_batch * (processes // shared)):
+        problems.append(
+            f"a step of {stage.rows_per_step} rows cannot be shared by {processes // shared} processes with "
+            f"micro_batch {stage.micro_batch}"
+        )
+    if stage.seq_len % recipe.context_parallel:
+        problems.append(
+            f"seq_len {stage.seq_len} is not a multiple of context_parallel {recipe.context_parallel}"
+        )
+    return problems
+
+
+def stage_warnings(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
+    """Return what will work but may not be meant."""
+    lines = []
+    budgets = [method.visible_budget() for method in methods if method.keys_per_query() is not None]
+    if budgets and stage.seq_len <= min(budgets):
+        lines.append(
+            f"rows of {stage.seq_len} tokens fit the visible budget of {min(budgets)}: nothing is hidden, "
+            "so nothing is learned about selection"
+        )
+    left = stage.tokens % stage.batch_tokens
+    if left:
+        lines.append(f"the budget is rounded down by {left} tokens to {stage.steps} whole steps")
+    return lines
+
+
+def weight_shapes(start: Start) -> dict[str, int]:
+    """Return parameter name -> numbers in it, of the model that will be trained; nothing is allocated."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from nsa_convert.patch.models import classes_of
+
+    values = dict(start.config)
+    model_type = values.pop("model_type")
+    for key in ("transformers_version", "auto_map", "architectures"):
+        values.pop(key, None)
+    with torch.device("meta"):
+        if start.plan is None:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+        else:
+            config_class, _, lm_class = classes_of(start.family)
+            model = lm_class(config_class(**{**values, "sparse_attention": start.plan.to_dict()}))
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+
+def is_trained(name: str, train: str) -> bool:
+    """Return whether a weight is trained, by its name; LoRA's own weights are added by peft."""
+    if ".self_attn.sparse." in name:
+        return True
+    return train == "all" or (train == "attention" and ".self_attn." in name)
+
+
+def _resolve(
+    stage: Stage,
+    recipe: Recipe,
+    start: Start,
+    methods: Sequence[SparseMethod],
+    shapes: Mapping[str, int],
+    processes: int,
+) -> StagePlan:
+    trained = sum(size for name, size in shapes.items() if is_trained(name, stage.train))
+    new = sum(size for name, size in shapes.items() if ".self_attn.sparse." in name)
+    if stage.train == "lora":
+        trained += _adapter_size(stage, start)
+    default = 0.0 if stage.kind == "align" else 1.0
+    cross_entropy = default if stage.cross_entropy is None else stage.cross_entropy
+    losses = {"cross_entropy": cross_entropy} if cross_entropy else {}
+    return StagePlan(
+        name=stage.name,
+        kind=stage.kind,
+        train=stage.train,
+        seq_len=stage.seq_len,
+        steps=stage.steps,
+        tokens=stage.steps * stage.batch_tokens,
+        trained=trained,
+        trained_new=new,
+        losses={**losses, **stage_weights(stage, methods)},
+        memory=_memory(stage, recipe, start, sum(shapes.values()), trained),
+        warnings=tuple(stage_warnings(stage, methods)),
+    )
+
+
+def _adapter_size(stage: Stage, start: Start) -> int:
+    g, config = start.geometry, start.config
+    q, kv, inner = g.num_query_heads * g.head_dim, g.num_kv_heads * g.head_dim, config["intermediate_size"]
+    sizes = {
+        "q_proj": g.hidden_size + q,
+        "k_proj": g.hidden_size + kv,
+        "v_proj": g.hidden_size + kv,
+        "o_proj": q + g.hidden_size,
+        "gate_proj": g.hidden_size + inner,
+        "up_proj": g.hidden_size + inner,
+        "down_proj": inner + g.hidden_size,
+    }
+    lora = stage.adapters
+    return config["num_hidden_layers"] * lora.rank * sum(sizes.get(name, 0) for name in lora.targets)
+
+
+def _memory(stage: Stage, recipe: Recipe, start: Start, total: int, trained: int) -> int:
+    """Estimate bytes on one device.
+
+    Weights, gradients and AdamW's moments, shared by the FSDP and tensor-parallel processes; per layer
+    ``LAYER_WIDTHS`` hidden widths of activations, or one with checkpointing plus one layer at work; logits
+    and their gradient in float32.
+    """
+    weight = 2 if recipe.precision == "bf16" else 4
+    number = 4 if recipe.precision == "fp32" else 2
+    shared = recipe.fsdp * recipe.tensor_parallel
+    static = (total * weight + trained * (weight + ADAM_BYTES)) // shared
+    rows = stage.micro_batch * stage.seq_len // recipe.context_parallel
+    width = start.config["hidden_size"] * number * rows
+    layers = start.config["num_hidden_layers"]
+    kept = layers * width + LAYER_WIDTHS * width if stage.checkpointing else layers * LAYER_WIDTHS * width
+    logits = 0 if stage.kind == "align" else rows * start.config["vocab_size"] * 4 * 2
+    return static + kept + logits
