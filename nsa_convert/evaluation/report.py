@@ -45,6 +45,11 @@ class TextResult:
         """Return one summary per bucket, with its ``context`` as text."""
         return [{"context": b.label, **self.divergence.summary(b)} for b in self.buckets]
 
+    def beyond(self, budget: int | None) -> dict[str, Any]:
+        """Return the summary over contexts beyond the budget, or over all when there are none."""
+        last = self.tokens - 1
+        return self.divergence.summary(Bucket(budget, last) if budget and budget < last else None)
+
     def curve(self) -> list[dict[str, Any]]:
         """Return summaries of 32 equal stretches of context, for plots."""
         last = self.tokens - 1
@@ -52,12 +57,13 @@ class TextResult:
         pieces = [Bucket(a, b) for a, b in zip(edges, edges[1:], strict=False)]
         return [{"context_end": p.end, **self.divergence.summary(p)} for p in pieces]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the single predictions, for JSON."""
+    def to_dict(self, budget: int | None = None) -> dict[str, Any]:
+        """Return everything but the single predictions; ``beyond`` leaves out what the budget covers."""
         return {
             "name": self.text.name, "kind": self.text.kind, "source": self.text.source,
             "sha256": self.text.sha256, "tokens": self.tokens, "all": self.divergence.summary(),
-            "buckets": self.bucket_rows(), "layers": [row.to_dict() for row in self.layers],
+            "beyond": self.beyond(budget), "buckets": self.bucket_rows(), "curve": self.curve(),
+            "layers": [row.to_dict() for row in self.layers],
             "mean_layer": mean_layers(self.layers),
         }
 
@@ -83,6 +89,7 @@ class QuickReport:
     """What ``eval --suite quick`` found.
 
     Attributes:
+        command: Repeats the evaluation.
         model: Facts about the evaluated model.
         against: Facts about the dense reference.
         visible_budget: Longest context every layer sees whole; None when no layer is sparse.
@@ -95,6 +102,7 @@ class QuickReport:
         files: What was written.
     """
 
+    command: str
     model: Mapping[str, Any]
     against: Mapping[str, Any]
     visible_budget: int | None
@@ -109,15 +117,15 @@ class QuickReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object (``schema`` 1)."""
         return {
-            "schema": SCHEMA, "ok": True, "suite": "quick", "model": dict(self.model),
-            "against": dict(self.against), "visible_budget": self.visible_budget,
-            "texts": [text.to_dict() for text in self.texts],
+            "schema": SCHEMA, "ok": True, "suite": "quick", "command": self.command,
+            "model": dict(self.model), "against": dict(self.against), "visible_budget": self.visible_budget,
+            "texts": [text.to_dict(self.visible_budget) for text in self.texts],
             "needles": {
                 who: [dataclasses.asdict(score) for score in scores] for who, scores in self.needles.items()
             },
             "warnings": list(self.warnings), "settings": dict(self.settings),
             "environment": dict(self.environment), "seconds": round(self.seconds, 2),
-            "files": [str(path) for path in self.files],
+            "files": [path.name for path in self.files],
         }
 
     def headline(self) -> str:
@@ -134,10 +142,7 @@ class QuickReport:
 
     def texts_beyond(self, result: TextResult) -> dict[str, Any]:
         """Return the summary of a text over contexts beyond the budget, or over all when there are none."""
-        budget, last = self.visible_budget, result.tokens - 1
-        if not budget or budget >= last:
-            return result.divergence.summary()
-        return result.divergence.summary(Bucket(budget, last))
+        return result.beyond(self.visible_budget)
 
     def tables(self) -> list[Table]:
         """Return rich tables: one per text, the layers, the needles."""

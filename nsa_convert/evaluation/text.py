@@ -97,7 +97,7 @@ def file_text(path: str | Path) -> EvalText:
         ) from error
     if not text.strip():
         raise ConfigError(f"the evaluation text {str(path)!r} is empty", code="DA01", where=str(path))
-    return EvalText(name=path.stem, kind="file", source=str(path), text=text)
+    return EvalText(name=path.stem, kind="file", source=f"file {path.name}", text=text)
 
 
 def first_tokens(tokenizer: Any, text: EvalText, length: int) -> list[int]:

@@ -20,6 +20,7 @@ LAYERS = (
     ("patch",),
     ("convert", "verification", "inspection", "doctor", "training", "evaluation", "generation", "bench"),
     ("card", "hub"),
+    ("push",),
     ("cli",),
 )
 BESIDE = set(LAYERS[0])
@@ -34,7 +35,7 @@ FENCES = {
     "peft": {"training", "evaluation"},
     "trl": {"training", "evaluation"},
     "datasets": {"training", "evaluation"},
-    "huggingface_hub": {"hub", "card"},
+    "huggingface_hub": {"hub", "card", "push"},
     "click": {"cli"},
 }
 

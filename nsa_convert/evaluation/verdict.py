@@ -1,0 +1,97 @@
+"""What an evaluation says in two sentences, and how sure it can be of a share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Z95 = 1.959964
+"""Normal quantile of a two-sided 95 % interval."""
+
+
+def wilson(hits: float, cases: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share; ``hits`` may be a sum of partial scores.
+
+    Args:
+        hits: Successes, 0 .. cases.
+        cases: Trials; 0 gives (0, 1).
+    """
+    if cases == 0:
+        return 0.0, 1.0
+    p, z2 = hits / cases, Z95 * Z95
+    middle = (p + z2 / (2 * cases)) / (1 + z2 / cases)
+    half = Z95 * math.sqrt(p * (1 - p) / cases + z2 / (4 * cases * cases)) / (1 + z2 / cases)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def task_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per task and length with the scores of both attentions side by side.
+
+    Args:
+        report: The JSON of an evaluation.
+
+    Returns:
+        Rows ``task, length, dense, sparse``; the last two are ``{"score", "n", "low", "high"}``, or None
+        where one attention was not run.
+    """
+    scores: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for mode, cases in report.get("needles", {}).items():
+        for case in cases:
+            row = scores.setdefault(("needle (teacher-forced)", case["length"]), {})
+            row.setdefault(mode, []).append(float(case["hit"]))
+    for case in report.get("tasks", []):
+        row = scores.setdefault((case["task"], case["length"]), {})
+        row.setdefault(case["attention"], []).append(case["score"])
+    rows = []
+    for (task, length), by_mode in scores.items():
+        cells = {mode: _cell(by_mode[mode]) if mode in by_mode else None for mode in ("dense", "sparse")}
+        rows.append({"task": task, "length": length, **cells})
+    return rows
+
+
+def _cell(values: Sequence[float]) -> dict[str, Any]:
+    low, high = wilson(sum(values), len(values))
+    return {"score": sum(values) / len(values), "n": len(values), "low": low, "high": high}
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """Return two sentences with the numbers that matter most: quality, then retrieval or cost.
+
+    No loss is ever claimed to be absent: what is said is what was measured, with the number of cases.
+    """
+    budget = report.get("visible_budget")
+    if not budget:
+        return "No layer of this model is sparse. Dense and sparse attention are the same here."
+    beyond = [text for text in report.get("texts", []) if text["tokens"] - 1 > budget]
+    if not beyond:
+        first = (
+            f"No text exceeded the visible budget of {budget} tokens, so nothing sparse was measured."
+        )
+    else:
+        parts = [
+            f"x{text['beyond']['ppl_ratio']:.3f} on {text['name']} (KL {text['beyond']['kl_mean']:.4f}, "
+            f"same first choice {text['beyond']['top1']:.1%})"
+            for text in beyond
+        ]
+        first = (
+            f"Beyond its visible budget of {budget} tokens, up to {max(t['tokens'] for t in beyond)} tokens, "
+            f"the perplexity is {' and '.join(parts)} of the dense model's."
+        )
+    return f"{first} {_second_sentence(report, budget)}"
+
+
+def _second_sentence(report: Mapping[str, Any], budget: int) -> str:
+    rows = [r for r in task_rows(report) if r["length"] > budget and r["dense"] and r["sparse"]]
+    if rows:
+        cases = sum(row["sparse"]["n"] for row in rows)
+        dense, sparse = (sum(r[m]["score"] * r[m]["n"] for r in rows) / cases for m in ("dense", "sparse"))
+        low, high = wilson(sparse * cases, cases)
+        return (
+            f"In {cases} retrieval cases beyond the budget it scores {sparse:.1%} (95 % interval {low:.0%} "
+            f"to {high:.0%}) where dense attention scores {dense:.1%}."
+        )
+    if speed := [row for row in report.get("speed", []) if row["attention"] == "sparse"]:
+        last = max(speed, key=lambda row: row["length"])
+        return f"A prompt of {last['length']} tokens takes {last['prefill_s']:.3g} s to read."
+    return "Retrieval from far back and speed were not measured."
