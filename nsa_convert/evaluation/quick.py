@@ -12,13 +12,14 @@ from typing import Any
 from torch import nn
 
 from nsa_convert.evaluation.divergence import compare
+from nsa_convert.evaluation.html import require_html, write_html
 from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
 from nsa_convert.evaluation.inputs import Inputs, prepare_inputs
 from nsa_convert.evaluation.mass import LayerMass, MassProbe
 from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
 from nsa_convert.evaluation.needle import NeedleScore, score_case
 from nsa_convert.evaluation.perplexity import Readout, position_buckets, read_out
-from nsa_convert.evaluation.plots import require_matplotlib, write_plots
+from nsa_convert.evaluation.plots import write_plots
 from nsa_convert.evaluation.report import QuickReport, TextResult
 from nsa_convert.evaluation.settings import QuickSettings
 
@@ -72,7 +73,7 @@ def run_quick(
     say = progress or (lambda line: None)
     chosen = QuickSettings.read(settings)
     if out_dir is not None:
-        require_matplotlib()
+        require_html()
     models = [read_facts(path) for path in (model_path, against) if path is not None]
     inputs = prepare_inputs(models, text_file, length, chosen)
     device = choose_device(chosen.device)
@@ -91,8 +92,10 @@ def run_quick(
     )
     if out_dir is None:
         return report
-    report = dataclasses.replace(report, files=tuple(write_plots(report, Path(out_dir))))
-    return dataclasses.replace(report, files=(*report.files, *report.write(Path(out_dir))))
+    say("drawing")
+    values, folder = report.to_dict(), Path(out_dir)
+    report = dataclasses.replace(report, files=(*write_plots(values, folder), write_html(values, folder)))
+    return dataclasses.replace(report, files=(*report.files, *report.write(folder)))
 
 
 def _read_both(

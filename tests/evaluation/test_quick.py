@@ -69,7 +69,7 @@ def test_files_hold_the_same_numbers(pair, tmp_path):
     names = {path.name for path in report.files}
     assert names == {path.name for path in (tmp_path / "new").iterdir()} == {
         "report.json", "buckets.csv", "positions.csv", "layers.csv", "needles.csv",
-        "perplexity.png", "kl.png", "layers.png",
+        "perplexity.png", "kl.png", "layers.png", "gates.png", "needles.png", "report.html",
     }
     saved = json.loads((tmp_path / "new" / "report.json").read_text())
     assert saved == json.loads(json.dumps(report.to_dict()))
