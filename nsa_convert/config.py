@@ -132,46 +132,59 @@ class LayerRule:
     Attributes:
         method: Registered method name, or ``"full"`` for dense attention.
         settings: The method's own settings; checked by the method.
-        layers: Layer indices the rule covers; None covers every layer.
+        layers: Layer indices the rule covers, negative ones from the end; None covers every layer.
+        heads: Key/value heads the rule covers in its layers; None covers all of them.
     """
 
     method: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         problems = []
         if not isinstance(self.method, str) or not self.method:
             problems.append(f"method must be a name, got {self.method!r}")
-        if self.layers is not None:
-            if not self.layers:
-                problems.append("layers is empty; leave it out to cover every layer")
-            bad = [i for i in self.layers if isinstance(i, bool) or not isinstance(i, int) or i < 0]
-            if bad:
-                problems.append(f"layers must be integers from 0, got {bad}")
-            elif len(set(self.layers)) != len(self.layers):
-                problems.append(f"layers are listed twice: {sorted(self.layers)}")
+        for name, numbers, least in (("layers", self.layers, None), ("heads", self.heads, 0)):
+            problems += _list_problems(name, numbers, least)
         raise_problems(problems, code="RC10")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "rule") -> LayerRule:
-        """Read ``{"method": ..., "layers": [...], **settings}``."""
+        """Read ``{"method": ..., "layers": [...], "heads": [...], **settings}``."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where}: expected a mapping with 'method', got {values!r}", code="CF20")
         rest = dict(values)
         if "method" not in rest:
             raise ConfigError(f"{where}: 'method' is missing", code="CF20")
-        method, layers = rest.pop("method"), rest.pop("layers", None)
-        if layers is not None and not isinstance(layers, (list, tuple)):
-            raise ConfigError(f"{where}: layers must be a list of integers, got {layers!r}", code="RC10")
-        return cls(method=method, settings=rest, layers=None if layers is None else tuple(layers))
+        method = rest.pop("method")
+        lists = {name: rest.pop(name, None) for name in ("layers", "heads")}
+        for name, given in lists.items():
+            if given is not None and not isinstance(given, (list, tuple)):
+                raise ConfigError(f"{where}: {name} must be a list of integers, got {given!r}", code="RC10")
+        numbers = {name: None if given is None else tuple(given) for name, given in lists.items()}
+        return cls(method=method, settings=rest, **numbers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that :meth:`from_dict` reads."""
         out: dict[str, Any] = {"method": self.method, **self.settings}
-        if self.layers is not None:
-            out["layers"] = list(self.layers)
+        for name in ("layers", "heads"):
+            if getattr(self, name) is not None:
+                out[name] = list(getattr(self, name))
         return out
+
+
+def _list_problems(name: str, numbers: tuple[int, ...] | None, least: int | None) -> list[str]:
+    if numbers is None:
+        return []
+    if not numbers:
+        return [f"{name} is empty; leave it out to cover all {name}"]
+    integers = all(isinstance(i, int) and not isinstance(i, bool) for i in numbers)
+    if not integers or (least is not None and min(numbers) < least):
+        return [f"{name} must be integers{'' if least is None else ' from 0'}, got {list(numbers)}"]
+    if len(set(numbers)) != len(numbers):
+        return [f"{name} are listed twice: {sorted(numbers)}"]
+    return []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,8 +192,8 @@ class SparseAttentionConfig:
     """The plan stored under ``config.sparse_attention`` of a converted model.
 
     Attributes:
-        default: Rule for every layer that no other rule names.
-        rules: Rules for named layers; a layer may be named once.
+        default: Rule for every layer and head that no other rule names.
+        rules: Rules for named layers, or for some heads of them; a head may be named once.
     """
 
     default: LayerRule
@@ -188,17 +201,20 @@ class SparseAttentionConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.default.layers is not None:
-            problems.append("default: 'layers' belongs in a rule, not in the default")
-        seen: dict[int, int] = {}
+        for name in ("layers", "heads"):
+            if getattr(self.default, name) is not None:
+                problems.append(f"default: '{name}' belongs in a rule, not in the default")
+        seen: dict[int, list[int]] = {}
         for index, rule in enumerate(self.rules):
             if rule.layers is None:
                 problems.append(f"rules[{index}]: 'layers' is missing")
                 continue
             for layer in rule.layers:
-                if layer in seen:
-                    problems.append(f"layer {layer} is named by rules[{seen[layer]}] and rules[{index}]")
-                seen[layer] = index
+                for other in seen.setdefault(layer, []):
+                    heads = self.rules[other].heads
+                    if heads is None or rule.heads is None or set(heads) & set(rule.heads):
+                        problems.append(f"layer {layer} is named by rules[{other}] and rules[{index}]")
+                seen[layer].append(index)
         raise_problems(problems, code="RC10")
 
     @classmethod
@@ -226,19 +242,52 @@ class SparseAttentionConfig:
             out["rules"] = [rule.to_dict() for rule in self.rules]
         return out
 
-    def for_layer(self, layer: int) -> LayerRule:
-        """Return the rule that covers ``layer``."""
-        for rule in self.rules:
-            if rule.layers is not None and layer in rule.layers:
-                return rule
-        return self.default
+    def for_layer(self, layer: int, num_kv_heads: int) -> list[LayerRule]:
+        """Return the rules of a layer in the order of their first head; a single one covers all heads.
 
-    def check_layers(self, num_layers: int) -> None:
-        """Raise ConfigError when a rule names a layer the model does not have."""
-        named = [layer for rule in self.rules for layer in rule.layers or ()]
-        outside = sorted(layer for layer in named if layer >= num_layers)
-        if outside:
-            raise ConfigError(
-                f"layers {number_ranges(outside)} do not exist: the model has layers 0-{num_layers - 1}",
-                code="RC10",
-            )
+        Rules that cover a part of the heads carry them in ``heads``, ascending, the default's share too.
+        """
+        named = [rule for rule in self.rules if rule.layers is not None and layer in rule.layers]
+        if not named:
+            return [self.default]
+        taken = {head for rule in named for head in rule.heads or range(num_kv_heads)}
+        rest = tuple(head for head in range(num_kv_heads) if head not in taken)
+        parts = [dataclasses.replace(rule, heads=tuple(sorted(rule.heads))) for rule in named if rule.heads]
+        if len(parts) < len(named):
+            return named
+        if rest:
+            parts.append(dataclasses.replace(self.default, heads=rest))
+        if len(parts) == 1:
+            return [dataclasses.replace(parts[0], heads=None)]
+        return sorted(parts, key=lambda rule: rule.heads)
+
+    def resolved(self, num_layers: int, num_kv_heads: int) -> SparseAttentionConfig:
+        """Return the plan with layers counted from the front.
+
+        Raises:
+            ConfigError: A rule names a layer or a head the model does not have, or one twice.
+        """
+        problems, rules = [], []
+        for index, rule in enumerate(self.rules):
+            layers = rule.layers or ()
+            outside = sorted(layer for layer in layers if not -num_layers <= layer < num_layers)
+            if outside:
+                problems.append(
+                    f"rules[{index}]: layers {number_ranges(outside)} do not exist: the model has layers "
+                    f"0-{num_layers - 1}"
+                )
+            missing = [head for head in rule.heads or () if head >= num_kv_heads]
+            if missing:
+                problems.append(
+                    f"rules[{index}]: key/value heads {number_ranges(missing)} do not exist: the model has "
+                    f"heads 0-{num_kv_heads - 1}"
+                )
+            if layers and not outside:
+                front = tuple(layer % num_layers for layer in layers)
+                try:
+                    rule = dataclasses.replace(rule, layers=front)
+                except ConfigError as error:
+                    problems.append(f"rules[{index}]: {error}")
+            rules.append(rule)
+        raise_problems(problems, code="RC10")
+        return dataclasses.replace(self, rules=tuple(rules))

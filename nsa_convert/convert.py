@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert import __version__
-from nsa_convert.config import LayerRule, SparseAttentionConfig
+from nsa_convert.config import LayerRule, SparseAttentionConfig, number_ranges
 from nsa_convert.errors import UsageError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.registry import read_rule
@@ -189,6 +189,7 @@ def explicit_settings(sparse: SparseAttentionConfig) -> SparseAttentionConfig:
 
 def _prepare(checkpoint: Checkpoint, sparse: SparseAttentionConfig) -> _Job:
     methods = resolve_plan(sparse, checkpoint.num_layers, checkpoint.geometry)
+    sparse = sparse.resolved(checkpoint.num_layers, checkpoint.geometry.num_kv_heads)
     new = planned_tensors(methods, checkpoint.geometry, WEIGHT_DTYPES[checkpoint.weights.dtype()])
     check_tokenizer(checkpoint)
     return _Job(checkpoint=checkpoint, sparse=explicit_settings(sparse), methods=methods, new=new)
@@ -204,7 +205,7 @@ def _report(job: _Job, source: dict[str, Any], contexts: Sequence[int], placed: 
         out=None,
         source=source,
         family=checkpoint.family.title,
-        layers=layer_table(job.sparse, checkpoint.num_layers),
+        layers=layer_table(job.sparse, checkpoint.num_layers, checkpoint.geometry.num_kv_heads),
         kept_tensors=len(checkpoint.weights.tensors()),
         kept_parameters=checkpoint.parameters,
         new_tensors=job.new,
@@ -216,16 +217,22 @@ def _report(job: _Job, source: dict[str, Any], contexts: Sequence[int], placed: 
     )
 
 
-def layer_table(sparse: SparseAttentionConfig, num_layers: int) -> list[dict[str, Any]]:
+def layer_table(sparse: SparseAttentionConfig, num_layers: int, num_kv_heads: int) -> list[dict[str, Any]]:
     """Return the plan as runs of layers that share a rule."""
     runs: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
     for layer in range(num_layers):
-        rule = sparse.for_layer(layer)
-        entry = {"method": rule.method, "settings": dict(rule.settings)}
-        if runs and {key: runs[-1][key] for key in entry} == entry:
-            runs[-1]["layers"] = f"{runs[-1]['layers'].split('-')[0]}-{layer}"
+        entries = [
+            {"method": rule.method, "settings": dict(rule.settings)}
+            | ({} if rule.heads is None else {"heads": number_ranges(rule.heads)})
+            for rule in sparse.for_layer(layer, num_kv_heads)
+        ]
+        if entries == last:
+            for run in runs[-len(entries) :]:
+                run["layers"] = f"{run['layers'].split('-')[0]}-{layer}"
         else:
-            runs.append({"layers": str(layer), **entry})
+            runs += [{"layers": str(layer), **entry} for entry in entries]
+        last = entries
     return runs
 
 

@@ -48,6 +48,15 @@ DSA = {"method": "dsa", "num_tokens": 24, "num_sinks": 1, "window_size": 4}
 MSA = {"method": "msa", "block_size": 8, "num_blocks": 4}
 STREAMING = {"method": "streaming", "num_sinks": 2, "window_size": 13}
 SSA = {"method": "ssa", "block_size": 8, "num_blocks": 4}
+HYBRID = {
+    **NSA,
+    "branch_kv": "independent",
+    "rules": [
+        {**SSA, "layers": [0], "heads": [0]},
+        {"method": "full", "layers": [-1], "heads": [1]},
+        {**DSA, "layers": [1], "heads": [1], "index_key": "shared"},
+    ],
+}
 
 VARIANTS = {
     "nsa": NSA,
@@ -69,13 +78,20 @@ VARIANTS = {
     "msa": MSA,
     "msa-shared": {**MSA, "index_key": "shared"},
     "streaming": STREAMING,
+    "hybrid": HYBRID,
     "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed", "scorer": "second_order"},
 }
 
+METHODS = ("nsa", "ssa", "moba", "infllm_v2", "dsa", "msa", "streaming", "hybrid")
+"""Variants that are tested with every family; the others, which differ in an option, with one."""
+PAIRS = [(family, name) for name in VARIANTS for family in (FAMILIES if name in METHODS else ("qwen2",))]
+
 
 def plan(default: dict, *rules: dict) -> SparseAttentionConfig:
-    """Return a plan with one default rule and further rules."""
-    return SparseAttentionConfig.from_dict({"default": dict(default), "rules": [dict(r) for r in rules]})
+    """Return a plan with one default rule and further rules, which ``default`` may hold under "rules"."""
+    default = dict(default)
+    rules = (*rules, *default.pop("rules", ()))
+    return SparseAttentionConfig.from_dict({"default": default, "rules": [dict(r) for r in rules]})
 
 
 def dense_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:

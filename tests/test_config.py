@@ -12,8 +12,36 @@ def test_round_trip() -> None:
     values = {"default": {"method": "nsa", "block_size": 32}, "rules": [{"method": "full", "layers": [0, 3]}]}
     plan = SparseAttentionConfig.from_dict(values)
     assert plan.to_dict() == values
-    assert plan.for_layer(3).method == "full"
-    assert plan.for_layer(1).settings == {"block_size": 32}
+    assert [rule.method for rule in plan.for_layer(3, 2)] == ["full"]
+    assert [rule.settings for rule in plan.for_layer(1, 2)] == [{"block_size": 32}]
+
+
+def test_rules_for_heads_leave_the_rest_to_the_default() -> None:
+    values = {
+        "default": {"method": "nsa"},
+        "rules": [
+            {"method": "full", "layers": [0, -1], "heads": [2, 0]},
+            {"method": "ssa", "layers": [0], "heads": [3]},
+            {"method": "moba", "layers": [1], "heads": [0, 1, 2, 3]},
+        ],
+    }
+    plan = SparseAttentionConfig.from_dict(values)
+    assert plan.to_dict() == values
+    plan = plan.resolved(3, 4)
+    assert [(r.method, r.heads) for r in plan.for_layer(0, 4)] == [
+        ("full", (0, 2)), ("nsa", (1,)), ("ssa", (3,)),
+    ]
+    assert [(r.method, r.heads) for r in plan.for_layer(1, 4)] == [("moba", None)]
+    assert [(r.method, r.heads) for r in plan.for_layer(2, 4)] == [("full", (0, 2)), ("nsa", (1, 3))]
+
+
+def test_a_layer_named_from_both_ends_is_refused() -> None:
+    plan = SparseAttentionConfig(
+        default=LayerRule(method="nsa"), rules=(LayerRule(method="full", layers=(2, -1)),)
+    )
+    assert plan.resolved(4, 2).rules[0].layers == (2, 3)
+    with pytest.raises(ConfigError, match="listed twice"):
+        plan.resolved(3, 2)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +57,22 @@ def test_round_trip() -> None:
         ({"default": {"method": "nsa"}, "rules": {"method": "full"}}, "expected a list"),
         ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": []}]}, "layers is empty"),
         ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": "0-3"}]}, "list of integers"),
-        ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [-1]}]}, "integers from 0"),
+        ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1.5]}]}, "must be integers"),
+        ({"default": {"method": "nsa", "heads": [0]}}, "belongs in a rule"),
+        (
+            {"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1], "heads": [-1]}]},
+            "integers from 0",
+        ),
+        (
+            {
+                "default": {"method": "nsa"},
+                "rules": [
+                    {"method": "full", "layers": [1], "heads": [0, 1]},
+                    {"method": "ssa", "layers": [1], "heads": [1]},
+                ],
+            },
+            "layer 1 is named by",
+        ),
         ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1, 1]}]}, "listed twice"),
         (
             {
@@ -49,9 +92,14 @@ def test_layers_outside_the_model() -> None:
     plan = SparseAttentionConfig(
         default=LayerRule(method="nsa"), rules=(LayerRule(method="full", layers=(2, 9)),)
     )
-    plan.check_layers(10)
+    plan.resolved(10, 2)
     with pytest.raises(ConfigError, match=r"layers 9 do not exist: the model has layers 0-3"):
-        plan.check_layers(4)
+        plan.resolved(4, 2)
+    heads = SparseAttentionConfig(
+        default=LayerRule(method="nsa"), rules=(LayerRule(method="full", layers=(2,), heads=(1, 2)),)
+    )
+    with pytest.raises(ConfigError, match=r"heads 2 do not exist: the model has heads 0-1"):
+        heads.resolved(4, 2)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 3), (0, 1), (4, True), (4, "2"), (-4, 2), (4, 8)])

@@ -150,8 +150,8 @@ def test_recipe_repeats_the_conversion(tmp_path, source):
     again = SparseAttentionConfig.from_dict(recipe["sparse_attention"])
     convert_checkpoint(source, tmp_path / "second", again)
     assert tree_hash(tmp_path / "first") == tree_hash(tmp_path / "second")
-    assert again.for_layer(0).method == "full"
-    assert again.for_layer(1).settings["block_score"] == "sum"
+    assert again.for_layer(0, 2)[0].method == "full"
+    assert again.for_layer(1, 2)[0].settings["block_score"] == "sum"
 
 
 def test_dry_run_writes_nothing(tmp_path, source):

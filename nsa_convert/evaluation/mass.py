@@ -34,6 +34,7 @@ class LayerMass:
         captured_by_head: The same for each key/value head (mean over its query heads).
         oracle: Mass that the best choice of as many blocks would capture, None for a fixed band.
         gate: Mean gate value of the branch, None without gates.
+        heads: Key/value heads the row is about; None for all heads of the layer.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class LayerMass:
     captured_by_head: tuple[float, ...]
     oracle: float | None
     gate: float | None
+    heads: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
@@ -91,7 +93,7 @@ class MassProbe:
                     captured=captured.mean().item(),
                     captured_by_head=tuple(captured.view(kv_heads, -1).mean(1).tolist()),
                     oracle=None if oracle is None else oracle.mean().item(),
-                    gate=_gate_mean(record, name, index),
+                    gate=_gate_mean(record, name, index), heads=record.heads,
                 )
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,7 +48,7 @@ class Pool:
     Attributes:
         name: Key under which the method finds the cells.
         source: Whether keys or values are compressed.
-        heads: ``(first, last + 1)`` of the cached key/value heads it reads.
+        heads: The cached key/value heads it reads.
         width: l, tokens in a cell.
         stride: d, tokens between cells.
         rope: ``"after"`` compresses rotated keys as they are cached; ``"before"`` compresses them
@@ -57,7 +57,7 @@ class Pool:
 
     name: str
     source: Literal["key", "value"]
-    heads: tuple[int, int]
+    heads: Sequence[int]
     width: int
     stride: int
     rope: Literal["after", "before"] = "after"
@@ -115,6 +115,7 @@ class AttentionRecord:
         layout: Position of the queries, padding and packing.
         scale: Factor on the scores.
         gates: ``[B, TQ, HQ, branches]`` gate values, or None.
+        heads: Key/value heads of the layer that q and k hold; None for all.
     """
 
     layer_index: int
@@ -124,6 +125,7 @@ class AttentionRecord:
     layout: SequenceLayout
     scale: float
     gates: Tensor | None
+    heads: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,13 @@ class TrainingMode:
     stream: Literal["sparse", "full", "teacher"] = "sparse"
     losses: tuple[str, ...] = ()
     step: int = 0
+
+
+def select_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Return some heads of ``[B, T, H, D]``, ascending; a view where they are neighbours."""
+    if len(heads) == heads[-1] - heads[0] + 1:
+        return x[:, :, heads[0] : heads[-1] + 1]
+    return x[:, :, list(heads)]
 
 
 # A plain global, shared by threads: torch.compile cannot trace a ContextVar.
@@ -193,6 +202,8 @@ class SparseMethod(nn.Module):
     """Whether pretraining draws, step by step, sparse or full attention for the residual stream."""
     runs_full: ClassVar[bool] = False
     """Whether dense attention over the same keys and values is a mode of the method."""
+    couples_heads: ClassVar[bool] = False
+    """Whether the heads of a layer choose together, so that a hybrid must not split them."""
     cached_streams: tuple[str, ...] = ()
     """Names of the :meth:`streams` that are kept in the cache."""
 
@@ -201,6 +212,8 @@ class SparseMethod(nn.Module):
         self.settings = settings
         self.geometry = geometry
         self.layer_index = layer_index
+        self.heads: tuple[int, ...] | None = None
+        """Key/value heads of the layer this method serves in a hybrid; None for all."""
         self.cover: int | None = None
         """While set, the sparse path runs with a budget that covers this many tokens and with gates at their
         starting values, so that its output must equal dense attention (see ``verify``)."""
@@ -248,6 +261,18 @@ class SparseMethod(nn.Module):
         More rows than the dense parameter has are repeats of them; fewer are means over neighbouring heads.
         """
         return {}
+
+    def initial_rows(self, own: str, dense: str, rows: Tensor) -> Tensor:
+        """Return where the parameter ``own`` starts, from the rows of the dense parameter ``dense``."""
+        count = self.get_parameter(own).shape[0]
+        if count >= rows.shape[0]:
+            return torch.cat([rows] * (count // rows.shape[0]))
+        heads = rows.float().unflatten(0, (count // self.geometry.head_dim, -1, self.geometry.head_dim))
+        return heads.mean(1).flatten(0, 1).to(rows.dtype)
+
+    def leaves(self) -> Iterator[SparseMethod]:
+        """Yield the methods that choose: this one, or those of the heads of a hybrid layer."""
+        yield self
 
     def visible_budget(self) -> int:
         """Return the longest context at which a freshly converted layer equals dense attention."""
@@ -337,5 +362,6 @@ class SparseMethod(nn.Module):
                     layout=x.layout,
                     scale=x.scale,
                     gates=gates,
+                    heads=self.heads,
                 )
             )

@@ -87,6 +87,7 @@ class DSA(SelectingMethod):
         },
     )
     Settings = DSASettings
+    couples_heads = True
     stage_losses = {
         "align": {"index_kl": 1.0}, "pretrain": {"index_kl": 1.0}, "extend": {"index_kl": 1.0},
         "sft": {"index_kl": 1.0},

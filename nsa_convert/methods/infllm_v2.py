@@ -106,7 +106,7 @@ class InfLLMv2(SelectingMethod):
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the pooled keys."""
-        s, heads = self.settings, (0, self.geometry.num_kv_heads)
+        s, heads = self.settings, range(self.geometry.num_kv_heads)
         return (Pool(name="key", source="key", heads=heads, width=s.kernel_size, stride=s.kernel_stride),)
 
     def compress(self, name: str, windows: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class MoBA(SelectingMethod):
     def pools(self) -> tuple[Pool, ...]:
         """Return the block means of the keys."""
         size = self.settings.block_size
-        heads = (0, self.geometry.num_kv_heads)
+        heads = range(self.geometry.num_kv_heads)
         return (Pool(name="key", source="key", heads=heads, width=size, stride=size),)
 
     def compress(self, name: str, windows: Tensor) -> Tensor:

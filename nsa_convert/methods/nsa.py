@@ -138,7 +138,7 @@ class NSA(SparseMethod):
     def pools(self) -> tuple[Pool, ...]:
         """Return the compressed keys and values."""
         s, heads = self.settings, self.geometry.num_kv_heads
-        span = (0, heads) if s.branch_kv == "shared" else (heads, 2 * heads)
+        span = range(heads) if s.branch_kv == "shared" else range(heads, 2 * heads)
         sizes = {"heads": span, "width": s.compression_block, "stride": s.compression_stride}
         pools = (
             Pool(name="key", source="key", rope=s.compress_rope, **sizes),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsa_convert.config import FULL, AttentionGeometry, LayerRule, suggest
+from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig, suggest
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import MethodSpec, SparseMethod
 from nsa_convert.methods.dsa import DSA
 from nsa_convert.methods.full import FullAttention
+from nsa_convert.methods.hybrid import HeadMix, HeadPart, neighbours
 from nsa_convert.methods.infllm_v2 import InfLLMv2
 from nsa_convert.methods.moba import MoBA
 from nsa_convert.methods.msa import MSA
@@ -63,3 +64,20 @@ def build_method(rule: LayerRule, geometry: AttentionGeometry, layer_index: int)
     """
     method, settings = read_rule(rule, f"layer {layer_index}")
     return method(settings, geometry, layer_index)
+
+
+def build_layer(sparse: SparseAttentionConfig, geometry: AttentionGeometry, layer_index: int) -> SparseMethod:
+    """Build the method module of one layer of a plan whose layers count from the front.
+
+    Raises:
+        ConfigError: Unknown method, unknown setting or bad value.
+    """
+    rules = sparse.for_layer(layer_index, geometry.num_kv_heads)
+    if len(rules) == 1:
+        return build_method(rules[0], geometry, layer_index)
+    parts = []
+    for rule in rules:
+        method, settings = read_rule(rule, f"layer {layer_index}")
+        for heads in [rule.heads] if method.couples_heads else neighbours(rule.heads):
+            parts.append(HeadPart(method=method, settings=settings, heads=heads))
+    return HeadMix(tuple(sorted(parts, key=lambda part: part.heads)), geometry, layer_index)

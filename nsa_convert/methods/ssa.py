@@ -92,7 +92,7 @@ class SSA(SparseMethod):
     def pools(self) -> tuple[Pool, ...]:
         """Return the block means of the keys, and their spread where the scorer wants it."""
         size = self.settings.block_size
-        sizes = {"source": "key", "heads": (0, self.geometry.num_kv_heads), "width": size, "stride": size}
+        sizes = {"source": "key", "heads": range(self.geometry.num_kv_heads), "width": size, "stride": size}
         names = ("key",) if self.settings.scorer == "first_order" else ("key", "half_variance")
         return tuple(Pool(name=name, **sizes) for name in names)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_convert.methods.base import AttentionInputs, SparseMethod
+from nsa_convert.methods.base import AttentionInputs, SparseMethod, select_heads
 from nsa_convert.patch.cache import sparse_cache_layer
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.pooling import grow_cells, grow_stream, pool_sequence
@@ -143,4 +143,4 @@ def _one_row(x: Tensor) -> Tensor:
 
 def _heads(pool: Any, k: Tensor, v: Tensor) -> Tensor:
     """Return the keys or values of the heads a pool reads."""
-    return (k if pool.source == "key" else v)[:, :, pool.heads[0] : pool.heads[1]]
+    return select_heads(k if pool.source == "key" else v, pool.heads)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch
-
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.methods.base import SparseMethod
 
@@ -63,7 +61,8 @@ def parameter_count(methods: Sequence[SparseMethod]) -> int:
 
 def dense_until(methods: Sequence[SparseMethod]) -> int | None:
     """Return the context up to which every layer still sees everything; None when all layers are full."""
-    budgets = [method.visible_budget() for method in methods if method.keys_per_query() is not None]
+    leaves = [leaf for method in methods for leaf in method.leaves()]
+    budgets = [leaf.visible_budget() for leaf in leaves if leaf.keys_per_query() is not None]
     return min(budgets, default=None)
 
 
@@ -71,18 +70,18 @@ def _cost(
     methods: Sequence[SparseMethod], geometry: AttentionGeometry, width: int, length: int
 ) -> ContextCost:
     row = geometry.head_dim * width  # bytes of one cached vector
-    work = 2 * geometry.num_query_heads * geometry.head_dim  # FLOPs of one dot product, all query heads
+    dense_work = 4 * geometry.num_query_heads * geometry.head_dim  # FLOPs of both products with one key
     dense_entry = 2 * geometry.num_kv_heads * row
     kv = flops = decode = 0
     density = 0.0
-    for method in methods:
-        limit = method.keys_per_query()
+    for method in [leaf for layer in methods for leaf in layer.leaves()]:
+        limit, heads = method.keys_per_query(), method.geometry.num_kv_heads
         seen = length if limit is None else min(length, limit)
-        heads = geometry.num_kv_heads + _extra_heads(method, geometry)
-        kv += 2 * heads * row * length
-        decode += dense_entry * seen
+        kv += 2 * heads * (1 + method.extra_head_sets()) * row * length
+        decode += 2 * heads * row * seen
+        work = 2 * method.geometry.num_query_heads * geometry.head_dim  # FLOPs of one product with a key
         flops += 2 * work * _sum_of_keys(length, limit)
-        density += seen / length / len(methods)
+        density += seen / length / len(methods) * heads / geometry.num_kv_heads
         index = method.index_size()
         if index is not None:
             index_bytes = index.key_heads * row * length
@@ -91,7 +90,7 @@ def _cost(
             flops += 2 * index.query_heads * geometry.head_dim * _sum_of_keys(length, None)
         for pool in method.pools():
             cells = max(0, (length - pool.width) // pool.stride + 1)
-            pool_bytes = (pool.heads[1] - pool.heads[0]) * row * cells
+            pool_bytes = len(pool.heads) * row * cells
             kv += pool_bytes
             decode += pool_bytes
             flops += work * _sum_of_cells(length, pool.width, pool.stride)
@@ -99,19 +98,12 @@ def _cost(
         context=length,
         dense_kv_bytes=dense_entry * length * len(methods),
         sparse_kv_bytes=kv,
-        dense_prefill_flops=2 * work * _sum_of_keys(length, None) * len(methods),
+        dense_prefill_flops=dense_work * _sum_of_keys(length, None) * len(methods),
         sparse_prefill_flops=flops,
         dense_decode_bytes=dense_entry * length * len(methods),
         sparse_decode_bytes=decode,
         density=density,
     )
-
-
-def _extra_heads(method: SparseMethod, geometry: AttentionGeometry) -> int:
-    """Return how many further key/value heads a method caches."""
-    with torch.device("meta"):
-        extra = method.extra_kv(torch.empty(1, 1, geometry.hidden_size))
-    return 0 if extra is None else extra[0].shape[2]
 
 
 def _sum_of_keys(length: int, limit: int | None) -> int:

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import BackendError, ConfigError
 from nsa_convert.methods.base import InitialisedModule, TrainingMode
-from nsa_convert.methods.registry import build_method
+from nsa_convert.methods.registry import build_layer
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.families import ModelFamily, family_of_sparse, geometry_of
 from nsa_convert.patch.layout import SparseContext, read_context
@@ -300,7 +300,7 @@ def install_sparse_attention(decoder: nn.Module) -> None:
     resolve_plan(sparse, len(decoder.layers), geometry)
     for index, layer in enumerate(decoder.layers):
         layer.self_attn = SparseAttention(
-            layer.self_attn, build_method(sparse.for_layer(index), geometry, index)
+            layer.self_attn, build_layer(sparse, geometry, index)
         )
         layer.__class__ = sparse_layer_class(type(layer))
     config._attn_implementation = ATTENTION_NAME

@@ -38,9 +38,10 @@ def patch_model(model: PreTrainedModel, sparse: SparseAttentionConfig) -> PreTra
     """
     family = family_of(model.config.to_dict())
     config_class, model_class, lm_class = classes_of(family)
-    config = config_class(**_without_identity(sparse_config_dict(model.config.to_dict(), sparse)))
-    geometry = geometry_of(config.to_dict(), family)
+    geometry = geometry_of(model.config.to_dict(), family)
     resolve_plan(sparse, len(model.model.layers), geometry)
+    sparse = sparse.resolved(len(model.model.layers), geometry.num_kv_heads)
+    config = config_class(**_without_identity(sparse_config_dict(model.config.to_dict(), sparse)))
     dense = (
         model.config,
         type(model),
@@ -94,7 +95,7 @@ def with_full_budget(model: nn.Module, length: int) -> Iterator[None]:
 
     The output must then equal dense attention; ``verify`` relies on it.
     """
-    methods = sparse_methods(model)
+    methods = [leaf for method in sparse_methods(model) for leaf in method.leaves()]
     gates = [module for method in methods for module in method.modules() if isinstance(module, BranchGate)]
     for method in methods:
         method.cover = length
@@ -117,10 +118,12 @@ def set_mode(model: nn.Module, mode: str) -> None:
     """
     if mode not in ("sparse", "full"):
         raise ValueError(f"mode must be 'sparse' or 'full', got {mode!r}")
-    switchable = [method for method in sparse_methods(model) if hasattr(method, "mode")]
+    leaves = [leaf for method in sparse_methods(model) for leaf in method.leaves()]
+    switchable = [leaf for leaf in leaves if hasattr(leaf, "mode")]
     if not switchable:
         raise ValueError(
-            "no layer of this model has a method with modes; only SSA can be switched to full attention"
+            "no layer of this model has a method with modes; NSA and streaming heads cannot run as full "
+            "attention"
         )
     for method in switchable:
         method.mode = mode

@@ -12,7 +12,7 @@ from torch import Tensor
 from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import SparseMethod
-from nsa_convert.methods.registry import build_method, read_rule
+from nsa_convert.methods.registry import build_layer, read_rule
 from nsa_convert.patch.families import family_of, geometry_of
 
 AUTO_CLASSES = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
@@ -37,7 +37,7 @@ def resolve_plan(
     """
     problems = []
     try:
-        sparse.check_layers(num_layers)
+        sparse = sparse.resolved(num_layers, geometry.num_kv_heads)
     except ConfigError as error:
         problems.append(str(error))
     for where, rule in [
@@ -51,7 +51,7 @@ def resolve_plan(
     if problems:
         raise ConfigError("; ".join(problems), code="CF22")
     with torch.device("meta"):
-        return [build_method(sparse.for_layer(i), geometry, i) for i in range(num_layers)]
+        return [build_layer(sparse, geometry, i) for i in range(num_layers)]
 
 
 def visible_budget(sparse: SparseAttentionConfig, num_layers: int, geometry: AttentionGeometry) -> int:
@@ -86,7 +86,7 @@ def new_tensors(
     resolve_plan(sparse, num_layers, geometry)
     tensors = {}
     for layer in range(num_layers):
-        method = build_method(sparse.for_layer(layer), geometry, layer)
+        method = build_layer(sparse.resolved(num_layers, geometry.num_kv_heads), geometry, layer)
         copy_dense_rows(method, lambda name, layer=layer: read(f"model.layers.{layer}.self_attn.{name}"))
         for name, parameter in method.named_parameters():
             tensors[sparse_prefix(layer) + name] = parameter.detach().to(dtype).contiguous()
@@ -96,17 +96,8 @@ def new_tensors(
 def copy_dense_rows(method: SparseMethod, read: Callable[[str], Tensor]) -> None:
     """Write the dense rows into the parameters of a method that start as copies of them."""
     for own, dense in method.dense_copies().items():
-        parameter = method.get_parameter(own)
         with torch.no_grad():
-            parameter.copy_(_fit_rows(read(dense), parameter.shape[0], method.geometry.head_dim))
-
-
-def _fit_rows(rows: Tensor, count: int, head_dim: int) -> Tensor:
-    """Return ``count`` rows: repeats where that is more, means over neighbouring heads where it is fewer."""
-    if count >= rows.shape[0]:
-        return torch.cat([rows] * (count // rows.shape[0]))
-    heads = rows.float().unflatten(0, (count // head_dim, -1, head_dim))
-    return heads.mean(1).flatten(0, 1).to(rows.dtype)
+            method.get_parameter(own).copy_(method.initial_rows(own, dense, read(dense)))
 
 
 def sparse_config_dict(config: Mapping[str, Any], sparse: SparseAttentionConfig) -> dict[str, Any]:
