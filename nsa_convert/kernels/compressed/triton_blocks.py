@@ -205,7 +205,7 @@ def top_blocks(
     best_blocks.launch(
         lambda c: (triton.cdiv(rows, c["BQ"]), batch * num_kv_heads),
         score,
-        0,
+        max(1, piece // 8),
         **strides(s=score.transpose(1, 2), o=indices.transpose(1, 2)),
         score=score,
         own=own,
@@ -218,7 +218,6 @@ def top_blocks(
         num_blocks=num_blocks,
         num_sinks=num_sinks,
         num_locals=num_locals,
-        BQ=max(4, min(64, PIECE // piece)),
         BN=piece,
         BS=triton.next_power_of_2(indices.shape[3]),
         ONE_PIECE=piece >= num_blocks,

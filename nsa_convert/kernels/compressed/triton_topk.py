@@ -35,12 +35,18 @@ def load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ: tl.conste
         "indices": "*i32",
         **dict.fromkeys(("begin", "end", "H", "size", "num_blocks", "num_sinks", "num_locals"), "i32"),
     },
-    configs=(Config(num_warps=4),),
+    # The row of these configurations is an eighth of the length of a piece.
+    configs=(
+        Config(sizes={"BQ": 16}, num_warps=4, max_row=32),
+        Config(sizes={"BQ": 2}, num_warps=4),
+        Config(sizes={"BQ": 1}, num_warps=1, max_row=128),
+    ),
+    key=("BN", "ONE_PIECE"),
     cases=(
-        {"BQ": 8, "BN": 64, "BS": 16, "ONE_PIECE": True},
-        {"BQ": 4, "BN": 1024, "BS": 16, "ONE_PIECE": True},
-        {"BQ": 4, "BN": 2048, "BS": 64, "ONE_PIECE": True},
-        {"BQ": 4, "BN": 2048, "BS": 16, "ONE_PIECE": False},
+        {"BN": 1024, "BS": 16, "ONE_PIECE": True, "row": 128},
+        {"BN": 2048, "BS": 16, "ONE_PIECE": False, "row": 256},
+        {"BN": 64, "BS": 16, "ONE_PIECE": True, "row": 8},
+        {"BN": 2048, "BS": 64, "ONE_PIECE": True, "row": 256, "slow": True},
     ),
 )
 def best_blocks(

@@ -56,9 +56,8 @@ def query_step(
     configs=(
         Config(sizes={"BM": 64, "BN": 64}, num_warps=8, num_stages=2, max_row=256),
         Config(sizes={"BM": 128, "BN": 32}, num_warps=8, num_stages=2, max_row=256),
-        Config(sizes={"BM": 64, "BN": 64}, num_warps=4, num_stages=2, max_row=128),
-        Config(sizes={"BM": 64, "BN": 32}, num_warps=8, num_stages=1, max_row=512),
-        Config(sizes={"BM": 32, "BN": 16}, num_warps=4, num_stages=1),
+        Config(sizes={"BM": 64, "BN": 32}, num_warps=8, num_stages=1, min_row=256, max_row=512),
+        Config(sizes={"BM": 16, "BN": 16}, num_warps=8, num_stages=1, min_row=512),
     ),
     key=("D", "HAS_SINKS"),
     cases=CASES,
@@ -145,9 +144,8 @@ def key_step(
     configs=(
         Config(sizes={"BM": 32, "BN": 64}, num_warps=8, num_stages=2, max_row=256),
         Config(sizes={"BM": 64, "BN": 64}, num_warps=8, num_stages=1, max_row=256),
-        Config(sizes={"BM": 64, "BN": 64}, num_warps=4, num_stages=2, max_row=128),
-        Config(sizes={"BM": 32, "BN": 32}, num_warps=8, num_stages=2, max_row=512),
-        Config(sizes={"BM": 16, "BN": 16}, num_warps=4, num_stages=1),
+        Config(sizes={"BM": 32, "BN": 32}, num_warps=8, num_stages=2, min_row=256, max_row=512),
+        Config(sizes={"BM": 16, "BN": 16}, num_warps=4, num_stages=1, min_row=512),
     ),
     key=("D", "HAS_SINKS"),
     cases=CASES,
@@ -224,7 +222,9 @@ def interval_backward_kv(
 @declare(
     types=TYPES,
     configs=(Config(sizes={"BM": 32}),),
-    cases=tuple({"D": d, "BD": bd} for d, bd in ((64, 64), (80, 128), (128, 128), (256, 256))),
+    cases=tuple(
+        {"D": d, "BD": bd, "slow": d != 128} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))
+    ),
 )
 def output_delta(
     o, do, dlse, delta, s_ob, s_ot, s_oh, s_gb, s_gt, s_gh, s_eb, s_et, s_eh, s_lb, s_lt, s_lh, TQ, HQ,
