@@ -120,7 +120,7 @@ def kernel_function(module: str, name: str) -> Callable:
 
 @torch.compiler.assume_constant_result
 def _load(module: str, name: str) -> bool:
-    """Import a function into ``_loaded``; torch.compile runs this as it traces, and reads the dict after it."""
+    """Import a function into ``_loaded``; torch.compile runs this while it traces, then reads the dict."""
     if f"{module}.{name}" not in _loaded:
         imported = importlib.import_module(f"nsa_convert.kernels.{module}")
         _loaded[f"{module}.{name}"] = getattr(imported, name)

@@ -60,6 +60,7 @@ class Config:
         num_stages: Loads in flight in a loop.
         max_row: Used only when a key row (padded head dim times bytes of an element) is at most this long:
             longer rows would not fit shared memory.
+        min_row: Used only when a key row is longer than this.
         only: Used only when the constexprs named here have one of the values listed.
     """
 
@@ -67,11 +68,13 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     max_row: int = 1024
+    min_row: int = 0
     only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
 
     def serves(self, row: int, arguments: Mapping[str, Any]) -> bool:
         """Return whether this configuration may run with these arguments."""
-        return row <= self.max_row and all(arguments[n] in values for n, values in self.only.items())
+        fits = self.min_row < row <= self.max_row
+        return fits and all(arguments[n] in values for n, values in self.only.items())
 
     def arguments(self) -> dict[str, int]:
         """Return the keyword arguments of a launch."""

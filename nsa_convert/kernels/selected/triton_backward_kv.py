@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_convert.kernels.selected.triton_forward import GEOMETRY, row_bytes, tile_arguments
+from nsa_convert.kernels.selected.triton_forward import (
+    EXACT,
+    GEOMETRY,
+    LONG,
+    key_steps,
+    row_bytes,
+    tile_arguments,
+)
 from nsa_convert.kernels.selected.triton_plan import Plan, Readers, invert
 from nsa_convert.kernels.toolchain import Config, declare, dot, padded_dim
 
 CASES = tuple(
     {"D": 128, "DP": 128, "BM": rows, "R": readers, "G": readers, "W": min(64, rows // readers), "BS": size,
      "BN": min(64, size), "UPCAST": False}
-    for rows, readers, size in ((128, 4, 64), (64, 4, 64), (16, 1, 64), (128, 7, 128), (128, 8, 16))
-)  # fmt: skip
+    for rows, readers, size in ((128, 4, 64), (128, 7, 128), (128, 8, 16))
+) + (LONG, EXACT)  # fmt: skip
 
 
 @declare(
@@ -25,10 +31,10 @@ CASES = tuple(
         "entry_members": "*i64", "key_heads": "i32", "block_rows": "i32", "num_tiles": "i32", "H": "i32",
     },
     configs=(
-        Config(sizes={"BR": 64}, num_warps=4, num_stages=2, max_row=256),
+        Config(sizes={"BR": 64}, num_warps=8, num_stages=3, max_row=256),
         Config(sizes={"BR": 64}, num_warps=8, num_stages=2, max_row=256),
-        Config(sizes={"BR": 32}, num_warps=4, num_stages=2, max_row=512),
-        Config(sizes={"BR": 16}, num_warps=4, num_stages=1),
+        Config(sizes={"BR": 32}, num_warps=4, num_stages=2, max_row=256),
+        Config(sizes={"BR": 16}, num_warps=8, num_stages=1, min_row=256),
     ),
     key=("DP", "BM", "BN", "R"),
     cases=CASES,
@@ -151,8 +157,8 @@ def backward_kv(
     dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     shared = heads // readers.key_heads
     parts = torch.empty(2, readers.slots * shared, plan.block_size, dim, dtype=torch.float32, device=q.device)
-    keys = min(64, 32768 // row_bytes(q), triton.next_power_of_2(plan.block_size))
-    keys = max(16, keys)
+    step = key_steps(plan.block_size, row_bytes(q))
+    keys = max(16, step["BN"] // step["JOIN"])
     common = {
         "dk": dk, "dv": dv, "part_k": parts[0], "part_v": parts[1], "entry_tiles": readers.entry_tiles,
         "H": heads, "key_heads": readers.key_heads, "block_rows": plan.block_rows,

@@ -57,7 +57,8 @@ def row_terms(
     configs=(
         Config(num_warps=8, num_stages=2, max_row=256, only=LARGE),
         Config(num_warps=4, num_stages=2, max_row=256, only=SMALL),
-        Config(num_warps=8, num_stages=1),
+        Config(num_warps=4, num_stages=1, min_row=256, max_row=512),
+        Config(num_warps=8, num_stages=1, min_row=512),
     ),
     key=("DP", "BM", "BN", "R"),
     cases=CASES,

@@ -10,10 +10,10 @@ from torch import Tensor
 from nsa_convert.kernels.selected.triton_plan import Plan
 from nsa_convert.kernels.toolchain import LOG2E, Config, declare, dot, padded_dim, upcast
 
-KEY_BYTES = 32768
-"""Keys of one step: part of a large block, or several small blocks together; at most 64."""
+KEY_BYTES = 16384
+"""Keys of one step: part of a large block, or several small blocks together; 16 to 64 of them."""
 
-ROW_BYTES = 65536
+ROW_BYTES = 32768
 """Queries of one tile."""
 
 LARGE, SMALL = {"BM": (128,)}, {"BM": (16, 32, 64)}
@@ -24,13 +24,17 @@ GEOMETRY = {
 }  # fmt: skip
 """Types of the arguments that all kernels over tiles share."""
 
+LONG = {
+    "D": 256, "DP": 256, "row": 512, "BM": 64, "R": 4, "G": 4, "W": 16, "BS": 64, "BN": 32, "UPCAST": False,
+}  # fmt: skip
+EXACT = {**LONG, "D": 128, "DP": 128, "dtype": "fp32", "row": 1024, "BM": 32, "W": 8, "BN": 16, "slow": True}
 CASES = tuple(
     {"D": 128, "DP": 128, "BM": rows, "R": readers, "G": readers, "W": min(64, rows // readers), "BS": size,
      "BN": min(64, size * join), "PARTS": parts, "JOIN": join, "UPCAST": False}
     for rows, readers, size, parts, join in (
-        (128, 4, 64, 1, 1), (64, 4, 64, 1, 1), (16, 1, 64, 1, 1), (128, 7, 128, 2, 1), (128, 8, 16, 1, 4),
+        (128, 4, 64, 1, 1), (64, 4, 64, 1, 1), (128, 7, 128, 2, 1), (128, 8, 16, 1, 4),
     )
-)  # fmt: skip
+) + ({**LONG, "PARTS": 2, "JOIN": 1}, {**EXACT, "PARTS": 4, "JOIN": 1})  # fmt: skip
 
 
 def key_steps(block_size: int, row: int) -> dict[str, int]:
@@ -38,7 +42,7 @@ def key_steps(block_size: int, row: int) -> dict[str, int]:
 
     ``BN`` keys: one of ``PARTS`` parts of a block, or ``JOIN`` whole blocks, each padded to a power of two.
     """
-    most = min(64, KEY_BYTES // row)
+    most = max(16, min(64, KEY_BYTES // row))
     size = triton.next_power_of_2(block_size)
     join = max(1, most // size)
     keys = min(most, size * join)
@@ -76,7 +80,7 @@ def step_keys(
         Config(num_warps=8, num_stages=3, max_row=256, only=LARGE),
         Config(num_warps=4, num_stages=2, max_row=256, only=SMALL),
         Config(num_warps=4, num_stages=3, max_row=256, only=SMALL),
-        Config(num_warps=8, num_stages=1),
+        Config(num_warps=8, num_stages=1, min_row=256),
     ),
     key=("DP", "BM", "BN", "R"),
     cases=CASES,
@@ -142,8 +146,12 @@ def attend_forward(
 
 
 def row_bytes(q: Tensor) -> int:
-    """Return the bytes of a padded row of q, k or v."""
-    return padded_dim(q.shape[3]) * q.element_size()
+    """Return the bytes that a padded row of q, k or v takes, at most 1024.
+
+    float32 counts twice: its exact products hold their operands in registers.
+    """
+    size = 8 if q.dtype == torch.float32 else q.element_size()
+    return min(1024, padded_dim(q.shape[3]) * size)
 
 
 def tile_arguments(q: Tensor, k: Tensor, plan: Plan, scale: float) -> dict:

@@ -70,7 +70,7 @@ def make_plan(
         max_rows: Rows that fit the memory of a program.
         rows: Rows of a tile; chosen from the lists when None.
     """
-    readers = readers_of(heads, indices.shape[1])
+    readers = readers_of(heads, indices.shape[1], max_rows)
     if heads[1] < indices.shape[1] < heads[0] // readers:
         raise ValueError(f"{indices.shape[1]} block lists for {heads[0]} query and {heads[1]} key heads")
     if indices.shape[1] > 1 and indices.shape[1] < heads[0] // readers:  # more than 64 heads share a list
@@ -86,10 +86,10 @@ def make_plan(
     )
 
 
-def readers_of(heads: tuple[int, int], lists: int) -> int:
-    """Return how many query heads share a list and a key head in one tile, at most 64."""
+def readers_of(heads: tuple[int, int], lists: int, most: int = 64) -> int:
+    """Return how many query heads share a list and a key head in one tile, at most 64 or ``most``."""
     group = heads[0] // heads[1] if lists <= heads[1] else 1
-    return max(n for n in range(1, min(group, 64) + 1) if group % n == 0)
+    return max(n for n in range(1, min(group, most, 64) + 1) if group % n == 0)
 
 
 def tile_width(rows: int, readers: int) -> int:
