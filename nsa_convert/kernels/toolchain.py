@@ -68,7 +68,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     max_row: int = 1024
-    min_row: int = 0
+    min_row: int = -1
     only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
 
     def serves(self, row: int, arguments: Mapping[str, Any]) -> bool:
