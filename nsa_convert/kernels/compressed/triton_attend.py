@@ -6,7 +6,9 @@ from torch import Tensor
 
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.compressed.triton_blocks import cell_layout, choose_blocks
+from nsa_convert.kernels.dense.triton_attend import few_queries
 from nsa_convert.kernels.dense.triton_interval import interval_attention
+from nsa_convert.kernels.selected.triton_gather import attend_runs
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
@@ -17,7 +19,9 @@ def attend(
     """See :func:`nsa_convert.kernels.compressed.compressed_attention`; no score of a cell is stored."""
     at = cell_layout(layout, grid, q.shape[1], ck.shape[1], q.device)
     o = lse = indices = None
-    if cv is not None:
+    if cv is not None and few_queries(layout, q, ck, cv):
+        o, lse = attend_runs(q, ck, cv, at.cells, ck.shape[1], scale)
+    elif cv is not None:
         o, lse = interval_attention(q, ck, cv, at.cells, scale)
     if rule is not None:
         growing = layout.cu_seqlens is None and not isinstance(layout.offset, Tensor)

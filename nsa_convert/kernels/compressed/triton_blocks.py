@@ -9,9 +9,12 @@ import triton
 from torch import Tensor
 
 from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.compressed.triton_decode import decode_score
 from nsa_convert.kernels.compressed.triton_scores import block_score, cell_lse
 from nsa_convert.kernels.compressed.triton_topk import best_blocks
+from nsa_convert.kernels.dense.segments import DECODE_QUERIES
 from nsa_convert.kernels.dense.triton_interval import Intervals, key_row, new_lse, rows_contiguous, strides
+from nsa_convert.kernels.selected.triton_gather import attend_runs
 from nsa_convert.kernels.toolchain import padded_dim, upcast
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
@@ -88,10 +91,13 @@ def choose_blocks(
         block = torch.arange(num_blocks, dtype=torch.int32, device=q.device)
         lists = block.where(block <= own[..., None], -1)  # [B or 1, TQ, S]
         return lists[:, None].expand(q.shape[0], ck.shape[2], -1, -1)
-    if lse is None:
-        lse = _cell_lse(q.detach(), ck.detach(), at.cells.lo, at.cells.hi, scale)
+    q, ck = q.detach(), ck.detach()
+    if lse is None and q.shape[1] <= DECODE_QUERIES:
+        lse = attend_runs(q, ck, None, at.cells, ck.shape[1], scale)[1]
+    elif lse is None:
+        lse = _cell_lse(q, ck, at.cells.lo, at.cells.hi, scale)
     return _choose_blocks(
-        q.detach(), ck.detach(), lse.detach(), at.cells.lo, at.cells.hi, own, grid.width // grid.stride,
+        q, ck, lse.detach(), at.cells.lo, at.cells.hi, own, grid.width // grid.stride,
         rule.block_size // grid.stride, rule.block_size, num_blocks, size, rule.num_sink_blocks,
         rule.num_local_blocks, rule.reduce == "max", at.longest if growing else 0, scale,
     )  # fmt: skip
@@ -136,8 +142,7 @@ def _choose_blocks(
     longest: int, scale: float,
 ) -> Tensor:  # fmt: skip
     q, ck = rows_contiguous(q, ck)
-    batch, num_queries, num_heads, dim = q.shape
-    num_kv_heads = ck.shape[2]
+    batch, num_queries, num_kv_heads = q.shape[0], q.shape[1], ck.shape[2]
     indices = torch.empty(batch, num_kv_heads, num_queries, size, dtype=torch.int32, device=q.device)
     rows = min(num_queries, max(16, SCORE_BYTES // (4 * batch * num_kv_heads * num_blocks) // 16 * 16))
     room = torch.empty(batch * num_kv_heads * rows * num_blocks, dtype=torch.float32, device=q.device)
@@ -146,38 +151,60 @@ def _choose_blocks(
         width = num_blocks if not longest else -(-(longest - num_queries + end) // block_size)
         score = room[: batch * num_kv_heads * (end - begin) * width]
         score = score.view(batch, num_kv_heads, end - begin, width)
-        block_score.launch(
-            lambda c, n=end - begin, w=width: (
-                triton.cdiv(n, c["BM"]), triton.cdiv(w, c["BB"]), batch * num_kv_heads
-            ),
-            q,
-            key_row(q),
-            **strides(q=q, k=ck, l=lse, s=score.transpose(1, 2)),
-            q=q,
-            ck=ck,
-            lse=lse,
-            score=score,
-            lo=lo,
-            hi=hi,
-            own=own,
-            s_ib=lo.stride(0) if lo.shape[0] > 1 else 0,
-            s_jb=own.stride(0) if own.shape[0] > 1 else 0,
-            scale=scale,
-            begin=begin,
-            end=end,
-            HQ=num_heads,
-            G=num_heads // num_kv_heads,
-            C=ck.shape[1],
-            parts=steps + overlap - 1,
-            steps=steps,
-            overlap=overlap,
-            D=dim,
-            BD=padded_dim(dim),
-            MAXIMUM=maximum,
-            UPCAST=upcast(q.dtype),
-        )  # fmt: skip
+        _score(q, ck, lse, score, lo, hi, own, begin, end, overlap, steps, maximum, scale)
         top_blocks(score, own, indices, begin, end, num_sinks, num_locals)
     return indices
+
+
+def _score(
+    q: Tensor, ck: Tensor, lse: Tensor, score: Tensor, lo: Tensor, hi: Tensor, own: Tensor, begin: int,
+    end: int, overlap: int, steps: int, maximum: bool, scale: float,
+) -> None:  # fmt: skip
+    """Write the scores ``[B, H, end - begin, NB]`` of the queries ``begin .. end - 1``."""
+    num_heads, num_kv_heads, dim = q.shape[2], ck.shape[2], q.shape[3]
+    group = num_heads // num_kv_heads
+    programs = q.shape[0] * num_kv_heads
+    shared = {
+        **strides(q=q, k=ck, l=lse, s=score.transpose(1, 2)),
+        "q": q,
+        "ck": ck,
+        "lse": lse,
+        "score": score,
+        "lo": lo,
+        "hi": hi,
+        "own": own,
+        "s_ib": lo.stride(0) if lo.shape[0] > 1 else 0,
+        "s_jb": own.stride(0) if own.shape[0] > 1 else 0,
+        "scale": scale,
+        "HQ": num_heads,
+        "parts": steps + overlap - 1,
+        "steps": steps,
+        "overlap": overlap,
+        "D": dim,
+        "BD": padded_dim(dim),
+        "MAXIMUM": maximum,
+        "UPCAST": upcast(q.dtype),
+    }
+    if q.shape[1] <= DECODE_QUERIES:
+        decode_score.launch(
+            lambda c: (q.shape[1], triton.cdiv(score.shape[3], c["BB"]), programs),
+            q,
+            key_row(q),
+            **shared,
+            GROUP=group,
+            GN=max(8, triton.next_power_of_2(group)),
+        )
+        return
+    block_score.launch(
+        lambda c: (triton.cdiv(end - begin, c["BM"]), triton.cdiv(score.shape[3], c["BB"]), programs),
+        q,
+        key_row(q),
+        **shared,
+        begin=begin,
+        end=end,
+        G=group,
+        C=ck.shape[1],
+    )
 
 
 @_choose_blocks.register_fake

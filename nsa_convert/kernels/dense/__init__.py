@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsa_convert.kernels.backend import current_backend
+from nsa_convert.kernels.backend import implementation
 from nsa_convert.kernels.checks import check_qkv, default_scale
 from nsa_convert.kernels.dense.gather import attend as gathered
 from nsa_convert.kernels.dense.reference import attend as reference
@@ -30,5 +30,5 @@ def dense_attention(
         ValueError: Shapes, dtypes or devices do not agree.
     """
     check_qkv(q, k, v)
-    run = reference if current_backend() == "reference" else gathered
+    run = implementation("dense", q, reference, gathered, v.shape[-1])
     return run(q, k, v, layout, default_scale(q, scale))

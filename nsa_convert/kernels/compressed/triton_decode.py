@@ -1,0 +1,61 @@
+"""Scores of blocks for a few queries: cells are the rows of the products, heads of a group the columns."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from nsa_convert.kernels.compressed.triton_scores import TYPES
+from nsa_convert.kernels.dense.triton_interval_fwd import load_rows
+from nsa_convert.kernels.toolchain import Config, declare, dot
+
+
+@declare(
+    types=TYPES,
+    configs=(
+        Config(sizes={"BB": 32}, num_warps=4, num_stages=3, max_row=512),
+        Config(sizes={"BB": 16}, num_warps=4, num_stages=1, min_row=512),
+    ),
+    cases=tuple(
+        {"D": d, "BD": bd, "GROUP": group, "GN": max(8, group), "MAXIMUM": False, "UPCAST": False, **more}
+        for d, bd, group, more in (
+            (128, 128, 4, {}),
+            (256, 256, 8, {"row": 512, "slow": True}),
+            (160, 256, 16, {"row": 512, "dtype": "fp16", "slow": True}),
+            (256, 256, 4, {"row": 1024, "dtype": "fp32", "slow": True}),
+        )
+    ),
+)
+def decode_score(
+    q, ck, lse, score, lo, hi, own, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_lb, s_lt, s_lh, s_ib, s_jb,
+    s_sb, s_st, s_sh, scale, HQ, parts, steps, overlap,
+    D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, GN: tl.constexpr,
+    MAXIMUM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Store the scores of a tile of blocks for one query and key head; ``block_score`` has the weights."""
+    i_t = tl.program_id(0).to(tl.int64)
+    i_b = (tl.program_id(2) // (HQ // GROUP)).to(tl.int64)
+    i_h = (tl.program_id(2) % (HQ // GROUP)).to(tl.int64)
+    own = tl.load(own + i_b * s_jb + i_t)
+    if own >= tl.program_id(1) * BB:
+        first = tl.load(lo + i_b * s_ib + i_t)
+        end = tl.load(hi + i_b * s_ib + i_t)
+        o_b = tl.program_id(1) * BB + tl.arange(0, BB)
+        o_h = i_h * GROUP + tl.arange(0, GN)
+        m_h = tl.arange(0, GN) < GROUP
+        b_q = load_rows(q + i_b * s_qb + i_t * s_qt, o_h, s_qh, m_h, D, BD, True)  # [GN, BD]
+        p_lse = lse + i_b * s_lb + i_t * s_lt + o_h * s_lh
+        b_lse2 = tl.load(p_lse, mask=m_h, other=float("inf")) * 1.4426950408889634
+        b_score = tl.zeros([BB], tl.float32)
+        for i in range(parts):
+            o_c = o_b * steps + (1 - overlap + i)
+            m_c = (o_c >= 0) & (first + o_c < end)
+            b_k = load_rows(ck + i_b * s_kb + i_h * s_kh, first + o_c, s_kt, m_c, D, BD, True)
+            b_s = dot(b_k, tl.trans(b_q), UPCAST) * (scale * 1.4426950408889634)  # [BB, GN]
+            b_p = tl.where(m_c[:, None] & m_h[None, :], tl.exp2(b_s - b_lse2[None, :]), 0.0)
+            if MAXIMUM:
+                b_score = tl.maximum(b_score, tl.sum(b_p, 1))
+            else:
+                weight = tl.minimum(tl.minimum(i + 1, parts - i), tl.minimum(steps, overlap))
+                b_score += tl.sum(b_p, 1) * weight
+        p_score = score + i_b * s_sb + i_h * s_sh + i_t * s_st + o_b
+        tl.store(p_score, b_score, mask=o_b <= own)
