@@ -192,7 +192,8 @@ def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
             for i in range(count):
                 yield documents.read(i)[:20_000]
 
-    tokenizer.train_from_iterator(texts(), trainer)
+    # Bytes and the end token alone need no text.
+    tokenizer.train_from_iterator(texts() if recipe.model.vocab > 257 else (), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token=END_TOKEN)
 
 

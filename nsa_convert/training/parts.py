@@ -29,7 +29,7 @@ class Source:
         streaming: Read a Hub data set row by row instead of fetching it first.
         hold_out: Share of the documents, at the end, that training never sees.
         size: Documents a generated kind draws from; 0 for no end.
-        pairs: Key/value pairs in a ``recall`` document.
+        pairs: Most key/value pairs in a ``recall`` document; at most 52.
     """
 
     kind: Literal["python", "reference", "recall", "text", "jsonl", "parquet", "hub"]
@@ -123,9 +123,9 @@ class FreshModel:
     Attributes:
         family: ``model_type`` of transformers.
         config: Keys of its config.json, sizes above all.
-        vocab: Tokens of a byte-level BPE tokenizer that is trained on the first stage's data; 259 is bytes.
+        vocab: Tokens of a byte-level BPE tokenizer that is trained on the first stage's data; 257 is bytes.
     """
 
     family: Literal["llama", "qwen2", "qwen3", "mistral"]
     config: Mapping[str, Any]
-    vocab: int = 259
+    vocab: int = 257

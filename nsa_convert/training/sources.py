@@ -113,15 +113,20 @@ def _split(documents: Documents, source: Source, held_out: bool) -> Documents:
 
 
 def recall_text(number: int, pairs: int) -> str:
-    """Return a generated document: values are set for keys in a first half and asked for in a second.
+    """Return a generated document: values are set for keys, then asked for again and again in random order.
 
-    The keys of the second half come in another order, so each value has to be fetched from far back.
+    ``set k7 P3 m0`` gives three keys their values, ``get P3 k7`` asks: after a key, only its value is right.
+    The number of keys is drawn from 4 to ``pairs``, so that easy documents come among hard ones; a document
+    has three rounds of asking for ``pairs`` keys, whatever its own number.
     """
     rng = random.Random(mix("recall", number))
-    keys = rng.sample([a + b for a in string.ascii_lowercase for b in string.ascii_lowercase], pairs)
-    values = {key: f"{rng.randrange(100):02d}" for key in keys}
-    asked = rng.sample(keys, pairs)
-    return "".join([f"set {k} = {values[k]}\n" for k in keys] + [f"get {k} = {values[k]}\n" for k in asked])
+    keys = rng.sample(string.ascii_letters, min(rng.randint(min(4, pairs), pairs), len(string.ascii_letters)))
+    values = {key: rng.randrange(10) for key in keys}
+    asked = rng.choices(keys, k=3 * pairs)
+    return (
+        " ".join(["set", *(f"{k}{values[k]}" for k in keys), "get", *(f"{k}{values[k]}" for k in asked)])
+        + "\n"
+    )
 
 
 def _stdlib_files() -> list[Path]:
