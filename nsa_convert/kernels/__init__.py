@@ -3,7 +3,7 @@
 from nsa_convert.kernels.backend import current_backend, use_backend
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
 from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.kernels.merge import merge_lse
+from nsa_convert.kernels.merge import gated_sum, merge_lse
 from nsa_convert.kernels.selected import sparse_attention
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "compressed_attention",
     "current_backend",
     "dense_attention",
+    "gated_sum",
     "merge_lse",
     "sparse_attention",
     "use_backend",

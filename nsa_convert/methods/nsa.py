@@ -18,6 +18,7 @@ from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.kernels.merge import gated_sum
 from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod, TrainingMode
 from nsa_convert.methods.budget import BlockBudget
@@ -199,8 +200,7 @@ class NSA(SparseMethod):
         gates = self.gate(x.hidden)  # [B, TQ, HQ, 3]
         patterns = {} if fits else {"selected": compressed.selection, "window": window}
         self.record(x, k, patterns, gates)
-        g_cmp, g_slc, g_win = gates.to(selected.dtype).unsqueeze(-2).unbind(-1)  # each [B, TQ, HQ, 1]
-        return torch.addcmul(torch.addcmul(compressed.o * g_cmp, selected, g_slc), windowed, g_win)
+        return gated_sum((compressed.o, selected, windowed), gates)
 
     def auxiliary_losses(
         self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode

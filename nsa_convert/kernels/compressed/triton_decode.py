@@ -19,9 +19,9 @@ from nsa_convert.kernels.toolchain import Config, declare, dot
         {"D": d, "BD": bd, "GROUP": group, "GN": max(8, group), "MAXIMUM": False, "UPCAST": False, **more}
         for d, bd, group, more in (
             (128, 128, 4, {}),
-            (256, 256, 8, {"row": 512, "slow": True}),
-            (160, 256, 16, {"row": 512, "dtype": "fp16", "slow": True}),
-            (256, 256, 4, {"row": 1024, "dtype": "fp32", "slow": True}),
+            (256, 256, 8, {"row": 512}),
+            (160, 256, 16, {"row": 512, "dtype": "fp16"}),
+            (256, 256, 4, {"row": 1024, "dtype": "fp32"}),
         )
     ),
 )

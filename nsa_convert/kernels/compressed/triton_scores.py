@@ -27,10 +27,10 @@ TYPES = {
 CASES = (
     {"D": 128, "BD": 128, "UPCAST": False},
     {"D": 160, "BD": 256, "UPCAST": False, "row": 512, "dtype": "fp16"},
-    {"D": 256, "BD": 256, "UPCAST": False, "row": 512, "slow": True},
-    {"D": 64, "BD": 64, "UPCAST": False, "row": 128, "slow": True},
-    {"D": 128, "BD": 128, "UPCAST": False, "row": 512, "dtype": "fp32", "slow": True},
-    {"D": 256, "BD": 256, "UPCAST": False, "row": 1024, "dtype": "fp32", "slow": True},
+    {"D": 256, "BD": 256, "UPCAST": False, "row": 512},
+    {"D": 64, "BD": 64, "UPCAST": False, "row": 128},
+    {"D": 128, "BD": 128, "UPCAST": False, "row": 512, "dtype": "fp32"},
+    {"D": 256, "BD": 256, "UPCAST": False, "row": 1024, "dtype": "fp32"},
 )
 """Shapes that the ahead-of-time test compiles; second-order scores have twice the head dim."""
 

@@ -46,7 +46,7 @@ def load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ: tl.conste
         {"BN": 1024, "BS": 16, "ONE_PIECE": True, "row": 128},
         {"BN": 2048, "BS": 16, "ONE_PIECE": False, "row": 256},
         {"BN": 64, "BS": 16, "ONE_PIECE": True, "row": 8},
-        {"BN": 2048, "BS": 64, "ONE_PIECE": True, "row": 256, "slow": True},
+        {"BN": 2048, "BS": 64, "ONE_PIECE": True, "row": 256},
     ),
 )
 def best_blocks(

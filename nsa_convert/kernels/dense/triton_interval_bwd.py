@@ -223,7 +223,7 @@ def interval_backward_kv(
     types=TYPES,
     configs=(Config(sizes={"BM": 32}),),
     cases=tuple(
-        {"D": d, "BD": bd, "slow": d != 128} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))
+        {"D": d, "BD": bd} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))
     ),
 )
 def output_delta(

@@ -22,11 +22,11 @@ TYPES = {
 CASES = (
     {"D": 128, "BD": 128, "HAS_SINKS": False, "UPCAST": False},
     {"D": 80, "BD": 128, "HAS_SINKS": True, "UPCAST": False, "dtype": "fp16"},
-    {"D": 64, "BD": 64, "HAS_SINKS": False, "UPCAST": False, "row": 128, "slow": True},
-    {"D": 96, "BD": 128, "HAS_SINKS": False, "UPCAST": False, "slow": True},
-    {"D": 256, "BD": 256, "HAS_SINKS": False, "UPCAST": False, "row": 512, "slow": True},
-    {"D": 128, "BD": 128, "HAS_SINKS": False, "UPCAST": False, "row": 512, "dtype": "fp32", "slow": True},
-    {"D": 256, "BD": 256, "HAS_SINKS": False, "UPCAST": False, "row": 1024, "dtype": "fp32", "slow": True},
+    {"D": 64, "BD": 64, "HAS_SINKS": False, "UPCAST": False, "row": 128},
+    {"D": 96, "BD": 128, "HAS_SINKS": False, "UPCAST": False},
+    {"D": 256, "BD": 256, "HAS_SINKS": False, "UPCAST": False, "row": 512},
+    {"D": 128, "BD": 128, "HAS_SINKS": False, "UPCAST": False, "row": 512, "dtype": "fp32"},
+    {"D": 256, "BD": 256, "HAS_SINKS": False, "UPCAST": False, "row": 1024, "dtype": "fp32"},
 )
 """Shapes that the ahead-of-time test compiles."""
 

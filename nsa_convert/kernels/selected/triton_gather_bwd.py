@@ -130,7 +130,7 @@ def gather_backward_kv(
     types=TYPES,
     configs=(Config(sizes={"BK": 16}),),
     cases=tuple(
-        {"D": d, "BD": bd, "slow": d != 128} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))
+        {"D": d, "BD": bd} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))
     ),
 )
 def sum_chunks(

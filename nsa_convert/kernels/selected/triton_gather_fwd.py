@@ -27,11 +27,11 @@ RUN = {"LISTED": False, "MAPPED": False, "HAS_SINKS": True, "UPCAST": False}
 SHAPES = (
     {"D": 128, "BD": 128, "GROUP": 4, "GN": 8},
     {"D": 80, "BD": 128, "GROUP": 1, "GN": 8, "dtype": "fp16"},
-    {"D": 256, "BD": 256, "GROUP": 4, "GN": 8, "row": 512, "slow": True},
-    {"D": 64, "BD": 64, "GROUP": 7, "GN": 8, "row": 128, "slow": True},
-    {"D": 128, "BD": 128, "GROUP": 16, "GN": 16, "slow": True},
-    {"D": 128, "BD": 128, "GROUP": 4, "GN": 8, "row": 512, "dtype": "fp32", "slow": True},
-    {"D": 256, "BD": 256, "GROUP": 4, "GN": 8, "row": 1024, "dtype": "fp32", "slow": True},
+    {"D": 256, "BD": 256, "GROUP": 4, "GN": 8, "row": 512},
+    {"D": 64, "BD": 64, "GROUP": 7, "GN": 8, "row": 128},
+    {"D": 128, "BD": 128, "GROUP": 16, "GN": 16},
+    {"D": 128, "BD": 128, "GROUP": 4, "GN": 8, "row": 512, "dtype": "fp32"},
+    {"D": 256, "BD": 256, "GROUP": 4, "GN": 8, "row": 1024, "dtype": "fp32"},
 )
 
 
@@ -156,7 +156,7 @@ def gather_forward(
     types=TYPES,
     configs=(Config(),),
     cases=tuple(
-        {"D": d, "BD": bd, "PARTS": parts, "VALUES": values, "slow": d != 128}
+        {"D": d, "BD": bd, "PARTS": parts, "VALUES": values}
         for d, bd, parts, values in (
             (128, 128, 16, True), (80, 128, 4, True), (256, 256, 64, True), (64, 64, 2, False)
         )
