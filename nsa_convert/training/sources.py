@@ -115,7 +115,7 @@ def _split(documents: Documents, source: Source, held_out: bool) -> Documents:
 def recall_text(number: int, pairs: int) -> str:
     """Return a generated document: values are set for keys, then asked for again and again in random order.
 
-    ``set k7 P3 m0`` gives three keys their values, ``get P3 k7`` asks: after a key, only its value is right.
+    ``set k7P3m0`` gives three keys their values, ``get P3k7`` asks: after a key, only its value is right.
     The number of keys is drawn from 4 to ``pairs``, so that easy documents come among hard ones; a document
     has three rounds of asking for ``pairs`` keys, whatever its own number.
     """
@@ -123,10 +123,8 @@ def recall_text(number: int, pairs: int) -> str:
     keys = rng.sample(string.ascii_letters, min(rng.randint(min(4, pairs), pairs), len(string.ascii_letters)))
     values = {key: rng.randrange(10) for key in keys}
     asked = rng.choices(keys, k=3 * pairs)
-    return (
-        " ".join(["set", *(f"{k}{values[k]}" for k in keys), "get", *(f"{k}{values[k]}" for k in asked)])
-        + "\n"
-    )
+    told, wanted = ("".join(f"{key}{values[key]}" for key in row) for row in (keys, asked))
+    return f"set {told} get {wanted}\n"
 
 
 def _stdlib_files() -> list[Path]:
