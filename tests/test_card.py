@@ -34,7 +34,7 @@ def test_the_header_says_what_the_model_is(model):
     for text in report["texts"]:
         assert values[text["source"], "perplexity"] == pytest.approx(text["beyond"]["sparse_ppl"], abs=1e-5)
         assert values[text["source"], "kl_divergence"] == pytest.approx(text["beyond"]["kl_mean"], abs=1e-5)
-    assert values["needle (teacher-forced) at 500", "accuracy"] == report["needles"]["sparse"][0]["hit"]
+    assert values["needle, forced at 500", "accuracy"] == report["needles"]["sparse"][0]["hit"]
 
 
 def test_the_text_holds_source_numbers_and_recipe(model):

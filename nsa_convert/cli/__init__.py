@@ -1,6 +1,6 @@
 """The command line ``nsa-convert``."""
 
-from nsa_convert.cli import publish
+from nsa_convert.cli import evaluate, publish
 from nsa_convert.cli.commands import main
 
-__all__ = ["main", "publish"]
+__all__ = ["evaluate", "main", "publish"]

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from nsa_convert import __version__
-from nsa_convert.cli.frame import Commands, common, hint, print_json, shard_progress, show, show_tables, tell
+from nsa_convert.cli.frame import Commands, common, hint, print_json, shard_progress, show, tell
 from nsa_convert.cli.training import recipes, train
 from nsa_convert.errors import ConfigError, MachineError, UsageError
 
@@ -89,15 +89,51 @@ def explain(code: str, as_json: bool) -> None:
 @click.argument("model")
 @click.option("--method", help="Look at this method only.")
 @click.option("--context", default="8192,32768,131072", show_default=True, help="Lengths for the cost table.")
+@click.option(
+    "--measure", type=click.Path(path_type=Path), help="Run MODEL and write a head profile to this file."
+)
+@click.option(
+    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="With --measure: length, dtype, settings."
+)
 @common
-def inspect(model: str, method: str | None, context: str, as_json: bool) -> None:
-    """Show what MODEL is, which methods fit, and what they cost; reads headers only."""
+def inspect(
+    model: str, method: str | None, context: str, measure: Path | None, pairs: tuple[str, ...], as_json: bool
+) -> None:
+    """Show what MODEL is, which methods fit, and what they cost; reads headers only, unless measuring."""
+    if measure is not None:
+        measure_heads(model, method or "ssa", measure, pairs, as_json)
+        return
+    if pairs:
+        raise UsageError("--set belongs to --measure", code="CL02")
     from nsa_convert.cli.options import parse_lengths
     from nsa_convert.hub import resolve_model
     from nsa_convert.inspection import inspect_checkpoint
 
     lengths = parse_lengths(context, "--context")
     show(inspect_checkpoint(resolve_model(model, tell=tell).path, method, lengths), as_json)
+
+
+def measure_heads(model: str, method: str, out: Path, pairs: tuple[str, ...], as_json: bool) -> None:
+    """Measure the heads of a dense model and write their profile."""
+    from nsa_convert.cli.options import parse_settings
+    from nsa_convert.evaluation.profile import profile_checkpoint
+    from nsa_convert.hub import dense_folder, resolve_model
+
+    settings = parse_settings(pairs)
+    options = {name: settings.pop(name) for name in ("length", "dtype") if name in settings}
+    if out.exists():
+        raise UsageError(f"{out} exists; choose another file or remove it", code="CL03", where=str(out))
+    folder = dense_folder(resolve_model(model, tell=tell), tell)
+    profile = profile_checkpoint(folder, method, settings, say=tell, **options)
+    profile.save(out)
+    mass = profile.captured.mean((0, 1)).tolist()
+    if as_json:
+        rows = {"budgets": profile.budgets.tolist(), "captured": mass, "scores": profile.scores.tolist()}
+        print_json({"ok": True, "out": str(out), **rows})
+        return
+    for budget, kept in zip(profile.budgets.tolist(), mass, strict=True):
+        click.echo(f"{budget:>7,} keys: {kept:.1%} of the attention mass, mean over heads")
+    hint(f"next: nsa-convert convert {model} OUT --profile {out} --density 0.5")
 
 
 @main.command()
@@ -111,6 +147,8 @@ def inspect(model: str, method: str | None, context: str, as_json: bool) -> None
     "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A setting of the method; repeatable."
 )
 @click.option("--layers", help="Layers that become sparse, such as 0-3,7; the others stay dense.")
+@click.option("--profile", help="Head profile from `inspect --measure`: a budget for each head.")
+@click.option("--density", type=float, help="With --profile: share of the pairs of dense attention to keep.")
 @click.option("--dtype", default="float32", show_default=True, help="Dtype for the weights of a .gguf file.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--copy", is_flag=True, help="Copy the weight files instead of hard-linking them.")
@@ -125,6 +163,8 @@ def convert(
     config: str | None,
     pairs: tuple[str, ...],
     layers: str | None,
+    profile: str | None,
+    density: float | None,
     revision: str | None,
     as_json: bool,
     **options: Any,
@@ -134,7 +174,7 @@ def convert(
     from nsa_convert.convert import convert_checkpoint
     from nsa_convert.hub import resolve_model
 
-    plan = read_plan(method, config, pairs, layers)
+    plan = read_plan(method, config, pairs, layers, profile, density)
     source = resolve_model(model, revision=revision, tell=tell)
     with shard_progress() as progress:
         report = convert_checkpoint(
@@ -181,42 +221,6 @@ def revert(out: Path, dense: Path, copy: bool, overwrite: bool, as_json: bool) -
     from nsa_convert.verification import revert_checkpoint
 
     show(revert_checkpoint(out, dense, copy=copy, overwrite=overwrite), as_json)
-
-
-@main.command(name="eval")
-@click.argument("model")
-@click.option("--against", help="The dense MODEL to compare with; the weights of MODEL when left out.")
-@click.option(
-    "--suite", type=click.Choice(["quick"]), default="quick", show_default=True, help="What to measure."
-)
-@click.option(
-    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A setting of the suite, or text_file, length."
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json, tables and plots.")
-@common
-def evaluate(
-    model: str, against: str | None, suite: str, pairs: tuple[str, ...], out: Path | None, as_json: bool
-) -> None:
-    """Measure how far MODEL is from the dense model: perplexity, KL, top-1, attention mass."""
-    from nsa_convert.cli.options import parse_settings
-    from nsa_convert.evaluation.quick import run_quick
-    from nsa_convert.hub import dense_folder, resolve_model
-
-    settings = parse_settings(pairs)
-    folders = [
-        None if name is None else dense_folder(resolve_model(name, tell=tell), tell)
-        for name in (model, against)
-    ]
-    report = run_quick(folders[0], against=folders[1], out_dir=out, progress=tell, **settings)
-    if as_json:
-        print_json(report.to_dict())
-        return
-    show_tables(report.tables())
-    for line in report.warnings:
-        click.echo(f"Warning: {line}", err=True)
-    click.echo(report.headline())
-    if out is not None:
-        click.echo(f"written: {out}")
 
 
 @main.command()

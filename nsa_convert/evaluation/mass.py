@@ -33,6 +33,7 @@ class LayerMass:
         captured: Dense attention mass on the visible keys, mean over query heads and sampled queries.
         captured_by_head: The same for each key/value head (mean over its query heads).
         oracle: Mass that the best choice of as many blocks would capture, None for a fixed band.
+        recall: Share of those best blocks that were selected, None for a fixed band.
         gate: Mean gate value of the branch, None without gates.
         heads: Key/value heads the row is about; None for all heads of the layer.
     """
@@ -45,6 +46,7 @@ class LayerMass:
     captured_by_head: tuple[float, ...]
     oracle: float | None
     gate: float | None
+    recall: float | None = None
     heads: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +86,7 @@ class MassProbe:
         queries = sample_queries(record.q.shape[1], self.min_context, self.num_queries).to(record.q.device)
         mass = _pattern_masses(record, queries)
         for index, (name, pattern) in enumerate(record.patterns.items()):
-            captured, oracle = mass[name]  # [HQ], [HQ] or None
+            captured, oracle, recall = mass[name]  # [HQ], [HQ] or None, the same
             kv_heads = record.k.shape[2]
             self.rows.append(
                 LayerMass(
@@ -93,6 +95,7 @@ class MassProbe:
                     captured=captured.mean().item(),
                     captured_by_head=tuple(captured.view(kv_heads, -1).mean(1).tolist()),
                     oracle=None if oracle is None else oracle.mean().item(),
+                    recall=None if recall is None else recall.mean().item(),
                     gate=_gate_mean(record, name, index), heads=record.heads,
                 )
             )
@@ -112,18 +115,20 @@ def _gate_mean(record: AttentionRecord, name: str, index: int) -> float | None:
     return record.gates[..., branch].float().mean().item()
 
 
-def _pattern_masses(record: AttentionRecord, queries: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Return for each pattern the captured mass ``[HQ]`` and the oracle's ``[HQ]``, averaged over queries."""
+def _pattern_masses(
+    record: AttentionRecord, queries: Tensor
+) -> dict[str, tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Return for each pattern captured mass, the oracle's and the recall, ``[HQ]``, averaged over queries."""
     kv_heads = record.k.shape[2]
-    parts: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in record.patterns}
+    parts: dict[str, list[tuple[Tensor | None, ...]]] = {name: [] for name in record.patterns}
     for head in range(kv_heads):
         p = dense_probabilities(record, queries, head)  # [G, N, TK]
         for name, pattern in record.patterns.items():
             parts[name].append(captured_mass(p, pattern, queries, head, kv_heads))
     out = {}
     for name, masses in parts.items():
-        oracles = [oracle for _, oracle in masses if oracle is not None]
-        out[name] = (torch.cat([m for m, _ in masses]), torch.cat(oracles) if oracles else None)
+        columns = [[value for value in column if value is not None] for column in zip(*masses, strict=True)]
+        out[name] = tuple(torch.cat(column) if column else None for column in columns)
     return out
 
 
@@ -145,8 +150,8 @@ def dense_probabilities(record: AttentionRecord, queries: Tensor, head: int) -> 
 
 def captured_mass(
     p: Tensor, pattern: Pattern, queries: Tensor, head: int, kv_heads: int
-) -> tuple[Tensor, Tensor | None]:
-    """Return the mass on the keys a pattern shows and the most that as many of its blocks can hold.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the mass on the keys a pattern shows, the most that as many blocks can hold, and the recall.
 
     The oracle ranks blocks by the true mass summed over the query heads that share a list, without forced
     blocks: an upper bound for every selector with this block size and budget.
@@ -159,12 +164,13 @@ def captured_mass(
         kv_heads: H.
 
     Returns:
-        ``([G], [G] or None)``, averaged over the queries.
+        ``([G], [G] or None, [G] or None)``, averaged over the queries; the last is the share of the oracle's
+        blocks that the pattern has too.
     """
     if isinstance(pattern, SinkWindow):
         keys = torch.arange(p.shape[2], device=p.device)
         band = (keys > queries[:, None] - pattern.window_size) | (keys < pattern.num_sinks)
-        return (p * band).sum(-1).mean(-1), None
+        return (p * band).sum(-1).mean(-1), None, None
     blocks = pattern.as_blocks() if isinstance(pattern, TokenSelection) else pattern
     indices = _group_indices(blocks, queries, head, kv_heads, p.shape[0])  # [1 or G, N, S]
     block_mass = _sum_blocks(p, blocks.block_size)  # [G, N, NB]
@@ -173,8 +179,11 @@ def captured_mass(
     shared = block_mass.sum(0, keepdim=True) if indices.shape[0] == 1 else block_mass
     order = shared.argsort(dim=-1, descending=True).expand(p.shape[0], -1, -1)
     rank = torch.arange(order.shape[-1], device=p.device)
-    best = block_mass.gather(2, order) * (rank < used.sum(-1, keepdim=True))
-    return captured.sum(-1).mean(-1), best.sum(-1).mean(-1)
+    count = used.sum(-1, keepdim=True)
+    best = block_mass.gather(2, order) * (rank < count)
+    ranks = order.argsort(dim=-1).gather(2, indices.clamp(min=0).expand(p.shape[0], -1, -1))
+    found = ((ranks < count) & used).sum(-1) / count[..., 0].clamp(min=1)
+    return captured.sum(-1).mean(-1), best.sum(-1).mean(-1), found.mean(-1)
 
 
 def _group_indices(blocks: BlockSelection, queries: Tensor, head: int, kv_heads: int, group: int) -> Tensor:

@@ -196,7 +196,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def simple_table(title: str, columns: Sequence[str]) -> Table:
+    """Return an empty rich table; the first column is text, the others are numbers."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -210,7 +211,7 @@ def _text_table(result: TextResult, budget: int | None) -> Table:
     about = f"visible budget {budget}" if budget else "no layer is sparse"
     title = f"{result.text.name}, {result.tokens} tokens, {about}\n{result.text.source}"
     columns = ("context", "tokens", "dense ppl", "sparse", "ratio", "KL", "KL p99", "top-1", "top-5")
-    table = _table(title, columns)
+    table = simple_table(title, columns)
     for row in [*result.bucket_rows(), {"context": "all", **result.divergence.summary()}]:
         table.add_row(
             row["context"], str(row["tokens"]), f"{row['dense_ppl']:.4g}", f"{row['sparse_ppl']:.4g}",
@@ -224,7 +225,7 @@ def _layer_table(result: TextResult) -> Table:
     """Show the mean over layers and the layers that capture least; the files have all of them."""
     columns = ("layer", "pattern", "density", "captured", "oracle", "worst head")
     title = f"{result.text.name}: captured attention mass beyond the budget"
-    table = _table(title, columns)
+    table = simple_table(title, columns)
     for name, mean in mean_layers(result.layers).items():
         oracle = "-" if mean["oracle"] is None else f"{mean['oracle']:.3f}"
         table.add_row("mean", name, f"{mean['density']:.3f}", f"{mean['captured']:.3f}", oracle, "")
@@ -238,7 +239,7 @@ def _layer_table(result: TextResult) -> Table:
 
 
 def _needle_table(needles: Mapping[str, Sequence[NeedleScore]]) -> Table:
-    table = _table("needles, teacher-forced: hits/cases, answer NLL", ("length", *needles))
+    table = simple_table("needles, teacher-forced: hits/cases, answer NLL", ("length", *needles))
     for length in hits_by_length(next(iter(needles.values()))):
         cells = []
         for scores in needles.values():

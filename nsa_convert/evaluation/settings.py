@@ -51,7 +51,7 @@ class QuickSettings:
         problems: list[str] = []
         for name, kind in (("needle_lengths", int), ("needle_depths", float)):
             try:
-                object.__setattr__(self, name, _numbers(getattr(self, name), kind))
+                object.__setattr__(self, name, numbers(getattr(self, name), kind))
             except (TypeError, ValueError):
                 problems.append(f"{name} must be a list of numbers, got {getattr(self, name)!r}")
         for name, allowed in (("dtype", tuple(DTYPES)), ("device", DEVICES), ("needle_haystack", HAYSTACKS)):
@@ -70,7 +70,7 @@ class QuickSettings:
         raise_problems(problems, code="RC10")
 
 
-def _numbers(value: Any, kind: type) -> tuple[Any, ...]:
+def numbers(value: Any, kind: type) -> tuple[Any, ...]:
     """Read a number, a list of numbers, or ``"1024,2048"``."""
     if isinstance(value, str):
         value = [part for part in value.split(",") if part.strip()]

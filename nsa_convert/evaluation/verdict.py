@@ -32,27 +32,44 @@ def task_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         report: The JSON of an evaluation.
 
     Returns:
-        Rows ``task, length, dense, sparse``; the last two are ``{"score", "n", "low", "high"}``, or None
-        where one attention was not run.
+        Rows ``task, length, main, dense, sparse``. The last two are ``{"score", "n", "low", "high"}``, or
+        None where one attention was not run; ``main`` is false for the teacher-forced form of a task that
+        was also answered in free text.
     """
-    scores: dict[tuple[str, int], dict[str, list[float]]] = {}
+    scores: dict[tuple[str, int, bool], dict[str, list[tuple[float, int]]]] = {}
+
+    def add(task: str, length: int, main: bool, mode: str, score: float, cases: int = 1) -> None:
+        scores.setdefault((task, length, main), {}).setdefault(mode, []).append((score * cases, cases))
+
     for mode, cases in report.get("needles", {}).items():
         for case in cases:
-            row = scores.setdefault(("needle (teacher-forced)", case["length"]), {})
-            row.setdefault(mode, []).append(float(case["hit"]))
-    for case in report.get("tasks", []):
-        row = scores.setdefault((case["task"], case["length"]), {})
-        row.setdefault(case["attention"], []).append(case["score"])
+            add("needle, forced", case["length"], True, mode, float(case["hit"]))
+            if case.get("generated") is not None:
+                add("needle, free", case["length"], False, mode, case["generated"])
+    for row in report.get("tasks", []):
+        free = row.get("score") is not None
+        if free:
+            add(f"{row['task']}, free", row["length"], True, row["attention"], row["score"])
+        if row.get("forced") is not None:
+            add(
+                f"{row['task']}, forced",
+                row["length"],
+                not free,
+                row["attention"],
+                row["forced"],
+                row["spans"],
+            )
     rows = []
-    for (task, length), by_mode in scores.items():
+    for (task, length, main), by_mode in scores.items():
         cells = {mode: _cell(by_mode[mode]) if mode in by_mode else None for mode in ("dense", "sparse")}
-        rows.append({"task": task, "length": length, **cells})
+        rows.append({"task": task, "length": length, "main": main, **cells})
     return rows
 
 
-def _cell(values: Sequence[float]) -> dict[str, Any]:
-    low, high = wilson(sum(values), len(values))
-    return {"score": sum(values) / len(values), "n": len(values), "low": low, "high": high}
+def _cell(values: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    hits, cases = sum(score for score, _ in values), sum(count for _, count in values)
+    low, high = wilson(hits, cases)
+    return {"score": hits / cases, "n": cases, "low": low, "high": high}
 
 
 def verdict(report: Mapping[str, Any]) -> str:
@@ -65,9 +82,7 @@ def verdict(report: Mapping[str, Any]) -> str:
         return "No layer of this model is sparse. Dense and sparse attention are the same here."
     beyond = [text for text in report.get("texts", []) if text["tokens"] - 1 > budget]
     if not beyond:
-        first = (
-            f"No text exceeded the visible budget of {budget} tokens, so nothing sparse was measured."
-        )
+        first = f"No text exceeded the visible budget of {budget} tokens, so nothing sparse was measured."
     else:
         parts = [
             f"x{text['beyond']['ppl_ratio']:.3f} on {text['name']} (KL {text['beyond']['kl_mean']:.4f}, "
@@ -82,7 +97,8 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def _second_sentence(report: Mapping[str, Any], budget: int) -> str:
-    rows = [r for r in task_rows(report) if r["length"] > budget and r["dense"] and r["sparse"]]
+    beyond = [row for row in task_rows(report) if row["main"] and row["length"] > budget]
+    rows = [row for row in beyond if row["dense"] and row["sparse"]]
     if rows:
         cases = sum(row["sparse"]["n"] for row in rows)
         dense, sparse = (sum(r[m]["score"] * r[m]["n"] for r in rows) / cases for m in ("dense", "sparse"))

@@ -119,9 +119,9 @@ def test_the_verdict_has_two_sentences_with_numbers():
 
 def test_scores_by_task_keep_dense_and_sparse_apart():
     rows = {(row["task"], row["length"]): row for row in task_rows(sample_report())}
-    assert rows["vt", 4096]["dense"]["score"] == 1
-    assert rows["vt", 4096]["sparse"]["score"] == 0.75
-    assert rows["needle (teacher-forced)", 8192]["sparse"]["n"] == 4
+    assert rows["vt, free", 4096]["dense"]["score"] == 1
+    assert rows["vt, free", 4096]["sparse"]["score"] == 0.75
+    assert rows["needle, forced", 8192]["sparse"]["n"] == 4
 
 
 @pytest.mark.parametrize(

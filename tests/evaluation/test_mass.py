@@ -55,22 +55,27 @@ def test_oracle_is_the_best_choice_of_as_many_blocks_for_the_whole_group():
     queries = torch.tensor([17, 18, 19])
     indices = torch.full((1, 1, 20, 3), -1)
     indices[0, 0, 17:, 0], indices[0, 0, 18:, 1] = 0, 4
-    captured, oracle = captured_mass(p, BlockSelection(block_indices=indices, block_size=4), queries, 0, 1)
+    pattern = BlockSelection(block_indices=indices, block_size=4)
+    captured, oracle, recall = captured_mass(p, pattern, queries, 0, 1)
     mass = p.unflatten(2, (5, 4)).sum(-1)
-    best = torch.zeros(2)
+    best, found = torch.zeros(2), 0.0
     for n, count in enumerate((1, 2, 2)):
         choices = [list(c) for c in itertools.combinations(range(5), count)]
-        best += mass[:, n, max(choices, key=lambda c: mass[:, n, c].sum().item())].sum(1) / 3
+        top = max(choices, key=lambda c: mass[:, n, c].sum().item())
+        best += mass[:, n, top].sum(1) / 3
+        found += len({0, 4} & set(top) if n else {0} & set(top)) / count / 3
     given = (mass[:, 0, 0] + mass[:, 1, [0, 4]].sum(1) + mass[:, 2, [0, 4]].sum(1)) / 3
     assert torch.allclose(captured, given)
     assert torch.allclose(oracle, best)
+    assert recall.tolist() == pytest.approx([found] * 2)
 
 
 def test_selections_per_query_head_and_of_tokens():
     p = torch.eye(8)[None].expand(2, -1, -1) * 0.75 + torch.eye(8)[[0] * 8][None] * 0.25  # own key and key 0
     queries = torch.arange(8)
     per_head = torch.stack([torch.zeros(8, 1), torch.arange(8)[:, None] // 4])[None].long()
-    captured, oracle = captured_mass(p, BlockSelection(block_indices=per_head, block_size=4), queries, 0, 1)
+    pattern = BlockSelection(block_indices=per_head, block_size=4)
+    captured, oracle, _ = captured_mass(p, pattern, queries, 0, 1)
     assert captured.tolist() == pytest.approx([(4 + 4 * 0.25) / 8, (4 + 4 * 0.75) / 8])
     assert oracle.tolist() == pytest.approx([(4 + 4 * 0.75) / 8] * 2)
     tokens = TokenSelection(token_indices=torch.arange(8).view(1, 1, 8, 1))

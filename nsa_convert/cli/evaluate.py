@@ -1,0 +1,99 @@
+"""The command ``eval``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nsa_convert.cli.commands import main
+from nsa_convert.cli.frame import common, hint, print_json, show_tables, tell
+
+SUITES = ("quick", "long", "full")
+
+
+@main.command(name="eval")
+@click.argument("model")
+@click.option("--against", help="The dense MODEL to compare with; the weights of MODEL when left out.")
+@click.option(
+    "--suite", type=click.Choice(SUITES), default="quick", show_default=True, help="What to measure."
+)
+@click.option(
+    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A setting of the suite, or text_file, length."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the reports, tables and plots; a long suite that was killed resumes from it.",
+)
+@common
+def evaluate(
+    model: str, against: str | None, suite: str, pairs: tuple[str, ...], out: Path | None, as_json: bool
+) -> None:
+    """Measure how far MODEL is from the dense model, what it still finds, how fast it is, and draw it."""
+    from nsa_convert.cli.options import parse_settings
+    from nsa_convert.evaluation.long import run_long
+    from nsa_convert.evaluation.quick import run_quick
+    from nsa_convert.hub import dense_folder, resolve_model
+
+    settings = parse_settings(pairs)
+    folders = [
+        None if name is None else dense_folder(resolve_model(name, tell=tell), tell)
+        for name in (model, against)
+    ]
+    if suite == "quick":
+        report: Any = run_quick(folders[0], against=folders[1], out_dir=out, progress=tell, **settings)
+    else:
+        with cell_progress() as progress:
+            report = run_long(
+                folders[0],
+                suite=suite,
+                against=folders[1],
+                out_dir=out,
+                say=tell,
+                progress=progress,
+                **settings,
+            )
+    if as_json:
+        print_json(report.to_dict())
+        return
+    show_tables(report.tables())
+    for line in report.warnings:
+        click.echo(f"Warning: {line}", err=True)
+    click.echo(report.headline())
+    if out is not None:
+        click.echo(f"written: {out / 'report.html'}")
+    elif suite != "quick":
+        hint("--out DIR keeps the report, and lets a run that was killed go on")
+
+
+@contextlib.contextmanager
+def cell_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callback: a bar for each part on a terminal, elsewhere a line for every tenth."""
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+            tasks: dict[str, Any] = {}
+
+            def draw(name: str, done: int, total: int) -> None:
+                part = name.partition(",")[0] if name.startswith("texts") else "prompts"
+                if part not in tasks:
+                    tasks[part] = bars.add_task(part, total=total)
+                bars.update(tasks[part], completed=done, description=name)
+
+            yield draw
+        return
+
+    def line(name: str, done: int, total: int) -> None:
+        if done * 10 // total > (done - 1) * 10 // total:
+            tell(f"{name} ({done}/{total})")
+
+    yield line

@@ -1,0 +1,81 @@
+"""Finished pieces of a long evaluation, kept so that a run that was killed goes on where it ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nsa_convert.errors import MachineError
+
+CELLS = "cells.jsonl"
+
+
+class CellStore:
+    """A file with one line per finished cell, or only memory.
+
+    A line is written whole and flushed to the disk before the next cell begins. A last line that was cut
+    off is ignored and overwritten. Cells of another run (other model files, settings or texts) are not
+    used: the run's facts are part of every line.
+
+    Args:
+        folder: Where the file lies; None keeps cells in memory.
+        facts: What the values depend on.
+    """
+
+    def __init__(self, folder: Path | None, facts: Mapping[str, Any]) -> None:
+        self.run = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.values: dict[str, Any] = {}
+        self.reused = 0
+        self.path = None if folder is None else folder / CELLS
+        if self.path is not None and self.path.is_file():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        for line in whole.decode("utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                if row["run"] == self.run:
+                    self.values[row["cell"]] = row["value"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a damaged line is a cell that was not finished
+
+    def get(self, name: str, work: Callable[[], Any]) -> Any:
+        """Return the value of a cell, computing and keeping it when it is not there.
+
+        Args:
+            name: Of the cell.
+            work: Returns a JSON value.
+
+        Raises:
+            MachineError: The file cannot be written.
+        """
+        if name in self.values:
+            self.reused += 1
+            return self.values[name]
+        value = json.loads(json.dumps(work()))  # the same whether it is computed or read
+        self.values[name] = value
+        if self.path is not None:
+            self._append({"run": self.run, "cell": name, "value": value})
+        return value
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        assert self.path is not None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise MachineError(
+                f"cannot write {self.path}: {error.strerror}", code="SV03", where=str(self.path)
+            ) from error

@@ -1,0 +1,316 @@
+"""The long and the full suite: texts, needles, RULER's offline tasks, recall, time and memory.
+
+Everything is a cell: a text, or one prompt read by one kind of attention. Finished cells are kept, so a run
+that was killed continues where it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsa_convert.config import raise_problems
+from nsa_convert.evaluation.cases import Case, fit_needle, hash_of
+from nsa_convert.evaluation.cells import CellStore
+from nsa_convert.evaluation.divergence import compare
+from nsa_convert.evaluation.html import require_html, write_html
+from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
+from nsa_convert.evaluation.inputs import Inputs, prepare_inputs
+from nsa_convert.evaluation.long_report import LongReport, speed_rows
+from nsa_convert.evaluation.long_settings import RECALL, LongSettings
+from nsa_convert.evaluation.mass import LayerMass, MassProbe
+from nsa_convert.evaluation.models import (
+    ModelFacts,
+    dense_attention_in,
+    load_model,
+    load_tokenizer,
+    read_facts,
+)
+from nsa_convert.evaluation.perplexity import Readout, position_buckets, read_out
+from nsa_convert.evaluation.plots import write_plots
+from nsa_convert.evaluation.recall import build_recall
+from nsa_convert.evaluation.report import SCHEMA, TextResult
+from nsa_convert.evaluation.ruler import build_ruler
+from nsa_convert.evaluation.running import run_case
+from nsa_convert.evaluation.settings import QuickSettings
+from nsa_convert.evaluation.text import prose_text
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a part, the cells done and the cells in all."""
+
+ATTENTIONS = ("sparse", "dense")
+WARM_UP = 64
+FEW_REPEATS = 3
+
+
+def run_long(
+    model_path: str | Path,
+    *,
+    suite: str = "long",
+    against: str | Path | None = None,
+    text_file: str | Path | None = None,
+    out_dir: str | Path | None = None,
+    length: int | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> LongReport:
+    """Run the long or the full suite.
+
+    Args:
+        model_path: Folder of a converted (or dense) checkpoint.
+        suite: ``"long"`` or ``"full"``: other defaults.
+        against: Folder of the dense checkpoint to compare with; the same weights when left out.
+        text_file: UTF-8 text; by default Python sources and the language reference.
+        out_dir: Folder for report, tables, plots and the cells to resume from; None writes nothing.
+        length: Tokens per text; four visible budgets when left out.
+        say: Called with one line before something slow.
+        progress: Called after every cell.
+        **settings: Fields of :class:`LongSettings`.
+
+    Raises:
+        ConfigError: A bad setting, a length beyond the model's positions, a prompt that does not fit, a text
+            that is too short, or a dense model with other tokens.
+        CheckpointError: A folder holds no model or no tokenizer.
+        CheckFailedError: A model's logits are not finite.
+        MachineError: ``out_dir`` was given and matplotlib or jinja2 is missing, or it cannot be written.
+    """
+    begin = time.perf_counter()
+    if out_dir is not None:
+        require_html()
+    models = [read_facts(path) for path in (model_path, against) if path is not None]
+    chosen = LongSettings.read(settings, suite, models[0])
+    warnings = _check_positions(models, chosen, length)
+    device = choose_device(chosen.device)
+    run = _Run(models, chosen, device, say or (lambda line: None), progress or (lambda *args: None))
+    run.say("building the prompts")
+    inputs = _inputs(models, chosen, text_file, length)
+    cases = build_cases(run.tokenizer, chosen)
+    store = CellStore(None if out_dir is None else Path(out_dir), run.facts(inputs))
+    texts = run.texts(store, inputs)
+    outcomes = run.cases(store, cases)
+    speed = speed_rows(outcomes)
+    warnings += [*inputs.warnings, *_few(speed)]
+    given = {"length": length, "text_file": None if text_file is None else Path(text_file).name, **settings}
+    given = {key: value for key, value in given.items() if value is not None}
+    values = {
+        "schema": SCHEMA,
+        "ok": True,
+        "suite": suite,
+        "command": command_line(models[0], models[1] if len(models) == 2 else None, suite, given),
+        "model": describe_model(models[0]),
+        "against": describe_model(models[-1], same_weights=against is None),
+        "visible_budget": models[0].visible_budget,
+        "texts": texts,
+        "needles": _needle_rows(outcomes),
+        "tasks": _task_rows(outcomes),
+        "speed": speed,
+        "prompts_sha256": hash_of(cases),
+        "cells": {"total": len(store.values), "reused": store.reused},
+        "warnings": warnings,
+        "settings": {"length": length, **dataclasses.asdict(chosen)},
+        "environment": describe_machine(device),
+        "seconds": round(time.perf_counter() - begin, 2),
+        "files": [],
+    }
+    report = LongReport(values=json.loads(json.dumps(values)))
+    if out_dir is None:
+        return report
+    run.say("drawing")
+    folder = Path(out_dir)
+    return report.write(folder, [*write_plots(values, folder), write_html(values, folder)])
+
+
+def build_cases(tokenizer: Any, chosen: LongSettings) -> list[Case]:
+    """Return every prompt of a run: the needle grid, then the tasks.
+
+    Raises:
+        ConfigError: A prompt does not fit into its length (EV02).
+    """
+    haystack = prose_text().text if chosen.haystack == "prose" else None
+    cases = [
+        fit_needle(tokenizer, length, depth, haystack=haystack, seed=chosen.seed)
+        for length in chosen.lengths
+        for depth in chosen.depths
+    ]
+    for length in chosen.task_lengths:
+        for task in chosen.tasks:
+            for index in range(chosen.samples):
+                if task == RECALL:
+                    cases.append(build_recall(tokenizer, length, index, chosen.seed))
+                else:
+                    cases.append(build_ruler(tokenizer, task, length, index, chosen.seed))
+    return cases
+
+
+class _Run:
+    """The models of one evaluation; at most one checkpoint is in memory."""
+
+    def __init__(
+        self,
+        models: list[ModelFacts],
+        chosen: LongSettings,
+        device: str,
+        say: Callable[[str], None],
+        progress: Progress,
+    ) -> None:
+        self.models, self.chosen, self.device = models, chosen, device
+        self.say, self.progress = say, progress
+        self.tokenizer = load_tokenizer(models[0].path)
+        self.loaded: tuple[Path, nn.Module] | None = None
+
+    def facts(self, inputs: Inputs) -> dict[str, Any]:
+        """Return what the values of the cells depend on."""
+        names = ("dtype", "num_queries", "seed", "haystack")
+        machine = describe_machine(self.device)
+        return {
+            "models": [_fingerprint(model) for model in self.models],
+            "settings": {name: getattr(self.chosen, name) for name in names},
+            "texts": [text.sha256 for text, _ in inputs.texts],
+            "machine": {key: value for key, value in machine.items() if key != "date"},
+        }
+
+    @contextlib.contextmanager
+    def attention(self, kind: str) -> Iterator[nn.Module]:
+        """Give the model with one kind of attention."""
+        facts = self.models[-1] if kind == "dense" else self.models[0]
+        if self.loaded is None or self.loaded[0] != facts.path:
+            self.loaded = None
+            self.say(f"loading {facts.path.resolve().name}")
+            self.loaded = (facts.path, load_model(facts.path, self.chosen.dtype, self.device))
+            self._warm_up(facts)
+        model = self.loaded[1]
+        same_weights = kind == "dense" and len(self.models) == 1 and facts.methods
+        with dense_attention_in(model) if same_weights else contextlib.nullcontext():
+            yield model
+
+    def _warm_up(self, facts: ModelFacts) -> None:
+        assert self.loaded is not None
+        ids = torch.zeros(
+            1, min(WARM_UP, facts.max_positions or WARM_UP), dtype=torch.long, device=self.device
+        )
+        with torch.inference_mode():
+            self.loaded[1](input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    def texts(self, store: CellStore, inputs: Inputs) -> list[dict[str, Any]]:
+        """Compare both kinds of attention on every text; texts of one run share the loading of the models."""
+        names = {text.name: f"text/{text.name}/{len(ids)}" for text, ids in inputs.texts}
+        pending = [(text, ids) for text, ids in inputs.texts if names[text.name] not in store.values]
+        budget = self.models[0].visible_budget
+        read: dict[str, dict[str, tuple[Readout, tuple[LayerMass, ...]]]] = {kind: {} for kind in ATTENTIONS}
+        for kind in ATTENTIONS:
+            for number, (text, ids) in enumerate(pending, 1):
+                with self.attention(kind) as model:
+                    probe = MassProbe(budget or 0, self.chosen.num_queries)
+                    with probe.watch() if kind == "sparse" else contextlib.nullcontext():
+                        read[kind][text.name] = (read_out(model, ids), tuple(probe.rows))
+                self.progress(f"texts, {kind}", number, len(pending))
+        out = []
+        for text, ids in inputs.texts:
+
+            def result(text: Any = text, ids: list[int] = ids) -> dict[str, Any]:
+                dense, (sparse, layers) = read["dense"][text.name][0], read["sparse"][text.name]
+                return TextResult(
+                    text=text,
+                    tokens=len(ids),
+                    divergence=compare(dense, sparse, ids),
+                    layers=layers,
+                    buckets=tuple(position_buckets(len(ids) - 1, budget)),
+                ).to_dict(budget)
+
+            out.append(store.get(names[text.name], result))
+        return out
+
+    def cases(self, store: CellStore, cases: list[Case]) -> list[tuple[Case, str, dict[str, Any]]]:
+        """Run every case with both kinds of attention, in turns where they share the weights."""
+        pairs = [(case, kind) for case in cases for kind in ATTENTIONS]
+        if len(self.models) == 2:
+            pairs.sort(key=lambda pair: pair[1], reverse=True)  # one loading for each model
+        out = []
+        for number, (case, kind) in enumerate(pairs, 1):
+            name = f"{kind}/{case.task}/{case.length}/{case.index}/{case.depth}/{hash_of([case])[:12]}"
+
+            def work(case: Case = case, kind: str = kind) -> dict[str, Any]:
+                with self.attention(kind) as model:
+                    return run_case(model, self.tokenizer, case).to_dict()
+
+            out.append((case, kind, store.get(name, work)))
+            self.progress(f"{case.task}, {case.length} tokens, {kind}", number, len(pairs))
+        return out
+
+
+def _inputs(
+    models: list[ModelFacts], chosen: LongSettings, text_file: str | Path | None, length: int | None
+) -> Inputs:
+    if chosen.beyond_positions:
+        models = [
+            dataclasses.replace(m, max_positions=4 * m.max_positions if m.max_positions else None)
+            for m in models
+        ]
+    return prepare_inputs(models, text_file, length, QuickSettings(seed=chosen.seed))
+
+
+def _check_positions(models: list[ModelFacts], chosen: LongSettings, length: int | None) -> list[str]:
+    """Raise ConfigError for lengths the models have no positions for; return warnings."""
+    limit = min((model.max_positions for model in models if model.max_positions), default=None)
+    asked = {*chosen.lengths, *chosen.task_lengths, *([length] if isinstance(length, int) else [])}
+    beyond = sorted(n for n in asked if limit and n > limit)
+    if not beyond:
+        return []
+    most = 4 * limit if chosen.beyond_positions else limit
+    too_long = [n for n in beyond if n > most]
+    hint = "give shorter lengths, or beyond_positions=true for up to four times as many"
+    lines = [f"lengths {too_long} are beyond the model's {limit} positions"] if too_long else []
+    raise_problems(lines, code="EV01", hint=hint)
+    return [f"lengths {beyond} are beyond the {limit} positions the model was made for"]
+
+
+def _fingerprint(model: ModelFacts) -> dict[str, Any]:
+    """Return what identifies a checkpoint without reading its weights."""
+    facts = describe_model(model)
+    if facts["manifest_sha256"] is None:
+        rows = sorted(path for path in model.path.iterdir() if path.suffix in {".safetensors", ".json"})
+        facts["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in rows]
+    return facts
+
+
+def _needle_rows(outcomes: list[tuple[Case, str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {"dense": [], "sparse": []}
+    for case, kind, value in outcomes:
+        if case.depth is not None:
+            row = {"length": case.length, "depth": case.depth, "tokens": value["tokens"]}
+            row |= {"hit": value["forced"] == 1, "nll": value["nll"], "generated": value["score"]}
+            rows[kind].append(row)
+    return rows
+
+
+def _task_rows(outcomes: list[tuple[Case, str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    keys = ("tokens", "score", "forced", "forced_tokens", "spans", "nll", "text")
+    return [
+        {
+            "task": case.task,
+            "length": case.length,
+            "index": case.index,
+            "attention": kind,
+            **_pick(value, keys),
+        }
+        for case, kind, value in outcomes
+        if case.depth is None
+    ]
+
+
+def _pick(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: values[key] for key in keys}
+
+
+def _few(speed: list[dict[str, Any]]) -> list[str]:
+    few = sorted({row["length"] for row in speed if row["repeats"] < FEW_REPEATS})
+    return [f"times at {few} rest on fewer than {FEW_REPEATS} prompts"] if few else []
