@@ -79,6 +79,7 @@ VARIANTS = {
     "msa-shared": {**MSA, "index_key": "shared"},
     "streaming": STREAMING,
     "hybrid": HYBRID,
+    "msa-reuse": {**MSA, "rules": [{**MSA, "layers": [1, 2], "reuse_from": 0}]},
     "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed", "scorer": "second_order"},
 }
 

@@ -230,6 +230,7 @@ def revert(out: Path, dense: Path, copy: bool, overwrite: bool, as_json: bool) -
 @click.option("--lengths", help="Sequence lengths, such as 4096,32768.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="dtype, repeats or dense.")
+@click.option("--check", is_flag=True, help="First compare every op with the reference on this device.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Also write the rows to this file.")
 @common
 def bench(
@@ -237,6 +238,7 @@ def bench(
     lengths: str | None,
     device: str,
     pairs: tuple[str, ...],
+    check: bool,
     csv_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -249,7 +251,7 @@ def bench(
     raise_problems(unknown_keys(settings, BENCH_SETTINGS, "--set"))
     if lengths is not None:
         settings["lengths"] = parse_lengths(lengths, "--lengths")
-    report = run_bench(geometry, device=device, **settings)
+    report = run_bench(geometry, device=device, check=check, **settings)
     if csv_file is not None:
         report.write_csv(csv_file)
     if as_json:

@@ -50,10 +50,26 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def read_plan(
-    method: str | None, config: str | None, pairs: Sequence[str], layers: str | None
+    method: str | None,
+    config: str | None,
+    pairs: Sequence[str],
+    layers: str | None,
+    profile: str | None = None,
+    density: float | None = None,
 ) -> SparseAttentionConfig:
     """Return the plan that the options of ``convert`` describe."""
     settings = parse_settings(pairs)
+    if profile is not None or density is not None:
+        if profile is None or density is None:
+            raise UsageError("--profile and --density belong together", code="CL02")
+        if method is not None or layers is not None or config is not None:
+            raise UsageError(
+                "a --profile decides method and layers; leave out --method, --layers and --config",
+                code="CL02",
+            )
+        from nsa_convert.patch.head_profile import HeadProfile, plan_from_profile
+
+        return _with_settings(plan_from_profile(HeadProfile.load(profile), density), settings)
     if config is not None:
         if method is not None or layers is not None:
             raise UsageError("--config holds the whole plan; leave out --method and --layers", code="CL02")

@@ -88,6 +88,7 @@ class AttentionInputs:
         v: ``[B, TK, Hc, D]`` values, past included.
         hidden: ``[B, TQ, hidden]`` input of the attention layer.
         pooled: Pool name -> ``[B, C, H, D]`` compressed cells.
+        shared: What layers of one forward pass tell each other: selections that later layers reuse.
         streams: Name -> ``[B, TK, h, d]`` for the method's cached streams, ``[B, TQ, h, d]`` for its others.
         layout: Position of the queries, padding and packing.
         scale: Factor on the scores.
@@ -101,6 +102,7 @@ class AttentionInputs:
     layout: SequenceLayout
     scale: float
     streams: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    shared: dict[Any, Pattern] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

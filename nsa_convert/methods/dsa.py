@@ -21,7 +21,7 @@ from nsa_convert.methods.base import AttentionInputs, IndexSize, MethodSpec, Tra
 from nsa_convert.methods.index_losses import index_kl, listed_tokens, visible_tokens
 from nsa_convert.methods.indexer import Index, IndexKey, index_weights
 from nsa_convert.methods.losses import attention_mass, sample_queries
-from nsa_convert.methods.selecting import SelectingMethod
+from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import TokenSelection
 
 
@@ -37,6 +37,7 @@ class DSASettings:
             has the published single key head (LayerNorm, RoPE), one more cached vector per token.
         index_heads: Index heads with ``"shared"`` keys; 0 stands for the number of key/value heads, which is
             what ``"cached"`` always has. Must divide the query heads.
+        reuse_from: Earlier layer whose selection this one attends to; -1 for its own.
         mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights (warm-up).
     """
 
@@ -46,6 +47,7 @@ class DSASettings:
     index_key: IndexKey = "cached"
     index_heads: int = 0
     mode: Literal["sparse", "full"] = "sparse"
+    reuse_from: int = NO_REUSE
 
     def __post_init__(self) -> None:
         problems = []
@@ -84,6 +86,7 @@ class DSA(SelectingMethod):
             "index_key": "starts near the dense model; the paper has a shared key",
             "index_heads": "one per key/value head; the paper has 64",
             "mode": "paper section 2.3 (dense warm-up)",
+            "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
     )
     Settings = DSASettings
@@ -102,25 +105,27 @@ class DSA(SelectingMethod):
                 "query heads, whose means the index starts from",
                 code="CF22",
             )
+        if self.reuses:
+            return
         self.index = Index(geometry, heads, settings.index_key)
         self.index_weights = index_weights(geometry.hidden_size, self.index.num_heads)
 
     @property
     def cached_streams(self) -> tuple[str, ...]:
         """Per-token vectors that are cached."""
-        return self.index.cached_streams
+        return () if self.reuses else self.index.cached_streams
 
     def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return index queries and keys."""
-        return self.index.streams(hidden, rotate)
+        return {} if self.reuses else self.index.streams(hidden, rotate)
 
-    def index_size(self) -> IndexSize:
+    def index_size(self) -> IndexSize | None:
         """Return what the index reads of every earlier token."""
-        return self.index.size()
+        return None if self.reuses else self.index.size()
 
     def dense_copies(self) -> dict[str, str]:
         """Return where the index starts from."""
-        return self.index.dense_copies("index.")
+        return {} if self.reuses else self.index.dense_copies("index.")
 
     def budget(self) -> int:
         """Return num_tokens."""
@@ -145,7 +150,7 @@ class DSA(SelectingMethod):
     ) -> dict[str, Tensor]:
         """Add ``index_kl``: over all tokens while the stream is dense, else over the selected ones."""
         losses = super().auxiliary_losses(x, sparse, dense, mode)
-        if "index_kl" in mode.losses:
+        if "index_kl" in mode.losses and not self.reuses:
             queries = sample_queries(x.q.shape[1], mode.step, x.q.device)
             mass = attention_mass(x.q, x.k, queries, x.layout, x.scale).mean(1, keepdim=True)
             seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)

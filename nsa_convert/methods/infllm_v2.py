@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa_convert.config import raise_problems, unknown_keys
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
-from nsa_convert.methods.selecting import SelectingMethod
+from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection, BlockTopK
 
 
@@ -35,6 +35,7 @@ class InfLLMv2Settings:
         dense_len: Sequences up to this length run dense; 0 stands for the visible budget. A value above the
             budget makes a prompt that grows past it while decoding differ from one long prefill, as
             published.
+        reuse_from: Earlier layer whose selection this one attends to; -1 for its own.
         mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights.
     """
 
@@ -46,6 +47,7 @@ class InfLLMv2Settings:
     window_size: int = 2048
     dense_len: int = 0
     mode: Literal["sparse", "full"] = "sparse"
+    reuse_from: int = NO_REUSE
 
     def __post_init__(self) -> None:
         problems = []
@@ -100,12 +102,15 @@ class InfLLMv2(SelectingMethod):
             "window_size": "MiniCPM4 sparse_config",
             "dense_len": "the visible budget; MiniCPM4 has 8192",
             "mode": "paper section 3 (dense switch)",
+            "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
     )
     Settings = InfLLMv2Settings
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the pooled keys."""
+        if self.reuses:
+            return ()
         s, heads = self.settings, range(self.geometry.num_kv_heads)
         return (Pool(name="key", source="key", heads=heads, width=s.kernel_size, stride=s.kernel_stride),)
 
@@ -131,7 +136,8 @@ class InfLLMv2(SelectingMethod):
         )
 
 
-_SHARED_KEYS = tuple(field.name for field in dataclasses.fields(InfLLMv2Settings) if field.name != "mode")
+_OWN_KEYS = {"mode", "reuse_from"}
+_SHARED_KEYS = tuple(f.name for f in dataclasses.fields(InfLLMv2Settings) if f.name not in _OWN_KEYS)
 
 
 def from_sparse_config(values: Mapping[str, Any]) -> InfLLMv2Settings:

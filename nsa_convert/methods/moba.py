@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
 from nsa_convert.methods.budget import BlockBudget
-from nsa_convert.methods.selecting import SelectingMethod
+from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
 
@@ -31,6 +31,7 @@ class MoBASettings(BlockBudget):
         share: ``"none"`` lets every query head choose (the paper); ``"group"`` sums the scores of the heads
             that share a key head, which costs one list per key head.
         decode: ``"sparse"``, or ``"dense"`` as published: a step of one token attends to everything.
+        reuse_from: Earlier layer whose selection this one attends to; -1 for its own.
         mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights.
     """
 
@@ -41,6 +42,7 @@ class MoBASettings(BlockBudget):
     share: Literal["none", "group"] = "none"
     decode: Literal["sparse", "dense"] = "sparse"
     mode: Literal["sparse", "full"] = "sparse"
+    reuse_from: int = NO_REUSE
 
 
 
@@ -63,12 +65,15 @@ class MoBA(SelectingMethod):
             "share": "paper section 2.2",
             "decode": "the paper decodes densely; sparse here",
             "mode": "paper section 3.2 (hybrid training)",
+            "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
     )
     Settings = MoBASettings
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the block means of the keys."""
+        if self.reuses:
+            return ()
         size = self.settings.block_size
         heads = range(self.geometry.num_kv_heads)
         return (Pool(name="key", source="key", heads=heads, width=size, stride=size),)

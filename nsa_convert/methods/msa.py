@@ -21,7 +21,7 @@ from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.index_losses import index_kl, listed_tokens, visible_tokens
 from nsa_convert.methods.indexer import Index, IndexKey
 from nsa_convert.methods.losses import attention_mass, sample_queries
-from nsa_convert.methods.selecting import SelectingMethod
+from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
 
@@ -36,6 +36,7 @@ class MSASettings(BlockBudget):
         num_local_blocks: Last blocks always selected, the query's own included.
         index_key: ``"cached"`` scores with the layer's own keys and adds nothing to the cache; ``"shared"``
             has the published single key head, one more cached vector per token.
+        reuse_from: Earlier layer whose selection this one attends to; -1 for its own.
         mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights (warm-up).
     """
 
@@ -45,6 +46,7 @@ class MSASettings(BlockBudget):
     num_local_blocks: int = 1
     index_key: IndexKey = "cached"
     mode: Literal["sparse", "full"] = "sparse"
+    reuse_from: int = NO_REUSE
 
 
 class MSA(SelectingMethod):
@@ -65,6 +67,7 @@ class MSA(SelectingMethod):
             "num_local_blocks": "paper (the local block)",
             "index_key": "starts near the dense model; the paper has a shared key",
             "mode": "paper (dense warm-up)",
+            "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
     )
     Settings = MSASettings
@@ -75,24 +78,25 @@ class MSA(SelectingMethod):
 
     def __init__(self, settings: MSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
-        self.index = Index(geometry, geometry.num_kv_heads, settings.index_key)
+        if not self.reuses:
+            self.index = Index(geometry, geometry.num_kv_heads, settings.index_key)
 
     @property
     def cached_streams(self) -> tuple[str, ...]:
         """Per-token vectors that are cached."""
-        return self.index.cached_streams
+        return () if self.reuses else self.index.cached_streams
 
     def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return index queries and keys."""
-        return self.index.streams(hidden, rotate)
+        return {} if self.reuses else self.index.streams(hidden, rotate)
 
-    def index_size(self) -> IndexSize:
+    def index_size(self) -> IndexSize | None:
         """Return what the index reads of every earlier token."""
-        return self.index.size()
+        return None if self.reuses else self.index.size()
 
     def dense_copies(self) -> dict[str, str]:
         """Return where the index starts from."""
-        return self.index.dense_copies("index.")
+        return {} if self.reuses else self.index.dense_copies("index.")
 
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Return the best blocks of each query and key/value head."""
@@ -104,7 +108,7 @@ class MSA(SelectingMethod):
     ) -> dict[str, Tensor]:
         """Add ``index_kl``: over all tokens while the stream is dense, else over the selected ones."""
         losses = super().auxiliary_losses(x, sparse, dense, mode)
-        if "index_kl" in mode.losses:
+        if "index_kl" in mode.losses and not self.reuses:
             queries = sample_queries(x.q.shape[1], mode.step, x.q.device)
             mass = attention_mass(x.q, x.k, queries, x.layout, x.scale)
             seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)

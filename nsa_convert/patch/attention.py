@@ -88,6 +88,7 @@ class SparseAttention(nn.Module):
             layout=sparse_context.layout,
             scale=self.scaling,
             streams=streams,
+            shared=sparse_context.shared,
         )
         mode = sparse_context.training
         if mode is None:

@@ -25,6 +25,7 @@ class SparseContext:
         starts: The left padding of each row as integers; None when no row is padded, or while a compiled
             graph must not read it.
         rotary: The model's rotary embedding, to place compressed keys.
+        shared: Selections of this forward pass, for layers that reuse them.
         training: What a training step asks of the layers; None outside training with auxiliary losses.
     """
 
@@ -32,6 +33,7 @@ class SparseContext:
     starts: tuple[int, ...] | None
     rotary: nn.Module
     training: TrainingMode | None = None
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_context(

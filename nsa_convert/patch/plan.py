@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
+from nsa_convert.config import AttentionGeometry, SparseAttentionConfig, raise_problems
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.registry import build_layer, read_rule
+from nsa_convert.methods.selecting import NO_REUSE
 from nsa_convert.patch.families import family_of, geometry_of
 
 AUTO_CLASSES = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
@@ -51,7 +53,27 @@ def resolve_plan(
     if problems:
         raise ConfigError("; ".join(problems), code="CF22")
     with torch.device("meta"):
-        return [build_layer(sparse, geometry, i) for i in range(num_layers)]
+        methods = [build_layer(sparse, geometry, i) for i in range(num_layers)]
+    raise_problems(_reuse_problems(methods), code="CF22")
+    return methods
+
+
+def _reuse_problems(methods: list[SparseMethod]) -> list[str]:
+    """Return what is wrong with layers that reuse the selection of another one."""
+    chosen, problems = {}, []
+    for layer, method in enumerate(methods):
+        for leaf in method.leaves():
+            source = getattr(leaf.settings, "reuse_from", NO_REUSE)
+            if source == NO_REUSE:
+                chosen[layer, leaf.heads] = leaf.settings
+                continue
+            wanted = dataclasses.replace(leaf.settings, reuse_from=NO_REUSE)
+            if chosen.get((source, leaf.heads)) != wanted:
+                problems.append(
+                    f"layer {layer}: reuse_from {source} must name an earlier layer that chooses for the "
+                    "same heads with the same method and settings"
+                )
+    return problems
 
 
 def visible_budget(sparse: SparseAttentionConfig, num_layers: int, geometry: AttentionGeometry) -> int:

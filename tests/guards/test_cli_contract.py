@@ -19,7 +19,7 @@ COMMON = {"--json", "--debug", "--help"}
 
 # command -> (arguments, options beside COMMON)
 COMMANDS = {
-    "bench": ([], {"--geometry", "--lengths", "--device", "--set", "--csv"}),
+    "bench": ([], {"--geometry", "--lengths", "--device", "--set", "--check", "--csv"}),
     "card": (["MODEL"], {"--license", "--base-model", "--name", "--out"}),
     "convert": (
         ["MODEL", "OUT"],
@@ -28,6 +28,8 @@ COMMANDS = {
             "--config",
             "--set",
             "--layers",
+            "--profile",
+            "--density",
             "--dry-run",
             "--dtype",
             "--revision",
@@ -40,7 +42,7 @@ COMMANDS = {
     "eval": (["MODEL"], {"--against", "--suite", "--set", "--out"}),
     "explain": (["CODE"], set()),
     "generate": (["MODEL"], {"--prompt", "--prompt-file", "--max-new-tokens"}),
-    "inspect": (["MODEL"], {"--method", "--context"}),
+    "inspect": (["MODEL"], {"--method", "--context", "--measure", "--set"}),
     "methods": ([], set()),
     "push": (
         ["MODEL", "REPO"],

@@ -208,3 +208,34 @@ def test_the_index_counts_in_the_estimate() -> None:
     assert own.sparse_kv_bytes == own.dense_kv_bytes
     assert shared.sparse_kv_bytes == own.dense_kv_bytes + 8192 * 16 * 2
     assert own.sparse_decode_bytes == 2048 * 2 * 2 * 16 * 2 + 8192 * 2 * 16 * 2
+
+
+class TestReuse:
+    def test_a_layer_attends_to_what_an_earlier_one_chose(self) -> None:
+        from nsa_convert.patch.patching import patch_model
+        from tests.models import VARIANTS, dense_model, plan, tokens
+
+        model = patch_model(dense_model("llama"), plan(VARIANTS["msa-reuse"]))
+        records = []
+        with torch.no_grad(), observe(records.append):
+            model(tokens(1, 90))
+        lists = [record.patterns["selected"].block_indices for record in records]
+        assert torch.equal(lists[0], lists[1])
+        assert torch.equal(lists[0], lists[2])
+        assert not any(".layers.1.self_attn.sparse" in name for name, _ in model.named_parameters())
+
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            {"layers": [1], "reuse_from": 2},
+            {"layers": [2], "reuse_from": 0, "num_blocks": 5},
+            {"layers": [0], "reuse_from": 0},
+        ],
+    )
+    def test_only_an_earlier_equal_layer_can_be_reused(self, rule: dict) -> None:
+        from nsa_convert.patch.plan import resolve_plan
+        from tests.models import MSA, plan
+
+        geometry = AttentionGeometry(hidden_size=64, num_query_heads=4, num_kv_heads=2, head_dim=16)
+        with pytest.raises(ConfigError, match="must name an earlier layer that chooses"):
+            resolve_plan(plan(MSA, {**MSA, **rule}), 3, geometry)
