@@ -26,6 +26,7 @@ from nsa_convert.errors import CheckFailedError, ConfigError
 from nsa_convert.kernels.backend import use_backend
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
 from nsa_convert.kernels.selected import sparse_attention
+from nsa_convert.kernels.selftest import CheckRow, checks_table, self_test
 from nsa_convert.methods.nsa import NSASettings
 from nsa_convert.methods.ssa import SSASettings
 from nsa_convert.patterns import DENSE_LAYOUT, SequenceLayout, SinkWindow
@@ -68,12 +69,14 @@ class BenchReport:
         dtype: Dtype of the inputs.
         environment: Device, versions, threads and date.
         rows: The measurements.
+        checks: The self-test that ran before them, if it was asked for.
     """
 
     geometry: str
     dtype: str
     environment: dict[str, str]
     rows: tuple[BenchRow, ...]
+    checks: tuple[CheckRow, ...] = ()
 
     def to_dict(self) -> dict:
         """Return a JSON-ready mapping."""
@@ -82,9 +85,10 @@ class BenchReport:
     def to_table(self) -> str:
         """Return the rows as a Markdown table under a line that says where they were measured."""
         where = ", ".join(f"{key} {value}" for key, value in self.environment.items())
+        checked = [checks_table(self.checks), ""] if self.checks else []
         head = ("phase", "tokens", "what", "median ms", "min", "max", "x best dense", "peak MiB")
         lines = [
-            f"{self.geometry} heads/KV heads/head dim, {self.dtype}; {where}", "",
+            *checked, f"{self.geometry} heads/KV heads/head dim, {self.dtype}; {where}", "",
             "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
         ]
         for row in self.rows:
@@ -107,7 +111,7 @@ class BenchReport:
 
 def run_bench(
     geometry: str = "14/2/64", lengths: Sequence[int] = LENGTHS, device: str = "cpu", dtype: str = "bfloat16",
-    repeats: int = 5, dense: bool = True,
+    repeats: int = 5, dense: bool = True, check: bool = False,
 ) -> BenchReport:
     """Check the ops against the reference, then time NSA, SSA and their parts against dense attention.
 
@@ -118,6 +122,7 @@ def run_bench(
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         repeats: Timed runs of a prefill; decode takes ten times as many.
         dense: Whether to time dense attention too.
+        check: Whether to compare every op with the reference first: all group sizes, gradients, batches.
 
     Raises:
         ConfigError: A setting is malformed or there is no such device.
@@ -129,13 +134,16 @@ def run_bench(
     if not lengths or min(lengths) < 128:
         raise ConfigError(f"lengths must be at least 128 tokens, got {list(lengths)}")
     rows: list[BenchRow] = []
+    checks = self_test(device) if check else ()
     with torch.inference_mode():
         check_ops(sizes, kind, device)
         for length in lengths:
             inputs = Inputs.drifting(sizes, length, kind, device)
             rows += time_cases("prefill", length, prefill_cases(inputs, dense), repeats, device)
             rows += time_cases("decode", length, decode_cases(inputs, dense), 10 * repeats, device)
-    return BenchReport(geometry=geometry, dtype=dtype, environment=environment(device), rows=tuple(rows))
+    return BenchReport(
+        geometry=geometry, dtype=dtype, environment=environment(device), rows=tuple(rows), checks=checks
+    )
 
 
 def parse_geometry(text: str) -> AttentionGeometry:
@@ -183,19 +191,21 @@ class Inputs:
         With 16 blocks of 64, the union over 16 (64) neighbouring queries has about 27 (33) blocks; real
         queries of a small model have 23-29 (29-39).
         """
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator(device).manual_seed(0)
         heads, dim = sizes.num_kv_heads, sizes.head_dim
         q = drift(length, 256, heads * dim, g).view(length, heads, 1, dim)
-        q = q + 0.5 * torch.randn(length, heads, sizes.group_size, dim, generator=g)
+        q = q + 0.5 * torch.randn(length, heads, sizes.group_size, dim, generator=g, device=device)
         k = drift(length, 64, heads * dim, g).view(length, heads, dim)
-        k = k + torch.randn(length, heads, dim, generator=g)
-        v = torch.randn(length, heads, dim, generator=g)
+        k = k + torch.randn(length, heads, dim, generator=g, device=device)
+        v = torch.randn(length, heads, dim, generator=g, device=device)
         return cls.of(*(x[None].to(device, dtype).contiguous() for x in (q.flatten(1, 2), k, v)))
 
 
 def drift(length: int, step: int, size: int, generator: torch.Generator) -> Tensor:
     """Return ``[length, size]``: random vectors every ``step`` tokens with straight lines between them."""
-    knots = torch.randn(1, size, -(-length // step) + 1, generator=generator)
+    knots = torch.randn(
+        1, size, -(-length // step) + 1, generator=generator, device=generator.device
+    )
     return interpolate(knots, size=knots.shape[2] * step, mode="linear")[0, :, :length].T
 
 
@@ -345,7 +355,7 @@ def check_ops(sizes: AttentionGeometry, dtype: torch.dtype, device: str) -> None
     for q, layout in ((x.q, DENSE_LAYOUT), (x.q[:, -1:], SequenceLayout(offset=1530))):
         chosen = block_topk(q, x.cell_keys, rule=s.rule, layout=layout, **cells)
         results = []
-        for backend in ("torch", "reference"):
+        for backend in ("auto", "reference"):
             with use_backend(backend):
                 results.append([
                     compressed_attention(q, x.cell_keys, x.cell_values, layout=layout, **cells).o,

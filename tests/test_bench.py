@@ -56,3 +56,14 @@ def test_drifting_inputs_select_alike() -> None:
     near = torch.nn.functional.cosine_similarity(x.q[0, 1:], x.q[0, :-1], dim=-1).mean()
     far = torch.nn.functional.cosine_similarity(x.q[0, 1024:], x.q[0, :1024], dim=-1).mean()
     assert near > 0.5 > far.abs()
+
+
+def test_a_check_comes_before_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = bench.self_test
+    small = {"length": 40, "dim": 16, "groups": (2,), "half": "float32", "layouts": (), "dtypes": ()}
+    monkeypatch.setattr(bench, "self_test", lambda device: asked.append(device) or real(device, **small))
+    report = bench.run_bench("4/2/16", lengths=(128,), repeats=1, dtype="float32", check=True)
+    assert asked == ["cpu"]
+    assert report.to_dict()["checks"][0]["op"] == "selected blocks"
+    assert report.to_table().startswith("| op | backend |")

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ class Kernel:
         fit = tuple(c for c in self.configs if c.serves(row, arguments))
         if not fit:
             raise ValueError(f"{self.name} has no configuration for rows of {row} bytes and {arguments}")
-        return fit[:1] if interpreted() else fit
+        return fit if _tuning and not interpreted() else fit[:1]
 
     def launch(self, grid: Any, like: Tensor, row: int, **arguments: Any) -> None:
         """Run the kernel on the device of ``like``.
@@ -149,6 +149,20 @@ class Kernel:
             ]
             self._tuners[configs] = triton.autotune(listed, key=list(self.key), cache_results=True)(self.fn)
         return self._tuners[configs]
+
+
+_tuning = True
+
+
+@contextlib.contextmanager
+def without_tuning() -> Iterator[None]:
+    """Launch the first configuration that fits inside the block, and compile no other."""
+    global _tuning
+    before, _tuning = _tuning, False
+    try:
+        yield
+    finally:
+        _tuning = before
 
 
 KERNELS: list[Kernel] = []
