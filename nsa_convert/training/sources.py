@@ -115,12 +115,12 @@ def _split(documents: Documents, source: Source, held_out: bool) -> Documents:
 def recall_text(number: int, pairs: int) -> str:
     """Return a generated document: values are set for keys, then asked for again and again in random order.
 
-    ``set k7P3m0`` gives three keys their values, ``get P3k7`` asks: after a key, only its value is right.
+    ``set k7p3m0`` gives three keys their values, ``get p3k7`` asks: after a key, only its value is right.
     The number of keys is drawn from 4 to ``pairs``, so that easy documents come among hard ones; a document
     has three rounds of asking for ``pairs`` keys, whatever its own number.
     """
     rng = random.Random(mix("recall", number))
-    keys = rng.sample(string.ascii_letters, min(rng.randint(min(4, pairs), pairs), len(string.ascii_letters)))
+    keys = rng.sample(string.ascii_lowercase, min(rng.randint(min(4, pairs), pairs), 26))
     values = {key: rng.randrange(10) for key in keys}
     asked = rng.choices(keys, k=3 * pairs)
     told, wanted = ("".join(f"{key}{values[key]}" for key in row) for row in (keys, asked))
@@ -189,7 +189,7 @@ def _files(files: list[Path], errors: str) -> Documents:
 
 def _table(source: Source, base: Path) -> Documents:
     """Return the rows of JSON lines, Parquet files or a Hub data set."""
-    table, facts = _load_table(source, base)
+    table, facts = load_table(source, base)
     columns = table.column_names or []
     if source.column not in columns:
         from nsa_convert.config import suggest
@@ -212,7 +212,13 @@ def _table(source: Source, base: Path) -> Documents:
     return Documents(lambda i: table[i][source.column], len(table), facts)
 
 
-def _load_table(source: Source, base: Path) -> tuple[Any, Any]:
+def load_table(source: Source, base: Path) -> tuple[Any, Any]:
+    """Return the data set of a ``jsonl``, ``parquet`` or ``hub`` source, and what identifies it.
+
+    Raises:
+        ConfigError: A file is missing, empty or damaged.
+        MachineError: The package ``datasets`` is missing.
+    """
     try:
         import datasets
     except ImportError as error:

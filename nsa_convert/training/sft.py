@@ -1,0 +1,92 @@
+"""Fine-tuning on chats: TRL's SFTTrainer (templates, packing, masks) around our losses and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nsa_convert.errors import ConfigError, MachineError
+from nsa_convert.training.recipe import Stage
+from nsa_convert.training.sources import load_table
+from nsa_convert.training.trainer import StageTrainer
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}"
+    "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML that marks what the assistant says; given to tokenizers without a template."""
+
+
+def sft_arguments(values: dict[str, Any], stage: Stage) -> Any:
+    """Return TRL's SFTConfig for a stage: packed rows, loss on the assistant's words alone.
+
+    Raises:
+        MachineError: TRL is not installed.
+    """
+    try:
+        from trl import SFTConfig
+    except ImportError as error:
+        raise MachineError(
+            "kind sft needs the package trl", code="CL11", hint="pip install 'nsa-convert[train]'"
+        ) from error
+    values = {
+        key: value
+        for key, value in values.items()
+        if key not in ("remove_unused_columns", "ignore_data_skip")
+    }
+    return SFTConfig(
+        **values,
+        max_length=stage.seq_len,
+        packing=True,
+        padding_free=True,
+        assistant_only_loss=True,
+        gradient_checkpointing=stage.checkpointing,
+        dataset_num_proc=None,
+    )
+
+
+def make_sft_trainer(common: dict[str, Any], tokenizer: Any, stage: Stage, base: Path) -> StageTrainer:
+    """Return the trainer of an ``sft`` stage.
+
+    Raises:
+        ConfigError: The tokenizer's chat template does not mark the assistant's words.
+    """
+    from trl import SFTTrainer
+
+    class SftStageTrainer(StageTrainer, SFTTrainer):
+        """StageTrainer's losses, checkpoints and logs on TRL's data."""
+
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = TEMPLATE
+    elif "generation %}" not in tokenizer.chat_template:
+        raise ConfigError(
+            "the chat template has no {% generation %} marks, which a loss on the answers alone needs",
+            code="TK04",
+            hint="put a template with marks into chat_template.jinja of the model's folder",
+        )
+    return SftStageTrainer(**common, processing_class=tokenizer, train_dataset=_chats(stage, base))
+
+
+def _chats(stage: Stage, base: Path) -> Any:
+    """Return the chats of all sources, mixed by weight."""
+    import datasets
+
+    tables = []
+    for source in stage.data:
+        table, _ = load_table(source, base)
+        others = [name for name in table.column_names if name != source.column]
+        table = table.remove_columns(others)
+        tables.append(
+            table if source.column == "messages" else table.rename_column(source.column, "messages")
+        )
+    if len(tables) == 1:
+        return tables[0]
+    total = sum(source.weight for source in stage.data)
+    return datasets.interleave_datasets(
+        tables,
+        probabilities=[s.weight / total for s in stage.data],
+        seed=0,
+        stopping_strategy="all_exhausted",
+    )
