@@ -233,7 +233,7 @@ def _key_gradients(
     chunk = torch.arange(count, dtype=torch.int32, device=k.device).expand(last_chunk.shape[0], -1)
     key_of = torch.searchsorted(last_chunk, chunk.contiguous(), right=True, out_int32=True)
     parts = torch.empty(2, batch, programs, count, dim, dtype=torch.float32, device=k.device)
-    names = ("q", "k", "v", "scale", "G", "lists", "size", "D", "BD", "GROUP")
+    names = ("q", "k", "v", "scale", "G", "lists", "D", "BD", "GROUP")
     shared = {n: x for n, x in shared.items() if n in names or n[:3] in ("s_q", "s_k", "s_v")}
     gather_backward_kv.launch(
         (count, batch * programs),

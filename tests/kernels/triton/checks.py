@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor
 
 from nsa_convert.kernels.dense.reference import masked_softmax_attention
+from nsa_convert.kernels.toolchain import Kernel
 from tests.kernels.utils import assert_close
 
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill new memory with NaN or a large number: a kernel must write all of its output."""
+    """Fill new memory with NaN or a large number: a kernel must write all of its output.
+
+    A launch must also name each argument once: the interpreter drops those it does not know, a GPU does not.
+    """
     empty, empty_strided = torch.empty, torch.empty_strided
 
     def fill(x: Tensor) -> Tensor:
@@ -23,6 +28,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_strided", lambda *a, **k: fill(empty_strided(*a, **k)))
+    launch = Kernel.launch
+
+    def strict(self: Kernel, grid: Any, like: Tensor, row: int, **arguments: Any) -> None:
+        names = [*arguments, *self.fitting(row, arguments)[0].sizes]
+        assert sorted(names) == sorted(inspect.signature(self.fn.fn).parameters), self.name
+        launch(self, grid, like, row, **arguments)
+
+    monkeypatch.setattr(Kernel, "launch", strict)
 
 
 class RoundedAttention(torch.autograd.Function):
