@@ -1,0 +1,88 @@
+"""Every configuration of every kernel compiles for real GPUs, without one, and fits them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from tests.kernels.triton.ahead import RECORD, SHARED_BYTES
+
+ROOT = Path(__file__).parents[3]
+
+SPILL_BYTES = 320
+"""Registers a thread may spill, in half precision; exact products of float32 spill more and are for tests."""
+
+
+def ahead(*options: str) -> dict[str, dict[str, int]]:
+    """Compile in a process of its own: here kernels belong to the interpreter."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.kernels.triton.ahead", *options]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made: dict[str, dict[str, int]] = {}
+    for line in done.stdout.splitlines():
+        made |= json.loads(line)
+    return made
+
+
+def problems(made: dict[str, dict[str, int]]) -> list[str]:
+    """Return what does not fit, and what left the record of the triton it was made with."""
+    record = json.loads(RECORD.read_text())
+    same = record["triton"] == triton.__version__
+    found = []
+    for name, row in made.items():
+        target = name.split()[-1]
+        if row["shared"] > SHARED_BYTES[target]:
+            found.append(f"{name}: {row['shared']} bytes of shared memory of {SHARED_BYTES[target]}")
+        if "dtype=fp32" not in name and row.get("stack", 0) > SPILL_BYTES:
+            found.append(f"{name}: spills {row['stack']} bytes")
+        if not same:
+            continue
+        known = record.get(name)
+        if known is None:
+            found.append(f"{name}: not in {RECORD.name}; run python -m tests.kernels.triton.ahead --write")
+            continue
+        registers = abs(row.get("registers", 0) - known.get("registers", 0))
+        if row["matrix"] != known["matrix"] or registers > 24:
+            found.append(f"{name}: {row}, recorded {known}")
+    return found
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_each_configuration_compiles_and_fits(target: str) -> None:
+    made = ahead("--few", "--only", target)
+    assert len(made) > 10
+    assert problems(made) == []
+
+
+@pytest.mark.slow
+def test_each_configuration_compiles_and_fits_everywhere() -> None:
+    assert problems(ahead()) == []
+
+
+def test_the_record_is_that_of_the_table() -> None:
+    names = set(ahead("--names"))
+    record = json.loads(RECORD.read_text())
+    assert set(record) - {"triton"} == names, "run python -m tests.kernels.triton.ahead --write"
+
+
+def test_misfits_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = tmp_path / "ahead.json"
+    record.write_text(json.dumps({"triton": triton.__version__, "a sm_80": {"matrix": 8, "registers": 100}}))
+    monkeypatch.setitem(problems.__globals__, "RECORD", record)
+    fine = {"shared": 1 << 10, "matrix": 8, "registers": 110, "stack": 0}
+    assert problems({"a sm_80": fine}) == []
+    assert "shared memory" in problems({"a sm_80": fine | {"shared": 200 << 10}})[0]
+    assert "spills" in problems({"a sm_80": fine | {"stack": 400}})[0]
+    assert "recorded" in problems({"a sm_80": fine | {"matrix": 16}})[0]
+    assert "recorded" in problems({"a sm_80": fine | {"registers": 140}})[0]
+    assert "not in" in problems({"b sm_80": fine})[0]
