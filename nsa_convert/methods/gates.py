@@ -56,5 +56,6 @@ class BranchGate(InitialisedModule):
         if self.pass_through:
             return is_open.expand(*hidden.shape[:-1], self.num_heads, -1)
         gates = torch.sigmoid(nn.functional.linear(hidden, self.weight, self.bias))
-        gates = gates.unflatten(-1, (self.num_heads, len(self.open_branches)))
+        # Of a tensor-parallel layer only the local heads have rows here.
+        gates = gates.unflatten(-1, (-1, len(self.open_branches)))
         return gates if self.kind == "sigmoid" else 2 * gates - (1 - is_open)

@@ -18,11 +18,14 @@ SAMPLED_QUERIES = 64
 
 
 def output_error(sparse: Tensor, dense: Tensor) -> Tensor:
-    """Return ``|sparse - sg(dense)|^2 / |sg(dense)|^2`` over all elements, a scalar of at least float32."""
+    """Return ``|sparse - sg(dense)|^2 / |sg(dense)|^2`` of each head ``[B, T, HQ, D]``, mean over the heads.
+
+    A scalar of at least float32. Heads count alike, so that a mean over processes that share them is right.
+    """
     wide = torch.promote_types(sparse.dtype, torch.float32)
     target = dense.detach().to(wide)
-    error = (sparse.to(wide) - target).square().sum()
-    return error / target.square().sum().clamp(min=torch.finfo(wide).tiny)
+    error = (sparse.to(wide) - target).square().sum((0, 1, 3))
+    return (error / target.square().sum((0, 1, 3)).clamp(min=torch.finfo(wide).tiny)).mean()
 
 
 def bidirectional_alignment(full: Tensor, sparse: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nsa_convert.methods.base import AttentionInputs, SparseMethod, select_heads
 from nsa_convert.patch.cache import sparse_cache_layer
+from nsa_convert.patch.collectives import gather_tokens, mean_over
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.pooling import grow_cells, grow_stream, pool_sequence
 from nsa_convert.patch.rope import rotate
@@ -36,6 +37,10 @@ class SparseAttention(nn.Module):
         for name, child in dense.named_children():
             self.add_module(name, child)
         self.sparse = method
+        self.loss_group: Any = None
+        """Processes that share the heads or tokens of the layer: auxiliary losses are means over them."""
+        self.context_group: Any = None
+        """Processes that share each row: queries are local, keys and values are gathered."""
 
     def forward(
         self,
@@ -78,6 +83,10 @@ class SparseAttention(nn.Module):
             q, k, v, hidden_states = (_one_row(x) for x in (q, k, v, hidden_states))
             streams = {name: _one_row(x) for name, x in streams.items()}
             past_key_values = None
+        if self.context_group is not None:
+            k, v = (gather_tokens(x, self.context_group) for x in (k, v))
+            kept = self.sparse.cached_streams
+            streams |= {name: gather_tokens(streams[name], self.context_group) for name in kept}
         k, v, pooled, streams = self._remember(k, v, streams, past_key_values, sparse_context)
         inputs = AttentionInputs(
             q=q,
@@ -96,6 +105,8 @@ class SparseAttention(nn.Module):
         o, losses = self.sparse.train_forward(inputs, mode)
         none = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
         values = torch.stack([none, *(losses.get(name, none) for name in mode.losses)])[1:]
+        if self.loss_group is not None:
+            values = mean_over(values, self.loss_group)
         return self.o_proj(o.reshape(batch, length, -1)), values
 
     def _project(

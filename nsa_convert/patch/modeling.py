@@ -20,10 +20,12 @@ from nsa_convert.errors import BackendError, ConfigError
 from nsa_convert.methods.base import InitialisedModule, TrainingMode
 from nsa_convert.methods.registry import build_layer
 from nsa_convert.patch.attention import SparseAttention
+from nsa_convert.patch.collectives import tokens_before
 from nsa_convert.patch.families import ModelFamily, family_of_sparse, geometry_of
 from nsa_convert.patch.layout import SparseContext, read_context
 from nsa_convert.patch.own_code import write_own_code
 from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.patterns import SequenceLayout
 
 try:  # transformers 5: does not touch parameters that were loaded
     from transformers.initialization import copy_ as init_copy_
@@ -83,6 +85,9 @@ class SparsePreTrainedMixin:
 class SparseModelMixin(SparsePreTrainedMixin):
     """The decoder: reads padding and packing once, for all layers."""
 
+    context_group: Any = None
+    """Processes that share each row, each with a run of its tokens; then a row is one document, unpadded."""
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -102,10 +107,11 @@ class SparseModelMixin(SparsePreTrainedMixin):
         if isinstance(past, Tensor):
             # A static cache hands out the very tensor that it is about to change.
             past = past.clone() if torch.compiler.is_compiling() else int(past)
+        shard = position_ids if self.context_group is not None else None
         context, position_ids = read_context(
             tokens=input_ids if inputs_embeds is None else inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=position_ids if shard is None else None,
             past=past,
             has_cache=past_key_values is not None,
             rotary=self.rotary_emb,
@@ -113,6 +119,9 @@ class SparseModelMixin(SparsePreTrainedMixin):
         )
         if context.layout.cu_seqlens is not None:
             use_cache = False
+        if shard is not None:
+            layout = SequenceLayout(offset=tokens_before(shard.shape[1], self.context_group))
+            context, position_ids = dataclasses.replace(context, layout=layout), shard
         if training_mode is not None:
             hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             return self._train_layers(
@@ -197,7 +206,7 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
         hints = {key: kwargs[key] for key in PACKING_HINTS if key in kwargs}
         hidden, auxiliary = self.model(**inputs, training_mode=training_mode, **hints)
         loss = None
-        if labels is not None:
+        if labels is not None or kwargs.get("shift_labels") is not None:
             rest = {key: value for key, value in kwargs.items() if key not in PACKING_HINTS}
             logits = self.lm_head(hidden)
             loss = self.loss_function(

@@ -1,0 +1,79 @@
+"""Sums and joins over a group of processes that gradients can pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _SumForward(torch.autograd.Function):
+    """Sum over the group; the gradient, the same in every process, passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _SumBackward(torch.autograd.Function):
+    """Pass the value; sum the gradient over the group, where each process knows a part of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Join ``[B, T, H, D]`` pieces along T; each process gets the summed gradient of its own piece."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.length = group, x.shape[1]
+        parts = [
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(dist.get_world_size(group))
+        ]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # gloo has no reduce-scatter; the sum of all and a slice is the same.
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        begin = dist.get_rank(ctx.group) * ctx.length
+        return grad[:, begin : begin + ctx.length], None
+
+
+def mean_over(values: Tensor, group: Any) -> Tensor:
+    """Return the mean over the group; for losses that are means over equally many heads or tokens."""
+    return _SumForward.apply(values, group) / dist.get_world_size(group)
+
+
+def sum_gradient(x: Tensor, group: Any) -> Tensor:
+    """Return ``x``; its gradient is summed over the group."""
+    return _SumBackward.apply(x, group)
+
+
+def gather_tokens(x: Tensor, group: Any) -> Tensor:
+    """Return the ``[B, T, H, D]`` pieces of all processes, joined along T in their order."""
+    return _GatherTokens.apply(x, group)
+
+
+def tokens_before(length: int, group: Any) -> int:
+    """Return the tokens of a row that the processes before this one hold, ``length`` each."""
+    return dist.get_rank(group) * length

@@ -1,0 +1,174 @@
+"""One of two processes of tests/training/test_distributed.py: ``python -m tests.training.worker FOLDER``.
+
+Every check compares a model shared by the processes with the same model in one process, and process 0 writes
+the largest differences to ``FOLDER/result.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from nsa_convert.methods.base import TrainingMode
+from nsa_convert.training.distributed import distributed_config, share_heads, share_tokens, split_tokens
+from nsa_convert.training.losses import loss_plan
+from nsa_convert.training.models import load_folder, methods_of
+from nsa_convert.training.recipe import recipe_from_dict
+from tests.models import tokens
+
+transformers.logging.set_verbosity_error()
+LENGTH = 48
+LOSSES = {"nsa": ("output_error", "score_kl"), "ssa": ("output_error", "alignment")}
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def total(model, out, extra: float = 1.0):
+    loss = 0.0 if out.loss is None else out.loss
+    return loss + extra * out.auxiliary.mean(0).sum()
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(found: dict, wanted: dict) -> dict[str, float]:
+    """Return the largest difference relative to the largest gradient, and that of the new weights alone."""
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    size = max(x.abs().max() for x in wanted.values())
+    worst = {name: ((found[name] - wanted[name]).abs().max() / size).item() for name in wanted}
+    new = [worst[name] for name in worst if ".sparse." in name]
+    assert new, "the new weights have gradients"
+    assert all(
+        wanted[name].abs().max() > 0 for name in worst if ".sparse." in name and "position" not in name
+    )
+    return {"gradient": max(worst.values()), "gradient_new": max(new)}
+
+
+def reference(folder: Path, batch: dict, mode: TrainingMode):
+    model = load_folder(folder, torch.float64).train()
+    out = model(**batch, training_mode=mode)
+    total(model, out).backward()
+    return out, gradients(model)
+
+
+def check_tensor(folder: Path, method: str) -> dict[str, float]:
+    ids = tokens(2, LENGTH)
+    mode = TrainingMode(losses=LOSSES[method], step=1)
+    want, grads = reference(folder, {"input_ids": ids, "labels": ids}, mode)
+    with torch.device("meta"):
+        plain = load_empty(folder)
+    config = distributed_config(plain, tensor_parallel=2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, distributed_config=config
+    )
+    share_heads(model, model._device_mesh.get_group("tp"))
+    out = model.train()(input_ids=ids, labels=ids, training_mode=mode)
+    total(model, out).backward()
+    return {
+        "loss": (out.loss - want.loss).abs().item(),
+        "auxiliary": (out.auxiliary - want.auxiliary).abs().max().item(),
+        **compare(gradients(model), grads),
+    }
+
+
+def load_empty(folder: Path):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def check_sharded(folder: Path, method: str) -> dict[str, float]:
+    ids = tokens(2, LENGTH)
+    mode = TrainingMode(losses=LOSSES[method][-1:], step=1)
+    mine = ids[dist.get_rank() :][:1]
+    want, grads = reference(folder, {"input_ids": ids, "labels": ids}, mode)
+    with torch.device("meta"):
+        plain = load_empty(folder)
+    config = distributed_config(plain, fsdp=2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, distributed_config=config
+    )
+    out = model.train()(input_ids=mine, labels=mine, training_mode=mode)
+    total(model, out).backward()  # FSDP takes the mean over the processes
+    loss, auxiliary = out.loss.detach().clone(), out.auxiliary.detach().clone()
+    for value in (loss, auxiliary):
+        dist.all_reduce(value)
+    return {
+        "loss": (loss / 2 - want.loss).abs().item(),
+        "auxiliary": (auxiliary / 2 - want.auxiliary).abs().max().item(),
+        **compare(gradients(model), grads),
+    }
+
+
+def check_context(folder: Path, method: str) -> dict[str, float]:
+    ids = tokens(2, LENGTH)
+    mode = TrainingMode(losses=LOSSES[method][-1:] if method == "ssa" else ())
+    count = ids[:, 1:].numel()
+    want, grads = reference(folder, {"input_ids": ids, "labels": ids}, mode)
+    group = dist.new_group([0, 1])
+    model = load_folder(folder, torch.float64).train()
+    share_tokens(model, group)
+    batch = split_tokens({"input_ids": ids, "labels": ids}, group)
+    out = model(**batch, training_mode=mode, num_items_in_batch=count)
+    total(model, out).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for grad in found.values():
+        dist.all_reduce(grad)
+    loss = out.loss.detach().clone()
+    dist.all_reduce(loss)
+    return {
+        "loss": (loss - want.loss).abs().item(),
+        "auxiliary": (out.auxiliary - want.auxiliary).abs().max().item() if mode.losses else 0.0,
+        **compare(found, grads),
+    }
+
+
+def check_streams() -> dict[str, float]:
+    """Every process draws the same streams, whatever its own random state is."""
+    torch.manual_seed(dist.get_rank())
+    stage = {
+        "name": "a",
+        "kind": "pretrain",
+        "train": "all",
+        "seq_len": 8,
+        "tokens": 8,
+        "batch_tokens": 8,
+        "data": [{"kind": "recall"}],
+    }
+    recipe = recipe_from_dict({"model": "x", "out": "y", "stages": [stage]})
+    plan = loss_plan(recipe.stages[0], [], 3, 0)
+    plan = copy.copy(plan)
+    object.__setattr__(plan, "dual_stream", True)
+    drawn = torch.tensor([plan.mode(step).stream == "full" for step in range(64)]).int()
+    others = [torch.empty_like(drawn) for _ in range(2)]
+    dist.all_gather(others, drawn)
+    assert 10 < drawn.sum() < 54
+    return {"differs": float((others[0] != others[1]).sum())}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    result = {"streams": check_streams()}
+    for method in ("nsa", "ssa"):
+        assert methods_of(load_empty(folder / method))
+        result[f"fsdp {method}"] = check_sharded(folder / method, method)
+        result[f"tensor {method}"] = check_tensor(folder / method, method)
+        result[f"context {method}"] = check_context(folder / method, method)
+    if dist.get_rank() == 0:
+        (folder / "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
