@@ -10,7 +10,7 @@ from typing import Any
 
 from nsa_convert.errors import CheckpointError, ConfigError, MachineError
 from nsa_convert.evaluation.identity import manifest_hash
-from nsa_convert.evaluation.verdict import task_rows, verdict
+from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
 from nsa_convert.patch.manifest import RECIPE, REPORT, SOURCE_FOLDER, read_manifest
 from nsa_convert.strict_files import parse_yaml, read_json_mapping
 
@@ -273,6 +273,7 @@ def _report_values(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             for row in task_rows(report)
         ],
         "speed": _speed_rows(report),
+        "benchmarks": [{**row, "cells": benchmark_cells(row)} for row in report.get("benchmarks", [])],
         "plots": plots,
         "html": f"{inside}/report.html" if (place / "report.html").is_file() else None,
     }

@@ -14,7 +14,7 @@ import click
 from nsa_convert.cli.commands import main
 from nsa_convert.cli.frame import common, hint, print_json, show_tables, tell
 
-SUITES = ("quick", "long", "full")
+SUITES = ("quick", "long", "full", "tasks")
 
 
 @main.command(name="eval")
@@ -37,6 +37,7 @@ def evaluate(
 ) -> None:
     """Measure how far MODEL is from the dense model, what it still finds, how fast it is, and draw it."""
     from nsa_convert.cli.options import parse_settings
+    from nsa_convert.evaluation.lm_eval_adapter import run_tasks
     from nsa_convert.evaluation.long import run_long
     from nsa_convert.evaluation.quick import run_quick
     from nsa_convert.hub import dense_folder, resolve_model
@@ -48,6 +49,8 @@ def evaluate(
     ]
     if suite == "quick":
         report: Any = run_quick(folders[0], against=folders[1], out_dir=out, progress=tell, **settings)
+    elif suite == "tasks":
+        report = run_tasks(folders[0], against=folders[1], out_dir=out, say=tell, **settings)
     else:
         with cell_progress() as progress:
             report = run_long(
@@ -68,7 +71,7 @@ def evaluate(
     click.echo(report.headline())
     if out is not None:
         click.echo(f"written: {out / 'report.html'}")
-    elif suite != "quick":
+    elif suite in ("long", "full"):
         hint("--out DIR keeps the report, and lets a run that was killed go on")
 
 

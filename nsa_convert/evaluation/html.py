@@ -9,7 +9,7 @@ from typing import Any
 
 from nsa_convert.errors import MachineError
 from nsa_convert.evaluation.plots import panel_svg, plots_of, require_matplotlib
-from nsa_convert.evaluation.verdict import task_rows, verdict
+from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
 
@@ -82,6 +82,14 @@ def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         "rows": [
             [_cell(row["task"]), _cell(row["length"]), _share(row["dense"]), _share(row["sparse"])]
             for row in task_rows(report)
+        ],
+    }
+    yield {
+        "title": "lm-eval", "header": ["task", "metric", "samples", "dense", "sparse", "95 % interval"],
+        "note": "By the lm-eval harness. The interval is that of the sparse score, where it is a share.",
+        "rows": [
+            [_cell(row["task"]), _cell(row["metric"]), _cell(row["n"]), *map(_cell, benchmark_cells(row))]
+            for row in report.get("benchmarks", [])
         ],
     }
     for text in report.get("texts", []):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsa_convert.evaluation.report import simple_table, write_csv
-from nsa_convert.evaluation.verdict import task_rows, verdict
+from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,8 +46,10 @@ class LongReport:
         return verdict(self.values)
 
     def tables(self) -> list[Table]:
-        """Return rich tables: texts, tasks, times."""
-        return [*map(_text_table, self.values["texts"]), _task_table(self.values), _speed_table(self.values)]
+        """Return rich tables: texts, tasks, times, lm-eval."""
+        tables = [*map(_text_table, self.values["texts"])]
+        tables += [_task_table(self.values), _speed_table(self.values), _benchmark_table(self.values)]
+        return [table for table in tables if table.row_count]
 
     def write(self, folder: Path, files: Sequence[Path] = ()) -> LongReport:
         """Write ``report.json`` and the CSV files; return the report that lists them and ``files``."""
@@ -104,6 +106,7 @@ def _csv_tables(values: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         "needles.csv": [{"model": who, **row} for who, rows in values["needles"].items() for row in rows],
         "tasks.csv": [dict(row) for row in values["tasks"]],
         "speed.csv": [dict(row) for row in values["speed"]],
+        "benchmarks.csv": [dict(row) for row in values.get("benchmarks", [])],
     }
 
 
@@ -134,6 +137,14 @@ def _task_table(values: Mapping[str, Any]) -> Table:
         last = row["sparse"]
         span = "" if last is None else f"{last['low']:.0%}-{last['high']:.0%}"
         table.add_row(row["task"], str(row["length"]), "" if last is None else str(last["n"]), *shares, span)
+    return table
+
+
+def _benchmark_table(values: Mapping[str, Any]) -> Table:
+    columns = ("task", "metric", "samples", "dense", "sparse", "95 % interval")
+    table = simple_table("lm-eval", columns)
+    for row in values.get("benchmarks", []):
+        table.add_row(row["task"], row["metric"], str(row["n"]), *benchmark_cells(row))
     return table
 
 

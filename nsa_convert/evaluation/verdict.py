@@ -72,6 +72,12 @@ def _cell(values: Sequence[tuple[float, int]]) -> dict[str, Any]:
     return {"score": hits / cases, "n": cases, "low": low, "high": high}
 
 
+def benchmark_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return dense score, sparse score and interval of an lm-eval row as text."""
+    scores = ["-" if row[mode] is None else f"{row[mode]:.4g}" for mode in ("dense", "sparse")]
+    return [*scores, "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"]
+
+
 def verdict(report: Mapping[str, Any]) -> str:
     """Return two sentences with the numbers that matter most: quality, then retrieval or cost.
 
@@ -81,7 +87,9 @@ def verdict(report: Mapping[str, Any]) -> str:
     if not budget:
         return "No layer of this model is sparse. Dense and sparse attention are the same here."
     beyond = [text for text in report.get("texts", []) if text["tokens"] - 1 > budget]
-    if not beyond:
+    if report.get("benchmarks"):
+        first = _benchmark_sentence(report["benchmarks"])
+    elif not beyond:
         first = f"No text exceeded the visible budget of {budget} tokens, so nothing sparse was measured."
     else:
         parts = [
@@ -94,6 +102,15 @@ def verdict(report: Mapping[str, Any]) -> str:
             f"the perplexity is {' and '.join(parts)} of the dense model's."
         )
     return f"{first} {_second_sentence(report, budget)}"
+
+
+def _benchmark_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    parts = [
+        f"{row['sparse']:.4g} on {row['task']} ({row['metric']}) where dense attention has {row['dense']:.4g}"
+        for row in rows[:3]
+    ]
+    more = f", and so on over {len(rows)} scores" if len(rows) > 3 else ""
+    return f"By lm-eval it has {' and '.join(parts)}{more}."
 
 
 def _second_sentence(report: Mapping[str, Any], budget: int) -> str:
