@@ -15,6 +15,7 @@ from nsa_convert.kernels.backend import choose_backend, kernel_function, use_bac
 from nsa_convert.kernels.compressed import compressed_attention
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.kernels.merge import gated_sum
 from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.patterns import BlockSelection, BlockTopK, SequenceLayout, SinkWindow, TokenSelection
 
@@ -56,7 +57,7 @@ class CheckRow:
         return self.error <= self.allowed
 
 
-Op = Callable[[Sequence[Tensor], SequenceLayout], tuple[Tensor, ...]]
+Op = Callable[[Sequence[Tensor], SequenceLayout], tuple[Tensor | None, ...]]
 
 
 def run_checks(
@@ -127,7 +128,7 @@ def check_op(
     with use_backend("reference"):
         low = results(op, tensors, layout, not decode)
         truth = results(op, [x.double() for x in tensors], layout, not decode)
-    worst = ("", 0.0, 1.0)
+    worst = (next(iter(got)), 0.0, 1.0)
     eps = torch.finfo(tensors[0].dtype).eps
     for result, x in got.items():
         if result == "blocks":
@@ -155,8 +156,9 @@ def results(op: Op, tensors: Sequence[Tensor], layout: SequenceLayout, gradients
     """Return what an op returns and the gradients of a weighted sum of o and lse."""
     inputs = [x.detach().clone().requires_grad_(gradients) for x in tensors]
     with torch.set_grad_enabled(gradients):
-        out = dict(zip(("o", "lse", "blocks"), op(inputs, layout), strict=False))
-        if not gradients:
+        found = zip(("o", "lse", "blocks"), op(inputs, layout), strict=False)
+        out = {name: x for name, x in found if x is not None}
+        if not gradients or "o" not in out:
             return out
         g = torch.Generator().manual_seed(5)
         total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
@@ -182,14 +184,17 @@ def ops(tensors: Sequence[Tensor], layout: SequenceLayout) -> dict[str, Op]:
     )
     tokens = TokenSelection(token_indices=random_lists(q, k.shape[2], lists, 1, 24))
     window = SinkWindow(num_sinks=3, window_size=48)
-    rule = BlockTopK(block_size=16, num_blocks=5)
+    rule = BlockTopK(block_size=8, num_blocks=4)
 
     def pattern_op(pattern: BlockSelection | TokenSelection | SinkWindow) -> Op:
         return lambda x, layout: sparse_attention(*x[:3], pattern, layout=layout)
 
-    def compressed(x: Sequence[Tensor], layout: SequenceLayout) -> tuple[Tensor, ...]:
+    def compressed(
+        x: Sequence[Tensor], layout: SequenceLayout, values: bool = True
+    ) -> tuple[Tensor | None, ...]:
+        cv = x[4] if values else None
         out = compressed_attention(
-            x[0], x[3], x[4], width=GRID.width, stride=GRID.stride, rule=rule, layout=layout
+            x[0], x[3], cv, width=GRID.width, stride=GRID.stride, rule=rule, layout=layout
         )
         assert out.selection is not None
         chosen = out.selection.block_indices.long()  # S may count padding: compare what all backends list
@@ -199,7 +204,9 @@ def ops(tensors: Sequence[Tensor], layout: SequenceLayout) -> dict[str, Op]:
     return {
         "selected blocks": pattern_op(blocks), "block mask per head": pattern_op(per_head),
         "selected tokens": pattern_op(tokens), "window": pattern_op(window), "compressed": compressed,
+        "block choice": lambda x, layout: compressed(x, layout, values=False),
         "dense": lambda x, layout: (dense_attention(*x[:3], layout=layout),),
+        "gates": lambda x, layout: (gated_sum((x[0], x[0] * 2, x[0].flip(1)), x[0][..., :3]),),
     }
 
 

@@ -107,7 +107,7 @@ class Kernel:
     @property
     def name(self) -> str:
         """Module and function name, for tables."""
-        return f"{self.fn.__module__.removeprefix('nsa_convert.kernels.')}.{self.fn.__name__}"
+        return f"{self.fn.fn.__module__.removeprefix('nsa_convert.kernels.')}.{self.fn.fn.__name__}"
 
     def fitting(self, row: int, arguments: Mapping[str, Any]) -> tuple[Config, ...]:
         """Return the configurations that may run, only the first one under the interpreter.

@@ -15,7 +15,8 @@ SMALL = {"length": 61, "dim": 16, "groups": (3,), "half": "float16", "dtypes": (
 def test_every_op_and_kind_of_batch_is_checked() -> None:
     rows = self_test("cpu", **SMALL)
     assert {row.op.split(",")[0] for row in rows} == {
-        "selected blocks", "block mask per head", "selected tokens", "window", "compressed", "dense"
+        "selected blocks", "block mask per head", "selected tokens", "window", "compressed", "block choice",
+        "dense", "gates",
     }
     assert {(row.dtype, row.group, row.layout) for row in rows} == {
         ("float16", 3, "plain"), ("float16", 4, "offset"), ("float16", 4, "padded"), ("float16", 4, "packed"),
@@ -62,6 +63,6 @@ def test_other_blocks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "results", results)
     bad = [row for row in run_checks("cpu", **SMALL | {"layouts": (), "dtypes": ()}) if not row.passed]
     assert {(row.op, row.result) for row in bad} == {
-        ("compressed", "blocks"), ("compressed, decode", "blocks")
+        (op + when, "blocks") for op in ("compressed", "block choice") for when in ("", ", decode")
     }
     assert isinstance(bad[0], CheckRow)

@@ -125,17 +125,67 @@ def name_of(row: Row) -> str:
     return f"{kernel.name} {label(case, config)} {target}"
 
 
+def compile_launch(name: str, arguments: Mapping[str, Any]) -> None:
+    """Compile one launch as the runtime would: integers specialised, every argument bound by name.
+
+    Args:
+        name: Kernel.
+        arguments: What the launch was given; ``{"tensor": dtype}`` stands for a tensor.
+
+    Raises:
+        Exception: Whatever triton raises.
+    """
+    import torch
+
+    from nsa_convert.kernels.toolchain import all_kernels
+
+    kernel = next(kernel for kernel in all_kernels() if kernel.name == name)
+    made = {
+        n: torch.empty(16, dtype=getattr(torch, x["tensor"])) if isinstance(x, dict) else x
+        for n, x in arguments.items()
+    }
+    kernel.fn.warmup(grid=(1,), **made)
+
+
+class NoDriver:
+    """Answers what triton asks of a GPU before it compiles."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGETS["sm_90"])
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="record the result")
     parser.add_argument("--few", action="store_true", help="each configuration for one target")
     parser.add_argument("--names", action="store_true", help="list the names and compile nothing")
     parser.add_argument("--only", default="", help="part of a name")
+    parser.add_argument("--launches", type=Path, help="compile the launches in this file, and nothing else")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
+    from triton.runtime.driver import driver
 
+    from nsa_convert.kernels.toolchain import all_kernels
+
+    if options.launches:
+        driver.set_active(NoDriver())
+        for launch in json.loads(options.launches.read_text()):
+            compile_launch(*launch)
+        return
+    if options.names:
+        driver.set_active(NoDriver())
+        for kernel in all_kernels():
+            kernel._tuner(kernel.configs)  # refuses keys that are no arguments
     record: dict[str, Any] = {"triton": triton.__version__}
     for row in few_rows() if options.few else rows():
         if options.only in (name := name_of(row)):

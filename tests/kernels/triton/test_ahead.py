@@ -12,8 +12,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 
+from nsa_convert.kernels import dense_attention, use_backend
+from nsa_convert.kernels.selftest import self_test
+from nsa_convert.kernels.toolchain import Kernel, all_kernels
+from nsa_convert.patterns import SequenceLayout
 from tests.kernels.triton.ahead import RECORD, SHARED_BYTES
 
 ROOT = Path(__file__).parents[3]
@@ -62,6 +67,29 @@ def test_each_configuration_compiles_and_fits(target: str) -> None:
     made = ahead("--few", "--only", target)
     assert len(made) > 10
     assert problems(made) == []
+
+
+@pytest.mark.slow
+def test_every_launch_of_the_self_test_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The interpreter takes any argument; a GPU needs types that agree, whatever numbers are specialised."""
+    seen: dict[str, tuple] = {}
+
+    def launch(self: Kernel, grid, like, row, **arguments) -> None:
+        real(self, grid, like, row, **arguments)
+        given = {**arguments, **self.fitting(row, arguments)[0].arguments()}
+        given = {n: {"tensor": str(x.dtype)[6:]} if torch.is_tensor(x) else x for n, x in given.items()}
+        small = {n: min(x, 2) if type(x) is int and n[0].islower() else x for n, x in given.items()}
+        seen.setdefault(f"{self.name} {small}", (self.name, given))
+
+    real = Kernel.launch
+    monkeypatch.setattr(Kernel, "launch", launch)
+    with use_backend("triton"):
+        self_test("cpu", length=41, dim=16, half="float16", groups=(3,), layouts=(), dtypes=())
+        q, k = torch.randn(1, 1, 3, 16), torch.randn(1, 2100, 1, 16)
+        dense_attention(q, k, k, layout=SequenceLayout(offset=2099))  # long enough to be split
+    assert {name for name, _ in seen.values()} == {kernel.name for kernel in all_kernels()}
+    (tmp_path / "launches.json").write_text(json.dumps(list(seen.values())))
+    ahead("--launches", str(tmp_path / "launches.json"))
 
 
 @pytest.mark.slow
