@@ -23,6 +23,9 @@ from nsa_convert.kernels.dense.triton_interval_fwd import interval_forward
 from nsa_convert.kernels.toolchain import padded_dim, upcast
 from nsa_convert.patterns import SequenceLayout
 
+KEY_TILE = 64
+"""Keys of one program of the backward, for counting programs."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Intervals:
@@ -193,14 +196,20 @@ def _backward(
         dq=dq,
     )
     bounds = query_bounds(lo, hi, first, num_sinks, num_keys)
+    parts = num_parts(k)
+    sums = dk, dv
+    if parts > 1:
+        sums = torch.empty(2, parts, *k.shape, dtype=torch.float32, device=k.device).unbind(0)
     interval_backward_kv.launch(
-        lambda c: (triton.cdiv(num_keys, c["BN"]), batch * num_kv_heads),
+        lambda c: (triton.cdiv(num_keys, c["BN"]), batch * num_kv_heads, parts),
         q,
         key_row(q),
         **shared,
-        **strides(d=dk),
-        dk=dk,
-        dv=dv,
+        **strides(d=sums[0] if parts == 1 else sums[0][0]),
+        s_pb=0 if parts == 1 else sums[0].stride(0),
+        parts=parts,
+        dk=sums[0],
+        dv=sums[1],
         bounds=bounds,
         s_bb=bounds.stride(0) if bounds.shape[0] > 1 else 0,
         num_bounds=bounds.shape[2],
@@ -208,12 +217,28 @@ def _backward(
         GRANULE=GRANULE,
         BOUNDS=bounds.shape[1],
     )
+    if parts > 1:
+        dk, dv = (x.sum(0).to(k.dtype) for x in sums)
     return dq, dk, dv
 
 
 @_backward.register_fake
 def _(do, dlse, q, k, v, o, lse, lo, hi, first, num_sinks, scale):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def num_parts(k: Tensor) -> int:
+    """Return into how many runs the queries of a key are split, where few keys would leave a GPU idle.
+
+    Compressed cells are few and seen by nearly all queries. The parts are added in a fixed order.
+    """
+    programs = triton.cdiv(k.shape[1], KEY_TILE) * k.shape[0] * k.shape[2]
+    return max(1, min(8, 2 * processors(k) // max(programs, 1)))
+
+
+def processors(x: Tensor) -> int:
+    """Return how many multiprocessors the device of x has; a few where there is no GPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def query_bounds(lo: Tensor, hi: Tensor, first: Tensor | None, num_sinks: int, num_keys: int) -> Tensor:

@@ -88,7 +88,8 @@ def interval_backward_q(
     p_l = i_b * s_lb + i_h * s_lh + o_m.to(tl.int64) * s_lt
     b_lse = tl.load(lse + p_l, mask=m_m, other=float("-inf"))
     b_lse2 = tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
-    b_delta = tl.load(delta + p_l, mask=m_m, other=0.0)
+    # A query without keys has no gradient, whatever its lse is used for.
+    b_delta = tl.load(delta + p_l, mask=m_m & (b_lse > float("-inf")), other=0.0)
     scale2 = scale * 1.4426950408889634
     b_dq = tl.zeros([BM, BD], tl.float32)
     for i in range(partial_tiles(sink, sink_end, begin, full, cut, end, BN)):
@@ -153,12 +154,15 @@ def key_step(
 def interval_backward_kv(
     q, k, v, do, lse, delta, dk, dv, lo, hi, first, bounds,
     s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_gb, s_gt, s_gh, s_db, s_dt, s_dh,
-    s_lb, s_lt, s_lh, s_ib, s_bb,
-    scale, num_sinks, num_bounds, TQ, TK, HQ, G,
+    s_lb, s_lt, s_lh, s_ib, s_bb, s_pb,
+    scale, num_sinks, num_bounds, parts, TQ, TK, HQ, G,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_SINKS: tl.constexpr,
     UPCAST: tl.constexpr, GRANULE: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Store dk and dv of a tile of keys: the sum over the query heads of its group, one after another."""
+    """Store dk and dv of a tile of keys: the sum over the query heads of its group, one after another.
+
+    The queries are split into ``parts`` runs of equal length; each has its own dk and dv, ``s_pb`` apart.
+    """
     # The first keys are seen by the most queries: they start first.
     i_n = tl.program_id(0) * BN
     i_b = (tl.program_id(1) // (HQ // G)).to(tl.int64)
@@ -193,8 +197,9 @@ def interval_backward_kv(
     lse += i_b * s_lb + i_h * G * s_lh
     delta += i_b * s_lb + i_h * G * s_lh
     edge = (full - begin) // BM
+    i_p = tl.program_id(2)
     tiles = edge + tl.cdiv(tl.maximum(end - cut, 0), BM)
-    for i in range(G * tiles):
+    for i in range(G * tiles * i_p // parts, G * tiles * (i_p + 1) // parts):
         i_g = (i // tiles).to(tl.int64)
         i_t = i % tiles
         i_m = tl.where(i_t < edge, begin + i_t * BM, cut + (i_t - edge) * BM)
@@ -204,7 +209,7 @@ def interval_backward_kv(
             D, BD, BM, HAS_SINKS, True, UPCAST,
         )  # fmt: skip
     tiles = (cut - full) // BM
-    for i in range(G * tiles):
+    for i in range(G * tiles * i_p // parts, G * tiles * (i_p + 1) // parts):
         i_g = (i // tiles).to(tl.int64)
         i_m = full + i % tiles * BM
         b_dk, b_dv = key_step(
@@ -214,7 +219,7 @@ def interval_backward_kv(
         )  # fmt: skip
     o_d = tl.arange(0, BD)
     m_nd = m_n[:, None] & (o_d < D)[None, :]
-    p_d = i_b * s_db + i_h * s_dh + o_n.to(tl.int64)[:, None] * s_dt + o_d[None, :]
+    p_d = i_p.to(tl.int64) * s_pb + i_b * s_db + i_h * s_dh + o_n.to(tl.int64)[:, None] * s_dt + o_d[None, :]
     tl.store(dk + p_d, (b_dk * scale).to(dk.dtype.element_ty), mask=m_nd)
     tl.store(dv + p_d, b_dv.to(dv.dtype.element_ty), mask=m_nd)
 

@@ -14,7 +14,7 @@ TYPES = {
     **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "*T"),
     **dict.fromkeys(("lse", "dlse", "delta"), "*fp32"),
     **dict.fromkeys(("lo", "hi", "first", "bounds"), "*i32"),
-    **dict.fromkeys(("TQ", "TK", "HQ", "G", "num_sinks", "num_bounds"), "i32"),
+    **dict.fromkeys(("TQ", "TK", "HQ", "G", "num_sinks", "num_bounds", "parts"), "i32"),
     "scale": "fp32",
 }
 """Types of the arguments of all interval kernels."""

@@ -12,6 +12,7 @@ from nsa_convert.kernels.dense.triton_interval import (
     Intervals,
     key_row,
     new_lse,
+    processors,
     row_delta,
     rows_contiguous,
     strides,
@@ -83,10 +84,7 @@ def attend_lists(
 
 def num_splits(q: Tensor, programs: int, longest: int) -> int:
     """Return in how many parts the keys of a query are split, a power of two."""
-    processors = 4
-    if q.is_cuda:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    wanted = processors * PROGRAMS_PER_PROCESSOR // max(programs, 1)
+    wanted = processors(q) * PROGRAMS_PER_PROCESSOR // max(programs, 1)
     parts = min(wanted, -(-longest // PART), 64)
     return 1 << (max(parts, 1).bit_length() - 1)
 

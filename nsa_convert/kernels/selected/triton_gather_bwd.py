@@ -53,8 +53,10 @@ def gather_backward_q(
     b_q = load_rows(q + i_b * s_qb + i_t * s_qt, o_h, s_qh, m_h, D, BD, True)  # [GN, BD]
     b_do = load_rows(do + i_b * s_gb + i_t * s_gt, o_h, s_gh, m_h, D, BD, True)
     p_l = i_b * s_lb + i_t * s_lt + o_h * s_lh
-    b_lse2 = tl.load(lse + p_l, mask=m_h, other=0.0) * 1.4426950408889634
-    b_delta = tl.load(delta + p_l, mask=m_h, other=0.0)
+    b_lse = tl.load(lse + p_l, mask=m_h, other=float("-inf"))
+    # A query without keys has no gradient, whatever its lse is used for.
+    b_lse2 = tl.where(b_lse == float("-inf"), 0.0, b_lse * 1.4426950408889634)
+    b_delta = tl.load(delta + p_l, mask=m_h & (b_lse > float("-inf")), other=0.0)
     scale2 = scale * 1.4426950408889634
     b_dq = tl.zeros([BD, GN], tl.float32)
     for i_x in range(0, size * block_size, BK):

@@ -38,11 +38,11 @@ def assert_values(got, inputs, mask) -> None:
 @pytest.mark.parametrize(
     ("kind", "num_queries", "heads", "lists", "size", "query_block", "dtype", "dim"),
     [
-        ("plain", 23, (4, 2), 2, 9, 1, torch.float32, 16),
-        ("offset", 9, (3, 1), 1, 40, 1, torch.float16, 32),
+        ("plain", 13, (4, 2), 2, 5, 1, torch.float32, 16),
+        ("offset", 4, (3, 1), 1, 40, 1, torch.float16, 32),
         ("padded", 11, (8, 1), 1, 5, 1, torch.float16, 16),
-        ("padded_offset", 7, (6, 2), 1, 70, 4, torch.float32, 16),
-        ("packed", 25, (4, 2), 4, 6, 1, torch.float16, 16),
+        ("padded_offset", 5, (6, 2), 1, 70, 4, torch.float32, 16),
+        ("packed", 15, (4, 2), 4, 4, 1, torch.float16, 16),
         ("packed", 21, (7, 1), 1, 8, 16, torch.float16, 80),
         ("plain", 9, (16, 1), 1, 5, 1, torch.float16, 16),
     ],
@@ -57,9 +57,9 @@ def test_lists_of_tokens(kind, num_queries, heads, lists, size, query_block, dty
 
 
 def test_gradients_do_not_change_from_run_to_run() -> None:
-    layout, batch, num_keys = make_layout("padded", 9)
-    inputs = make_qkv(batch, 9, num_keys, (4, 2), dtype=torch.float16)
-    op = lists_op(make_blocks(batch, 2, 9, num_keys, 9, 1, 1, layout), layout)
+    layout, batch, num_keys = make_layout("offset", 5)
+    inputs = make_qkv(batch, 5, num_keys, (4, 2), dtype=torch.float16)
+    op = lists_op(make_blocks(batch, 2, 5, num_keys, 9, 1, 1, layout), layout)
     for x, y in zip(run(op, inputs), run(op, inputs), strict=True):
         assert torch.equal(x, y)
 
@@ -85,15 +85,15 @@ def test_blocks(kind, num_queries, heads, lists, block_size, size, dtype, splits
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize(("sinks", "window"), [(0, 20), (3, 20), (0, None), (4, 1)])
+@pytest.mark.parametrize(("sinks", "window"), [(3, 20), (0, None)])
 @pytest.mark.parametrize("kind", ["padded_offset", "padded"])
 def test_window_and_whole_cache(kind, sinks, window, splits, monkeypatch) -> None:
     monkeypatch.setattr(triton_gather, "num_splits", lambda *_: splits)
-    layout, batch, num_keys = make_layout(kind, 3)
-    q, k, v = make_qkv(batch, 3, num_keys, (6, 2), dtype=torch.float16)
-    runs = layout_intervals(layout, 3, num_keys, q.device, window, sinks)
+    layout, batch, num_keys = make_layout(kind, 2)
+    q, k, v = make_qkv(batch, 2, num_keys, (6, 2), dtype=torch.float16)
+    runs = layout_intervals(layout, 2, num_keys, q.device, window, sinks)
     pattern = SinkWindow(num_sinks=sinks, window_size=window or num_keys)
-    mask = pattern.to_dense_mask(3, num_keys, 6, layout)
+    mask = pattern.to_dense_mask(2, num_keys, 6, layout)
     got = attend_runs(q, as_cache(k, 3), as_cache(v, 3), runs, num_keys, 0.25)
     assert_values(got, (q, k, v), mask)
     _, lse = attend_runs(q, k, None, runs, num_keys, 0.25)
@@ -102,7 +102,7 @@ def test_window_and_whole_cache(kind, sinks, window, splits, monkeypatch) -> Non
 
 def test_tensor_offset_equals_int_offset() -> None:
     q, k, v = make_qkv(2, 2, 100, (6, 2), dtype=torch.float32)
-    for offset in (0, 41, 98):
+    for offset in (0, 98):
         at = [layout_intervals(SequenceLayout(offset=x), 2, 100, q.device, 30, 3)
               for x in (offset, torch.tensor(offset))]  # fmt: skip
         for x, y in zip(*(attend_runs(q, k, v, runs, 33, 0.25) for runs in at), strict=True):

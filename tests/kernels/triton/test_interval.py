@@ -11,7 +11,7 @@ from nsa_convert.kernels.dense.reference import masked_softmax_attention
 from nsa_convert.kernels.dense.triton_interval import interval_attention, layout_intervals, query_bounds
 from nsa_convert.patterns import SequenceLayout, SinkWindow
 from tests.kernels.triton.checks import check, poison, run
-from tests.kernels.utils import LAYOUTS, as_cache, make_layout, make_qkv
+from tests.kernels.utils import as_cache, make_layout, make_qkv
 
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["poison"]
@@ -33,18 +33,18 @@ def window_mask(q, k, layout: SequenceLayout, num_sinks: int, window_size: int |
 @pytest.mark.parametrize(
     ("kind", "num_queries", "heads", "dim", "dtype", "num_sinks", "window_size"),
     [
-        ("plain", 131, (4, 2), 16, torch.float32, 0, 40),
+        ("plain", 131, (2, 1), 16, torch.float32, 0, 40),
         ("plain", 75, (3, 1), 32, torch.float16, 4, 16),
         ("plain", 7, (1, 1), 16, torch.float16, 0, None),
-        ("offset", 70, (7, 1), 16, torch.float16, 3, 20),
-        ("offset", 90, (2, 1), 80, torch.float16, 0, None),
-        ("padded", 101, (4, 1), 16, torch.float32, 2, 33),
-        ("padded", 60, (8, 1), 16, torch.float16, 0, None),
-        ("padded_offset", 90, (6, 2), 16, torch.float16, 0, 30),
+        ("offset", 33, (7, 1), 16, torch.float16, 3, 20),
+        ("offset", 40, (2, 1), 80, torch.float16, 0, None),
+        ("padded", 70, (4, 1), 16, torch.float32, 2, 33),
+        ("padded", 40, (8, 1), 16, torch.float16, 0, None),
+        ("padded_offset", 50, (6, 2), 16, torch.float16, 0, 30),
         ("packed", 140, (4, 2), 16, torch.float32, 3, 17),
         ("packed", 97, (3, 1), 32, torch.float16, 0, None),
-        ("packed", 120, (16, 1), 16, torch.float16, 0, 50),
-        ("plain", 70, (2, 1), 96, torch.float32, 0, 1),
+        ("packed", 70, (16, 1), 16, torch.float16, 0, 50),
+        ("plain", 40, (2, 1), 96, torch.float32, 0, 1),
     ],
 )
 def test_window_and_dense(kind, num_queries, heads, dim, dtype, num_sinks, window_size) -> None:
@@ -54,10 +54,10 @@ def test_window_and_dense(kind, num_queries, heads, dim, dtype, num_sinks, windo
     check(window_op(layout, num_sinks, window_size), inputs, mask)
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", ["offset", "packed"])
 def test_gradients_do_not_change_from_run_to_run(kind: str) -> None:
-    layout, batch, num_keys = make_layout(kind, 50)
-    inputs = make_qkv(batch, 50, num_keys, (4, 2), dtype=torch.float16)
+    layout, batch, num_keys = make_layout(kind, 40)
+    inputs = make_qkv(batch, 40, num_keys, (2, 1), dtype=torch.float16)
     op = window_op(layout, 2, 20)
     for x, y in zip(run(op, inputs), run(op, inputs), strict=True):
         assert torch.equal(x, y)
@@ -121,6 +121,14 @@ def test_one_of_both_outputs_may_be_unused(only: str) -> None:
     grads = (torch.autograd.grad(z.square().sum(), inputs, allow_unused=True) for z in pair)
     for x, y in zip(*grads, strict=True):
         assert torch.allclose(x, torch.zeros_like(x) if y is None else y, atol=1e-4)
+
+
+def test_lse_may_have_any_gradient_where_no_key_is_seen() -> None:
+    layout = SequenceLayout(start=torch.tensor([4]))
+    inputs = [x.requires_grad_() for x in make_qkv(1, 9, 9, (2, 1), dtype=torch.float32)]
+    o, lse = interval_attention(*inputs, layout_intervals(layout, 9, 9, torch.device("cpu"), 3), 0.25)
+    (o.sum() + lse.exp().log().sum()).backward()  # the gradient of log(0) times 0 is NaN
+    assert all(x.grad.isfinite().all() for x in inputs)
 
 
 def test_no_queries_and_no_keys() -> None:

@@ -46,7 +46,7 @@ def assert_op(op, *tensors: Tensor, **settings) -> None:
         assert_close(x, y, z)
 
 
-@pytest.mark.parametrize("num_queries", [1, 33])
+@pytest.mark.parametrize("num_queries", [1, 19])
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_attention(kind: str, num_queries: int) -> None:
     layout, batch, num_keys = make_layout(kind, num_queries)
@@ -65,7 +65,7 @@ def test_attention(kind: str, num_queries: int) -> None:
     [
         ("offset", 3, (4, 2), (8, 4, 8), 3, "sum"),
         ("padded_offset", 4, (3, 1), (4, 4, 4), 4, "max"),
-        ("padded", 16, (16, 1), (4, 2, 4), 3, "sum"),
+        ("padded", 9, (16, 1), (4, 2, 4), 3, "sum"),
         ("plain", 2, (1, 1), (8, 4, 16), 3, "sum"),
     ],
 )
