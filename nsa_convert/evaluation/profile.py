@@ -87,20 +87,26 @@ def measure_heads(
 
 @contextlib.contextmanager
 def _errors(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect ``[H]`` per layer: |W_o (sparse - dense)|^2 over |residual|^2; the dense output goes on."""
+    """Collect ``[H]`` per layer: mean over tokens of |W_o (sparse - dense)|^2 / |residual|^2.
+
+    The ratio is taken token by token: the first tokens of many models have a residual stream so large that it
+    would drown all others. The dense output goes on.
+    """
     errors: list[Tensor] = []
     residual = torch.zeros(())
 
     def before_layer(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         nonlocal residual
-        residual = (args[0] if args else kwargs["hidden_states"]).float().square().sum()
+        residual = (args[0] if args else kwargs["hidden_states"])[0].float().square().sum(-1)  # [T]
 
     def after_method(attention: nn.Module, method: nn.Module, args: tuple, sparse: Tensor) -> Tensor:
         dense = method.teacher(args[0])
         gap = (sparse - dense)[0].float().transpose(0, 1)  # [HQ, T, D]
         maps = attention.o_proj.weight.float().unflatten(1, (gap.shape[0], -1)).permute(1, 2, 0)
-        by_head = torch.stack([(x @ w).square().sum() for x, w in zip(gap, maps, strict=True)])
-        errors.append(by_head.unflatten(0, (-1, method.geometry.group_size)).sum(1) / residual)
+        by_head = torch.stack(
+            [((x @ w).square().sum(-1) / residual).mean() for x, w in zip(gap, maps, strict=True)]
+        )
+        errors.append(by_head.unflatten(0, (-1, method.geometry.group_size)).sum(1))
         return dense
 
     hooks = []

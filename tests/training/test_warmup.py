@@ -15,6 +15,8 @@ SETTINGS = {
     "dsa": {"method": "dsa", "index_key": "shared", "num_tokens": 48, "window_size": 8},
     "msa": {"method": "msa", "index_key": "shared", "block_size": 8, "num_blocks": 6},
 }
+QUERY_HEADS = {"dsa": 2, "msa": 1}  # random heads of a group share nothing that one block index could learn
+STEPS = 400
 
 
 def captured_over_oracle(model: torch.nn.Module) -> list[float]:
@@ -28,23 +30,27 @@ def captured_over_oracle(model: torch.nn.Module) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", list(SETTINGS))
 def test_warm_up_finds_the_mass_and_leaves_the_base_alone(method: str) -> None:
-    model = patch_model(dense_model("llama", num_hidden_layers=2).float(), plan(SETTINGS[method]))
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": QUERY_HEADS[method], "head_dim": 16}
+    dense = dense_model("llama", num_key_value_heads=1, **sizes).float()
+    model = patch_model(dense, plan(SETTINGS[method]))
     for name, parameter in model.named_parameters():
         if ".index.q" in name or ".index.k" in name:
             torch.nn.init.normal_(parameter, std=0.02)  # as published: from nothing
     before = {name: p.clone() for name, p in model.named_parameters() if ".sparse." not in name}
     start = captured_over_oracle(model)
     new = [p for name, p in model.named_parameters() if ".sparse." in name]
-    optimizer = torch.optim.Adam(new, lr=3e-3)
+    optimizer = torch.optim.Adam(new, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     mode = TrainingMode(stream="teacher", losses=("index_kl",))
     model.train()
-    for step in range(150):
+    for step in range(STEPS):
         _, losses = model.model(input_ids=tokens(1, LENGTH, seed=step), training_mode=mode)[:2]
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
+        schedule.step()
     model.eval()
     after = captured_over_oracle(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
-    assert max(start) < 0.85, start
+    assert max(start) < 0.6, start
     assert min(after) >= 0.9, (start, after)
