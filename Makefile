@@ -17,7 +17,7 @@ READY = $(VENV)/.ready
 # Test processes share the cores, so each gets one thread; no test needs the Hub.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: help venv test test-all lint demo bench clean
+.PHONY: help venv test test-all test-gpu lint demo bench bench-gpu clean
 
 help:
 	@echo "make test      the tests that need no GPU and no network (under 10 minutes on 2 cores)"
@@ -25,6 +25,8 @@ help:
 	@echo "make lint      ruff"
 	@echo "make demo      SmolLM2-135M to NSA and SSA: convert, verify, evaluate, generate"
 	@echo "make bench     sparse against dense attention on this machine"
+	@echo "make bench-gpu the kernels on a GPU: right, how fast, how near to its limits (under 8 minutes)"
+	@echo "make test-gpu  the tests that need a GPU"
 	@echo "make clean     remove .venv and what the targets wrote"
 
 venv: $(READY)
@@ -50,6 +52,12 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/nsa-convert bench --device cpu
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu
+
+test-gpu: $(READY)
+	OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(TESTS)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
