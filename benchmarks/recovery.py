@@ -1,10 +1,10 @@
 """Does training close the gap? A small dense model to NSA and SSA, measured at every step.
 
-    python benchmarks/recovery.py --work runs/recovery --out docs/recovery   # trains what is missing, measures, plots
+    python benchmarks/recovery.py --work runs/recovery --out docs/recovery   # train and measure
     python benchmarks/recovery.py --work runs/recovery --out docs/recovery --only measure
 
 Runs the recipes of recipes/recovery in order: a dense model from random weights on Python's own sources and
-language reference and on generated recall; its conversion to NSA and to SSA; a dense control on the same tokens.
+language reference and on generated recall; a dense control on more tokens; its conversion to NSA and to SSA.
 Everything measured is held out: other files, other recall documents.
 """
 
@@ -79,13 +79,13 @@ def recall_rows(tokenizer) -> list[tuple[list[int], list[int]]]:
 def _distances(tokenizer, ids: list[int]) -> list[int]:
     """Return for each token the distance to the place its value was last seen; 0 where nothing is asked."""
     words = [tokenizer.decode([i]).strip() for i in ids]
-    asking, told = False, {}
+    read, told = "", {}
     distance = [0] * len(ids)
     for place, word in enumerate(words):
-        asking = asking or word == "get"
+        read += word
         key = words[place - 1] if place else ""
         if word.isdigit() and len(key) == 1:
-            if asking and key in told:
+            if "get" in read and key in told:
                 distance[place] = place - told[key]
             told[key] = place
     return distance

@@ -8,6 +8,7 @@ run of queries at an offset among all keys.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,41 @@ def distributed_config(plain: nn.Module, *, fsdp: int = 1, tensor_parallel: int 
     return DistributedConfig(**values)
 
 
+def join_processes() -> None:
+    """Join the processes that torchrun or accelerate started."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def load_sharded(folder: Path, dtype: torch.dtype, fsdp: int) -> nn.Module:
+    """Load a checkpoint with every weight shared by ``fsdp`` processes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, distributed_config=distributed_config(plain, fsdp=fsdp)
+    )
+
+
+def whole_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Return the optimizer's state with whole tensors, by parameter name; every process has to call this."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    return get_optimizer_state_dict(
+        model, inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+
+
+def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+    """Give an optimizer the state that :func:`whole_optimizer_state` returned, cut to this process's part."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    inner = getattr(optimizer, "optimizer", optimizer)
+    set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
+
+
 def share_heads(model: nn.Module, group: Any) -> None:
     """Let the auxiliary losses of a tensor-parallel model be means over the heads of all processes."""
     for layer in _layers(model):
@@ -133,7 +169,11 @@ def split_tokens(batch: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
     here = slice(rank * length, (rank + 1) * length)
     following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return {"input_ids": ids[:, here], "position_ids": positions[:, here], "shift_labels": following[:, here].contiguous()}
+    return {
+        "input_ids": ids[:, here],
+        "position_ids": positions[:, here],
+        "shift_labels": following[:, here].contiguous(),
+    }
 
 
 def _layers(model: nn.Module) -> list[SparseAttention]:

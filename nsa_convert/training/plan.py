@@ -123,8 +123,10 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1)
     problems: list[str] = []
     plans = []
     config = dict(start.config)
+    if recipe.fsdp not in (1, processes) and processes > 1:
+        problems.append(f"fsdp {recipe.fsdp} must be the number of processes, {processes}, or 1")
     for stage in recipe.stages:
-        found = stage_problems(stage, start, methods, config, processes, recipe)
+        found = stage_problems(stage, methods, config, processes)
         for source in stage.data:
             try:
                 open_source(source, base)
@@ -149,12 +151,7 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1)
 
 
 def stage_problems(
-    stage: Stage,
-    start: Start,
-    methods: Sequence[SparseMethod],
-    config: Mapping[str, Any],
-    processes: int,
-    recipe: Recipe,
+    stage: Stage, methods: Sequence[SparseMethod], config: Mapping[str, Any], processes: int
 ) -> list[str]:
     """Return why a stage cannot run on this model."""
     problems = loss_problems(stage, methods)
@@ -174,17 +171,10 @@ def stage_problems(
         problems.append(f"train is new, but {what}; train attention or all, or leave the stage out")
     if stage.kind == "align" and not methods:
         problems.append("kind align needs a sparse model: the recipe has no sparse_attention")
-    shared = recipe.tensor_parallel * recipe.context_parallel
-    if processes % shared:
-        problems.append(f"{processes} processes cannot be split into groups of {shared}")
-    elif stage.rows_per_step % (stage.micro_batch * (processes // shared)):
+    if stage.rows_per_step % (stage.micro_batch * processes):
         problems.append(
-            f"a step of {stage.rows_per_step} rows cannot be shared by {processes // shared} processes with "
+            f"a step of {stage.rows_per_step} rows cannot be shared by {processes} processes with "
             f"micro_batch {stage.micro_batch}"
-        )
-    if stage.seq_len % recipe.context_parallel:
-        problems.append(
-            f"seq_len {stage.seq_len} is not a multiple of context_parallel {recipe.context_parallel}"
         )
     return problems
 
@@ -279,15 +269,14 @@ def _adapter_size(stage: Stage, start: Start) -> int:
 def _memory(stage: Stage, recipe: Recipe, start: Start, total: int, trained: int) -> int:
     """Estimate bytes on one device.
 
-    Weights, gradients and AdamW's moments, shared by the FSDP and tensor-parallel processes; per layer
+    Weights, gradients and AdamW's moments, shared by the FSDP processes; per layer
     ``LAYER_WIDTHS`` hidden widths of activations, or one with checkpointing plus one layer at work; logits
     and their gradient in float32.
     """
     weight = 2 if recipe.precision == "bf16" else 4
     number = 4 if recipe.precision == "fp32" else 2
-    shared = recipe.fsdp * recipe.tensor_parallel
-    static = (total * weight + trained * (weight + ADAM_BYTES)) // shared
-    rows = stage.micro_batch * stage.seq_len // recipe.context_parallel
+    static = (total * weight + trained * (weight + ADAM_BYTES)) // recipe.fsdp
+    rows = stage.micro_batch * stage.seq_len
     width = start.config["hidden_size"] * number * rows
     layers = start.config["num_hidden_layers"]
     kept = layers * width + LAYER_WIDTHS * width if stage.checkpointing else layers * LAYER_WIDTHS * width

@@ -173,9 +173,7 @@ class Recipe:
         revision: Branch, tag or commit of a Hub model.
         report_to: Where curves go beside ``log.jsonl``; ``auto`` is tensorboard where it is installed.
         measure: Let ``--dry-run`` load the model and time two steps of each stage.
-        fsdp: Processes that share each weight (FSDP2).
-        tensor_parallel: Processes that share each layer.
-        context_parallel: Processes that share each sequence.
+        fsdp: Processes that share each weight (FSDP2); all of the run's, or 1.
     """
 
     model: str | FreshModel
@@ -189,8 +187,6 @@ class Recipe:
     report_to: Literal["auto", "none", "tensorboard", "trackio", "wandb"] = "auto"
     measure: bool = False
     fsdp: int = 1
-    tensor_parallel: int = 1
-    context_parallel: int = 1
 
     def __post_init__(self) -> None:
         problems = []
@@ -204,8 +200,10 @@ class Recipe:
             problems.append(f"stages share a name: {', '.join(twice)}")
         if self.seed < 0:
             problems.append(f"seed must be >= 0, got {self.seed}")
-        if min(self.fsdp, self.tensor_parallel, self.context_parallel) < 1:
-            problems.append("fsdp, tensor_parallel and context_parallel count processes, from 1")
+        if self.fsdp < 1:
+            problems.append(f"fsdp counts processes, from 1, got {self.fsdp}")
+        if self.fsdp > 1 and any(stage.train == "lora" for stage in self.stages):
+            problems.append("fsdp cannot be combined with train: lora yet")
         if self.sparse_attention is not None:
             try:
                 SparseAttentionConfig.from_dict(self.sparse_attention)

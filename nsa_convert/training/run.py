@@ -7,14 +7,16 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nsa_convert.errors import CheckpointError, UsageError
 from nsa_convert.patch.staging import exclusive, staged
+from nsa_convert.patch.trained import seal_trained
 from nsa_convert.training.checkpoints import check_same_run, newest, step_of
+from nsa_convert.training.distributed import join_processes
 from nsa_convert.training.losses import mix
 from nsa_convert.training.models import Start, quiet, read_start, save_model
 from nsa_convert.training.plan import plan_recipe
@@ -133,6 +135,8 @@ def train_recipe(
     out = Path(recipe.out)
     _check_out(out, resume)
     signals = Signals(say)
+    if processes > 1:
+        join_processes()
     with exclusive(out), signals.caught():
         if _is_main():
             (out / RUN_FILE).write_text(json.dumps(recipe.to_dict(), indent=1))
@@ -182,7 +186,7 @@ def _run_stage(
     if checkpoint is not None:
         check_same_run(checkpoint, facts)
     tokenizer = stage_tokenizer(recipe, index, start, base)
-    model = load_stage_model(recipe, index, start)
+    model = load_stage_model(recipe, index, start, checkpoint)
     log_file = Path(recipe.out) / "log.jsonl"
     if _is_main():
         place.mkdir(parents=True, exist_ok=True)
@@ -205,8 +209,25 @@ def _run_stage(
         "seconds": round(time.perf_counter() - begin, 2),
         "last": next((row for row in reversed(trainer.state.log_history) if "loss" in row), {}),
     }
-    finish_stage(trainer, tokenizer, place, report)
+    seal = lambda folder: _seal(folder, recipe, index, start, report)  # noqa: E731
+    finish_stage(trainer, tokenizer, place, report, seal)
     return report
+
+
+def _seal(folder: Path, recipe: Recipe, index: int, start: Start, report: dict[str, Any]) -> None:
+    """Write what the trained folder needs to be verified, described and published."""
+    stage = recipe.stages[index]
+    row = {"name": stage.name, "kind": stage.kind, "tokens": report["steps"] * stage.batch_tokens}
+    before = stage_folder(recipe, index - 1) / MODEL if index else start.folder
+    named = recipe.model if isinstance(recipe.model, str) else "a fresh model"
+    seal_trained(
+        folder,
+        recipe=recipe.to_dict(),
+        stages=[{**row, "steps": report["steps"], "seq_len": stage.seq_len}],
+        source=before,
+        source_id=named if not Path(named).exists() else Path(named).resolve().name,
+        revision=recipe.revision,
+    )
 
 
 def check_same_run_facts(where: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -221,10 +242,27 @@ def check_same_run_facts(where: Path, found: dict[str, Any], expected: dict[str,
         )
 
 
-def finish_stage(trainer: StageTrainer, tokenizer: Any, place: Path, report: dict[str, Any]) -> None:
+def finish_stage(
+    trainer: StageTrainer,
+    tokenizer: Any,
+    place: Path,
+    report: dict[str, Any],
+    seal: Callable[[Path], None],
+) -> None:
     """Write the trained model; the folder appears when it is complete."""
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
+    if trainer.sharded:
+        # Every process takes part in gathering the weights; the main one writes.
+        gathered = place / ".gathered"
+        with quiet():
+            trainer.model.save_pretrained(gathered, is_main_process=trainer.is_world_process_zero())
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(gathered)
+            (gathered / "stage.json").write_text(json.dumps(report, indent=1))
+            with staged(place / MODEL) as folder:
+                folder.rmdir()
+                gathered.rename(folder)
+    elif trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(model, "merge_and_unload"):
             from nsa_convert.training.lora import save_adapters
@@ -233,6 +271,7 @@ def finish_stage(trainer: StageTrainer, tokenizer: Any, place: Path, report: dic
         with staged(place / MODEL) as folder:
             save_model(model, tokenizer, folder)
             (folder / "stage.json").write_text(json.dumps(report, indent=1))
+            seal(folder)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from nsa_convert.errors import MachineError
+from nsa_convert.patch.staging import staged
 from nsa_convert.training.data import PackedRows, collate
+from nsa_convert.training.distributed import load_sharded
 from nsa_convert.training.losses import LossPlan, loss_plan, mix
 from nsa_convert.training.models import (
     DTYPES,
@@ -22,6 +24,7 @@ from nsa_convert.training.models import (
     load_folder,
     load_tokenizer,
     methods_of,
+    quiet,
     set_rope,
 )
 from nsa_convert.training.plan import RecipePlan, is_trained
@@ -44,13 +47,40 @@ def stage_tokenizer(recipe: Recipe, index: int, start: Start, base: Path) -> Any
     return fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
 
 
-def load_stage_model(recipe: Recipe, index: int, start: Start) -> nn.Module:
-    """Return the model a stage begins with, its trained weights unfrozen, adapters added."""
-    stage = recipe.stages[index]
-    if index == 0:
+def is_sharded(recipe: Recipe) -> bool:
+    """Return whether several processes share each weight."""
+    return recipe.fsdp > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def write_start(recipe: Recipe, start: Start) -> Path:
+    """Write the first model as a folder, in the main process: weights are sharded while they are loaded."""
+    folder = Path(recipe.out) / "start"
+    if int(os.environ.get("RANK", "0")) == 0 and not folder.is_dir():
+        with staged(folder) as place, quiet():
+            load_first(recipe, start).save_pretrained(place)
+    torch.distributed.barrier()
+    return folder
+
+
+def load_stage_model(recipe: Recipe, index: int, start: Start, checkpoint: Path | None = None) -> nn.Module:
+    """Return the model a stage begins with, its trained weights unfrozen, adapters added.
+
+    Args:
+        recipe: The recipe.
+        index: Of the stage.
+        start: The first model.
+        checkpoint: Where to go on; read here only for a sharded model, the Trainer loads others itself.
+    """
+    stage, dtype = recipe.stages[index], DTYPES[recipe.precision]
+    before = stage_folder(recipe, index - 1) / MODEL
+    if is_sharded(recipe):
+        if checkpoint is None and index == 0:
+            before = write_start(recipe, start)
+        model = load_sharded(checkpoint or before, dtype, recipe.fsdp)
+    elif index == 0:
         model = load_first(recipe, start)
     else:
-        model = load_folder(stage_folder(recipe, index - 1) / MODEL, DTYPES[recipe.precision])
+        model = load_folder(before, dtype)
     if stage.rope is not None:
         set_rope(model, stage.rope)
     for name, parameter in model.named_parameters():
@@ -100,7 +130,7 @@ def make_trainer(
 def argument_values(recipe: Recipe, index: int) -> dict[str, Any]:
     """Return the arguments of transformers' Trainer for a stage."""
     stage = recipe.stages[index]
-    world = int(os.environ.get("WORLD_SIZE", "1")) // (recipe.tensor_parallel * recipe.context_parallel)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     return {
         "output_dir": str(stage_folder(recipe, index)),
         "max_steps": stage.steps,
@@ -152,9 +182,9 @@ def _reporters(choice: str) -> list[str]:
 
 
 def frozen_hash(model: nn.Module) -> float:
-    """Return a checksum of the weights that must not change."""
-    sums = [p.detach().double().abs().sum().item() for p in model.parameters() if not p.requires_grad]
-    return float(sum(sums))
+    """Return a checksum of the weights that must not change; of a sharded model, of the local parts."""
+    frozen = (getattr(p, "_local_tensor", p) for p in model.parameters() if not p.requires_grad)
+    return float(sum(x.detach().double().abs().sum().item() for x in frozen))
 
 
 def flops_per_token(model: nn.Module, stage: Stage) -> float:

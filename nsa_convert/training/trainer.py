@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from nsa_convert.errors import CheckFailedError
 from nsa_convert.patch.staging import machine_errors
 from nsa_convert.training.checkpoints import SAVING, publish, seal
 from nsa_convert.training.data import PackedRows
+from nsa_convert.training.distributed import load_optimizer_state, whole_optimizer_state
 from nsa_convert.training.losses import LossPlan
 from nsa_convert.training.recipe import Stage
 
@@ -53,7 +55,12 @@ class StageTrainer(Trainer):
         peak_flops: float | None = None,
         **kwargs: Any,
     ) -> None:
+        # transformers refuses to save a model sharded at load time, because it cannot save such an optimizer;
+        # this class can, see below.
+        args = kwargs["args"]
+        strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
         super().__init__(**kwargs)
+        args.save_strategy = strategy
         self.remove_callback(PrinterCallback)
         self.stage = stage
         self.losses = losses
@@ -64,6 +71,7 @@ class StageTrainer(Trainer):
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.loss_is_scaled_for_ga = True
+        self.sharded = bool(getattr(self, "is_distributed_loading_by_transformers", False))
         self._place: Path | None = None
         self._sums: dict[str, list[float]] = {}
         self._clock = (time.perf_counter(), 0)
@@ -172,6 +180,10 @@ class StageTrainer(Trainer):
         seconds = max(time.perf_counter() - self._clock[0], 1e-9)
         self._clock = (time.perf_counter(), self.state.global_step)
         means = {key: total / max(count, 1e-9) for key, (total, count) in self._sums.items()}
+        if self.args.world_size > 1 and means:
+            values = torch.tensor(list(means.values()), device=self.args.device)
+            torch.distributed.all_reduce(values)
+            means = dict(zip(means, (values / self.args.world_size).tolist(), strict=True))
         self._sums = {}
         out = {key.replace("/", "_"): value for key, value in means.items()}
         if {"cross_entropy/sparse", "cross_entropy/full"} <= means.keys():
@@ -183,6 +195,32 @@ class StageTrainer(Trainer):
         return out
 
     # ---- checkpoints ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights; a sharded model was loaded from the checkpoint to begin with."""
+        if not self.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimizer; of a sharded model its whole state is gathered first."""
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer; of a sharded model each process takes its part."""
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        load_optimizer_state(
+            self.model, self.optimizer, torch.load(folder / "optimizer.pt", weights_only=True)
+        )
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._place is None else str(self._place)

@@ -215,10 +215,7 @@ def test_frozen_weights_do_not_move(tmp_path):
         ),
         ({"fresh": 1, "seed": -1}, ["unknown key 'fresh'", "seed"]),
         ({"schema": 2}, ["schema 2 is not known"]),
-        (
-            {"stages": [stage(batch_tokens=96)], "context_parallel": 5},
-            ["groups of 5", "not a multiple of context"],
-        ),
+        ({"fsdp": 0}, ["fsdp counts processes"]),
     ],
 )
 def test_every_problem_comes_in_one_message_before_a_weight_is_read(
