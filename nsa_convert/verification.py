@@ -13,7 +13,14 @@ from nsa_convert.patch.checkpoint import SPARSE_TENSOR, open_checkpoint, open_co
 from nsa_convert.patch.equivalence import bare_logits, compare_with_dense, probe_lengths, sparse_logits
 from nsa_convert.patch.gguf import is_gguf, load_gguf_model
 from nsa_convert.patch.headers import WEIGHT_DTYPES
-from nsa_convert.patch.manifest import MANIFEST, REPORT, SOURCE_FOLDER, check_manifest, read_manifest
+from nsa_convert.patch.manifest import (
+    MANIFEST,
+    REPORT,
+    SOURCE_FOLDER,
+    TRAINING,
+    check_manifest,
+    read_manifest,
+)
 from nsa_convert.patch.remote_code import code_files
 from nsa_convert.patch.shards import resolve_inside
 from nsa_convert.patch.staging import check_free, check_places, copy_file, link_file, require_space, staged
@@ -22,6 +29,8 @@ from nsa_convert.strict_files import read_json_mapping
 
 TOLERANCE = 1e-4
 """Largest difference of fp32 logits between the full budget and the dense model."""
+
+_TRAINED = "not run: the weights were trained after the conversion"
 
 BARE_TOKENS = 300
 """Longest probe without the package: that check is about loading."""
@@ -115,6 +124,7 @@ def verify_checkpoint(
     out = Path(out)
     tell = progress or (lambda name: None)
     read_manifest(out)
+    trained = (out / TRAINING).is_file()
     checks: list[Check] = []
     for name, code, work in (
         ("files", "CK29", lambda: _files(out)),
@@ -122,15 +132,20 @@ def verify_checkpoint(
         ("kept tensors", "SV18", lambda: _kept_tensors(out, against)),
     ):
         tell(name)
-        checks.append(_run(name, code, work))
+        moot = trained and code == "SV18"
+        checks.append(_skipped(name, code, _TRAINED) if moot else _run(name, code, work))
     whole = all(check.ok is not False for check in checks)
     for name, code, work in (
         ("full budget = dense", "SV19", lambda: _full_budget(out, lengths)),
         ("bare transformers", "SV20", lambda: _bare(out, trust_remote_code)),
     ):
         tell(name)
-        skipped = Check(name=name, ok=None, detail="not run: the folder is not whole", code=code)
-        checks.append(_run(name, code, work) if whole else skipped)
+        if trained and code == "SV19":
+            checks.append(_skipped(name, code, _TRAINED))
+        elif whole:
+            checks.append(_run(name, code, work))
+        else:
+            checks.append(_skipped(name, code, "not run: the folder is not whole"))
     return VerificationReport(out=out, checks=checks)
 
 
@@ -224,6 +239,10 @@ def _source_files(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     except (KeyError, TypeError, ValueError, AttributeError, OSError):
         pass
     raise CheckpointError(f"{REPORT} is missing or damaged", code="SV17", where=REPORT, hint="convert again")
+
+
+def _skipped(name: str, code: str, why: str) -> Check:
+    return Check(name=name, ok=None, detail=why, code=code)
 
 
 def _run(name: str, code: str, work: Callable[[], str | None]) -> Check:

@@ -14,6 +14,8 @@ from nsa_convert.strict_files import read_json_mapping
 MANIFEST = "nsa_manifest.json"
 REPORT = "conversion_report.json"
 RECIPE = "recipe.yaml"
+TRAINING = "training_report.json"
+"""Lies in a folder that was trained after conversion."""
 SOURCE_FOLDER = "source"
 """Holds the source's files that conversion replaced, byte for byte."""
 

@@ -8,22 +8,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsa_convert.errors import CheckpointError, ConfigError, MachineError
-from nsa_convert.evaluation.identity import manifest_hash
+from nsa_convert.card.facts import (
+    CARD,
+    EVAL_RESULTS,
+    check_card,
+    hub_source,
+    is_current,
+    licence_of,
+    read_evaluations,
+    read_facts,
+)
+from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
-from nsa_convert.patch.manifest import RECIPE, REPORT, SOURCE_FOLDER, read_manifest
-from nsa_convert.strict_files import parse_yaml, read_json_mapping
+from nsa_convert.patch.manifest import RECIPE, read_manifest
 
-CARD = "README.md"
-EVALUATION_FOLDER = "evaluation"
-EVAL_RESULTS = ".eval_results/nsa-convert.yaml"
-TRAINING = "training_report.json"
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
 PLACEHOLDER_OWNER = "ORG"
 """Stands for the owner of the repository until ``push`` knows it."""
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-LICENCE_KEYS = ("license", "license_name", "license_link")
 PLOTS = {
     "perplexity.png": "Perplexity by position, dense and sparse",
     "needles.png": "Needles found by length and depth, dense and sparse",
@@ -87,68 +89,23 @@ def write_card(
     return CardReport(path=path, evaluations=[r["command"] for r in reports], warnings=warnings)
 
 
-def check_card(text: str) -> list[str]:
-    """Return what the Hub would refuse or a reader would miss in a card, without asking the Hub."""
-    from huggingface_hub import ModelCard
-
-    try:
-        data = ModelCard(text).data
-    except Exception as error:  # yaml, or the checks of huggingface_hub: whatever it says is the reason
-        return [f"the header cannot be read: {str(error).splitlines()[0]}"]
-    problems = [f"the header has no {key}" for key in ("license", "library_name") if not data.get(key)]
-    base = data.get("base_model")
-    if base is not None and not (isinstance(base, str) and HUB_ID.fullmatch(base)):
-        problems.append(f"base_model {base!r} is no Hub id")
-    if data.get("license") == "other" and not data.get("license_name"):
-        problems.append("license: other needs license_name and license_link")
-    return problems
-
-
-def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Return the reports in ``evaluation/`` and its sub-folders; each knows its own ``folder``.
-
-    Raises:
-        CheckpointError: A report is not one of this package.
-    """
-    base = folder / EVALUATION_FOLDER
-    reports = []
-    for path in [base / "report.json", *sorted(base.glob("*/report.json"))]:
-        if path.is_file():
-            report = read_json_mapping(path, limit=64_000_000)
-            if report.get("schema") != 1 or "command" not in report:
-                raise CheckpointError(
-                    f"{path} is no report of `nsa-convert eval`",
-                    code="EV13",
-                    where=str(path),
-                    hint=f"nsa-convert eval {folder} --out {base}",
-                )
-            reports.append({**report, "folder": path.parent})
-    return reports
-
-
-def is_current(report: Mapping[str, Any], folder: Path) -> bool:
-    """Return whether a report is about the very files that are in the folder."""
-    return report.get("model", {}).get("manifest_sha256") == manifest_hash(folder)
-
-
 def _render(
     folder: Path, license: str | None, base_model: str | None, name: str | None
 ) -> tuple[str, list[Any], list[dict[str, Any]], list[str]]:
     """Return the text, the results for the Hub, the evaluations and warnings."""
     read_manifest(folder)
-    facts = read_json_mapping(folder / REPORT, limit=64_000_000, code="SV17")
+    facts, training = read_facts(folder)
     recipe = (folder / RECIPE).read_text(encoding="utf-8").rstrip()
-    training = read_json_mapping(folder / TRAINING) if (folder / TRAINING).is_file() else None
     evaluations = read_evaluations(folder)
     reports = [report for report in evaluations if is_current(report, folder)]
     warnings = [] if reports else ["no evaluation of this model: the card shows no results"]
     if len(reports) < len(evaluations):
         warnings.append(f"{len(evaluations) - len(reports)} evaluations of other files were left out")
     name = name or folder.resolve().name
-    base = base_model or _hub_source(facts)
+    base = base_model or hub_source(facts)
     if base is None:
         warnings.append("the base model is not a Hub id; --base-model ORG/NAME names it")
-    header = {**_licence(folder, license), **({"base_model": base} if base else {})}
+    header = {**licence_of(folder, license), **({"base_model": base} if base else {})}
     results = [row for report in reports for row in _results(report)]
     text = _fill(folder, facts, training, recipe, reports, header, name, results)
     if problems := check_card(text):
@@ -209,31 +166,6 @@ def _fill(
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
 
-def _hub_source(facts: Mapping[str, Any]) -> str | None:
-    source = facts["source"]
-    return source["id"] if source.get("revision") and HUB_ID.fullmatch(source["id"]) else None
-
-
-def _licence(folder: Path, given: str | None) -> dict[str, str]:
-    """Return the licence keys of the header: those given, else those of the source's card."""
-    if given is not None:
-        return {"license": given}
-    readme = folder / SOURCE_FOLDER / CARD
-    if readme.is_file():
-        match = re.match(
-            r"---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL
-        )
-        values = parse_yaml(match[1], "the source's card") if match else None
-        if isinstance(values, dict) and isinstance(values.get("license"), str):
-            return {key: str(values[key]) for key in LICENCE_KEYS if values.get(key)}
-    raise ConfigError(
-        "the licence of the source is not known",
-        code="HB16",
-        where=str(folder),
-        hint="give --license ID, the licence of the dense model (apache-2.0, llama3.2, ...)",
-    )
-
-
 def _training_text(training: Mapping[str, Any] | None) -> str:
     if not training:
         return ""
@@ -242,7 +174,8 @@ def _training_text(training: Mapping[str, Any] | None) -> str:
 
 
 def _layer_row(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {**run, "text": " ".join(f"{key}={value}" for key, value in run["settings"].items())}
+    heads = {"heads": run["heads"]} if "heads" in run else {}
+    return {**run, "text": " ".join(f"{key}={value}" for key, value in {**heads, **run["settings"]}.items())}
 
 
 def _cost_row(row: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,101 @@
+"""A trained model can be verified, evaluated, described and published like a converted one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from nsa_convert.card import write_card
+from nsa_convert.errors import CheckFailedError
+from nsa_convert.evaluation.quick import run_quick
+from nsa_convert.push import plan_push
+from nsa_convert.training.recipe import recipe_from_dict
+from nsa_convert.training.run import train_recipe
+from nsa_convert.verification import revert_checkpoint, verify_checkpoint
+from tests.published import converted
+from tests.training.recipes import stage
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    source = converted(folder)
+    data = folder / "text.txt"
+    data.write_text("A text of one's own, in a place of one's own. " * 40)
+    own = [{"kind": "text", "path": str(data)}]
+    stages = [
+        stage("align", kind="align", train="new", tokens=128, save_every=0, data=own),
+        stage("pretrain", tokens=128, save_every=0, data=own),
+    ]
+    recipe = recipe_from_dict(
+        {"model": str(source), "out": str(folder / "run"), "stages": stages, "report_to": "none"}
+    )
+    return train_recipe(recipe, source, base=folder), source, folder
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return Path(trained[0].model)
+
+
+def test_the_folder_says_how_it_was_trained(model, trained):
+    report = json.loads((model / "training_report.json").read_text())
+    rows = [(row["name"], row["tokens"], row["steps"], row["seq_len"]) for row in report["stages"]]
+    assert rows == [("align", 128, 2, 32), ("pretrain", 128, 2, 32)]
+    assert report["tokens"] == 256
+    origin = json.loads((trained[1] / "conversion_report.json").read_text())["source"]
+    assert report["source"] == origin
+    written = "".join(p.read_text() for p in model.rglob("*") if p.suffix in {".json", ".yaml"})
+    assert str(trained[2]) not in written
+    recipe = yaml.safe_load((model / "recipe.yaml").read_text())
+    assert recipe["stages"][0]["data"][0]["path"] == "text.txt"
+
+
+def test_it_verifies_but_for_what_training_changes(model):
+    checks = {check.name: check.ok for check in verify_checkpoint(model).checks}
+    assert checks == {
+        "files": True, "values": True, "kept tensors": None, "full budget = dense": None,
+        "bare transformers": True,
+    }  # fmt: skip
+
+
+def test_a_changed_weight_is_still_found(model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert not verify_checkpoint(copy).ok
+
+
+def test_it_has_no_dense_form(model, tmp_path):
+    with pytest.raises(Exception, match="conversion_report|changed"):
+        revert_checkpoint(model, tmp_path / "dense")
+
+
+def test_card_and_push(model):
+    run_quick(model, length=80, out_dir=model / "evaluation")
+    card = ModelCard.load(write_card(model).path)
+    assert (card.data.base_model, card.data.license) == ("tiny/dense", "apache-2.0")
+    text = str(card)
+    assert "256 tokens: align (128 tokens), pretrain (128 tokens)" in text
+    assert "bit-equal" not in text
+    assert "block_size=8" in text
+    plan = plan_push(model, "tester/tiny")
+    names = {file.name for file in plan.files}
+    assert {"training_report.json", "recipe.yaml", "model.safetensors", "modeling_nsa_llama.py"} <= names
+
+
+def test_an_evaluation_from_before_the_training_does_not_count(model, trained, tmp_path):
+    run_quick(trained[1], length=80, out_dir=tmp_path / "evaluation")
+    text = (tmp_path / "evaluation" / "report.json").read_text()
+    report = model / "evaluation" / "report.json"
+    before = report.read_text() if report.is_file() else None
+    report.parent.mkdir(exist_ok=True)
+    report.write_text(text)
+    with pytest.raises(CheckFailedError, match="of other files"):
+        plan_push(model, "tester/tiny")
+    if before is not None:
+        report.write_text(before)
