@@ -6,6 +6,7 @@ code text and a prose text of the given length, and on teacher-forced needles. O
     python benchmarks/step0.py --model ./smollm2 --length 4096 --csv benchmarks/results/step0.csv
     python benchmarks/step0.py --model ./smollm2 --settings nsa ssa --needles 1024 2048
     python benchmarks/step0.py --model ./smollm2 --plan 'nsa-32={"method": "nsa", "num_blocks": 32}'
+    python benchmarks/step0.py --model ./smollm2 --plan 'mix={"default": {"method": "nsa"}, "rules": [...]}'
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 import transformers
 
 from nsa_convert import __version__, patch_model, unpatch_model
-from nsa_convert.config import LayerRule, SparseAttentionConfig
+from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.evaluation.divergence import compare
 from nsa_convert.evaluation.mass import MassProbe
 from nsa_convert.evaluation.models import DTYPES, load_model, load_tokenizer
@@ -75,7 +76,10 @@ def all_settings(names: list[str], plans: list[str]) -> dict[str, SparseAttentio
     for plan in plans:
         name, _, text = plan.partition("=")
         rules[name] = json.loads(text)
-    return {name: SparseAttentionConfig(default=LayerRule.from_dict(rule)) for name, rule in rules.items()}
+    return {
+        name: SparseAttentionConfig.from_dict(rule if "default" in rule else {"default": rule})
+        for name, rule in rules.items()
+    }
 
 
 def needle_row(model: torch.nn.Module, cases: list[NeedleCase]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ DSA = {"method": "dsa", "num_tokens": 24, "num_sinks": 1, "window_size": 4}
 MSA = {"method": "msa", "block_size": 8, "num_blocks": 4}
 STREAMING = {"method": "streaming", "num_sinks": 2, "window_size": 13}
 SSA = {"method": "ssa", "block_size": 8, "num_blocks": 4}
+QUEST = {"method": "quest", "block_size": 8, "num_blocks": 4, "prefill": "sparse"}
 HYBRID = {
     **NSA,
     "branch_kv": "independent",
@@ -78,12 +79,13 @@ VARIANTS = {
     "msa": MSA,
     "msa-shared": {**MSA, "index_key": "shared"},
     "streaming": STREAMING,
+    "quest": QUEST,
     "hybrid": HYBRID,
     "msa-reuse": {**MSA, "rules": [{**MSA, "layers": [1, 2], "reuse_from": 0}]},
     "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed", "scorer": "second_order"},
 }
 
-METHODS = ("nsa", "ssa", "moba", "infllm_v2", "dsa", "msa", "streaming", "hybrid")
+METHODS = ("nsa", "ssa", "moba", "infllm_v2", "dsa", "msa", "streaming", "quest", "hybrid")
 """Variants that are tested with every family; the others, which differ in an option, with one."""
 PAIRS = [(family, name) for name in VARIANTS for family in (FAMILIES if name in METHODS else ("qwen2",))]
 

@@ -14,6 +14,7 @@ from nsa_convert.methods.infllm_v2 import InfLLMv2
 from nsa_convert.methods.moba import MoBA
 from nsa_convert.methods.msa import MSA
 from nsa_convert.methods.nsa import NSA
+from nsa_convert.methods.quest import Quest
 from nsa_convert.methods.ssa import SSA
 from nsa_convert.methods.streaming import Streaming
 
@@ -25,6 +26,7 @@ METHODS: dict[str, type[SparseMethod]] = {
     "dsa": DSA,
     "msa": MSA,
     "streaming": Streaming,
+    "quest": Quest,
 }
 
 

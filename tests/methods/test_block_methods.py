@@ -93,6 +93,41 @@ def test_infllm_v2_max_pools_overlapping_cells(heads: int, kv_heads: int) -> Non
                 assert (out[t, head] - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [*HEADS, (3, 1), (8, 2)])
+def test_quest_ranks_pages_by_the_bound_of_their_products(heads: int, kv_heads: int) -> None:
+    size, kept, group = 8, 4, heads // kv_heads
+    settings = {"block_size": size, "num_blocks": kept, "prefill": "sparse"}
+    q, k, v, out, record = run("quest", settings, heads, kv_heads)
+    listed = record.patterns["selected"].block_indices[0]
+    for t in range(TOTAL):
+        for h in range(heads):
+            keys, own = k[:, h // group], t // size
+            bound = {}
+            for j in range(own):
+                page = keys[j * size : (j + 1) * size]
+                bound[j] = torch.maximum(q[t, h] * page.amin(0), q[t, h] * page.amax(0)).sum().item()
+                assert bound[j] >= (page @ q[t, h]).max().item() - 1e-12
+            best = sorted(bound, key=lambda j: (-bound[j], j))[: kept - 1]
+            blocks = sorted([own, *best])
+            assert [j for j in listed[h, t].tolist() if j >= 0] == blocks
+            expected = attend(q[t, h], keys, v[:, h // group], tokens_of(blocks, size, t))
+            assert (out[t, h] - expected).abs().max() < 1e-12
+
+
+def test_quest_reads_the_prompt_densely_and_pages_while_decoding() -> None:
+    from nsa_convert.patch.patching import patch_model
+    from tests.models import QUEST, dense_model, plan, tokens
+
+    model, ids = dense_model("llama"), tokens(1, 90)
+    with torch.no_grad():
+        dense = model(ids).logits
+        patch_model(model, plan({**QUEST, "prefill": "dense"}))
+        prompt = model(ids[:, :89], use_cache=True)
+        step = model(ids[:, 89:], past_key_values=prompt.past_key_values)
+    assert (prompt.logits - dense[:, :89]).abs().max() < 1e-10
+    assert (step.logits - dense[:, 89:]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_streaming_sees_sinks_and_window(heads: int, kv_heads: int) -> None:
     q, k, v, out, _ = run("streaming", {"num_sinks": 3, "window_size": 11}, heads, kv_heads)
