@@ -25,6 +25,12 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # The kernels do not travel with a checkpoint: a flat copy of this file runs without them.
 _HAS_KERNELS = __name__ == "nsa_convert.kernels.backend" and importlib.util.find_spec("triton") is not None
+_ENTRIES = (
+    "compressed.triton_attend.attend",
+    "dense.triton_attend.attend",
+    "selected.triton_attend.attend",
+    "triton_gates.gated_sum",
+)
 _loaded: dict[str, Callable] = {}
 _told: set[str] = set()
 
@@ -120,10 +126,14 @@ def kernel_function(module: str, name: str) -> Callable:
 
 @torch.compiler.assume_constant_result
 def _load(module: str, name: str) -> bool:
-    """Import a function into ``_loaded``; torch.compile runs this while it traces, then reads the dict."""
-    if f"{module}.{name}" not in _loaded:
-        imported = importlib.import_module(f"nsa_convert.kernels.{module}")
-        _loaded[f"{module}.{name}"] = getattr(imported, name)
+    """Import a function, and those of all ops, into ``_loaded``.
+
+    torch.compile runs this while it traces and then reads the dict, but does not see what a second call adds.
+    """
+    for key in (*_ENTRIES, f"{module}.{name}"):
+        if key not in _loaded:
+            path, _, function = key.rpartition(".")
+            _loaded[key] = getattr(importlib.import_module(f"nsa_convert.kernels.{path}"), function)
     return True
 
 

@@ -18,7 +18,7 @@ from nsa_convert.kernels.selected.triton_gather import attend_runs
 from nsa_convert.kernels.toolchain import padded_dim, upcast
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
-SCORE_BYTES = 48 << 20
+SCORE_BYTES = 24 << 20
 """Scores that exist at once; they stay in the second-level cache of a large GPU."""
 
 PIECE = 2048

@@ -12,6 +12,7 @@ from nsa_convert.kernels import block_topk, compressed_attention, use_backend
 from nsa_convert.kernels.compressed import triton_blocks
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.compressed.topk import top_blocks
+from nsa_convert.kernels.toolchain import Kernel
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 from tests.kernels.triton.checks import check, poison
 from tests.kernels.utils import as_cache, make_cells, make_layout, make_qkv
@@ -129,6 +130,19 @@ def test_static_cells_and_tensor_offset() -> None:
         assert torch.allclose(got.o, expected.o, atol=1e-5)
         assert torch.allclose(got.lse, expected.lse, atol=1e-5)
         assert_same_lists(got.selection.block_indices, expected.selection.block_indices)
+
+
+def test_side_memory_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 128k tokens, 64 heads and 4 key heads, with 12 MiB left of 0.1 GiB for the unions of the lists."""
+    made, empty = [], torch.empty
+    monkeypatch.setattr(Kernel, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])
+    q, ck = torch.zeros(1, 131072, 64, 1), torch.zeros(1, 8191, 4, 1)
+    rule = BlockTopK(block_size=64, num_blocks=16)
+    with use_backend("triton"):
+        chosen = block_topk(q, ck, width=32, stride=16, rule=rule)
+    assert chosen.block_indices.shape == (1, 4, 131072, 16)
+    assert sum(x.nbytes for x in made) <= 0.1 * 2**30 - 12 * 2**20
 
 
 def test_no_queries() -> None:

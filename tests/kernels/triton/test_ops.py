@@ -100,6 +100,30 @@ def test_a_tensor_offset_is_not_read() -> None:
         assert lse.shape == q.shape[:3]
 
 
+def test_a_decoding_step_compiles_whole() -> None:
+    """The offset is a tensor of the graph: one graph serves every step on a static cache."""
+    _, k, v = make_qkv(2, 1, 60, (4, 2), dtype=torch.float32)
+    k, v = as_cache(k, 4), as_cache(v, 4)
+    q, _, _ = make_qkv(2, 1, 1, (4, 2), dtype=torch.float32)
+    rule = BlockTopK(block_size=4, num_blocks=3)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, offset: Tensor) -> Tensor:
+        layout = SequenceLayout(offset=offset, start=torch.tensor([0, 5]))
+        out = compressed_attention(q, k[:, :29], v[:, :29], width=4, stride=2, rule=rule, layout=layout)
+        o, _ = sparse_attention(q, k, v, out.selection, layout=layout)
+        near, _ = sparse_attention(q, k, v, SinkWindow(num_sinks=1, window_size=9), layout=layout)
+        return o + out.o + near + dense_attention(q, k, v, layout=layout)
+
+    with torch.no_grad():
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        for offset in (20, 51):
+            at = torch.tensor(offset)
+            with use_backend("reference"):
+                expected = step(q, k, v, at)
+            with use_backend("triton"):
+                assert torch.allclose(compiled(q, k, v, at), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("pattern", ["window", "tokens", "compressed"])
 def test_compiles_whole(pattern: str) -> None:
     """torch.compile sees one graph with gradients; the kernels are opaque operators in it."""
