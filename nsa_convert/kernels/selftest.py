@@ -39,7 +39,8 @@ class CheckRow:
         result: Which result is farthest from what is allowed: ``"o"``, ``"lse"``, ``"dq"``, ...
         error: Its largest error.
         allowed: What is allowed: twice the error of the reference in the same dtype, 1e-5, and one rounding
-            step of the largest value, since matrix units take probabilities in the dtype of the inputs.
+            step of the largest value, since matrix units take probabilities in the dtype of the inputs
+            (for dense attention, torch's own: of the square root of the group).
     """
 
     op: str
@@ -130,6 +131,8 @@ def check_op(
         truth = results(op, [x.double() for x in tensors], layout, not decode)
     worst = ("", 0.0, 0.0)
     eps = torch.finfo(tensors[0].dtype).eps
+    if name == "dense":  # torch rounds the gradient of each query head before it adds those of a group
+        eps *= case[1] ** 0.5
     for result, x in got.items():
         if result == "blocks":
             error, allowed = (x != truth[result]).double().mean().item(), DIFFERENT_BLOCKS
