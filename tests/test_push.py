@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import huggingface_hub
@@ -87,9 +88,9 @@ push_plan(plan_push(sys.argv[1], sys.argv[2]))
 """
 
 
-def load_back(hub, folder):
+def load_back(hub, folder, python=sys.executable):
     env = outside(hub, HF_HOME=str(folder), HF_MODULES_CACHE=str(folder / "modules"))
-    command = [sys.executable, "-I", "-c", LOAD, REPO]
+    command = [str(python), "-I", "-c", LOAD, REPO]
     return subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL
     )
@@ -103,11 +104,49 @@ def test_a_pushed_model_loads_elsewhere_and_generates_the_same(model, hub, tmp_p
     assert done.returncode == 0, done.stderr[-2000:]
     module, *tokens = done.stdout.splitlines()[-1].split()
     assert module == "transformers_modules"
+    assert [int(token) for token in tokens] == generated_here(model)
+
+
+def generated_here(model):
     text = "Sixty bytes of text, so that some keys are hidden, not more."
     ids = load_tokenizer(model)(text, return_tensors="pt").input_ids
     with torch.no_grad():
         out = load_model(model).generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert [int(token) for token in tokens] == out[0, ids.shape[1] :].tolist()
+    return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="session")
+def oldest_transformers(tmp_path_factory):
+    """Return a Python with the oldest transformers that pyproject.toml allows, and else what runs here."""
+    folder = tmp_path_factory.mktemp("oldest")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=120)
+    bounds = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (least,) = [line.partition(">=")[2] for line in bounds if line.startswith("transformers>=")]
+    python = folder / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "-q", f"transformers=={least}.0"]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        pytest.skip(f"transformers {least}.0 cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+    (place,) = folder.glob("lib/python*/site-packages")
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (place / "zz_here.pth").write_text("\n".join(here) + "\n")
+    return python, least
+
+
+@pytest.mark.slow
+def test_a_pushed_model_loads_on_the_oldest_transformers(model, hub, tmp_path, oldest_transformers):
+    python, least = oldest_transformers
+    version = subprocess.run(
+        [str(python), "-c", "import transformers; print(transformers.__version__)"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert version.stdout.startswith(least)
+    push(model)
+    done = load_back(hub, tmp_path / "cache", python)
+    assert done.returncode == 0, done.stderr[-2000:]
+    module, *tokens = done.stdout.splitlines()[-1].split()
+    assert module == "transformers_modules"
+    assert [int(token) for token in tokens] == generated_here(model)
 
 
 def test_what_arrives_is_what_lay_there_and_the_card_names_the_repository(model, hub):

@@ -267,11 +267,14 @@ def bench(
 @click.option(
     "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), help="Length limit."
 )
+@click.option(
+    "--chat", is_flag=True, help="The prompt is a question: put it into the tokenizer's chat template."
+)
 @common
 def generate(
-    model: str, prompt: str | None, prompt_file: Path | None, max_new_tokens: int, as_json: bool
+    model: str, prompt: str | None, prompt_file: Path | None, max_new_tokens: int, chat: bool, as_json: bool
 ) -> None:
-    """Continue a prompt with MODEL, greedily."""
+    """Continue a prompt with MODEL, greedily, or answer it with --chat."""
     import dataclasses
 
     from nsa_convert.evaluation.models import load_model, load_tokenizer
@@ -286,7 +289,7 @@ def generate(
     tokenizer = load_tokenizer(folder)
     stream = None if as_json else lambda piece: click.echo(piece, nl=False)
     result = generate_text(
-        load_model(folder), tokenizer, prompt, max_new_tokens=max_new_tokens, stream=stream
+        load_model(folder), tokenizer, prompt, max_new_tokens=max_new_tokens, stream=stream, chat=chat
     )
     if as_json:
         print_json({"ok": True, **dataclasses.asdict(result)})

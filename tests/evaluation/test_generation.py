@@ -1,10 +1,14 @@
+import json
+
 import pytest
 import torch
+from click.testing import CliRunner
 
+from nsa_convert.cli import main
 from nsa_convert.errors import ConfigError, UsageError
 from nsa_convert.generation import generate_text
 from nsa_convert.patch.patching import patch_model
-from tests.evaluation.tiny import byte_tokenizer, tiny_dense
+from tests.evaluation.tiny import byte_tokenizer, save_pair, tiny_dense
 from tests.models import NSA, plan
 
 PROMPT = "A prompt that is longer than the budget of four blocks."
@@ -76,3 +80,18 @@ def test_chat_puts_the_prompt_into_the_template(model):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
     result = generate_text(model, tokenizer, "Hello", max_new_tokens=2, chat=True)
     assert result.prompt == "<user>Hello<bot>"
+
+
+def test_the_command_answers_through_the_chat_template(tmp_path):
+    _, folder = save_pair(tmp_path)
+    (folder / "chat_template.jinja").write_text("<{% for m in messages %}{{ m['content'] }}{% endfor %}>")
+    words = ["generate", str(folder), "--prompt", "a question", "--max-new-tokens", "4"]
+    result = CliRunner().invoke(main, [*words, "--chat", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["prompt"] == "<a question>"
+    streamed = CliRunner().invoke(main, [*words, "--chat"])
+    assert streamed.stdout == json.loads(result.stdout)["text"] + "\n"
+    (folder / "chat_template.jinja").unlink()
+    refused = CliRunner().invoke(main, [*words, "--chat"])
+    assert refused.exit_code == 3
+    assert "TK04" in refused.stderr

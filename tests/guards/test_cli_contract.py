@@ -41,7 +41,7 @@ COMMANDS = {
     "doctor": ([], set()),
     "eval": (["MODEL"], {"--against", "--suite", "--set", "--out"}),
     "explain": (["CODE"], set()),
-    "generate": (["MODEL"], {"--prompt", "--prompt-file", "--max-new-tokens"}),
+    "generate": (["MODEL"], {"--prompt", "--prompt-file", "--max-new-tokens", "--chat"}),
     "inspect": (["MODEL"], {"--method", "--context", "--measure", "--set"}),
     "methods": ([], set()),
     "push": (
