@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -98,7 +99,7 @@ def run_long(
     texts = run.texts(store, inputs)
     outcomes = run.cases(store, cases)
     speed = speed_rows(outcomes)
-    warnings += [*inputs.warnings, *_few(speed)]
+    warnings += [*inputs.warnings, *_few(speed), *busy_warnings()]
     given = {"length": length, "text_file": None if text_file is None else Path(text_file).name, **settings}
     given = {key: value for key, value in given.items() if value is not None}
     values = {
@@ -309,6 +310,15 @@ def _task_rows(outcomes: list[tuple[Case, str, dict[str, Any]]]) -> list[dict[st
 
 def _pick(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: values[key] for key in keys}
+
+
+def busy_warnings() -> list[str]:
+    """Return a warning when other processes want the processor too, so that times mean little."""
+    cores, own = os.cpu_count() or 1, min(torch.get_num_threads(), os.cpu_count() or 1)
+    others = os.getloadavg()[1] - own
+    if others <= max(0.5, 0.25 * cores):
+        return []
+    return [f"other processes kept {others:.1f} of {cores} cores busy: the times are not reliable"]
 
 
 def _few(speed: list[dict[str, Any]]) -> list[str]:

@@ -179,6 +179,14 @@ def test_defaults_follow_the_budget_and_the_positions(tmp_path):
     assert len(TASKS) == 12
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1.2, False), (7.0, True)])
+def test_ev10_a_busy_machine_is_named(monkeypatch, load, warned):
+    monkeypatch.setattr(long.os, "getloadavg", lambda: (0.0, load, 0.0))
+    monkeypatch.setattr(long.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(long.torch, "get_num_threads", lambda: 1)
+    assert bool(long.busy_warnings()) is warned
+
+
 def test_a_dense_model_is_measured_too(tmp_path):
     dense = save(tiny_dense().float(), tmp_path / "dense")
     values = run_long(dense, **{**SMALL, "tasks": [], "depths": [0.5]}).values
