@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from nsa_convert.config import FULL
 from nsa_convert.methods.base import SparseMethod, TrainingMode
 from nsa_convert.training.recipe import Stage
 
@@ -77,11 +78,18 @@ def loss_plan(stage: Stage, methods: Sequence[SparseMethod], seed: int, stage_in
         names=tuple(weights),
         weights=tuple(weights.values()),
         layers=tuple(layers),
-        dual_stream=any(m.dual_stream for m in methods) and not align,
-        full_ratio=stage.full_ratio,
+        dual_stream=not align and full_ratio(stage, methods) > 0,
+        full_ratio=full_ratio(stage, methods),
         teacher=align,
         seed=mix(seed, stage_index),
     )
+
+
+def full_ratio(stage: Stage, methods: Sequence[SparseMethod]) -> float:
+    """Return the share of the steps with the full stream: the stage's, or the usual one of the methods."""
+    if stage.full_ratio is not None:
+        return stage.full_ratio
+    return 0.5 if any(m.dual_stream for m in methods) else 0.0
 
 
 def known_losses(method: SparseMethod | type[SparseMethod]) -> set[str]:
@@ -107,6 +115,11 @@ def loss_problems(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
         for name in stage.losses or {}
         if name not in known
     ]
+    unable = sorted({m.spec.name for m in methods if not (m.dual_stream or m.runs_full)} - {FULL})
+    if stage.full_ratio and unable:
+        problems.append(
+            f"full_ratio {stage.full_ratio:g} needs a method that also runs dense; {', '.join(unable)} cannot"
+        )
     if stage.kind == "align" and not problems and not stage_weights(stage, methods):
         problems.append("nothing to minimise: every loss has weight 0, or no layer is sparse")
     return problems

@@ -46,8 +46,8 @@ class Stage:
         clip: Largest norm of the gradient; 0 for no limit.
         cross_entropy: Weight of the next-token loss; 1, or 0 in ``align``.
         losses: Weight of each auxiliary loss of the method, by name; the method's own when left out.
-        full_ratio: Share of the steps whose residual stream carries dense attention, where the method trains
-            two streams.
+        full_ratio: Share of the steps whose residual stream carries dense attention; 0.5 where the method
+            trains two streams (SSA), else 0. MoBA's published schedule is a last stage with 1.
         rope: RoPE scaling set at the start of the stage.
         lora: Adapters; used with ``train: lora``.
         checkpointing: Recompute activations in the backward pass.
@@ -74,7 +74,7 @@ class Stage:
     clip: float = 1.0
     cross_entropy: float | None = None
     losses: Mapping[str, float] | None = None
-    full_ratio: float = 0.5
+    full_ratio: float | None = None
     rope: RopeScaling | None = None
     lora: Lora | None = None
     checkpointing: bool = False
@@ -114,8 +114,9 @@ class Stage:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 problems.append(f"{key} must be a positive number, got {value}")
         for key in ("warmup", "min_lr", "full_ratio"):
-            if not 0 <= getattr(self, key) <= 1:
-                problems.append(f"{key} must be between 0 and 1, got {getattr(self, key)}")
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                problems.append(f"{key} must be between 0 and 1, got {value}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             problems.append(f"betas must be two numbers from 0 and below 1, got {list(self.betas)}")
         if self.weight_decay < 0 or self.clip < 0:

@@ -10,9 +10,12 @@ import torch
 from torch.nn import functional
 
 from nsa_convert.methods.base import TrainingMode
-from nsa_convert.patch.patching import sparse_methods
-from nsa_convert.training.losses import LossPlan, uniform
-from tests.models import VARIANTS, tokens, trained_model
+from nsa_convert.patch.patching import patch_model, sparse_methods
+from nsa_convert.training.fields import read_dataclass
+from nsa_convert.training.losses import LossPlan, loss_plan, loss_problems, uniform
+from nsa_convert.training.recipe import Stage
+from tests.models import MOBA, NSA, SSA, VARIANTS, dense_model, plan, tokens, trained_model
+from tests.training.recipes import stage
 
 LENGTH = 53
 
@@ -292,3 +295,30 @@ def test_auxiliary_losses_compile():
     got = gradients(model, compiled(input_ids=ids, labels=ids, training_mode=mode).auxiliary.sum())
     for key in eager:
         torch.testing.assert_close(got[key], eager[key], rtol=1e-9, atol=1e-12, msg=key)
+
+
+def read_stage(**changes: object) -> Stage:
+    given = {key: value for key, value in stage(**changes).items() if value is not None}
+    problems: list[str] = []
+    read = read_dataclass(Stage, given, "stage", problems)
+    assert not problems
+    return read
+
+
+def test_a_method_that_also_runs_dense_can_end_on_dense_steps() -> None:
+    def draws(stage_ratio: float | None, settings: dict) -> set[str]:
+        model = patch_model(dense_model("llama"), plan(settings))
+        chosen = read_stage(full_ratio=stage_ratio)
+        made = loss_plan(chosen, sparse_methods(model), seed=0, stage_index=0)
+        return {made.mode(step).stream for step in range(30)}
+
+    assert draws(None, MOBA) == {"sparse"}
+    assert draws(1.0, MOBA) == {"full"}
+    assert draws(None, SSA) == {"sparse", "full"}
+    assert draws(0.0, SSA) == {"sparse"}
+
+
+def test_full_steps_are_refused_where_the_method_has_none() -> None:
+    methods = sparse_methods(patch_model(dense_model("llama"), plan(NSA)))
+    assert "nsa cannot" in loss_problems(read_stage(full_ratio=0.1), methods)[0]
+    assert not loss_problems(read_stage(full_ratio=0.0), methods)
