@@ -259,6 +259,7 @@ def finish_stage(
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(gathered)
             (gathered / "stage.json").write_text(json.dumps(report, indent=1))
+            seal(gathered)
             with staged(place / MODEL) as folder:
                 folder.rmdir()
                 gathered.rename(folder)

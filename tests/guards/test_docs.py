@@ -189,7 +189,7 @@ def test_no_foreign_words():
 
 
 def test_the_method_of_add_a_method_works():
-    (code,) = blocks((ROOT / "docs" / "add_a_method.md").read_text(), "python")
+    code = next(blocks((ROOT / "docs" / "add_a_method.md").read_text(), "python"))
     names: dict = {"__name__": "nsa_convert.methods.base"}  # dataclasses look their module up
     exec(compile(code, "add_a_method.md", "exec"), names)
     geometry = AttentionGeometry(hidden_size=32, num_query_heads=4, num_kv_heads=2, head_dim=8)

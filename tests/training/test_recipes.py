@@ -1,0 +1,179 @@
+"""Every recipe parses strictly and plans; the tiny ones train; data positions and mixtures are exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from click.testing import CliRunner
+
+from nsa_convert.cli.training import known_recipes, recipes
+from nsa_convert.errors import ConfigError, UsageError
+from nsa_convert.training.data import PackedRows, collate
+from nsa_convert.training.models import fresh_tokenizer, read_start
+from nsa_convert.training.parts import FreshModel
+from nsa_convert.training.plan import plan_recipe
+from nsa_convert.training.recipe import read_recipe, recipe_from_dict
+from nsa_convert.training.run import train_recipe
+from tests.training.recipes import recipe, recipe_values, stage
+
+ROOT = Path(__file__).parents[2]
+SLOW = pytest.mark.slow
+ALL = known_recipes()
+TINY = [name for name in ALL if name.startswith("tiny/")]
+
+# What config.json of each base model says; a plan needs no weight.
+SIZES = {
+    "meta-llama/Llama-3.2-1B": ("llama", 2048, 8192, 16, 32, 8, 64, 131072, 128256),
+    "meta-llama/Llama-3.1-8B": ("llama", 4096, 14336, 32, 32, 8, 128, 131072, 128256),
+    "Qwen/Qwen3-0.6B-Base": ("qwen3", 1024, 3072, 28, 16, 8, 128, 32768, 151936),
+    "Qwen/Qwen3-4B-Base": ("qwen3", 2560, 9728, 36, 32, 8, 128, 32768, 151936),
+    "Qwen/Qwen3-8B-Base": ("qwen3", 4096, 12288, 36, 32, 8, 128, 32768, 151936),
+    "Qwen/Qwen2.5-7B": ("qwen2", 3584, 18944, 28, 28, 4, None, 131072, 152064),
+    "HuggingFaceTB/SmolLM2-135M": ("llama", 576, 1536, 30, 9, 3, 64, 8192, 49152),
+}
+
+
+def write_config(folder: Path, model: str) -> Path:
+    kind, hidden, inner, layers, heads, kv_heads, dim, positions, vocab = SIZES[model]
+    values = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": positions,
+        "vocab_size": vocab,
+        **({"head_dim": dim} if dim else {}),
+    }
+    transformers.AutoConfig.for_model(kind, **values).save_pretrained(folder)
+    return folder
+
+
+def test_there_is_a_recipe_for_every_promised_pair():
+    models = (
+        "llama/3.2-1b",
+        "llama/3.1-8b",
+        "qwen3/0.6b",
+        "qwen3/4b",
+        "qwen3/8b",
+        "qwen2/2.5-7b",
+        "smollm2/135m",
+    )
+    assert {f"{model}_{method}" for model in models for method in ("nsa", "ssa")} <= set(ALL)
+    assert {"tiny/nsa", "tiny/ssa", "tiny/extend", "tiny/lora", "tiny/dense"} <= set(TINY)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_recipe_parses_and_says_how_to_run_it(name):
+    text = ALL[name].read_text()
+    first, *rest = text.splitlines()
+    assert first.startswith("# ")
+    assert any(line == f"#   nsa-convert train {name}" or f"train {name}" in line for line in rest)
+    read = read_recipe(ALL[name])
+    assert recipe_from_dict(read.to_dict()) == read
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.split("/")[0] not in ("tiny", "recovery")])
+def test_big_recipes_plan(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("nsa_convert.training.plan.open_source", lambda *_: None)
+    read = read_recipe(ALL[name])
+    start = read_start(read, write_config(tmp_path, read.model))
+    plan = plan_recipe(read, start, ROOT, processes=read.fsdp)
+    assert all(stage.steps >= 100 for stage in plan.stages)
+    assert not any("fit the visible budget" in line for line in plan.warnings)
+    assert plan.parameters > 1e8
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("tiny/nsa", "tiny/ssa", "tiny/extend") else pytest.param(name, marks=SLOW)
+        for name in TINY
+    ],
+)
+def test_tiny_recipes_run(name, tmp_path):
+    if name == "tiny/lora":
+        pytest.importorskip("peft")
+    read = read_recipe(ALL[name])
+    changes = {f"stages.{s.name}.tokens": s.batch_tokens for s in read.stages}
+    short = read_recipe(ALL[name], {**changes, "out": str(tmp_path / "run"), "report_to": "none"})
+    report = train_recipe(short, None, base=ALL[name].parent)
+    assert (Path(report.model) / "config.json").is_file()
+    config = json.loads((Path(report.model) / "config.json").read_text())
+    if name == "tiny/extend":
+        assert config["max_position_embeddings"] == 512
+        assert config["rope_parameters"]["rope_type"] == "llama3"
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner()
+    assert "tiny/nsa" in run.invoke(recipes, []).output
+    assert run.invoke(recipes, ["show", "tiny/nsa"]).output == ALL["tiny/nsa"].read_text()
+    assert run.invoke(recipes, ["copy", "tiny/nsa"]).exit_code == 0
+    assert (tmp_path / "nsa.yaml").read_text() == ALL["tiny/nsa"].read_text()
+    assert isinstance(run.invoke(recipes, ["copy", "tiny/nsa"]).exception, UsageError)
+    wrong = run.invoke(recipes, ["show", "tiny/extnd"]).exception
+    assert "did you mean 'tiny/extend'" in str(wrong)
+
+
+def rows_of(values, seq_len=32, seed=0):
+    read = recipe_from_dict(values)
+    assert isinstance(read.model, FreshModel)
+    return PackedRows(read.stages[0].data, fresh_tokenizer(read, ROOT), seq_len, seed, ROOT)
+
+
+def test_a_position_is_found_again_and_shares_are_exact(tmp_path):
+    data = [{"kind": "recall", "pairs": 4, "weight": 3}, {"kind": "reference", "weight": 1}]
+    values = recipe_values(tmp_path, None, stage(data=data))
+    rows = rows_of(values)
+    stream = iter(rows)
+    first = [next(stream) for _ in range(40)]
+    shares = [cursor.emitted for cursor in rows.cursors]
+    assert abs(shares[0] / sum(shares) - 0.75) < 0.02
+    state = json.loads(json.dumps(rows.state_after(17)))
+    again = rows_of(values)
+    again.restore(state)
+    stream = iter(again)
+    assert [next(stream) for _ in range(23)] == first[17:]
+    prose = recipe_values(tmp_path, None, stage(data=data[1:]))
+    assert next(iter(rows_of(prose, seed=1))) != next(iter(rows_of(prose, seed=0)))
+
+
+def test_rows_hold_whole_pieces_and_first_tokens_have_no_label(tmp_path):
+    stream = iter(rows_of(recipe_values(tmp_path, None)))
+    batch = collate([next(stream) for _ in range(6)])
+    assert batch["input_ids"].shape == (6, 32)
+    begins = batch["position_ids"] == 0
+    assert bool(begins[:, 0].all())
+    assert bool((batch["labels"][begins] == -100).all())
+    assert bool((batch["labels"][~begins] == batch["input_ids"][~begins]).all())
+
+
+def test_text_files_of_every_kind(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = [f"document {i} " * 9 for i in range(6)]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"body": texts}).to_json(tmp_path / "a.jsonl")
+    (tmp_path / "books").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "books" / f"{i}.txt").write_text(text)
+    for data in (
+        {"kind": "parquet", "path": "a.parquet"},
+        {"kind": "jsonl", "path": "a.jsonl", "column": "body"},
+        {"kind": "text", "path": "books"},
+        {"kind": "text", "path": "books/*.txt", "hold_out": 0.3},
+    ):
+        read = recipe(tmp_path / "run", None, stage(data=[data]))
+        rows = PackedRows(read.stages[0].data, fresh_tokenizer(read, tmp_path), 32, 0, tmp_path)
+        stream = iter(rows)
+        text = rows.tokenizer.decode([i for _ in range(20) for i in next(stream)["input_ids"]])
+        found = {i for i in range(6) if f"document {i}" in text}
+        assert len(found) == (4 if "hold_out" in data else 6)
+    (tmp_path / "books" / "0.txt").write_text("changed")
+    changed = PackedRows(read.stages[0].data, rows.tokenizer, 32, 0, tmp_path)
+    with pytest.raises(ConfigError, match="training data changed"):
+        changed.restore(rows.state_after(4))
