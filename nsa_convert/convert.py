@@ -90,7 +90,7 @@ class ConversionReport:
             f"{self.source['id']} ({self.family})",
             f"kept: {self.kept_parameters:,} parameters in {self.kept_tensors} tensors",
             *(
-                f"layers {run['layers']}: {run['method']} {_settings_text(run['settings'])}"
+                f"layers {run['layers']}{_heads_text(run)}: {run['method']} {_settings_text(run['settings'])}"
                 for run in self.layers
             ),
             f"new: {self.new_parameters:,} parameters ({share:.2%}) in {len(self.new_tensors)} tensors",
@@ -314,6 +314,10 @@ def recipe_text(report: ConversionReport, sparse: SparseAttentionConfig) -> str:
     base = {key: report.source[key] for key in ("id", "revision", "dtype") if report.source.get(key)}
     body = yaml.safe_dump({"base_model": base, "sparse_attention": sparse.to_dict()}, sort_keys=False)
     return f"# nsa-convert convert MODEL OUT --config {RECIPE}\n{body}"
+
+
+def _heads_text(run: dict[str, Any]) -> str:
+    return f", KV heads {run['heads']}" if "heads" in run else ""
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:

@@ -295,3 +295,27 @@ def test_progress_counts_every_shard(tmp_path, source):
     )
     count = len(shard_paths(source))
     assert sorted(seen) == [(i, count) for i in range(1, count + 1)]
+
+
+def test_a_hybrid_is_told_and_stored_head_by_head(tmp_path):
+    plan = SparseAttentionConfig.from_dict(
+        {
+            "default": {"method": "nsa", **SETTINGS},
+            "rules": [
+                {"method": "msa", "block_size": 8, "num_blocks": 4, "layers": [-1], "heads": [1]},
+                {"method": "full", "layers": [0], "heads": [0]},
+            ],
+        }
+    )
+    source = write_dense(tmp_path / "dense", "qwen2")
+    report = convert_checkpoint(source, tmp_path / "out", plan)
+    assert "layers 1, KV heads 1: msa" in report.to_text()
+    assert "layers 0, KV heads 0: full" in report.to_text()
+    rules = json.loads((tmp_path / "out" / "config.json").read_text())["sparse_attention"]["rules"]
+    assert [(rule["method"], rule["layers"], rule["heads"]) for rule in rules] == [
+        ("msa", [1], [1]), ("full", [0], [0]),
+    ]
+    new = {name for name in all_tensors(tmp_path / "out") if ".sparse." in name}
+    assert {name.split(".sparse.")[1] for name in new if ".layers.1." in name} == {
+        "parts.0.gate.weight", "parts.1.index.q.weight",
+    }
