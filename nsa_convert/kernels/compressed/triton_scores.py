@@ -93,11 +93,35 @@ def cell_lse(
     tl.store(lse + i_b * s_lb + i_h * s_lh + o_m.to(tl.int64) * s_lt, b_lse, mask=m_m)
 
 
+@triton.jit
+def load_query(q, lse, i_q, o_m, m_m, s_qt, s_qh, s_lt, s_lh, D: tl.constexpr, BD: tl.constexpr):
+    """Return the rows of query head ``i_q`` and their lse in the log2 domain."""
+    b_q = load_rows(q + i_q * s_qh, o_m, s_qt, m_m, D, BD, True)
+    b_lse = tl.load(lse + i_q * s_lh + o_m.to(tl.int64) * s_lt, mask=m_m, other=0.0)
+    return b_q, b_lse * 1.4426950408889634
+
+
+@triton.jit
+def load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D: tl.constexpr, BD: tl.constexpr):
+    """Return the i-th cell that overlaps each block: its keys and its number, FAR before the document."""
+    o_c = o_b * steps + (1 - overlap + i)
+    b_k = load_rows(ck, first + o_c, s_kt, (o_c >= 0) & (first + o_c < C), D, BD, True)
+    return b_k, tl.where(o_c >= 0, first + o_c, FAR)
+
+
+@triton.jit
+def probability(b_q, b_lse2, b_k, o_c, b_hi, m_m, scale, UPCAST: tl.constexpr):
+    """Return ``exp(s - lse) [BM, BB]``, 0 for cells a query does not see."""
+    b_s = dot(b_q, tl.trans(b_k), UPCAST) * (scale * 1.4426950408889634)
+    m_s = (o_c[None, :] < b_hi[:, None]) & m_m[:, None]
+    return tl.where(m_s, tl.exp2(b_s - b_lse2[:, None]), 0.0)
+
+
 @declare(
     types=TYPES,
     configs=(
         Config(sizes={"BM": 64, "BB": 64}, num_warps=8, num_stages=2, max_row=256),
-        Config(sizes={"BM": 128, "BB": 32}, num_warps=8, num_stages=2, max_row=256),
+        Config(sizes={"BM": 128, "BB": 64}, num_warps=8, num_stages=2, max_row=256),
         Config(sizes={"BM": 64, "BB": 32}, num_warps=8, num_stages=2, min_row=256, max_row=512),
         Config(sizes={"BM": 16, "BB": 32}, num_warps=4, num_stages=1, min_row=512),
     ),
@@ -113,7 +137,8 @@ def block_score(
     """Store the scores of a tile of blocks for a tile of the queries ``begin .. end - 1``, of one key head.
 
     Block j overlaps the cells ``j * steps + 1 - overlap + i`` with ``i < parts``, the i-th one in
-    ``min(i + 1, parts - i, steps, overlap)`` strides. Blocks after the last query's own are left out.
+    ``min(i + 1, parts - i, steps, overlap)`` strides. Blocks after the last query's own are left out. A sum
+    keeps the queries of a head on chip while it walks the cells; a maximum has to sum over the heads first.
     """
     H = HQ // G
     i_b = (tl.program_id(2) // H).to(tl.int64)
@@ -130,23 +155,26 @@ def block_score(
         b_score = tl.zeros([BM, BB], tl.float32)
         first = tl.min(b_lo, 0)
         while first < FAR:  # once for each document of the tile, nearly always one
-            for i in range(parts):
-                o_c = o_b * steps + (1 - overlap + i)
-                m_c = (o_c >= 0) & (first + o_c < C)
-                b_k = load_rows(ck, first + o_c, s_kt, m_c, D, BD, True)
-                m_s = (o_c >= 0)[None, :] & (first + o_c[None, :] < b_hi[:, None]) & (b_lo == first)[:, None]
-                b_part = tl.zeros([BM, BB], tl.float32)
-                for i_g in range(G):
-                    b_q = load_rows(q + (i_h * G + i_g) * s_qh, o_m, s_qt, m_m, D, BD, True)
-                    p_lse = lse + (i_h * G + i_g) * s_lh + o_m.to(tl.int64) * s_lt
-                    b_lse2 = tl.load(p_lse, mask=m_m, other=0.0) * 1.4426950408889634
-                    b_s = dot(b_q, tl.trans(b_k), UPCAST) * (scale * 1.4426950408889634)
-                    b_part += tl.where(m_s, tl.exp2(b_s - b_lse2[:, None]), 0.0)
-                if MAXIMUM:
+            m_d = m_m & (b_lo == first)
+            if MAXIMUM:
+                for i in range(parts):
+                    b_k, o_c = load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D, BD)
+                    b_part = tl.zeros([BM, BB], tl.float32)
+                    for i_g in range(G):
+                        b_q, b_lse2 = load_query(
+                            q, lse, i_h * G + i_g, o_m, m_d, s_qt, s_qh, s_lt, s_lh, D, BD
+                        )
+                        b_part += probability(b_q, b_lse2, b_k, o_c, b_hi, m_d, scale, UPCAST)
                     b_score = tl.maximum(b_score, b_part)
-                else:
-                    weight = tl.minimum(tl.minimum(i + 1, parts - i), tl.minimum(steps, overlap))
-                    b_score += b_part * weight
+            else:
+                for i_g in range(G):
+                    b_q, b_lse2 = load_query(
+                        q, lse, i_h * G + i_g, o_m, m_d, s_qt, s_qh, s_lt, s_lh, D, BD
+                    )
+                    for i in range(parts):
+                        b_k, o_c = load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D, BD)
+                        weight = tl.minimum(tl.minimum(i + 1, parts - i), tl.minimum(steps, overlap))
+                        b_score += probability(b_q, b_lse2, b_k, o_c, b_hi, m_d, scale, UPCAST) * weight
             first = tl.min(tl.where(b_lo > first, b_lo, FAR), 0)
         p_score = score + i_b * s_sb + i_h * s_sh + (o_m - begin).to(tl.int64)[:, None] * s_st + o_b[None, :]
         tl.store(p_score, b_score, mask=m_m[:, None] & (o_b[None, :] <= b_own[:, None]))

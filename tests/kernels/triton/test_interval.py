@@ -63,6 +63,16 @@ def test_gradients_do_not_change_from_run_to_run(kind: str) -> None:
         assert torch.equal(x, y)
 
 
+def test_bfloat16() -> None:
+    """The interpreter cuts off bits where a GPU rounds, so this only sees whether operands are read as such."""
+    layout, batch, num_keys = make_layout("packed", 60)
+    inputs = make_qkv(batch, 60, num_keys, (3, 1), dtype=torch.bfloat16)
+    mask = window_mask(*inputs[:2], layout, 0, 20)
+    truth = run(lambda *x: masked_softmax_attention(*x, mask, 0.25)[:2], [x.double() for x in inputs])
+    for x, y in zip(run(window_op(layout, 0, 20), inputs), truth, strict=True):
+        assert (x.double() - y).abs().max() <= 2e-2 * y.abs().max()
+
+
 def test_large_scores_stay_finite() -> None:
     q, k, v = make_qkv(1, 70, 70, (2, 1), dtype=torch.float32)
     q = q * (200 / (q @ k[:, :, 0].transpose(1, 2)).abs().max()) * 4  # |q k| * D ** -0.5 up to 200
