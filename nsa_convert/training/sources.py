@@ -190,7 +190,7 @@ def _files(files: list[Path], errors: str) -> Documents:
 def _table(source: Source, base: Path) -> Documents:
     """Return the rows of JSON lines, Parquet files or a Hub data set."""
     table, facts = load_table(source, base)
-    columns = table.column_names or []
+    columns = table.column_names or list(next(iter(table), {}))  # a stream may not know them
     if source.column not in columns:
         from nsa_convert.config import suggest
 

@@ -248,3 +248,34 @@ def test_wrong_columns_and_empty_files_are_named(tmp_path):
     for complaint in ("no column 'text'; known: content", "0 bytes in", "cut.jsonl cannot be read"):
         assert complaint in error.value.message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)]
+)
+def test_the_command_saves_and_exits_with_the_status_of_the_signal(tmp_path, number, status):
+    import yaml
+
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump(recipe_values(tmp_path / "run", None, stage(tokens=64 * 4000)))
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "nsa_convert.cli",
+        "train",
+        str(tmp_path / "r.yaml"),
+        "--set",
+        "stages.0.save_every=0",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    for line in process.stderr:
+        if "pretrain 2/" in line:
+            process.send_signal(number)
+            break
+    said = process.stderr.read()
+    assert process.wait(timeout=120) == status, said
+    assert "go on with: nsa-convert train" in said
+    assert list((tmp_path / "run" / "pretrain").glob("checkpoint-*/complete.json"))
