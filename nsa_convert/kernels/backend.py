@@ -124,7 +124,6 @@ def kernel_function(module: str, name: str) -> Callable:
     return _loaded[f"{module}.{name}"]
 
 
-@torch.compiler.assume_constant_result
 def _load(module: str, name: str) -> bool:
     """Import a function, and those of all ops, into ``_loaded``.
 
@@ -135,6 +134,11 @@ def _load(module: str, name: str) -> bool:
             path, _, function = key.rpartition(".")
             _loaded[key] = getattr(importlib.import_module(f"nsa_convert.kernels.{path}"), function)
     return True
+
+
+# What torch.compiler.assume_constant_result does; calling it here would import the compiler, which takes
+# longer than everything that `inspect` does.
+_load._dynamo_marked_constant = True
 
 
 def _unserved(q: Tensor, value_dim: int) -> str | None:

@@ -34,6 +34,12 @@ def test_import_loads_nothing_heavy(module):
     assert run_python(f"import {module}\n{LOADED}") == []
 
 
+def test_inspect_imports_neither_the_compiler_nor_transformers():
+    heavy = "('torch._dynamo', 'transformers', 'triton', 'sympy')"
+    code = f"import nsa_convert.inspection\nout = [name for name in {heavy} if name in sys.modules]"
+    assert run_python(code) == []
+
+
 def test_heavy_import_would_be_seen():
     assert "torch" in run_python(f"import nsa_convert.patterns\n{LOADED}")
 
