@@ -254,7 +254,7 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
         "NC01",
         1,
         "Something unexpected happened inside the package.",
-        "Run again with --debug and report the traceback.",
+        "Report it with the traceback file that the message names; --debug shows the traceback.",
     ),
 )
 

@@ -219,6 +219,20 @@ def test_cl11_cl14_other_failures(source, tmp_path, monkeypatch, error, status, 
     assert result.exception is error
 
 
+def test_cl14_an_internal_error_leaves_its_traceback_in_a_file(source, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("strange")
+
+    monkeypatch.setattr("nsa_convert.convert.convert_checkpoint", fails)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = run("convert", source, tmp_path / "out", "--method", "nsa")
+    (file,) = tmp_path.glob("nsa-convert-*.txt")
+    assert str(file) in result.stderr
+    assert file.read_text().startswith("Traceback")
+    assert "in fails" in file.read_text()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["", "~/nothing-here", "*.gguf", "./a/b", "/nowhere", "no-such-model"])
 def test_cl16_odd_model_names(name):
     result = run("inspect", name)

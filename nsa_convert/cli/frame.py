@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -113,11 +115,23 @@ def _known_error(error: Exception) -> NsaConvertError:
         from nsa_convert.patch.staging import machine_error
 
         return machine_error(error)
-    text = str(error).strip().splitlines()
+    text, where = str(error).strip().splitlines(), _traceback_file(error)
     return NsaConvertError(
         f"{type(error).__name__}: {text[0] if text else 'no message'}",
-        hint="run again with --debug and report it",
+        where=where,
+        hint="run again with --debug and report it" if where is None else f"report it with {where}",
     )
+
+
+def _traceback_file(error: Exception) -> str | None:
+    """Write the traceback to a file and return its path, or None where no file can be written."""
+    options = {"prefix": "nsa-convert-", "suffix": ".txt", "delete": False, "encoding": "utf-8"}
+    try:
+        with tempfile.NamedTemporaryFile("w", **options) as file:
+            file.write("".join(traceback.format_exception(error)))
+    except OSError:
+        return None
+    return file.name
 
 
 def _print_error(error: NsaConvertError, *, as_json: bool) -> int:
