@@ -190,7 +190,9 @@ def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
             documents = open_source(source, base)
             count = TOKENIZER_TEXTS if documents.count is None else min(documents.count, TOKENIZER_TEXTS)
             for i in range(count):
-                yield documents.read(i)[:20_000]
+                text = documents.read(i)
+                chat = None if isinstance(text, str) else "\n".join(str(turn.get("content")) for turn in text)
+                yield (chat or text)[:20_000]
 
     # Bytes and the end token alone need no text.
     tokenizer.train_from_iterator(texts() if recipe.model.vocab > 257 else (), trainer)
