@@ -19,7 +19,7 @@ from nsa_convert.card.facts import (
     read_facts,
 )
 from nsa_convert.errors import ConfigError, MachineError
-from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
+from nsa_convert.evaluation.verdict import benchmark_cells, processor, task_rows, verdict
 from nsa_convert.patch.manifest import RECIPE, read_manifest
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
@@ -198,12 +198,13 @@ def _report_values(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     plots = [{"path": f"{inside}/{n}", "alt": alt} for n, alt in PLOTS.items() if (place / n).is_file()]
     return {
         "command": report["command"],
-        "machine": f"{machine['device_name']}, {machine['threads']} threads, torch {machine['torch']}, "
+        "machine": f"{processor(machine)}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, Python {machine['python']}, {machine['date']}",
         "texts": [_text_row(text) for text in report.get("texts", [])],
         "tasks": [
             {**row, "dense": _score(row["dense"]), "sparse": _score(row["sparse"])}
             for row in task_rows(report)
+            if row["main"]
         ],
         "speed": _speed_rows(report),
         "benchmarks": [{**row, "cells": benchmark_cells(row)} for row in report.get("benchmarks", [])],
@@ -307,7 +308,8 @@ def _limits(
         lines.append("Speed was not measured. Sparse attention saves time on long contexts only.")
     small = [r["sparse"]["n"] for report in reports for r in task_rows(report) if r["sparse"]]
     if small and min(small) < 30:
-        lines.append(f"Some retrieval scores rest on {min(small)} cases only; mind their 95 % intervals.")
+        cases = "a single case" if min(small) == 1 else f"{min(small)} cases"
+        lines.append(f"Some retrieval scores rest on {cases} only; mind their 95 % intervals.")
     lines += [line for report in reports for line in report.get("warnings", [])]
     lines.append("Continuous batching and custom 4-D attention masks are refused with an error.")
     lines.append("It inherits the knowledge, the biases and the licence of the dense model.")

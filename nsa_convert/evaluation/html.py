@@ -9,7 +9,7 @@ from typing import Any
 
 from nsa_convert.errors import MachineError
 from nsa_convert.evaluation.plots import panel_svg, plots_of, require_matplotlib
-from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
+from nsa_convert.evaluation.verdict import benchmark_cells, processor, task_rows, verdict
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
 
@@ -70,8 +70,7 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     return [
         f"visible budget {budget} tokens" if budget else "no layer is sparse", methods or "dense model",
         f"dense reference: {against}", f"suite {report['suite']}",
-        f"{machine['device_name']}, {machine['threads']} threads", f"torch {machine['torch']}",
-        machine["date"],
+        processor(machine), f"torch {machine['torch']}", machine["date"],
     ]
 
 

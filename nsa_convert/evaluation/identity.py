@@ -82,7 +82,8 @@ def command_line(
     for key, value in settings.items():
         if isinstance(value, (list, tuple)):
             value = ",".join(str(part) for part in value)
-        words += ["--set", f"{key}={value}"]
+        text = str(value).lower() if isinstance(value, bool) else value
+        words += ["--set", f"{key}={text}"]
     return shlex.join(words)
 
 

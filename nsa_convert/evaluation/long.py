@@ -98,8 +98,8 @@ def run_long(
     store = CellStore(None if out_dir is None else Path(out_dir), run.facts(inputs))
     texts = run.texts(store, inputs)
     outcomes = run.cases(store, cases)
-    speed = speed_rows(outcomes)
-    warnings += [*inputs.warnings, *_few(speed), *busy_warnings()]
+    speed = speed_rows(outcomes) if chosen.times else []
+    warnings += [*inputs.warnings, *(_few(speed) + busy_warnings() if speed else [])]
     given = {"length": length, "text_file": None if text_file is None else Path(text_file).name, **settings}
     given = {key: value for key, value in given.items() if value is not None}
     values = {

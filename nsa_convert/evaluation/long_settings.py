@@ -34,6 +34,7 @@ class LongSettings:
         device: ``"auto"`` takes CUDA when there is one.
         num_queries: Queries per layer and text that the mass is measured on.
         beyond_positions: Allow lengths up to four times the model's positions.
+        times: Report times and memory; turn it off on a machine that others use.
         seed: Of all prompts.
     """
 
@@ -47,6 +48,7 @@ class LongSettings:
     device: str = "auto"
     num_queries: int = NUM_QUERIES
     beyond_positions: bool = False
+    times: bool = True
     seed: int = 0
 
     @classmethod
@@ -86,8 +88,9 @@ class LongSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 problems.append(f"{name} must be a whole number >= {least}, got {value!r}")
-        if not isinstance(self.beyond_positions, bool):
-            problems.append(f"beyond_positions must be true or false, got {self.beyond_positions!r}")
+        for name in ("beyond_positions", "times"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not problems:
             problems += [
                 f"there is no task {name!r} (tasks: {', '.join(TASKS)})"

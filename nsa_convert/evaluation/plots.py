@@ -318,6 +318,7 @@ def _lines_by_length(axis: Axes, rows: Sequence[Mapping[str, Any]], key: str, un
     _context_axis(axis, "tokens")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_ylabel(unit)
     _legend(axis)
 

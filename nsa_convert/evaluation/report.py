@@ -79,6 +79,7 @@ def mean_layers(layers: Iterable[LayerMass]) -> dict[str, dict[str, float | None
             "captured": _mean(row.captured for row in rows),
             "captured_min": min(row.captured for row in rows),
             "oracle": _mean(row.oracle for row in rows),
+            "recall": _mean(row.recall for row in rows),
         }
         for name, rows in grouped.items()
     }

@@ -72,6 +72,11 @@ def _cell(values: Sequence[tuple[float, int]]) -> dict[str, Any]:
     return {"score": hits / cases, "n": cases, "low": low, "high": high}
 
 
+def processor(machine: Mapping[str, Any]) -> str:
+    """Return device and threads of a report's ``environment`` as text."""
+    return f"{machine['device_name']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+
+
 def benchmark_cells(row: Mapping[str, Any]) -> list[str]:
     """Return dense score, sparse score and interval of an lm-eval row as text."""
     scores = ["-" if row[mode] is None else f"{row[mode]:.4g}" for mode in ("dense", "sparse")]

@@ -136,7 +136,8 @@ def chromium(folder, page, width, *options):
     """Open the page in a frame: a headless window cannot be as narrow as a phone."""
     path = folder / "page.html"
     frame = f'<iframe style="border: 0" width="{width}" height="900" srcdoc="{escape(page)}"></iframe>'
-    path.write_text(f'<meta name="color-scheme" content="light dark"><body style="margin: 0">{frame}</body>')
+    head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+    path.write_text(f'{head}<body style="margin: 0">{frame}</body>')
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
         f"--user-data-dir={folder / 'profile'}", *options, path.as_uri(),
