@@ -37,12 +37,14 @@ class Intervals:
         first: ``[B or 1, TQ]`` int32, not decreasing; None without sinks. The sinks of a document that starts
             after the first query of a tile lie among the keys of that tile.
         num_sinks: Number of sinks.
+        sinks_end: No sink lies in this slot or after it; None where that is not known.
     """
 
     lo: Tensor
     hi: Tensor
     first: Tensor | None = None
     num_sinks: int = 0
+    sinks_end: int | None = None
 
 
 def layout_intervals(
@@ -55,7 +57,10 @@ def layout_intervals(
     lo = starts if window_size is None else torch.maximum(starts, ends - window_size)
     hi = ends.clamp(max=num_keys)
     lo, hi, starts = (x.to(torch.int32).contiguous() for x in (lo, hi, starts))
-    return Intervals(lo=lo, hi=hi, first=starts if num_sinks else None, num_sinks=num_sinks)
+    if not num_sinks:
+        return Intervals(lo=lo, hi=hi)
+    end = num_sinks if layout.start is None and layout.cu_seqlens is None else None
+    return Intervals(lo=lo, hi=hi, first=starts, num_sinks=num_sinks, sinks_end=end)
 
 
 def interval_attention(
@@ -73,7 +78,8 @@ def interval_attention(
     Returns:
         ``(o [B, TQ, HQ, D], lse [B, TQ, HQ] float32)``, differentiable in q, k and v.
     """
-    return _forward(q, k, v, intervals.lo, intervals.hi, intervals.first, intervals.num_sinks, scale)
+    at = intervals
+    return _forward(q, k, v, at.lo, at.hi, at.first, at.num_sinks, at.sinks_end, scale)
 
 
 def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
@@ -100,7 +106,7 @@ def key_row(x: Tensor) -> int:
 @torch.library.custom_op("nsa_convert::interval_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, first: Tensor | None, num_sinks: int,
-    scale: float,
+    sinks_end: int | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = rows_contiguous(q, k, v)
     batch, num_queries, num_heads, dim = q.shape
@@ -144,7 +150,7 @@ def _inputs(
 
 
 @_forward.register_fake
-def _(q, k, v, lo, hi, first, num_sinks, scale):
+def _(q, k, v, lo, hi, first, num_sinks, sinks_end, scale):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), new_lse(q)
 
 
@@ -173,58 +179,70 @@ def row_delta(o: Tensor, do: Tensor, dlse: Tensor, lse: Tensor) -> Tensor:
 @torch.library.custom_op("nsa_convert::interval_backward", mutates_args=())
 def _backward(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
-    first: Tensor | None, num_sinks: int, scale: float,
+    first: Tensor | None, num_sinks: int, sinks_end: int | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, do = rows_contiguous(q, k, v, do)
     batch, num_queries, num_heads, _ = q.shape
-    num_keys, num_kv_heads = k.shape[1:3]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     delta = row_delta(o, do, dlse, lse)
-    shared = {
-        **_inputs(q, k, v, lo, hi, first, num_sinks, scale),
-        **strides(q=q, k=k, v=v, g=do, l=lse),
-        "do": do,
-        "lse": lse,
-        "delta": delta,
-    }
+    rows = {**strides(g=do, l=lse), "do": do, "lse": lse, "delta": delta}
     interval_backward_q.launch(
         lambda c: (triton.cdiv(num_queries, c["BM"]), batch * num_heads),
         q,
         key_row(q),
-        **shared,
-        **strides(d=dq),
+        **_inputs(q, k, v, lo, hi, first, num_sinks, scale),
+        **strides(q=q, k=k, v=v, d=dq),
+        **rows,
         dq=dq,
     )
-    bounds = query_bounds(lo, hi, first, num_sinks, num_keys)
+    wide = torch.float32 if first is not None else k.dtype
+    dk, dv = _key_gradients(q, k, v, rows, lo, hi, scale, wide)
+    if first is not None:
+        # The sinks of a query are a run of keys, too; few keys that all queries see want many programs.
+        last = torch.minimum(torch.minimum(first + num_sinks, lo), hi)
+        few = slice(0, sinks_end)
+        sinks = _key_gradients(q, k[:, few], v[:, few], rows, first, last, scale, wide)
+        dk[:, few] += sinks[0]
+        dv[:, few] += sinks[1]
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_backward.register_fake
+def _(do, dlse, q, k, v, o, lse, lo, hi, first, num_sinks, sinks_end, scale):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _key_gradients(
+    q: Tensor, k: Tensor, v: Tensor, rows: dict[str, Any], lo: Tensor, hi: Tensor, scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return dk and dv of what the queries see in ``[lo, hi)``."""
+    num_keys, programs = k.shape[1], k.shape[0] * k.shape[2]
+    bounds = query_bounds(lo, hi, num_keys)
     parts = num_parts(k)
-    sums = dk, dv
-    if parts > 1:
-        sums = torch.empty(2, parts, *k.shape, dtype=torch.float32, device=k.device).unbind(0)
+    shape = (parts, *k.shape)
+    dk, dv = (torch.empty(shape, dtype=dtype if parts == 1 else torch.float32, device=k.device) for _ in "kv")
+    shared = _inputs(q, k, v, lo, hi, None, 0, scale)
+    for unused in ("first", "num_sinks", "HAS_SINKS", "TQ"):
+        del shared[unused]
     interval_backward_kv.launch(
-        lambda c: (triton.cdiv(num_keys, c["BN"]), batch * num_kv_heads, parts),
+        lambda c: (triton.cdiv(num_keys, c["BN"]), programs, parts),
         q,
         key_row(q),
         **shared,
-        **strides(d=sums[0] if parts == 1 else sums[0][0]),
-        s_pb=0 if parts == 1 else sums[0].stride(0),
+        **strides(q=q, k=k, v=v, d=dk[0]),
+        **rows,
+        s_pb=dk.stride(0),
         parts=parts,
-        dk=sums[0],
-        dv=sums[1],
+        dk=dk,
+        dv=dv,
         bounds=bounds,
         s_bb=bounds.stride(0) if bounds.shape[0] > 1 else 0,
         num_bounds=bounds.shape[2],
         TK=num_keys,
         GRANULE=GRANULE,
-        BOUNDS=bounds.shape[1],
     )
-    if parts > 1:
-        dk, dv = (x.sum(0).to(k.dtype) for x in sums)
-    return dq, dk, dv
-
-
-@_backward.register_fake
-def _(do, dlse, q, k, v, o, lse, lo, hi, first, num_sinks, scale):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return tuple(x[0] if parts == 1 else x.sum(0).to(dtype) for x in (dk, dv))
 
 
 def num_parts(k: Tensor) -> int:
@@ -233,7 +251,7 @@ def num_parts(k: Tensor) -> int:
     Compressed cells are few and seen by nearly all queries. The parts are added in a fixed order.
     """
     programs = triton.cdiv(k.shape[1], KEY_TILE) * k.shape[0] * k.shape[2]
-    return max(1, min(8, 2 * processors(k) // max(programs, 1)))
+    return max(1, min(32, 2 * processors(k) // max(programs, 1)))
 
 
 def processors(x: Tensor) -> int:
@@ -241,11 +259,10 @@ def processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
-def query_bounds(lo: Tensor, hi: Tensor, first: Tensor | None, num_sinks: int, num_keys: int) -> Tensor:
-    """Return which queries see the keys around each multiple n of GRANULE, int32 ``[B or 1, 4 or 5, N]``.
+def query_bounds(lo: Tensor, hi: Tensor, num_keys: int) -> Tensor:
+    """Return which queries see the keys around each multiple n of GRANULE, int32 ``[B or 1, 4, N]``.
 
-    The rows count the queries with ``hi <= n``, ``hi < n``, ``lo <= n`` and ``lo < n``; with sinks the last
-    row is one more than the last query that has a sink in ``n .. n + GRANULE - 1``, or 0.
+    The rows count the queries with ``hi <= n``, ``hi < n``, ``lo <= n`` and ``lo < n``.
     """
     count = triton.cdiv(num_keys, GRANULE) + 1
     edges = torch.arange(count, dtype=torch.int32, device=lo.device) * GRANULE
@@ -254,22 +271,19 @@ def query_bounds(lo: Tensor, hi: Tensor, first: Tensor | None, num_sinks: int, n
         torch.searchsorted(x, edges, right=right, out_int32=True)
         for x, right in ((hi, True), (hi, False), (lo, True), (lo, False))
     ]
-    if first is not None:
-        before = torch.searchsorted(first, edges + GRANULE, out_int32=True)
-        last = first.gather(1, (before.long() - 1).clamp(min=0))
-        rows.append(before.where((before > 0) & (last + num_sinks > edges), 0))
     return torch.stack(rows, 1)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, lo, hi, first, ctx.num_sinks, ctx.scale = inputs
+    q, k, v, lo, hi, first, ctx.num_sinks, ctx.sinks_end, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, lo, hi, first)
 
 
 def _gradients(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, lo, hi, first = ctx.saved_tensors
-    dq, dk, dv = _backward(do, dlse, q, k, v, o, lse, lo, hi, first, ctx.num_sinks, ctx.scale)
-    return dq, dk, dv, None, None, None, None, None
+    sinks = first, ctx.num_sinks, ctx.sinks_end
+    dq, dk, dv = _backward(do, dlse, q, k, v, o, lse, lo, hi, *sinks, ctx.scale)
+    return dq, dk, dv, *[None] * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -21,7 +21,9 @@ from nsa_convert.kernels.toolchain import Config, declare, dot
 GRANULE = 16
 """Keys between two entries of ``bounds``; key tiles are multiples of it."""
 
-CASES = tuple({**case, "GRANULE": GRANULE, "BOUNDS": 5 if case["HAS_SINKS"] else 4} for case in CASES)
+KEY_CASES = tuple(
+    {n: x for n, x in case.items() if n != "HAS_SINKS"} | {"GRANULE": GRANULE} for case in CASES
+)
 
 
 @triton.jit
@@ -110,16 +112,14 @@ def interval_backward_q(
 
 @triton.jit
 def key_step(
-    b_dk, b_dv, b_k, b_v, q, do, lse, delta, lo, hi, first, i_m, end, o_n, num_sinks,
-    s_qt, s_gt, s_lt, scale2,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_SINKS: tl.constexpr, MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    b_dk, b_dv, b_k, b_v, q, do, lse, delta, lo, hi, i_m, end, o_n, s_qt, s_gt, s_lt, scale2,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries ``i_m .. i_m + BM - 1`` (below ``end``) of one head give to dk and dv."""
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < end
     if MASKED:
-        b_lo, b_hi, b_first = load_intervals(lo, hi, first, o_m, m_m, HAS_SINKS)
+        b_lo, b_hi, _ = load_intervals(lo, hi, lo, o_m, m_m, False)
         m_m = m_m & (b_lo < b_hi)  # padding may hold anything
     b_q = load_rows(q, o_m, s_qt, m_m, D, BD, MASKED)
     b_do = load_rows(do, o_m, s_gt, m_m, D, BD, MASKED)
@@ -131,7 +131,7 @@ def key_step(
         b_delta = tl.load(delta + o_m.to(tl.int64) * s_lt)
     b_s = dot(b_k, tl.trans(b_q), UPCAST) * scale2 - b_lse2[None, :]  # [BN, BM]
     if MASKED:
-        m_s = sees(o_n[:, None], b_lo[None, :], b_hi[None, :], b_first[None, :], num_sinks, HAS_SINKS)
+        m_s = sees(o_n[:, None], b_lo[None, :], b_hi[None, :], b_lo[None, :], 0, False)
         b_s = tl.where(m_s, b_s, float("-inf"))
     b_p = tl.exp2(b_s)
     b_ds = b_p * (dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :])
@@ -148,20 +148,21 @@ def key_step(
         Config(sizes={"BM": 32, "BN": 32}, num_warps=8, num_stages=2, min_row=256, max_row=512),
         Config(sizes={"BM": 16, "BN": 16}, num_warps=4, num_stages=1, min_row=512),
     ),
-    key=("D", "HAS_SINKS"),
-    cases=CASES,
+    key=("D",),
+    cases=KEY_CASES,
 )
 def interval_backward_kv(
-    q, k, v, do, lse, delta, dk, dv, lo, hi, first, bounds,
+    q, k, v, do, lse, delta, dk, dv, lo, hi, bounds,
     s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_gb, s_gt, s_gh, s_db, s_dt, s_dh,
     s_lb, s_lt, s_lh, s_ib, s_bb, s_pb,
-    scale, num_sinks, num_bounds, parts, TQ, TK, HQ, G,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_SINKS: tl.constexpr,
-    UPCAST: tl.constexpr, GRANULE: tl.constexpr, BOUNDS: tl.constexpr,
+    scale, num_bounds, parts, TK, HQ, G,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
+    GRANULE: tl.constexpr,
 ):  # fmt: skip
     """Store dk and dv of a tile of keys: the sum over the query heads of its group, one after another.
 
-    The queries are split into ``parts`` runs of equal length; each has its own dk and dv, ``s_pb`` apart.
+    Sinks are runs of keys of their own, with other lo and hi. The queries are split into ``parts`` runs of
+    equal length; each has its own dk and dv, ``s_pb`` apart.
     """
     # The first keys are seen by the most queries: they start first.
     i_n = tl.program_id(0) * BN
@@ -179,16 +180,11 @@ def interval_backward_kv(
     full = tl.load(bounds + num_bounds + right)
     cut = tl.load(bounds + 2 * num_bounds + left)
     end = tl.load(bounds + 3 * num_bounds + right)
-    if HAS_SINKS:
-        o_g = left + tl.arange(0, BN // GRANULE)
-        sink_end = tl.load(bounds + 4 * num_bounds + o_g, mask=o_g < right, other=0)
-        end = tl.maximum(end, tl.max(sink_end, 0))
     end = tl.maximum(begin, end)
     full = begin + tl.cdiv(tl.minimum(full, end) - begin, BM) * BM
     cut = full + tl.maximum(tl.minimum(cut, end) - full, 0) // BM * BM
     lo += i_b * s_ib
     hi += i_b * s_ib
-    first += i_b * s_ib
     scale2 = scale * 1.4426950408889634
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
@@ -205,8 +201,7 @@ def interval_backward_kv(
         i_m = tl.where(i_t < edge, begin + i_t * BM, cut + (i_t - edge) * BM)
         b_dk, b_dv = key_step(
             b_dk, b_dv, b_k, b_v, q + i_g * s_qh, do + i_g * s_gh, lse + i_g * s_lh, delta + i_g * s_lh,
-            lo, hi, first, i_m, end, o_n, num_sinks, s_qt, s_gt, s_lt, scale2,
-            D, BD, BM, HAS_SINKS, True, UPCAST,
+            lo, hi, i_m, end, o_n, s_qt, s_gt, s_lt, scale2, D, BD, BM, True, UPCAST,
         )  # fmt: skip
     tiles = (cut - full) // BM
     for i in range(G * tiles * i_p // parts, G * tiles * (i_p + 1) // parts):
@@ -214,8 +209,7 @@ def interval_backward_kv(
         i_m = full + i % tiles * BM
         b_dk, b_dv = key_step(
             b_dk, b_dv, b_k, b_v, q + i_g * s_qh, do + i_g * s_gh, lse + i_g * s_lh, delta + i_g * s_lh,
-            lo, hi, first, i_m, end, o_n, num_sinks, s_qt, s_gt, s_lt, scale2,
-            D, BD, BM, HAS_SINKS, False, UPCAST,
+            lo, hi, i_m, end, o_n, s_qt, s_gt, s_lt, scale2, D, BD, BM, False, UPCAST,
         )  # fmt: skip
     o_d = tl.arange(0, BD)
     m_nd = m_n[:, None] & (o_d < D)[None, :]

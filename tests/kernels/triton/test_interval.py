@@ -45,6 +45,7 @@ def window_mask(q, k, layout: SequenceLayout, num_sinks: int, window_size: int |
         ("packed", 97, (3, 1), 32, torch.float16, 0, None),
         ("packed", 70, (16, 1), 16, torch.float16, 0, 50),
         ("plain", 40, (2, 1), 96, torch.float32, 0, 1),
+        ("plain", 35, (1, 1), 256, torch.float16, 2, 9),
     ],
 )
 def test_window_and_dense(kind, num_queries, heads, dim, dtype, num_sinks, window_size) -> None:
@@ -64,7 +65,7 @@ def test_gradients_do_not_change_from_run_to_run(kind: str) -> None:
 
 
 def test_bfloat16() -> None:
-    """The interpreter cuts off bits where a GPU rounds, so this only sees whether operands are read as such."""
+    """The interpreter cuts bits off where a GPU rounds: this only sees whether operands are read as such."""
     layout, batch, num_keys = make_layout("packed", 60)
     inputs = make_qkv(batch, 60, num_keys, (3, 1), dtype=torch.bfloat16)
     mask = window_mask(*inputs[:2], layout, 0, 20)
@@ -111,13 +112,14 @@ def test_what_a_query_must_not_see_does_not_reach_it(bad: float) -> None:
 
 def test_bounds_count_the_queries_that_see_a_key() -> None:
     layout, _, num_keys = make_layout("packed", 90)
-    at = layout_intervals(layout, 90, num_keys, torch.device("cpu"), 20, 3)
-    bounds = query_bounds(at.lo, at.hi, at.first, 3, num_keys)[0]
-    mask = SinkWindow(num_sinks=3, window_size=20).to_dense_mask(90, num_keys, 1, layout)[0, 0]
+    at = layout_intervals(layout, 90, num_keys, torch.device("cpu"), 20)
+    bounds = query_bounds(at.lo, at.hi, num_keys)[0]
+    mask = SinkWindow(window_size=20).to_dense_mask(90, num_keys, 1, layout)[0, 0]
     for i in range(num_keys // 16):
-        seen = mask[:, 16 * i : 16 * i + 16].any(1).nonzero()
-        end = max(bounds[3, i + 1], bounds[4, i])
-        assert bounds[0, i] <= seen.min() <= seen.max() < end
+        some, all_of = mask[:, 16 * i : 16 * i + 16].any(1).nonzero(), mask[:, 16 * i : 16 * i + 16].all(1)
+        assert bounds[0, i] <= some.min() <= some.max() < bounds[3, i + 1]
+        assert all_of[bounds[1, i + 1] : bounds[2, i]].all()
+        assert all_of.sum() == max(0, bounds[2, i] - bounds[1, i + 1])
 
 
 @pytest.mark.parametrize("only", ["o", "lse"])
@@ -153,5 +155,5 @@ def test_operator_is_registered_correctly() -> None:
     inputs = [x.requires_grad_() for x in make_qkv(1, 20, 20, (2, 1), dtype=torch.float32)]
     at = layout_intervals(SequenceLayout(), 20, 20, torch.device("cpu"), 9, 2)
     torch.library.opcheck(
-        torch.ops.nsa_convert.interval_forward, (*inputs, at.lo, at.hi, at.first, 2, 0.25)
+        torch.ops.nsa_convert.interval_forward, (*inputs, at.lo, at.hi, at.first, 2, 2, 0.25)
     )
