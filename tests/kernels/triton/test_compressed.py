@@ -107,6 +107,34 @@ def test_best_blocks_are_those_of_a_stable_sort(
     assert torch.equal(got.long(), expected)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_best_blocks_of_any_size(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=g))  # noqa: E731
+    monkeypatch.setattr(triton_blocks, "PIECE", 16 << draw(0, 3))
+    num_blocks, sinks, local = draw(4, 60), draw(0, 2), draw(1, 2)
+    size = draw(sinks + local, num_blocks)
+    score = torch.rand(2, 1, 5, num_blocks, generator=g) * 10.0 ** draw(-30, 3)
+    if seed % 2:
+        score = score.mul(4 / score.max()).floor()
+    own = torch.randint(-1, num_blocks, (2, 5), generator=g).sort(1).values
+    rule = BlockTopK(block_size=1, num_blocks=size, num_sink_blocks=sinks, num_local_blocks=local)
+    got = torch.full((2, 1, 5, size), 1 << 29, dtype=torch.int32)
+    triton_blocks.top_blocks(score, own.int(), got, 0, 5, sinks, local)
+    scores = score.where(torch.arange(num_blocks) <= own[:, None, :, None], -1.0)
+    forced = torch.arange(num_blocks) < sinks
+    forced = forced | (torch.arange(num_blocks) > own[:, None, :, None] - local)
+    scores = scores.masked_fill(forced & (scores >= 0), torch.inf)
+    # torch.topk leaves ties open: compare the scores that were chosen, and the choice where none are equal.
+    best = scores.topk(size, -1)
+    chosen = scores.gather(-1, got.long().clamp(min=0)).masked_fill(got < 0, -1.0)
+    assert torch.equal(chosen.sort(-1, descending=True).values, best.values)
+    if not seed % 2:
+        kept = best.indices.masked_fill(best.values < 0, num_blocks).sort(-1).values
+        assert torch.equal(got.long(), kept.masked_fill(kept == num_blocks, -1))
+    assert torch.equal(got.long(), top_blocks(score.clone(), own[:, None, :, None], size, rule))
+
+
 def test_equal_scores_go_to_the_lower_block() -> None:
     q, ck = torch.ones(1, 200, 2, 16), torch.ones(1, 49, 1, 16)  # every cell scores the same
     with use_backend("triton"):
