@@ -17,7 +17,11 @@ COLUMNS = 8
     types={
         "indices": "*i64", "tiles": "*i32", "bounds": "*i64", "blocks": "*i32", "members": "*i64", "S": "i32",
     },
-    configs=(Config(num_warps=4, num_stages=1),),
+    configs=(
+        # One warp needs no barriers; long lists need more registers than one has.
+        Config(num_warps=1, num_stages=1, only={"SP": tuple(1 << i for i in range(5))}),
+        Config(num_warps=4, num_stages=1, only={"SP": tuple(1 << i for i in range(5, 24))}),
+    ),
     cases=tuple(
         {"WIDTH": width, "LISTS": lists, "SP": size, "BS": 64, "QB": block, "WRITE": True}
         for width, lists, size, block in ((32, 32, 16, 1), (64, 64, 64, 1), (64, 2, 128, 64))
