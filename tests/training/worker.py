@@ -6,7 +6,6 @@ the largest differences to ``FOLDER/result.json``.
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -141,12 +140,11 @@ def check_streams() -> dict[str, float]:
         "seq_len": 8,
         "tokens": 8,
         "batch_tokens": 8,
+        "full_ratio": 0.5,
         "data": [{"kind": "recall"}],
     }
     recipe = recipe_from_dict({"model": "x", "out": "y", "stages": [stage]})
     plan = loss_plan(recipe.stages[0], [], 3, 0)
-    plan = copy.copy(plan)
-    object.__setattr__(plan, "dual_stream", True)
     drawn = torch.tensor([plan.mode(step).stream == "full" for step in range(64)]).int()
     others = [torch.empty_like(drawn) for _ in range(2)]
     dist.all_gather(others, drawn)
