@@ -28,6 +28,7 @@ class Case:
         gold: Strings that a generated answer should contain; empty when nothing is generated.
         max_new: Tokens to generate.
         depth: Of a needle, 0 to 1; None elsewhere.
+        any_of: One of the gold strings is enough.
     """
 
     task: str
@@ -39,6 +40,13 @@ class Case:
     gold: tuple[str, ...]
     max_new: int
     depth: float | None = None
+    any_of: bool = False
+
+    def score(self, text: str) -> float:
+        """Return the share of ``gold`` in a text, or with ``any_of`` whether it has any of it."""
+        if self.any_of:
+            return float(any(contained([part], text) for part in self.gold))
+        return contained(self.gold, text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +82,7 @@ def fit_case(
     draft: Callable[[int], Draft],
     max_new: int,
     least: int = 0,
+    any_of: bool = False,
 ) -> Case:
     """Return the longest prompt of a task that fits.
 
@@ -85,6 +94,7 @@ def fit_case(
         draft: Number of units of filler -> the prompt.
         max_new: Tokens to generate.
         least: Units below which the task makes no sense.
+        any_of: For the case.
 
     Raises:
         ConfigError: Not even the smallest prompt fits (EV02).
@@ -108,6 +118,7 @@ def fit_case(
         spans=((0, len(answer)),),
         gold=made.gold,
         max_new=max_new,
+        any_of=any_of,
     )
 
 

@@ -41,13 +41,12 @@ def require_html() -> None:
 def render_html(report: Mapping[str, Any]) -> str:
     """Return the page. Names and texts from the report are escaped."""
     from jinja2 import Environment
-    from markupsafe import Markup
 
     plots = [
         {
             "name": plot.name, "title": plot.title, "note": plot.note, "table": plot.table,
             "panels": [
-                {"title": panel.title, "svg": Markup(panel_svg(panel, f"{plot.name}{number}"))}
+                {"title": panel.title, "svg": panel_svg(panel, f"{plot.name}{number}")}
                 for number, panel in enumerate(plot.panels)
             ],
         }

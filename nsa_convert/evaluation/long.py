@@ -37,6 +37,7 @@ from nsa_convert.evaluation.models import (
 )
 from nsa_convert.evaluation.perplexity import Readout, position_buckets, read_out
 from nsa_convert.evaluation.plots import write_plots
+from nsa_convert.evaluation.qa import build_qa, read_questions
 from nsa_convert.evaluation.recall import build_recall
 from nsa_convert.evaluation.report import SCHEMA, TextResult
 from nsa_convert.evaluation.ruler import build_ruler
@@ -100,7 +101,9 @@ def run_long(
     outcomes = run.cases(store, cases)
     speed = speed_rows(outcomes) if chosen.times else []
     warnings += [*inputs.warnings, *(_few(speed) + busy_warnings() if speed else [])]
-    given = {"length": length, "text_file": None if text_file is None else Path(text_file).name, **settings}
+    named = {"text_file": text_file, "qa_file": chosen.qa_file}
+    named = {key: None if value is None else Path(value).name for key, value in named.items()}
+    given = {"length": length, **settings, **named}
     given = {key: value for key, value in given.items() if value is not None}
     values = {
         "schema": SCHEMA,
@@ -117,7 +120,7 @@ def run_long(
         "prompts_sha256": hash_of(cases),
         "cells": {"total": len(store.values), "reused": store.reused},
         "warnings": warnings,
-        "settings": {"length": length, **dataclasses.asdict(chosen)},
+        "settings": {"length": length, **dataclasses.asdict(chosen), **named},
         "environment": describe_machine(device),
         "seconds": round(time.perf_counter() - begin, 2),
         "files": [],
@@ -142,7 +145,10 @@ def build_cases(tokenizer: Any, chosen: LongSettings) -> list[Case]:
         for length in chosen.lengths
         for depth in chosen.depths
     ]
+    questions = [] if chosen.qa_file is None else read_questions(chosen.qa_file)
     for length in chosen.task_lengths:
+        for index in range(chosen.samples if questions else 0):
+            cases.append(build_qa(tokenizer, questions, length, index, chosen.seed))
         for task in chosen.tasks:
             for index in range(chosen.samples):
                 if task == RECALL:

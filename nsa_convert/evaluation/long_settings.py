@@ -29,6 +29,7 @@ class LongSettings:
         tasks: Which of the tasks; all by default.
         depths: Of the needle grid.
         samples: Prompts per task and length; 1 (``full``: 5).
+        qa_file: JSON lines with ``question``, ``context`` and ``answers``; adds the task ``qa``.
         haystack: Of the needle grid: ``"noise"`` or ``"prose"``.
         dtype: Of weights and activations.
         device: ``"auto"`` takes CUDA when there is one.
@@ -43,6 +44,7 @@ class LongSettings:
     tasks: tuple[str, ...] = TASKS
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     samples: int = 1
+    qa_file: str | None = None
     haystack: str = "noise"
     dtype: str = "float32"
     device: str = "auto"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.errors import CheckFailedError
-from nsa_convert.evaluation.cases import Case, contained
+from nsa_convert.evaluation.cases import Case
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def run_case(model: nn.Module, tokenizer: Any, case: Case) -> Outcome:
     if case.max_new and case.gold:
         first = int(logits[0, -1].argmax())
         text, decode = _generate(model, tokenizer, cache, case, first)
-        score = contained(case.gold, text)
+        score = case.score(text)
     return Outcome(
         tokens=len(case.prompt_ids),
         **scores,
@@ -119,7 +119,7 @@ def _generate(
     out, times = [first], []
     while len(out) < case.max_new and out[-1] not in end:
         text = tokenizer.decode(out, skip_special_tokens=True)
-        if len(out) % 8 == 0 and contained(case.gold, text) == 1:
+        if len(out) % 8 == 0 and case.score(text) == 1:
             break
         began = _now(cache.layers[0].keys.device)
         step = torch.tensor([[out[-1]]], device=cache.layers[0].keys.device)

@@ -188,6 +188,17 @@ def test_ev10_a_busy_machine_is_named(monkeypatch, load, warned):
     assert bool(long.busy_warnings()) is warned
 
 
+def test_questions_of_ones_own_are_a_task_and_their_place_is_not_told(pair, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    row = {"question": "Which?", "context": "This one. " * 9, "answers": ["this one", "it"]}
+    path.write_text(json.dumps(row) + "\n")
+    options = {**SMALL, "tasks": [], "depths": [0.5], "qa_file": str(path)}
+    values = run_long(pair[1], out_dir=tmp_path / "out", **options).values
+    assert [(row["task"], row["attention"]) for row in values["tasks"]] == [("qa", "sparse"), ("qa", "dense")]
+    assert "qa_file=mine.jsonl" in values["command"]
+    assert str(tmp_path) not in json.dumps(values)
+
+
 def test_a_dense_model_is_measured_too(tmp_path):
     dense = save(tiny_dense().float(), tmp_path / "dense")
     values = run_long(dense, **{**SMALL, "tasks": [], "depths": [0.5]}).values

@@ -1,10 +1,12 @@
 import collections
+import json
 import re
 
 import pytest
 
 from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.cases import contained, encode_answer, fit_needle, hash_of, largest_fit
+from nsa_convert.evaluation.qa import build_qa, read_questions
 from nsa_convert.evaluation.recall import QUERIES, build_recall
 from nsa_convert.evaluation.ruler import RULER_TASKS, build_ruler
 from tests.evaluation.tiny import byte_tokenizer
@@ -127,3 +129,44 @@ def test_largest_fit():
 @pytest.mark.parametrize(("text", "share"), [("a 12 and B", 1.0), ("b", 0.5), ("", 0.0), ("12", 0.5)])
 def test_the_share_of_gold_strings(text, share):
     assert contained(("12", "b"), text) == share
+
+
+def questions_file(folder, count=5):
+    rows = [
+        {"question": f"What is the colour of stone {i}?", "answers": [f"shade-{i}", f"hue-{i}"],
+         "context": f"Stone {i} is of colour shade-{i}. " * 3}
+        for i in range(count)
+    ]  # fmt: skip
+    path = folder / "qa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_qa_hides_the_paragraph_among_others(tokenizer, tmp_path):
+    rows = read_questions(questions_file(tmp_path))
+    case = build_qa(tokenizer, rows, 2048, 0)
+    text = prompt_of(case, tokenizer)
+    assert 0.85 * 2048 < len(case.prompt_ids) + case.max_new <= 2048
+    asked = re.search(r"colour of stone (\d)", text)[1]
+    assert text.count(f"shade-{asked}") == 3
+    assert text.count("Document ") > 5
+    assert case.score(f"it is hue-{asked}") == case.score(f"SHADE-{asked}") == 1
+    assert case.score("another") == 0
+    assert {build_qa(tokenizer, rows, 2048, i).gold for i in range(5)} == {tuple(r["answers"]) for r in rows}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no questions"),
+        ('{"question": "q", "context": "c", "answers": ["a"]}\n{"question": "q"}\n', "line 2"),
+        ("nonsense\n", "line 1"),
+        ('{"question": "q", "context": "c", "answers": []}\n', "line 1"),
+    ],
+)
+def test_da01_bad_questions(tmp_path, text, message):
+    path = tmp_path / "qa.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_questions(path)
+    assert caught.value.code == "DA01"
