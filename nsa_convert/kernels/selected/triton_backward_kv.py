@@ -126,17 +126,22 @@ def add_parts(
     part_k, part_v, dk, dv, sums, entry_tiles, tiles, TK, H, key_heads, block_rows, num_tiles,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums of one block in ascending order. Programs as in :func:`attend_backward_kv`."""
+    """Add the partial sums of one block in ascending order; one item has written its result itself.
+
+    Programs as in :func:`attend_backward_kv`.
+    """
     p_sum = sums + tl.program_id(0).to(tl.int64) * 4
     block, entry, at, count = tl.load(p_sum), tl.load(p_sum + 1), tl.load(p_sum + 2), tl.load(p_sum + 3)
     i_bh = block // block_rows
     i_b = i_bh // key_heads
     i_h = i_bh % key_heads * (H // key_heads) + tl.program_id(1)
-    p_tile = tiles + (i_b * num_tiles + tl.load(entry_tiles + entry) % num_tiles) * 8
+    p_tile = tiles + (i_b * num_tiles + tl.load(entry_tiles + entry, mask=count > 1, other=0) % num_tiles) * 8
     start, stop, first_block = tl.load(p_tile + 3), tl.load(p_tile + 4), tl.load(p_tile + 5)
+    stop = tl.where(count > 1, stop, 0)
     o_n, o_d = tl.program_id(2) * BN + tl.arange(0, BN), tl.arange(0, DP)
     o_k = start + (block % block_rows - first_block) * BS + o_n
-    m_kd = ((o_n < BS) & (o_k < stop) & (o_k < TK))[:, None] & (o_d < D)[None, :]
+    m_k = (o_n < BS) & (o_k >= start) & (o_k < stop) & (o_k < TK)
+    m_kd = m_k[:, None] & (o_d < D)[None, :]
     b_dk, b_dv = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, DP], tl.float32)
     for i in range(count):
         p_d = (((at + i) * tl.num_programs(1) + tl.program_id(1)) * BS + o_n)[:, None] * D + o_d[None, :]

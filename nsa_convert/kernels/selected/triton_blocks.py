@@ -10,7 +10,7 @@ from torch import Tensor
 from nsa_convert.kernels.selected.triton_backward_kv import backward_kv
 from nsa_convert.kernels.selected.triton_backward_q import backward_q, row_sums
 from nsa_convert.kernels.selected.triton_forward import ROW_BYTES, forward, row_bytes
-from nsa_convert.kernels.selected.triton_plan import Plan, make_plan
+from nsa_convert.kernels.selected.triton_plan import ROWS, Plan, make_plan
 from nsa_convert.patterns import BlockSelection, SequenceLayout
 
 
@@ -104,6 +104,5 @@ def _plan(
     q: Tensor, k: Tensor, indices: Tensor, block_size: int, query_block: int, layout: SequenceLayout
 ) -> Plan:
     heads, lengths = (q.shape[2], k.shape[2]), (q.shape[1], k.shape[1])
-    return make_plan(
-        indices, block_size, query_block, layout, heads, lengths, max_rows=ROW_BYTES // row_bytes(q)
-    )
+    most = min(ROWS[0], ROW_BYTES // row_bytes(q))
+    return make_plan(indices, block_size, query_block, layout, heads, lengths, max_rows=most)

@@ -78,8 +78,13 @@ def union_lists(
         tl.store(bounds + i_row, at)
 
 
+def lists_per_tile(width: int, query_block: int) -> int:
+    """Return how many lists a tile of ``width`` queries reads at most."""
+    return 1 if query_block % width == 0 else (width - 2) // query_block + 2
+
+
 def unite(
-    indices: Tensor, tiles: Tensor, width: int, block_size: int, query_block: int
+    indices: Tensor, tiles: Tensor, width: int, block_size: int, query_block: int, room: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the union of the lists of every tile.
 
@@ -89,6 +94,7 @@ def unite(
         width: Queries in a tile, at most 64.
         block_size: Keys in a block.
         query_block: Queries that share one list.
+        room: E where the device may not be read to size it; the entries behind the last one are undefined.
 
     Returns:
         ``(bounds [B * HS * NT + 1] int64, blocks [E] int32, members [E] int64)``: tile t of list head l of
@@ -97,7 +103,7 @@ def unite(
     """
     batch, lists, num_lists, size = indices.shape
     num_tiles = tiles.shape[1]
-    per_tile = 1 if query_block % width == 0 else (width - 2) // query_block + 2
+    per_tile = lists_per_tile(width, query_block)
     grid = (num_tiles, lists, batch)
     bounds = torch.zeros(batch * lists * num_tiles + 1, dtype=torch.int64, device=indices.device)
     common = {
@@ -114,7 +120,7 @@ def unite(
         grid, indices, 0, bounds=counts, blocks=empty, members=empty, WRITE=False, **common
     )
     counts.copy_(counts.cumsum(0))
-    total = int(bounds[-1])
+    total = int(bounds[-1]) if room is None else room
     blocks = torch.empty(total, dtype=torch.int32, device=indices.device)
     members = torch.empty(total, dtype=torch.int64, device=indices.device)
     union_lists.launch(grid, indices, 0, bounds=bounds, blocks=blocks, members=members, WRITE=True, **common)

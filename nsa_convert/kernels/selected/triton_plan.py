@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.selected.triton_lists import COLUMNS, unite
+from nsa_convert.kernels.selected.triton_lists import COLUMNS, lists_per_tile, unite
 from nsa_convert.kernels.selected.union import union_sizes
 from nsa_convert.patterns import SequenceLayout
 
@@ -40,6 +40,7 @@ class Plan:
         bounds: ``[B * HS * NT + 1]`` int64, see :func:`nsa_convert.kernels.selected.triton_lists.unite`.
         blocks: ``[E]`` int32.
         members: ``[E]`` int64.
+        exact: Whether E is the number of entries; otherwise more room than they need.
     """
 
     rows: int
@@ -52,13 +53,16 @@ class Plan:
     bounds: Tensor
     blocks: Tensor
     members: Tensor
+    exact: bool = True
 
 
 def make_plan(
     indices: Tensor, block_size: int, query_block: int, layout: SequenceLayout, heads: tuple[int, int],
     lengths: tuple[int, int], max_rows: int = 128, rows: int | None = None,
 ) -> Plan:
-    """Cut a call into tiles; reads the device twice.
+    """Cut a call into tiles; reads the device twice, or not at all while a CUDA graph is captured.
+
+    A captured call takes the tiles of the last call of its kind, and room for all blocks there could be.
 
     Args:
         indices: ``[B, HS, NQ, S]``.
@@ -75,15 +79,32 @@ def make_plan(
         raise ValueError(f"{indices.shape[1]} block lists for {heads[0]} query and {heads[1]} key heads")
     if indices.shape[1] > 1 and indices.shape[1] < heads[0] // readers:  # more than 64 heads share a list
         indices = indices.repeat_interleave(heads[0] // readers // indices.shape[1], 1)
-    rows = choose_rows(indices, readers, query_block, max_rows) if rows is None else rows
+    blind, kind = capturing(indices), (readers, query_block, max_rows, indices.shape[3], block_size)
+    if rows is None and blind:
+        rows = _last_rows.get(kind) or row_options(indices, readers, query_block, max_rows)[0]
+    elif rows is None:
+        rows = _last_rows[kind] = choose_rows(indices, readers, query_block, max_rows)
     width = tile_width(rows, readers)
     tiles = tile_table(layout, indices.shape[0], *lengths, width, block_size, query_block, indices.device)
-    bounds, blocks, members = unite(indices, tiles, width, block_size, query_block)
+    room = None
+    if blind:
+        most = min(lists_per_tile(width, query_block) * indices.shape[3], -(-lengths[1] // block_size))
+        room = indices.shape[0] * indices.shape[1] * tiles.shape[1] * most
+    bounds, blocks, members = unite(indices, tiles, width, block_size, query_block, room)
     documents = 0 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0]
     return Plan(
         rows=rows, width=width, readers=readers, lists=indices.shape[1], block_size=block_size, tiles=tiles,
         block_rows=lengths[1] // block_size + 1 + documents, bounds=bounds, blocks=blocks, members=members,
+        exact=not blind,
     )
+
+
+_last_rows: dict[tuple[int, ...], int] = {}
+
+
+def capturing(x: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured: the device may not be read then."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def readers_of(heads: tuple[int, int], lists: int, most: int = 64) -> int:
@@ -103,10 +124,7 @@ def choose_rows(indices: Tensor, readers: int, query_block: int, max_rows: int =
     A key of the union costs one load for the tile and one row of matrix products for each of its rows; the
     tiles serve ``width`` queries. Lists without locality end at small tiles.
     """
-    least = max(16, 1 << (readers - 1).bit_length())
-    options = [n for n in ROWS if least <= n <= max(least, max_rows)]
-    options = [n for n in options if 2 * tile_width(n, readers) * readers > n]
-    options = [n for n in options if _listed(n, readers, query_block, indices) <= MAX_LISTED] or [least]
+    options = row_options(indices, readers, query_block, max_rows)
     batch, heads, count, size = indices.shape
     wide = min(count, max(1, tile_width(options[0], readers) // query_block))
     if len(options) == 1 or wide == 1 or not indices.numel():
@@ -122,6 +140,14 @@ def choose_rows(indices: Tensor, readers: int, query_block: int, max_rows: int =
         queries = max(1, tile_width(rows, readers))
         costs.append(union_sizes(whole).double().mean() * (rows + LOAD_ROWS) / queries)
     return options[int(torch.stack(costs).argmin())]
+
+
+def row_options(indices: Tensor, readers: int, query_block: int, max_rows: int) -> list[int]:
+    """Return the possible rows of a tile, most first."""
+    least = max(16, 1 << (readers - 1).bit_length())
+    options = [n for n in ROWS if least <= n <= max(least, max_rows)]
+    options = [n for n in options if 2 * tile_width(n, readers) * readers > n]
+    return [n for n in options if _listed(n, readers, query_block, indices) <= MAX_LISTED] or [least]
 
 
 def _listed(rows: int, readers: int, query_block: int, indices: Tensor) -> int:
@@ -181,7 +207,8 @@ class Readers:
         entry_tiles: ``[E]`` int32, ``g * NT + t`` for tile t and the g-th list head of the key head.
         entry_members: ``[E]`` int64, members of the entries in this order.
         key_heads: Lists of readers per batch row: 1 when all heads share them, else H.
-        sums: ``[NS, 4]`` int64 for each block with several items: block row, first entry, first slot, items.
+        sums: ``[NS, 4]`` int64: block row, first entry, first slot, items; for each block with several items,
+            and others, which are skipped, where the device was not read.
         slots: Partial sums.
     """
 
@@ -197,21 +224,22 @@ def invert(plan: Plan, num_kv_heads: int) -> Readers:
     """Turn "which blocks does a tile read" around; tiles stay in ascending order.
 
     A block read by many tiles (the first one is read by all) is cut into items of a length that depends on
-    the sizes alone, whose partial sums are added in a fixed order. Reads the device once.
+    the sizes alone, whose partial sums are added in a fixed order. Reads the device once, if the plan did.
     """
     batch, num_tiles = plan.tiles.shape[:2]
     device = plan.blocks.device
     total = plan.blocks.shape[0]
     key_heads = min(plan.lists, num_kv_heads)
     per_key = plan.lists // key_heads
-    counts = plan.bounds.diff()
-    lists = torch.arange(counts.shape[0], device=device).repeat_interleave(counts, output_size=total)
+    entry = torch.arange(total, device=device)
+    lists = torch.searchsorted(plan.bounds[1:], entry, right=True).clamp(max=plan.bounds.shape[0] - 2)
     tile, head = lists % num_tiles, lists // num_tiles  # head = b * HS + l
     row = head // plan.lists
     base = plan.tiles[:, :, 5].flatten()[row * num_tiles + tile]
-    block_row = (head // per_key) * plan.block_rows + base + plan.blocks
-    order = block_row.sort(stable=True)
     num_rows = batch * key_heads * plan.block_rows
+    block_row = (head // per_key) * plan.block_rows + base + plan.blocks
+    block_row = block_row.where(entry < plan.bounds[-1], num_rows)  # room that is left goes last
+    order = block_row.sort(stable=True)
     first = torch.searchsorted(order.values, torch.arange(num_rows + 1, device=device))
     length = max(32, 1 << (4 * total // max(1, num_rows)).bit_length())
     parts = (first.diff() + length - 1) // length
@@ -229,7 +257,12 @@ def invert(plan: Plan, num_kv_heads: int) -> Readers:
         block.where(real, -1), low.where(real, 0), high.where(real, 0),
         (slot[block] + part).where(several[block], -1),
     ], -1)  # fmt: skip
-    split = several.nonzero()[:, 0]  # reads the device
+    if plan.exact:
+        split = several.nonzero()[:, 0]  # reads the device
+        slots = int(slot[-1]) if len(split) else 0
+    else:  # a block with several items has more than length entries, so 2 * entries / length items suffice
+        split = torch.arange(num_rows, device=device)
+        slots = 2 * total // length
     sums = torch.stack([split, first[split], slot[split], parts[split]], -1)
     return Readers(
         items=items,
@@ -237,5 +270,5 @@ def invert(plan: Plan, num_kv_heads: int) -> Readers:
         entry_members=plan.members[order.indices],
         key_heads=key_heads,
         sums=sums,
-        slots=int(slot[-1]) if len(split) else 0,
+        slots=slots,
     )

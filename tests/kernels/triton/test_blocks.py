@@ -112,6 +112,33 @@ def test_long_reader_lists_are_added_piece_by_piece(monkeypatch: pytest.MonkeyPa
     assert made[0].sums[:, 3].tolist() == [2, 2]
 
 
+@pytest.mark.parametrize(("kind", "lists"), [("plain", 2), ("packed", 4), ("padded", 1)])
+def test_a_captured_call_reads_nothing_back(kind: str, lists: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, batch, num_keys = make_layout(kind, 90)
+    inputs = make_qkv(batch, 90, num_keys, (4, 2), dtype=torch.float32)
+    pattern = make_blocks(batch, lists, 90, num_keys, 3, 8, 1, layout)
+    monkeypatch.setattr(triton_plan, "capturing", lambda _: True)
+    monkeypatch.setattr(triton_plan, "_last_rows", {(2 if lists < 4 else 1, 1, 128, 3, 8): 16})
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the device was read")
+
+    def op(q, k, v):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_plan, "choose_rows", refuse)
+            return blocks_op(pattern, layout)(q, k, v)
+
+    plans = []
+    keep = lambda plan, heads: plans.append((plan, invert(plan, heads))) or plans[-1][1]  # noqa: E731
+    monkeypatch.setattr("nsa_convert.kernels.selected.triton_backward_kv.invert", keep)
+    check(op, inputs, mask_of(pattern, *inputs[:2], layout))
+    plan, readers = plans[0]
+    assert not plan.exact
+    assert plan.rows == 16
+    assert plan.blocks.shape[0] > int(plan.bounds[-1])
+    assert readers.slots >= int((readers.items[:, 3] >= 0).sum())
+
+
 def test_nothing_to_read() -> None:
     q, k, v = make_qkv(1, 20, 20, (2, 1), dtype=torch.float32)
     nothing = BlockSelection(block_indices=torch.full((1, 1, 20, 2), -1), block_size=4)
@@ -238,7 +265,7 @@ def test_side_memory_is_linear_and_small() -> None:
     small, large = (peaks_of_a_plan(length) for length in (256, 512))
     for_lists = 16 * 4  # int32, as the triton backend chooses them
     for i, allowed in enumerate((0.1, 0.2)):
-        assert large[i] < 2.1 * small[i]
+        assert large[i] < 2.2 * small[i]
         per_token = (large[i] - small[i]) / 256 / 2 + for_lists  # of one head
         assert per_token * (1 << 17) * 4 < allowed * 2**30
 
