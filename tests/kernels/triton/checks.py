@@ -22,7 +22,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     A launch must also name each argument once: the interpreter drops those it does not know, a GPU does not.
     """
     with torch.device("cpu"):
-        torch.empty(0)  # torch lists its constructors once, for device contexts: not with these in their place
+        torch.empty(0)  # torch lists its constructors once, for device contexts: not these ones
     empty, empty_strided = torch.empty, torch.empty_strided
 
     def fill(x: Tensor) -> Tensor:
