@@ -243,6 +243,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def text_loss(point: dict) -> float:
+    """Return the next-token loss of a log line; of SSA's two streams the mean of those that were drawn."""
+    values = [value for key, value in point.items() if key.startswith("cross_entropy")]
+    return sum(values) / len(values)
+
+
 def plot(rows: list[dict], work: Path, out: Path) -> None:
     """Draw perplexity and recall of every model, and the loss curves."""
     import matplotlib
@@ -256,7 +262,8 @@ def plot(rows: list[dict], work: Path, out: Path) -> None:
         (axes[0], "perplexity_beyond", "perplexity beyond the budget"),
         (axes[1], "recall_far", "recall beyond the budget"),
     ):
-        axis.barh(range(len(rows)), [row[key] for row in rows])
+        axis.plot([row[key] for row in rows], range(len(rows)), "o")
+        axis.grid(axis="x", alpha=0.4)
         axis.set_yticks(range(len(rows)), names, fontsize=6)
         axis.invert_yaxis()
         axis.set_title(title)
@@ -265,8 +272,8 @@ def plot(rows: list[dict], work: Path, out: Path) -> None:
         if log.is_file():
             points = [json.loads(line) for line in log.read_text().splitlines()]
             points = [p for p in points if p["stage"] == "pretrain"]
-            axes[2].plot([p["step"] for p in points], [p["loss"] for p in points], label=method)
-    axes[2].set_title("loss of the pretrain stages")
+            axes[2].plot([p["step"] for p in points], [text_loss(p) for p in points], label=method)
+    axes[2].set_title("next-token loss of the pretrain stages")
     axes[2].set_xlabel("step")
     axes[2].legend()
     figure.tight_layout()
