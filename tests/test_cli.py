@@ -13,6 +13,7 @@ from nsa_convert.cli import main
 from nsa_convert.cli.options import parse_layers, parse_settings, read_plan
 from nsa_convert.error_codes import ERROR_CODES, EXIT_STATUS, render_markdown
 from nsa_convert.errors import ConfigError, UsageError
+from nsa_convert.methods.registry import METHODS
 from tests.checkpoints import tree_hash, write_dense
 
 ROOT = Path(__file__).parents[1]
@@ -254,7 +255,7 @@ def test_hb12_offline():
 
 def test_methods_and_explain():
     listed = json.loads(run("methods", "--json").stdout)["methods"]
-    assert [method["name"] for method in listed] == ["nsa", "ssa"]
+    assert [method["name"] for method in listed] == list(METHODS)
     assert all(set(method["defaults"]) == set(method["sources"]) for method in listed)
     assert "exit status 3" in run("explain", "ck23").stdout
 

@@ -1,4 +1,4 @@
-"""Kernels run on CPU tensors in triton's interpreter, unless GPU tests were asked for (``-m gpu``)."""
+"""Triton kernels run on CPU tensors in the interpreter, unless GPU tests were asked for (``-m gpu``)."""
 
 from __future__ import annotations
 
