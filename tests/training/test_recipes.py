@@ -62,8 +62,10 @@ def test_there_is_a_recipe_for_every_promised_pair():
         "qwen2/2.5-7b",
         "smollm2/135m",
     )
-    assert {f"{model}_{method}" for model in models for method in ("nsa", "ssa")} <= set(ALL)
-    assert {"tiny/nsa", "tiny/ssa", "tiny/extend", "tiny/lora", "tiny/dense"} <= set(TINY)
+    methods = ("nsa", "ssa", "infllm_v2", "dsa")
+    assert {f"{model}_{method}" for model in models for method in methods} <= set(ALL)
+    tiny = (*methods, "moba", "msa", "hybrid", "extend", "lora", "dense")
+    assert {f"tiny/{name}" for name in tiny} <= set(TINY)
 
 
 @pytest.mark.parametrize("name", ALL)
