@@ -54,9 +54,14 @@ class BlockBudget:
     @property
     def rule(self) -> BlockTopK:
         """The block budget as the kernels take it."""
+        return self.rule_with("sum")
+
+    def rule_with(self, reduce: str) -> BlockTopK:
+        """Return the block budget with a way to reduce cells to blocks; torch.compile traces it."""
         return BlockTopK(
             block_size=self.block_size,
             num_blocks=self.num_blocks,
             num_sink_blocks=self.num_sink_blocks,
             num_local_blocks=self.num_local_blocks,
+            reduce=reduce,
         )

@@ -84,7 +84,7 @@ class NSASettings(BlockBudget):
     @property
     def rule(self) -> BlockTopK:
         """The block budget as the kernels take it."""
-        return dataclasses.replace(super().rule, reduce=self.block_score)
+        return self.rule_with(self.block_score)
 
 
 class NSA(SparseMethod):
