@@ -12,8 +12,12 @@ from tests.models import VARIANTS, tokens, trained_model
 GREEDY = {"max_new_tokens": 14, "do_sample": False}
 
 
+NSA_AND_SSA = ["nsa-learned-before-rope", "nsa-independent", "ssa-gated"]
+OTHERS = ["moba", "infllm_v2", "dsa-shared", "msa", "hybrid"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["nsa-learned-before-rope", "nsa-independent", "ssa-gated"])
+@pytest.mark.parametrize("variant", NSA_AND_SSA + OTHERS)
 def test_compiled_static_decode(variant: str) -> None:
     torch._dynamo.reset()
     counters.clear()
