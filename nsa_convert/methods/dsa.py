@@ -8,7 +8,6 @@ the model frozen and dense (``mode: full``), then over the selected ones while t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor
 from nsa_convert.config import AttentionGeometry, raise_problems
 from nsa_convert.errors import ConfigError
 from nsa_convert.kernels.indexed import token_topk
-from nsa_convert.methods.base import AttentionInputs, IndexSize, MethodSpec, TrainingMode
-from nsa_convert.methods.index_losses import index_kl, listed_tokens, visible_tokens
-from nsa_convert.methods.indexer import Index, IndexKey, index_weights
-from nsa_convert.methods.losses import attention_mass, sample_queries
+from nsa_convert.methods.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.indexer import INDEX_LOSSES, Index, IndexKey, index_weights
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import TokenSelection
 
@@ -91,10 +88,7 @@ class DSA(SelectingMethod):
     )
     Settings = DSASettings
     couples_heads = True
-    stage_losses = {
-        "align": {"index_kl": 1.0}, "pretrain": {"index_kl": 1.0}, "extend": {"index_kl": 1.0},
-        "sft": {"index_kl": 1.0},
-    }
+    stage_losses = INDEX_LOSSES
 
     def __init__(self, settings: DSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
@@ -109,23 +103,6 @@ class DSA(SelectingMethod):
             return
         self.index = Index(geometry, heads, settings.index_key)
         self.index_weights = index_weights(geometry.hidden_size, self.index.num_heads)
-
-    @property
-    def cached_streams(self) -> tuple[str, ...]:
-        """Per-token vectors that are cached."""
-        return () if self.reuses else self.index.cached_streams
-
-    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return index queries and keys."""
-        return {} if self.reuses else self.index.streams(hidden, rotate)
-
-    def index_size(self) -> IndexSize | None:
-        """Return what the index reads of every earlier token."""
-        return None if self.reuses else self.index.size()
-
-    def dense_copies(self) -> dict[str, str]:
-        """Return where the index starts from."""
-        return {} if self.reuses else self.index.dense_copies("index.")
 
     def budget(self) -> int:
         """Return num_tokens."""
@@ -145,25 +122,8 @@ class DSA(SelectingMethod):
             scale=x.scale,
         )
 
-    def auxiliary_losses(
-        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
-    ) -> dict[str, Tensor]:
-        """Add ``index_kl``: over all tokens while the stream is dense, else over the selected ones."""
-        losses = super().auxiliary_losses(x, sparse, dense, mode)
-        if "index_kl" in mode.losses and not self.reuses:
-            queries = sample_queries(x.q.shape[1], mode.step, x.q.device)
-            mass = attention_mass(x.q, x.k, queries, x.layout, x.scale).mean(1, keepdim=True)
-            seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)
-            if mode.stream == "sparse":
-                lists = self.choose(x).token_indices[:, :, queries]
-                seen = seen & listed_tokens(lists, relative, 1)
-            losses["index_kl"] = index_kl(mass, self.scores(x, queries, mass.dtype), seen)
-        return losses
-
-    def scores(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the index scores of sampled queries with gradient, ``[B, 1, NQ, TK]``."""
-        q, k = self.index.queries(x)[:, queries].to(dtype), self.index.keys(x).to(dtype)
-        k = k.expand(-1, -1, q.shape[2], -1)
-        products = torch.einsum("bnhd,bthd->bhnt", q, k).mul(x.scale).relu()
+    def index_scores(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``[B, 1, NQ, TK]``: one list serves all heads."""
+        products = self.index.products(x, queries, dtype).relu()
         weights = self.index_weights(x.hidden.detach()[:, queries]).to(dtype)
         return torch.einsum("bhnt,bnh->bnt", products, weights)[:, None]

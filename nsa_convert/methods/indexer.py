@@ -16,6 +16,8 @@ from nsa_convert.config import AttentionGeometry
 from nsa_convert.methods.base import AttentionInputs, IndexSize
 
 IndexKey = Literal["cached", "shared"]
+INDEX_LOSSES = {kind: {"index_kl": 1.0} for kind in ("align", "pretrain", "extend", "sft")}
+"""``stage_losses`` of a method with an index."""
 
 
 class Index(nn.Module):
@@ -81,6 +83,11 @@ class Index(nn.Module):
             return learned
         mean = x.q.detach().unflatten(2, (self.num_heads, self.group_size)).mean(3)
         return mean + learned
+
+    def products(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``scale q k`` of sampled queries ``[NQ]`` with gradient, ``[B, heads, NQ, TK]``."""
+        q, k = self.queries(x)[:, queries].to(dtype), self.keys(x).to(dtype)
+        return torch.einsum("bnhd,bthd->bhnt", q, k.expand(-1, -1, q.shape[2], -1)) * x.scale
 
     def keys(self, x: AttentionInputs) -> Tensor:
         """Return index keys ``[B, TK, heads or 1, D]``."""

@@ -45,7 +45,6 @@ class MoBASettings(BlockBudget):
     reuse_from: int = NO_REUSE
 
 
-
 class MoBA(SelectingMethod):
     """Mean-pooled block selection per query head with one softmax."""
 

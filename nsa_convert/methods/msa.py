@@ -8,7 +8,6 @@ selected blocks while the model trains sparse.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,11 +15,9 @@ from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.indexed import block_max_topk
-from nsa_convert.methods.base import AttentionInputs, IndexSize, MethodSpec, TrainingMode
+from nsa_convert.methods.base import AttentionInputs, MethodSpec
 from nsa_convert.methods.budget import BlockBudget
-from nsa_convert.methods.index_losses import index_kl, listed_tokens, visible_tokens
-from nsa_convert.methods.indexer import Index, IndexKey
-from nsa_convert.methods.losses import attention_mass, sample_queries
+from nsa_convert.methods.indexer import INDEX_LOSSES, Index, IndexKey
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
@@ -71,51 +68,18 @@ class MSA(SelectingMethod):
         },
     )
     Settings = MSASettings
-    stage_losses = {
-        "align": {"index_kl": 1.0}, "pretrain": {"index_kl": 1.0}, "extend": {"index_kl": 1.0},
-        "sft": {"index_kl": 1.0},
-    }
+    stage_losses = INDEX_LOSSES
 
     def __init__(self, settings: MSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
         if not self.reuses:
             self.index = Index(geometry, geometry.num_kv_heads, settings.index_key)
 
-    @property
-    def cached_streams(self) -> tuple[str, ...]:
-        """Per-token vectors that are cached."""
-        return () if self.reuses else self.index.cached_streams
-
-    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return index queries and keys."""
-        return {} if self.reuses else self.index.streams(hidden, rotate)
-
-    def index_size(self) -> IndexSize | None:
-        """Return what the index reads of every earlier token."""
-        return None if self.reuses else self.index.size()
-
-    def dense_copies(self) -> dict[str, str]:
-        """Return where the index starts from."""
-        return {} if self.reuses else self.index.dense_copies("index.")
-
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Return the best blocks of each query and key/value head."""
         q, k = self.index.queries(x), self.index.keys(x)
         return block_max_topk(q, k, rule=self.block_rule(), layout=x.layout, scale=x.scale)
 
-    def auxiliary_losses(
-        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
-    ) -> dict[str, Tensor]:
-        """Add ``index_kl``: over all tokens while the stream is dense, else over the selected ones."""
-        losses = super().auxiliary_losses(x, sparse, dense, mode)
-        if "index_kl" in mode.losses and not self.reuses:
-            queries = sample_queries(x.q.shape[1], mode.step, x.q.device)
-            mass = attention_mass(x.q, x.k, queries, x.layout, x.scale)
-            seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)
-            if mode.stream == "sparse":
-                lists = self.choose(x).block_indices[:, :, queries]
-                seen = seen & listed_tokens(lists, relative, self.settings.block_size)
-            q, k = (self.index.queries(x)[:, queries].to(mass.dtype), self.index.keys(x).to(mass.dtype))
-            logits = torch.einsum("bnhd,bthd->bhnt", q, k.expand(-1, -1, q.shape[2], -1)) * x.scale
-            losses["index_kl"] = index_kl(mass, logits, seen)
-        return losses
+    def index_scores(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``[B, H, NQ, TK]``: a list for each key/value head."""
+        return self.index.products(x, queries, dtype)

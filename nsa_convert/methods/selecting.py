@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, SparseMethod
-from nsa_convert.patterns import Pattern
+from nsa_convert.methods.base import AttentionInputs, IndexSize, SparseMethod, TrainingMode
+from nsa_convert.methods.index_losses import index_kl, listed_tokens, visible_tokens
+from nsa_convert.methods.indexer import Index
+from nsa_convert.methods.losses import attention_mass, sample_queries
+from nsa_convert.patterns import Pattern, TokenSelection
 
 NO_REUSE = -1
 """``reuse_from`` of a layer that chooses for itself."""
@@ -34,11 +39,30 @@ class SelectingMethod(SparseMethod):
     def __init__(self, settings: Any, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
         self.mode = settings.mode
+        self.index: Index | None = None
+        """What a method that learns to choose scores with; it has none while another layer chooses."""
 
     @property
     def reuses(self) -> bool:
         """Whether another layer chooses."""
         return self.settings.reuse_from != NO_REUSE
+
+    @property
+    def cached_streams(self) -> tuple[str, ...]:
+        """Per-token vectors that are cached."""
+        return () if self.index is None else self.index.cached_streams
+
+    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return index queries and keys."""
+        return {} if self.index is None else self.index.streams(hidden, rotate)
+
+    def index_size(self) -> IndexSize | None:
+        """Return what the index reads of every earlier token."""
+        return None if self.index is None else self.index.size()
+
+    def dense_copies(self) -> dict[str, str]:
+        """Return where the index starts from."""
+        return {} if self.index is None else self.index.dense_copies("index.")
 
     def choose(self, x: AttentionInputs) -> Pattern:
         """Return the keys each query sees."""
@@ -84,3 +108,30 @@ class SelectingMethod(SparseMethod):
                 f"layer {self.layer_index} reuses the selection of layer {source}, which made none"
             )
         return x.shared[source, self.heads]
+
+    def index_scores(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the scores of the index for sampled queries ``[NQ]``, with gradient.
+
+        Returns:
+            ``[B, h, NQ, TK]``, one row of scores for each list of a query.
+        """
+        raise NotImplementedError
+
+    def auxiliary_losses(
+        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
+    ) -> dict[str, Tensor]:
+        """Add ``index_kl``: over all tokens while the stream is dense, else over the selected ones."""
+        losses = super().auxiliary_losses(x, sparse, dense, mode)
+        if self.index is None or "index_kl" not in mode.losses:
+            return losses
+        queries = sample_queries(x.q.shape[1], mode.step, x.q.device)
+        mass = attention_mass(x.q, x.k, queries, x.layout, x.scale)  # [B, H, NQ, TK]
+        scores = self.index_scores(x, queries, mass.dtype)
+        seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)
+        if mode.stream == "sparse":
+            chosen = x.shared.get((self.layer_index, self.heads))  # the forward of this call made it
+            chosen = self.choose(x) if chosen is None else chosen
+            blocks = chosen.as_blocks() if isinstance(chosen, TokenSelection) else chosen
+            seen = seen & listed_tokens(blocks.block_indices[:, :, queries], relative, blocks.block_size)
+        mass = mass.unflatten(1, (scores.shape[1], -1)).mean(2)  # mean over the heads that share a list
+        return {**losses, "index_kl": index_kl(mass, scores, seen)}
