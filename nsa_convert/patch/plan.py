@@ -106,9 +106,10 @@ def new_tensors(
     """
     geometry, num_layers = geometry_of(config), config["num_hidden_layers"]
     resolve_plan(sparse, num_layers, geometry)
+    sparse = sparse.resolved(num_layers, geometry.num_kv_heads)
     tensors = {}
     for layer in range(num_layers):
-        method = build_layer(sparse.resolved(num_layers, geometry.num_kv_heads), geometry, layer)
+        method = build_layer(sparse, geometry, layer)
         copy_dense_rows(method, lambda name, layer=layer: read(f"model.layers.{layer}.self_attn.{name}"))
         for name, parameter in method.named_parameters():
             tensors[sparse_prefix(layer) + name] = parameter.detach().to(dtype).contiguous()
