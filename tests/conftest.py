@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
+
+from tests.faults.summary import report_line
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Counts only before triton is first imported, hence not a fixture.
     if config.getoption("markexpr") != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    line = report_line(terminalreporter.stats)
+    if line is not None:
+        terminalreporter.write_line(line)
