@@ -19,7 +19,8 @@ def test_no_case_was_dropped():
 
 def test_every_case_has_a_test_or_a_reason():
     named = {case for _, name in all_tests() for case in cases_of(name)}
-    assert sorted(CASES.keys() - named - ELSEWHERE.keys() - NOT_APPLICABLE.keys() - OPEN) == []
+    missing = CASES.keys() - named - ELSEWHERE.keys() - NOT_APPLICABLE.keys()
+    assert sorted(case for case in missing if case[:2] not in OPEN) == []
     assert sorted(named & NOT_APPLICABLE.keys()) == []
     assert (ELSEWHERE.keys() | NOT_APPLICABLE.keys()) <= CASES.keys()
 
