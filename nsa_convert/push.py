@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +23,13 @@ from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, H
 from nsa_convert.hub import HUB_ID, with_retries
 from nsa_convert.patch.manifest import MANIFEST, read_manifest
 from nsa_convert.patch.streams import hash_file
+from nsa_convert.redaction import holds_secret
 
 EVALUATION_FILES = re.compile(r"(report\.(json|html)|\w+\.(csv|parquet|png))")
 TEXT_FILES = {".json", ".yaml", ".yml", ".md", ".txt", ".csv", ".html", ".py", ".jinja"}
 STALE = re.compile(r"[^/]+\.(safetensors|bin|pt|pth|py|gguf)|[^/]+\.index\.json")
 """Files of an earlier push that would be loaded beside, or instead of, the new ones."""
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b|\bapi_org_[A-Za-z0-9]{20,}\b")
 LOCAL_PATH = re.compile(r"/(?:home|Users)/[A-Za-z0-9._-]+/|/roo[t]/|[A-Z]:\\\\?Users\\")
 SILENCE = 120.0
 """Seconds without a byte from the Hub after which a request has failed."""
@@ -261,16 +260,13 @@ def _card_file(folder: Path, repo: str) -> PushFile:
 
 def _scan(folder: Path, files: list[PushFile]) -> None:
     """Raise ConfigError when a text file holds a token, or a path or name of this machine."""
-    secrets = [
-        value for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if len(value := os.environ.get(key, "")) > 8
-    ]
     places = {str(folder.resolve().parent), str(Path.cwd()), str(Path.home())} - {"/"}
     found = []
     for file in files:
         if Path(file.name).suffix not in TEXT_FILES:
             continue
         text = (file.content or file.path.read_bytes()).decode("utf-8", errors="replace")
-        if TOKEN.search(text) or any(secret in text for secret in secrets):
+        if holds_secret(text):
             found.append(f"{file.name} holds what looks like an access token")
         if _is_ours(file.name) and (LOCAL_PATH.search(text) or any(f"{p}/" in text for p in places)):
             found.append(f"{file.name} holds a path of this machine")

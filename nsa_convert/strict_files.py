@@ -3,29 +3,87 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nsa_convert.errors import CheckpointError, ConfigError
+from nsa_convert.redaction import redact
 
 CONFIG_LIMIT = 10_000_000
 """Bytes a config or recipe may have."""
+MAX_VALUES = 1_000_000
+"""Values a JSON text may hold."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a mapping from JSON pairs; ValueError names a key that comes twice."""
+def parse_json(raw: bytes, where: str, *, syntax: str = "CF17", size: str = "CF18", value: str = "CF19") -> Any:
+    """Parse JSON strictly.
+
+    Args:
+        raw: UTF-8, a byte order mark is accepted.
+        where: How messages call it.
+        syntax: Error code for what is not JSON.
+        size: Error code for what would take too much memory.
+        value: Error code for a key listed twice and for values that JSON does not know.
+
+    Raises:
+        CheckpointError: Not UTF-8, not JSON, nested too deeply, more than MAX_VALUES values, a key twice, NaN,
+            an infinite number, or text that is not Unicode.
+    """
+    # Counted first: small lists take thirty times the memory of their text.
+    count = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
+    if count > MAX_VALUES:
+        raise CheckpointError(
+            f"{where} holds about {count:,} values", code=size, where=where, expected=f"at most {MAX_VALUES:,}"
+        )
+    try:
+        parsed = json.loads(
+            raw.decode("utf-8-sig"),
+            object_pairs_hook=_unique_pairs,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+        if _SURROGATE.search(raw):
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
+    except UnicodeDecodeError as error:
+        text = f"{where} is not UTF-8 text (byte {error.start})"
+        raise CheckpointError(text, code=syntax, where=where) from error
+    except UnicodeEncodeError as error:
+        text = f"{where} holds half a character (\\u escape {error.object[error.start]!a})"
+        raise CheckpointError(text, code=value, where=where) from error
+    except json.JSONDecodeError as error:
+        text = f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        place = f"{where}:{error.lineno}:{error.colno}"
+        raise CheckpointError(text, code=syntax, where=place) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{where} is nested too deeply", code=size, where=where) from error
+    except ValueError as error:
+        reason = "a number with thousands of digits" if "digits" in str(error) else error
+        raise CheckpointError(f"{where}: {reason}", code=value, where=where) from error
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
-        raise ValueError(f"key listed twice: {', '.join(map(repr, twice))}")
+        raise ValueError(f"key listed twice: {', '.join(map(ascii, twice))}")
     return out
 
 
-def refuse_constant(literal: str) -> NoReturn:
-    """Refuse ``NaN`` and ``Infinity``, which JSON does not know."""
+def _refuse_constant(literal: str) -> NoReturn:
     raise ValueError(f"{literal} is not JSON")
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if not math.isfinite(number):
+        raise ValueError(f"{literal} is too large a number")
+    return number
 
 
 def read_json_mapping(path: Path, *, limit: int = CONFIG_LIMIT, code: str = "CF17") -> dict[str, Any]:
@@ -37,8 +95,7 @@ def read_json_mapping(path: Path, *, limit: int = CONFIG_LIMIT, code: str = "CF1
         code: Error code of a syntax error.
 
     Raises:
-        CheckpointError: Too big, not UTF-8 (a BOM is accepted), not JSON, a key twice, NaN or Infinity, or
-            not an object.
+        CheckpointError: Too big, not an object, or whatever :func:`parse_json` refuses.
     """
     where = path.name
     size = path.stat().st_size
@@ -50,26 +107,7 @@ def read_json_mapping(path: Path, *, limit: int = CONFIG_LIMIT, code: str = "CF1
             expected=f"at most {limit:,} bytes",
             found=f"{size:,} bytes",
         )
-    try:
-        value = json.loads(
-            path.read_bytes().decode("utf-8-sig"),
-            object_pairs_hook=unique_pairs,
-            parse_constant=refuse_constant,
-        )
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{where} is not UTF-8 text (byte {error.start})", code=code, where=where
-        ) from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}",
-            code=code,
-            where=f"{where}:{error.lineno}:{error.colno}",
-        ) from error
-    except RecursionError as error:
-        raise CheckpointError(f"{where} is nested too deeply", code="CF18", where=where) from error
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}", code="CF19", where=where) from error
+    value = parse_json(path.read_bytes(), where, syntax=code)
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{where} must hold a JSON object, it holds a {type(value).__name__}", code=code, where=where
@@ -90,11 +128,20 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise ConfigError(f"{at}: {error.problem}", code="RC01", where=at) from error
+        problem = f"{at}: {error.problem}{_excerpt(text, mark)}"
+        raise ConfigError(problem, code="RC01", where=at) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"{where}: {str(error) or 'nested too deeply'}", code="RC01", where=where
         ) from error
+
+
+def _excerpt(text: str, mark: Any) -> str:
+    """Return the line that cannot be read, without a token that it may hold."""
+    lines = text.splitlines()
+    if mark is None or not mark.line < len(lines):
+        return ""
+    return f", in {redact(lines[mark.line]).strip()[:100]!r}"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from nsa_convert.errors import MachineError, NsaConvertError, UsageError
+from nsa_convert.redaction import redact
 
 SCHEMA = 1
 """Version of the JSON that --json prints."""
@@ -128,7 +129,7 @@ def _traceback_file(error: Exception) -> str | None:
     options = {"prefix": "nsa-convert-", "suffix": ".txt", "delete": False, "encoding": "utf-8"}
     try:
         with tempfile.NamedTemporaryFile("w", **options) as file:
-            file.write("".join(traceback.format_exception(error)))
+            file.write(redact("".join(traceback.format_exception(error))))
     except OSError:
         return None
     return file.name
@@ -146,13 +147,13 @@ def _print_error(error: NsaConvertError, *, as_json: bool) -> int:
         lines.append(f"  expected {error.expected}, found {error.found}")
     if error.hint:
         lines.append(f"Hint: {error.hint}")
-    click.echo("\n".join(lines), err=True)
+    click.echo(redact("\n".join(lines)), err=True)
     return error.exit_status
 
 
 def print_json(values: dict[str, Any]) -> None:
     """Print one JSON object to stdout."""
-    click.echo(json.dumps({"schema": SCHEMA, **values}, default=str))
+    click.echo(redact(json.dumps({"schema": SCHEMA, **values}, default=str)))
 
 
 def show(report: Any, as_json: bool) -> None:
@@ -172,7 +173,7 @@ def hint(text: str) -> None:
 
 def tell(line: str) -> None:
     """Print a line of progress to stderr."""
-    click.echo(f"... {line}", err=True)
+    click.echo(f"... {redact(line)}", err=True)
 
 
 def common(function: Callable) -> Callable:

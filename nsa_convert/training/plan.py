@@ -16,7 +16,7 @@ from nsa_convert.patch.staging import gigabytes
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.models import Start, rope_parameters
 from nsa_convert.training.recipe import Recipe, Stage
-from nsa_convert.training.sources import open_source
+from nsa_convert.training.sources import describe_source, open_source
 
 ADAM_BYTES = 8
 """Two float32 moments per trained weight."""
@@ -41,6 +41,7 @@ class StagePlan:
         memory: Bytes one device needs: weights, gradients, optimizer, activations.
         seconds_per_step: Measured, or None.
         warnings: What will work but may not be meant.
+        data: The sources, with paths resolved.
     """
 
     name: str
@@ -55,6 +56,7 @@ class StagePlan:
     memory: int
     seconds_per_step: float | None = None
     warnings: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class RecipePlan:
                 f"    trains {stage.train}: {stage.trained:,} weights, {stage.trained_new:,} of them new; "
                 f"minimises {losses}"
             )
+            lines.append(f"    reads {', '.join(stage.data)}")
             time = ""
             if stage.seconds_per_step is not None:
                 hours = stage.steps * stage.seconds_per_step / 3600
@@ -138,12 +141,14 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1)
                 config["rope_parameters"], config["max_position_embeddings"] = rope_parameters(
                     config, stage.rope
                 )
-            plans.append(_resolve(stage, recipe, start, methods, shapes, processes))
+            resolved = _resolve(stage, recipe, start, methods, shapes, processes)
+            data = tuple(f"{s.weight:g} {describe_source(s, base)}" for s in stage.data)
+            plans.append(dataclasses.replace(resolved, data=data))
     raise_problems(problems, code="RC09", hint="no weight was read; correct the recipe and run again")
     names = sorted({method.spec.name for method in methods})
     return RecipePlan(
         model=recipe.model if isinstance(recipe.model, str) else f"fresh {recipe.model.family}",
-        out=recipe.out,
+        out=str(Path(recipe.out).resolve()),
         parameters=sum(shapes.values()),
         method=", ".join(names) or "dense",
         stages=tuple(plans),
@@ -165,6 +170,10 @@ def stage_problems(
         problems.append(
             f"seq_len {stage.seq_len} is beyond the model's {positions} positions; shorten it, or set rope"
         )
+    settings = [leaf.settings for method in methods for leaf in method.leaves()]
+    sizes = {size for s in settings if (size := getattr(s, "block_size", None))}
+    if sizes and stage.seq_len < max(sizes):
+        problems.append(f"seq_len {stage.seq_len} is below a block of {max(sizes)} tokens; lengthen it")
     new = sum(parameter.numel() for method in methods for parameter in method.parameters())
     if stage.train == "new" and not new:
         what = "the plan adds no weights" if methods else "the model is dense"

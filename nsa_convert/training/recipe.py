@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from nsa_convert.config import SparseAttentionConfig, raise_problems
 from nsa_convert.errors import ConfigError
+from nsa_convert.redaction import secret_places
 from nsa_convert.strict_files import read_mapping
 from nsa_convert.training.fields import read_dataclass
 from nsa_convert.training.parts import GENERATED, FreshModel, Lora, RopeScaling, Source
@@ -191,7 +192,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.schema != SCHEMA:
+        if self.schema > SCHEMA:
+            problems.append(
+                f"schema {self.schema} is newer than this version, which reads {SCHEMA}; update nsa-convert"
+            )
+        elif self.schema < 1:
             problems.append(f"schema {self.schema} is not known; this version reads {SCHEMA}")
         if not self.stages:
             problems.append("stages is empty")
@@ -253,6 +258,13 @@ def recipe_from_dict(
 ) -> Recipe:
     """Build a recipe from plain values; see :func:`read_recipe`."""
     values, problems = copy.deepcopy(dict(values)), []
+    if secrets := [*secret_places(values), *secret_places(dict(overrides or {}))]:
+        raise ConfigError(
+            f"{where}: {', '.join(secrets)} is a secret, which does not belong in a recipe",
+            code="RC14",
+            where=where,
+            hint="remove it, and set HF_TOKEN (or WANDB_API_KEY) in the environment, or `hf auth login`",
+        )
     for key, value in (overrides or {}).items():
         _override(values, key.split("."), value, key, problems)
     recipe = read_dataclass(Recipe, values, where, problems)

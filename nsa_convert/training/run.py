@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert.errors import CheckpointError, UsageError
-from nsa_convert.patch.staging import exclusive, staged
+from nsa_convert.patch.staging import exclusive, machine_errors, staged
 from nsa_convert.patch.trained import seal_trained
 from nsa_convert.training.checkpoints import check_same_run, newest, step_of
 from nsa_convert.training.distributed import join_processes
@@ -31,7 +31,8 @@ from nsa_convert.training.stages import (
 )
 from nsa_convert.training.trainer import Say, StageTrainer, StopOnSignal, trim_log
 
-RUN_FILE = "recipe.json"
+RUN_FILE = "resolved_recipe.yaml"
+"""The recipe of a run as it was read, ``--set`` included."""
 
 
 class Interrupted(Exception):
@@ -139,12 +140,23 @@ def train_recipe(
         join_processes()
     with exclusive(out), signals.caught():
         if _is_main():
-            (out / RUN_FILE).write_text(json.dumps(recipe.to_dict(), indent=1))
+            write_recipe(recipe, out / RUN_FILE)
         report: dict[str, dict[str, Any]] = {}
         for index, stage in enumerate(recipe.stages):
             report[stage.name] = _run_stage(recipe, index, start, base, signals, say)
     final = out / recipe.stages[-1].name / MODEL
     return TrainingReport(out=str(out), model=str(final), stages=report)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe with every key resolved; the file is whole or absent."""
+    import yaml
+
+    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    aside = path.with_suffix(".tmp")
+    with machine_errors():
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
 
 
 def _check_out(out: Path, resume: bool) -> None:

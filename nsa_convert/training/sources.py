@@ -148,15 +148,24 @@ def _reference() -> Documents:
     return Documents(texts.__getitem__, len(texts), ["reference", [len(text) for text in texts]])
 
 
-def _matching(source: Source, base: Path) -> list[Path]:
-    """Return the files a path, folder or glob names."""
+def describe_source(source: Source, base: Path) -> str:
+    """Return the kind of a source and what it reads; a path from the root."""
+    if source.path is None or source.kind == "hub":
+        return " ".join(filter(None, (source.kind, source.path, source.config)))
+    return f"{source.kind} {_place(source, base).absolute()}"
+
+
+def _place(source: Source, base: Path) -> Path:
+    """Return the path of a source, from the recipe's folder, else from the current one."""
     assert source.path is not None
     given = Path(source.path).expanduser()
-    place = (
-        given
-        if given.is_absolute() or not (base / given).exists() and glob.glob(str(given))
-        else base / given
-    )
+    here = given.is_absolute() or (not (base / given).exists() and glob.glob(str(given)))
+    return given if here else base / given
+
+
+def _matching(source: Source, base: Path) -> list[Path]:
+    """Return the files a path, folder or glob names."""
+    place = _place(source, base)
     if place.is_dir():
         files = sorted(path for path in place.rglob("*") if path.suffix in SUFFIXES[source.kind])
     else:
