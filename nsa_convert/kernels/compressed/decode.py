@@ -53,7 +53,10 @@ def decode_cells(
         sees = (visible[:, None] & bad.transpose(1, 2)[:, :, None]).any(-1)[..., None]  # [B, H, TQ, 1]
         lse = lse.masked_fill(sees, torch.nan)
         p = p.masked_fill(sees[..., None], torch.nan)
-    o = torch.matmul(p.flatten(2, 3).to(q.dtype), cv.transpose(1, 2)).unflatten(2, p.shape[2:4])
+    o = torch.matmul(p.flatten(2, 3).to(q.dtype), cv.transpose(1, 2))
+    if num_queries == 1:
+        return o.flatten(1, 2)[:, None], lse.flatten(1, 3)[:, None], indices
+    o = o.unflatten(2, p.shape[2:4])
     return o.permute(0, 2, 1, 3, 4).flatten(2, 3), lse.permute(0, 2, 1, 3).flatten(2, 3), indices
 
 
@@ -63,8 +66,9 @@ def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) 
     if ck.shape[1] == 0:
         return rows.new_zeros(*rows.shape[:4], 0), rows.new_full(rows.shape[:4], -torch.inf)
     step = max(256, CHUNK_ELEMENTS // (ck.shape[0] * ck.shape[2] * ck.shape[3]))
-    parts = [torch.matmul(rows.flatten(2, 3), x.to(dtype).permute(0, 2, 3, 1)) for x in ck.split(step, 1)]
-    scores = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).unflatten(2, rows.shape[2:4])
+    rows, cells = rows.flatten(2, 3), ck.transpose(1, 2)  # a cache holds its cells head by head
+    parts = [torch.matmul(rows, x.to(dtype).mT) for x in cells.split(step, 2)]
+    scores = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).unflatten(2, (q.shape[1], -1))
     if visible is None:
         p = scores.softmax(-1)
         return p, scores.amax(-1) - p.amax(-1).log()
