@@ -13,13 +13,15 @@ from nsa_convert.redaction import redact
 
 CONFIG_LIMIT = 10_000_000
 """Bytes a config or recipe may have."""
-MAX_VALUES = 1_000_000
-"""Values a JSON text may hold."""
+MAX_VALUES = 500_000
+"""Values a JSON text may hold; the index of the largest models has a fifth of that."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse_json(raw: bytes, where: str, *, syntax: str = "CF17", size: str = "CF18", value: str = "CF19") -> Any:
+def parse_json(
+    raw: bytes, where: str, *, syntax: str = "CF17", size: str = "CF18", value: str = "CF19"
+) -> Any:
     """Parse JSON strictly.
 
     Args:
@@ -30,15 +32,14 @@ def parse_json(raw: bytes, where: str, *, syntax: str = "CF17", size: str = "CF1
         value: Error code for a key listed twice and for values that JSON does not know.
 
     Raises:
-        CheckpointError: Not UTF-8, not JSON, nested too deeply, more than MAX_VALUES values, a key twice, NaN,
-            an infinite number, or text that is not Unicode.
+        CheckpointError: Not UTF-8, not JSON, nested too deeply, more than MAX_VALUES values, a key twice,
+            NaN, an infinite number, or text that is not Unicode.
     """
     # Counted first: small lists take thirty times the memory of their text.
     count = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
     if count > MAX_VALUES:
-        raise CheckpointError(
-            f"{where} holds about {count:,} values", code=size, where=where, expected=f"at most {MAX_VALUES:,}"
-        )
+        text = f"{where} holds about {count:,} values"
+        raise CheckpointError(text, code=size, where=where, expected=f"at most {MAX_VALUES:,}")
     try:
         parsed = json.loads(
             raw.decode("utf-8-sig"),

@@ -15,7 +15,7 @@ from nsa_convert.strict_files import read_json_mapping
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-INDEX_LIMIT = 100_000_000
+INDEX_LIMIT = 32_000_000
 
 _WINDOWS_HOSTILE = re.compile(r'[<>:"|?*\x00-\x1f]|[. ]$')
 _WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
