@@ -51,8 +51,10 @@ def test_error_rule(kind: str, dtype: torch.dtype) -> None:
     inputs = make_qkv(batch, 90, num_keys, (6, 2), dtype=dtype)
     ck, cv = make_cells(batch, num_keys, 2, CellGrid(width=8, stride=4), layout, dtype=dtype)
     blocks = make_blocks(batch, 2, 90, num_keys, 4, 8, 1, layout)
+    shared = make_blocks(batch, 6, 90, num_keys, 5, 8, 32, layout)
     ops = {
         "blocks": (lambda *x: sparse_attention(*x, blocks, layout=layout), inputs),
+        "shared lists": (lambda *x: sparse_attention(*x, shared, layout=layout), inputs),
         "window": (
             lambda *x: sparse_attention(*x, SinkWindow(num_sinks=2, window_size=17), layout=layout), inputs
         ),

@@ -38,7 +38,8 @@ def test_window(kind: str, num_queries: int, sinks: int, window: int) -> None:
 @pytest.mark.parametrize("num_queries", [1, 2, 7, 75, 130])
 @pytest.mark.parametrize("lists", [1, 2, 6])
 @pytest.mark.parametrize(
-    ("block_size", "size", "query_block"), [(8, 4, 1), (16, 3, 8), (5, 9, 1), (8, 40, 64)]
+    ("block_size", "size", "query_block"),
+    [(8, 4, 1), (16, 3, 8), (5, 9, 1), (8, 40, 64), (8, 5, 32), (1, 30, 128)],
 )
 def test_blocks(
     kind: str, num_queries: int, lists: int, block_size: int, size: int, query_block: int
@@ -75,6 +76,35 @@ def test_tokens() -> None:
     (o, lse), (o_ref, lse_ref) = both(sparse_attention, q, k, v, pattern)
     assert_close(o, o_ref, o_ref)
     assert_close(lse, lse_ref, lse_ref)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_a_bad_key_reaches_only_the_tiles_that_list_it(
+    kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nsa_convert.kernels.selected.shared.CHUNK_BYTES", chunk)
+    layout, batch, num_keys = make_layout(kind, 150)
+    q, k, v = make_qkv(batch, 150, num_keys, (6, 2))
+    pattern = make_blocks(batch, 6, 150, num_keys, 5, 8, 32, layout)
+    bad = torch.zeros(num_keys, dtype=torch.bool)
+    bad[40:48] = bad[90] = True
+    seen = (pattern.to_dense_mask(150, num_keys, 6, layout) & bad).any(-1).transpose(1, 2)  # [B, TQ, HQ]
+    expected = both(
+        sparse_attention,
+        q,
+        k.where(~bad[:, None, None], 0),
+        v.where(~bad[:, None, None], 0),
+        pattern,
+        layout=layout,
+    )[1]
+    k[:, 40:48], v[:, 90] = torch.nan, torch.inf
+    got = both(sparse_attention, q, k, v, pattern, layout=layout)[0]
+    assert 0 < seen.sum() < seen.numel()
+    assert torch.equal(got[0].isnan(), seen[..., None].expand_as(got[0]))
+    assert torch.equal(got[1].isnan(), seen)
+    for x, y in zip(got, expected, strict=True):
+        assert_close(x[~seen], y[~seen], y[~seen])
 
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(0, 0), (0, 5)])

@@ -33,8 +33,9 @@ class Tiles:
         count: n.
         width: Queries in a tile.
         keys: ``(begin, end)`` slots that every tile reads, or ``[n, L]`` slots, one list for each tile.
-        visible: bool ``[n or 1, width, L]``, or None when every query sees every listed key.
-        alive: bool ``[n or 1, width]``, queries that see a key; None when all do.
+        visible: bool ``[n or 1, width, L - free]``, or None when every query sees every listed key.
+        alive: bool ``[n or 1, width]``, queries that see a key of ``visible``; None when all do.
+        free: Leading listed keys that every query sees; ``visible`` is about those after them.
     """
 
     row: int
@@ -46,6 +47,7 @@ class Tiles:
     keys: tuple[int, int] | Tensor
     visible: Tensor | None = None
     alive: Tensor | None = None
+    free: int = 0
 
     def queries(self, x: Tensor) -> Tensor:
         """Return the view ``[n, width, g, ...]`` of a tensor ``[B, TQ, HQ, ...]``."""
@@ -133,21 +135,50 @@ def forward_tiles(
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype))
     k, v, bad = split_non_finite(k, v)
     for t in tiles:
-        bias = None
-        if t.visible is not None:
-            bias = torch.zeros_like(t.visible, dtype=q.dtype).masked_fill_(~t.visible, -torch.inf)
-        part, part_lse = attend_group(t.queries(q).transpose(1, 2), t.gather(k), t.gather(v), bias, scale)
-        if t.alive is not None:
-            dead = ~t.alive[:, None]
-            part, part_lse = part.masked_fill(dead[..., None], 0.0), part_lse.masked_fill(dead, -torch.inf)
+        part, part_lse = attend_listed(t, t.queries(q).transpose(1, 2), t.gather(k), t.gather(v), scale)
         if bad is not None:
-            seen = t.gather(bad)[:, None]
-            seen = (seen if t.visible is None else seen & t.visible).any(-1)[:, None]
+            seen = sees_bad(t, t.gather(bad))[:, None]
             part = part.masked_fill(seen[..., None], torch.nan)
             part_lse = part_lse.masked_fill(seen, torch.nan)
         t.queries(o).copy_(part.transpose(1, 2))
         t.queries(lse).copy_(part_lse.transpose(1, 2))
     return o, lse
+
+
+def attend_listed(t: Tiles, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend to the listed keys: those that all see without a mask, the others with one.
+
+    Args:
+        t: The tiles.
+        q: ``[n, g, width, D]``.
+        k: ``[n or 1, L, D]``.
+        v: ``[n or 1, L, DV]``.
+        scale: Factor on the scores.
+
+    Returns:
+        ``(o [n, g, width, DV], lse [n, g, width])``.
+    """
+    free = attend_group(q, k[:, : t.free], v[:, : t.free], None, scale) if t.free else None
+    if free is not None and t.free == k.shape[1]:
+        return free
+    bias = None
+    if t.visible is not None:
+        bias = torch.zeros_like(t.visible, dtype=q.dtype).masked_fill_(~t.visible, -torch.inf)
+    o, lse = attend_group(q, k[:, t.free :], v[:, t.free :], bias, scale)
+    if t.alive is not None:
+        dead = ~t.alive[:, None]
+        o, lse = o.masked_fill(dead[..., None], 0.0), lse.masked_fill(dead, -torch.inf)
+    if free is None:
+        return o, lse
+    total = torch.logaddexp(free[1], lse)
+    weight = torch.exp(lse - total)[..., None]
+    return torch.lerp(free[0].to(weight.dtype), o.to(weight.dtype), weight).to(q.dtype), total
+
+
+def sees_bad(t: Tiles, bad: Tensor) -> Tensor:
+    """Return which queries ``[n or 1, width]`` see a key that ``bad [n or 1, L]`` marks."""
+    free, masked = bad[:, None, : t.free].any(-1), bad[:, None, t.free :]
+    return free | (masked if t.visible is None else masked & t.visible).any(-1)
 
 
 def split_non_finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -194,7 +225,7 @@ def tile_grads(
     p = torch.bmm(q, k.mT).mul_(scale)
     p.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp_()
     if t.visible is not None:
-        p.unflatten(1, (t.width, -1)).masked_fill_(~t.visible[:, :, None], 0.0)
+        p[..., t.free :].unflatten(1, (t.width, -1)).masked_fill_(~t.visible[:, :, None], 0.0)
     t.scatter_add(dv, torch.bmm(p.mT, do))
     ds = torch.bmm(do, v.mT).mul_(p)
     # A tile holds all keys of its rows, so the row term needs no rounded o; d lse / d score = p joins it.

@@ -15,10 +15,9 @@ from torch import Tensor
 from nsa_convert.kernels.dense.causal import attend_causal
 from nsa_convert.kernels.dense.segments import Segment, segments
 from nsa_convert.kernels.dense.tiles import Tiles, attend_tiles
+from nsa_convert.kernels.selected.lists import CHUNK_BYTES, Lists, runs, segment_lists
+from nsa_convert.kernels.selected.shared import shared_tiles, tile_width
 from nsa_convert.patterns import BlockSelection, SequenceLayout, query_tiles
-
-CHUNK_BYTES = 1 << 23
-"""Keys, values and mask held at once."""
 
 WIDTHS = (64, 32, 16, 8, 4, 2, 1)
 SAMPLES = 32
@@ -27,27 +26,6 @@ PLAN_ENTRIES = 1 << 16
 
 GATHER_ROWS = 12
 """Fetching one key and value for a tile costs about as much as this many rows of its matrix products."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Lists:
-    """The block lists of one segment for one selecting head.
-
-    Attributes:
-        indices: ``[NL, S]`` int64 block numbers, -1 where unused or out of reach.
-        list_of: ``[TQ]`` which list each query of the segment uses.
-        positions: ``[TQ]`` position of each query in its document.
-        aligned: First query of the segment that begins a list; tiles start there.
-        block_size: Keys in a block.
-        segment: Where queries and keys lie.
-    """
-
-    indices: Tensor
-    list_of: Tensor
-    positions: Tensor
-    aligned: int
-    block_size: int
-    segment: Segment
 
 
 def attend_blocks(
@@ -62,18 +40,18 @@ def attend_blocks(
     group = num_heads // k.shape[2]
     readers = group if num_lists <= k.shape[2] else 1  # query heads that share a list and a key head
     token_bytes = 2 * k.shape[3] * k.element_size()
+    width = tile_width(pattern.query_block)
 
     def plan() -> Iterator[Tiles]:
         for segment in parts:
             for i in range(num_lists):
-                lists = _segment_lists(pattern, tiles, segment, i)
-                width = choose_width(lists, readers)
+                lists = segment_lists(pattern, tiles, segment, i)
                 served = range(0, num_heads, readers)
                 heads = [x for x in served if x * num_lists // num_heads == i]
-                for run in _runs(lists, width):
-                    for chunk in _chunks(lists, *run, token_bytes):
-                        for x in heads:
-                            yield dataclasses.replace(chunk, head=x // group, heads=(x, x + readers))
+                shared = shared_tiles(lists, width, token_bytes) if width else None
+                for chunk in shared or _united(lists, choose_width(lists, readers), token_bytes):
+                    for x in heads:
+                        yield dataclasses.replace(chunk, head=x // group, heads=(x, x + readers))
 
     return attend_tiles(q, k, v, plan, scale)
 
@@ -85,32 +63,14 @@ def _lists_everything(pattern: BlockSelection, tiles: Tensor, parts: list[Segmen
         return False
     for part in parts:
         begin, end = part.queries
-        indices = pattern.block_indices[part.row][:, tiles[begin:end]]
-        own = torch.arange(part.offset, part.offset + end - begin, device=indices.device)[:, None] // size
-        own = own.clamp(max=max(0, part.num_keys - 1) // size)
+        # A list that shows its last query everything shows it to all its queries.
+        last = tiles[begin:end].diff(append=tiles[end - 1 : end] + 1).nonzero()[:, 0]
+        indices = pattern.block_indices[part.row][:, tiles[begin + last]]
+        own = (part.offset + last)[:, None].clamp(max=max(0, part.num_keys - 1)) // size
         listed = ((indices >= 0) & (indices <= own)).sum(-1, keepdim=True)
         if not torch.equal(listed, (own + 1).expand_as(listed)):
             return False
     return True
-
-
-def _segment_lists(pattern: BlockSelection, tiles: Tensor, segment: Segment, head: int) -> Lists:
-    begin, end = segment.queries
-    positions = torch.arange(segment.offset, segment.offset + end - begin, device=tiles.device)
-    list_of = tiles[begin:end] - tiles[begin]
-    first, last = int(tiles[begin]), int(tiles[end - 1])
-    indices = pattern.block_indices[segment.row, head, first : last + 1].long()
-    num_blocks = -(-segment.num_keys // pattern.block_size)
-    later = (list_of > 0).nonzero()  # a left-padded row may begin inside a tile of queries
-    aligned = 0 if begin == 0 or segment.document or not len(later) else int(later[0])
-    return Lists(
-        indices=indices.masked_fill(indices >= num_blocks, -1),
-        list_of=list_of,
-        positions=positions,
-        aligned=aligned,
-        block_size=pattern.block_size,
-        segment=segment,
-    )
 
 
 def choose_width(lists: Lists, readers: int) -> int:
@@ -140,19 +100,11 @@ def union_sizes(indices: Tensor) -> Tensor:
     return fresh.sum(-1) + (ordered[:, 0] >= 0) - (fresh & (ordered[:, 1:] < 0)).sum(-1)
 
 
-def _runs(lists: Lists, width: int) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(first query of the segment, tiles, tile width)``; full tiles are aligned to lists."""
-    total = lists.positions.shape[0]
-    begin = min(total, lists.aligned % width)
-    if begin:
-        yield 0, 1, begin
+def _united(lists: Lists, width: int, token_bytes: int) -> Iterator[Tiles]:
+    """Yield the tiles of one segment and one selecting head; head and heads are set by the caller."""
     step = max(1, PLAN_ENTRIES // (width * max(1, lists.indices.shape[1])))
-    full = (total - begin) // width
-    for i in range(0, full, step):
-        yield begin + i * width, min(step, full - i), width
-    rest = begin + full * width
-    if rest < total:
-        yield rest, 1, total - rest
+    for run in runs(lists, width, step):
+        yield from _chunks(lists, *run, token_bytes)
 
 
 def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) -> Iterator[Tiles]:
