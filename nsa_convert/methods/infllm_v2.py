@@ -15,10 +15,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from nsa_convert.config import raise_problems, unknown_keys
-from nsa_convert.kernels.compressed import block_topk
+from nsa_convert.kernels.compressed import block_topk, compressed_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection, BlockTopK
+
+COARSER = 4
+"""The coarse cells are this many times as long and as far apart as those that score."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,9 @@ class InfLLMv2Settings:
         dense_len: Sequences up to this length run dense; 0 stands for the visible budget. A value above the
             budget makes a prompt that grows past it while decoding differ from one long prefill, as
             published.
+        lse: What the softmax over the cells is normalised with: ``"exact"``, or ``"coarse"`` for cells four
+            times as long and as far apart (paper section 3.2), which saves a pass over the fine cells on the
+            triton backend. It decides how much each head of a group weighs.
         reuse_from: Earlier layer whose selection this one attends to; -1 for its own.
         mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights.
     """
@@ -46,6 +52,7 @@ class InfLLMv2Settings:
     topk: int = 64
     window_size: int = 2048
     dense_len: int = 0
+    lse: Literal["exact", "coarse"] = "exact"
     mode: Literal["sparse", "full"] = "sparse"
     reuse_from: int = NO_REUSE
 
@@ -101,6 +108,7 @@ class InfLLMv2(SelectingMethod):
             "topk": "MiniCPM4 sparse_config",
             "window_size": "MiniCPM4 sparse_config",
             "dense_len": "the visible budget; MiniCPM4 has 8192",
+            "lse": "exact; paper section 3.2 has the coarse one",
             "mode": "paper section 3 (dense switch)",
             "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
@@ -112,7 +120,11 @@ class InfLLMv2(SelectingMethod):
         if self.reuses:
             return ()
         s, heads = self.settings, range(self.geometry.num_kv_heads)
-        return (Pool(name="key", source="key", heads=heads, width=s.kernel_size, stride=s.kernel_stride),)
+        factors = {"key": 1, "coarse": COARSER} if s.lse == "coarse" else {"key": 1}
+        return tuple(
+            Pool(name=name, source="key", heads=heads, width=n * s.kernel_size, stride=n * s.kernel_stride)
+            for name, n in factors.items()
+        )
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """Return the mean key of each cell."""
@@ -133,10 +145,24 @@ class InfLLMv2(SelectingMethod):
             rule=self.block_rule(),
             layout=x.layout,
             scale=x.scale,
+            lse=self._coarse_lse(x) if s.lse == "coarse" else None,
         )
 
+    def _coarse_lse(self, x: AttentionInputs) -> Tensor:
+        """Return the lse over the coarse cells, ``[B, TQ, HQ]``.
 
-_OWN_KEYS = {"mode", "reuse_from"}
+        Each stands for four fine cells: log 4 more for every head, which changes no order.
+        """
+        s, ck = self.settings, x.pooled["coarse"].detach()
+        width, stride = COARSER * s.kernel_size, COARSER * s.kernel_stride
+        out = compressed_attention(
+            x.q.detach(), ck, ck, width=width, stride=stride, layout=x.layout, scale=x.scale
+        )
+        assert out.lse is not None
+        return out.lse
+
+
+_OWN_KEYS = {"lse", "mode", "reuse_from"}
 _SHARED_KEYS = tuple(f.name for f in dataclasses.fields(InfLLMv2Settings) if f.name not in _OWN_KEYS)
 
 

@@ -46,6 +46,34 @@ def test_output_and_selection(
     assert compressed_attention(q, ck, cv, **settings).selection is None
 
 
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("num_queries", [1, 2, 75, 300])
+def test_a_given_normaliser_weighs_the_heads(kind: str, num_queries: int) -> None:
+    layout, batch, num_keys = make_layout(kind, num_queries)
+    q, _, _ = make_qkv(batch, num_queries, num_keys, (6, 2))
+    ck, cv = make_cells(batch, num_keys, 2, CellGrid(width=8, stride=4), layout)
+    settings = {"width": 8, "stride": 4, "layout": layout, "rule": BlockTopK(block_size=8, num_blocks=3)}
+    own = compressed_attention(q, ck, cv, **settings)
+    same = block_topk(q, ck, lse=own.lse, **settings)
+    assert torch.equal(same.block_indices, own.selection.block_indices)
+    lse = own.lse + 3 * torch.randn(own.lse.shape, dtype=own.lse.dtype)
+    lse[..., 0] = -torch.inf  # this head has no say
+    fast, truth = both(block_topk, q, ck, lse=lse, **settings)
+    assert torch.equal(fast.block_indices, truth.block_indices)
+    silent = q.clone()
+    silent[:, :, 0] = 99.0
+    assert torch.equal(block_topk(silent, ck, lse=lse, **settings).block_indices, fast.block_indices)
+    high = block_topk(q, ck, lse=lse - 1e4, **settings).block_indices  # bounded: forced blocks stay in
+    assert torch.equal(high[..., :1], fast.block_indices[..., :1])
+
+
+def test_a_normaliser_of_another_shape_is_refused() -> None:
+    q, ck = torch.zeros(1, 3, 4, 8), torch.zeros(1, 2, 2, 8)
+    rule = BlockTopK(block_size=4, num_blocks=3)
+    with pytest.raises(ValueError, match=r"lse must be \(1, 3, 4\)"):
+        block_topk(q, ck, width=4, stride=4, rule=rule, lse=torch.zeros(1, 4, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (14, 2), (16, 1)])
 @pytest.mark.parametrize("num_queries", [1, 200])

@@ -42,6 +42,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: list[int])
     return torch.softmax(k[tokens] @ q / math.sqrt(DIM), 0) @ v[tokens]
 
 
+def pool(keys: torch.Tensor, cells: list[int], width: int, stride: int) -> torch.Tensor:
+    return torch.stack([keys[i * stride : i * stride + width].mean(0) for i in cells])
+
+
 def tokens_of(blocks: list[int], size: int, t: int) -> list[int]:
     return [i for j in blocks for i in range(j * size, (j + 1) * size) if i <= t]
 
@@ -66,10 +70,12 @@ def test_moba_ranks_blocks_by_query_head(heads: int, kv_heads: int, sinks: int) 
             assert (out[t, h] - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("lse", ["exact", "coarse"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_infllm_v2_max_pools_overlapping_cells(heads: int, kv_heads: int) -> None:
-    l, d, size, topk, window, group = 8, 4, 16, 2, 32, heads // kv_heads
+def test_infllm_v2_max_pools_overlapping_cells(heads: int, kv_heads: int, lse: str) -> None:
+    l, d, size, topk, window, group = 2, 1, 4, 3, 8, heads // kv_heads
     settings = {"kernel_size": l, "kernel_stride": d, "block_size": size, "topk": topk, "window_size": window}
+    settings["lse"] = lse
     q, k, v, out, record = run("infllm_v2", settings, heads, kv_heads)
     listed = record.patterns["selected"].block_indices[0]
     for t in range(TOTAL):
@@ -77,8 +83,13 @@ def test_infllm_v2_max_pools_overlapping_cells(heads: int, kv_heads: int) -> Non
             cells = [i for i in range(TOTAL) if i * d + l - 1 <= t]
             group_p = torch.zeros(max(len(cells), 1), dtype=torch.float64)
             for g in range(group if cells else 0):
-                pooled = torch.stack([k[i * d : i * d + l, h].mean(0) for i in cells])
-                group_p += torch.softmax(pooled @ q[t, h * group + g] / math.sqrt(DIM), 0)
+                scores = pool(k[:, h], cells, l, d) @ q[t, h * group + g] / math.sqrt(DIM)
+                coarse = [i for i in range(TOTAL) if 4 * i * d + 4 * l - 1 <= t]
+                if lse == "exact":
+                    group_p += torch.softmax(scores, 0)
+                elif coarse:
+                    far = pool(k[:, h], coarse, 4 * l, 4 * d) @ q[t, h * group + g] / math.sqrt(DIM)
+                    group_p += torch.exp(scores - far.logsumexp(0))
             own = t // size
             # Max-pooling with kernel 5, stride 4, padding 1 over the cells of stride size / 4.
             p = {c: group_p[c].item() for c in cells}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from nsa_convert.kernels.backend import implementation
@@ -70,10 +71,7 @@ def compressed_attention(
     """
     check_qkv(q, ck, cv)
     grid = CellGrid(width=width, stride=stride)
-    if rule is not None:
-        grid.check_rule(rule)
-    run = implementation("compressed", q, reference, gathered, None if cv is None else cv.shape[-1])
-    o, lse, indices = run(q, ck, cv, grid, rule, layout, default_scale(q, scale))
+    o, lse, indices = _run(q, ck, cv, grid, rule, layout, scale, None)
     selection = None
     if rule is not None:
         selection = BlockSelection(block_indices=indices, block_size=rule.block_size)
@@ -89,8 +87,46 @@ def block_topk(
     rule: BlockTopK,
     layout: SequenceLayout = DENSE_LAYOUT,
     scale: float | None = None,
+    lse: Tensor | None = None,
 ) -> BlockSelection:
-    """Choose blocks from compressed keys without computing an output; see :func:`compressed_attention`."""
-    out = compressed_attention(q, ck, None, width=width, stride=stride, rule=rule, layout=layout, scale=scale)
-    assert out.selection is not None
-    return out.selection
+    """Choose blocks from compressed keys without computing an output; see :func:`compressed_attention`.
+
+    Args:
+        q: ``[B, TQ, HQ, D]``.
+        ck: ``[B, C, H, D]``.
+        width: l, tokens in a cell.
+        stride: d, tokens between cells.
+        rule: How to choose.
+        layout: Position of the queries, padding and packing.
+        scale: Factor on the scores.
+        lse: ``[B, TQ, HQ]`` to normalise with, ``p = exp(s - lse)``, in place of the one over the cells; it
+            saves a pass over them on the triton backend. It decides only how much each head of a
+            group weighs; a head whose lse is -inf has no say.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not agree, or sizes do not divide.
+    """
+    check_qkv(q, ck, None)
+    if lse is not None:
+        if lse.shape != q.shape[:3]:
+            raise ValueError(f"lse must be {tuple(q.shape[:3])} like the queries, got {tuple(lse.shape)}")
+        lse = lse.detach().masked_fill(lse == -torch.inf, torch.inf)
+    indices = _run(q, ck, None, CellGrid(width=width, stride=stride), rule, layout, scale, lse)[2]
+    return BlockSelection(block_indices=indices, block_size=rule.block_size)
+
+
+def _run(
+    q: Tensor,
+    ck: Tensor,
+    cv: Tensor | None,
+    grid: CellGrid,
+    rule: BlockTopK | None,
+    layout: SequenceLayout,
+    scale: float | None,
+    lse: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the output, its lse and the lists of blocks from the backend of these tensors."""
+    if rule is not None:
+        grid.check_rule(rule)
+    run = implementation("compressed", q, reference, gathered, None if cv is None else cv.shape[-1])
+    return run(q, ck, cv, grid, rule, layout, default_scale(q, scale), lse)

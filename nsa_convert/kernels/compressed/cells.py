@@ -9,6 +9,9 @@ from torch import Tensor
 
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
+MAX_EXPONENT = 80.0
+"""Scores above a given lse count as this much above it, so that a group's sum stays finite in float32."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CellGrid:
@@ -48,3 +51,14 @@ class CellGrid:
         """Return how many cells of its document each query sees, ``[B or 1, TQ]`` int64."""
         lengths = layout.positions(num_queries, device) - layout.row_starts(num_queries, device) + 1
         return self.complete(lengths)
+
+
+def renormalise(p: Tensor, own: Tensor, lse: Tensor | None) -> Tensor:
+    """Return probabilities with another normaliser: ``exp(s - lse)`` from ``p = exp(s - own)``.
+
+    Args:
+        p: ``[..., C]``.
+        own: ``[...]`` lse over the cells.
+        lse: ``[...]`` to normalise with, or None to return p.
+    """
+    return p if lse is None else p * (own - lse).clamp(max=MAX_EXPONENT).exp()[..., None]

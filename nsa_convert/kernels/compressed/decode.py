@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa_convert.kernels.checks import accumulate_dtype
-from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
@@ -20,9 +20,9 @@ CHUNK_ELEMENTS = 1 << 21
 
 def decode_cells(
     q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
-    layout: SequenceLayout, scale: float,
+    layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See :func:`nsa_convert.kernels.compressed.compressed_attention`."""
+    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse."""
     num_queries, num_kv_heads = q.shape[1], ck.shape[2]
     capacity = (ck.shape[1] - 1) * grid.stride + grid.width + grid.stride - 1  # tokens these cells can cover
     if not isinstance(layout.offset, Tensor):
@@ -43,6 +43,9 @@ def decode_cells(
         if size == num_blocks:
             score = p.new_empty(q.shape[0], num_kv_heads, num_queries, num_blocks)
         else:
+            if normaliser is not None:
+                heads = normaliser.unflatten(2, (num_kv_heads, -1)).transpose(1, 2)  # [B, H, TQ, g]
+                p = renormalise(p, lse, heads)
             score = block_scores(p.sum(3), num_blocks, grid, rule)
         indices = top_blocks(score, own, size, rule)
     if cv is None:

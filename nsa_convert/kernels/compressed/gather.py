@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_convert.kernels.checks import accumulate_dtype
-from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
 from nsa_convert.kernels.compressed.decode import decode_cells
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
 from nsa_convert.kernels.dense.segments import Segment, is_decode, segments
@@ -26,15 +26,15 @@ CELL_STEP = 128
 
 def attend(
     q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
-    layout: SequenceLayout, scale: float,
+    layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See :func:`nsa_convert.kernels.compressed.compressed_attention`."""
+    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse."""
     if is_decode(layout, q, cv):
-        return decode_cells(q, ck, cv, grid, rule, layout, scale)
+        return decode_cells(q, ck, cv, grid, rule, layout, scale, normaliser)
     run = CompressedRun(q, ck, grid, rule, layout, scale)
     if cv is None:
         with torch.no_grad():
-            return None, None, run.forward(q, ck, None)[2]
+            return None, None, run.forward(q, ck, None, normaliser)[2]
     return _CompressedAttention.apply(q, ck, cv, run)
 
 
@@ -108,7 +108,7 @@ class CompressedRun:
                 )
 
     def forward(
-        self, q: Tensor, ck: Tensor, cv: Tensor | None
+        self, q: Tensor, ck: Tensor, cv: Tensor | None, normaliser: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return o, lse (None without values) and the block lists (None without a rule)."""
         dtype = accumulate_dtype(q.dtype)
@@ -130,6 +130,9 @@ class CompressedRun:
                 if bad is not None:
                     self.poison(o[row, queries], lse[row, queries], bad[row, cells], ages)
             if indices is not None:
+                if normaliser is not None:
+                    heads = normaliser[row, queries].unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0)
+                    p = renormalise(p, part_lse, heads)
                 indices[row, :, queries] = pad_lists(self.choose(p, ages), self.size)
         return o, lse, indices
 

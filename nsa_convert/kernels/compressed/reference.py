@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
 from nsa_convert.kernels.dense.reference import masked_softmax_attention
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
@@ -18,14 +18,19 @@ def attend(
     rule: BlockTopK | None,
     layout: SequenceLayout,
     scale: float,
+    normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See :func:`nsa_convert.kernels.compressed.compressed_attention`."""
+    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse."""
     if layout.cu_seqlens is not None:
-        return _attend_documents(q, ck, cv, grid, rule, layout, scale)
+        return _attend_documents(q, ck, cv, grid, rule, layout, scale, normaliser)
     visible = grid.visible_cells(q.shape[1], layout, q.device)  # [B or 1, TQ]
     mask = torch.arange(ck.shape[1], device=q.device) < visible[..., None]
     o, lse, p = masked_softmax_attention(q, ck, ck if cv is None else cv, mask[:, None], scale)
-    indices = None if rule is None else choose_blocks(p.detach(), ck.shape[2], grid, rule, layout)
+    indices = None
+    if rule is not None:
+        weighed = normaliser if normaliser is None else normaliser.transpose(1, 2)
+        p = renormalise(p.detach(), lse.detach().transpose(1, 2), weighed)
+        indices = choose_blocks(p, ck.shape[2], grid, rule, layout)
     return (None, None, indices) if cv is None else (o, lse, indices)
 
 
@@ -82,13 +87,15 @@ def _attend_documents(
     rule: BlockTopK | None,
     layout: SequenceLayout,
     scale: float,
+    normaliser: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     parts, cell = [], 0
     for begin, end in layout.documents():
         cells = slice(cell, cell + grid.count(end - begin))
         cell = cells.stop
         values = None if cv is None else cv[:, cells]
-        parts.append(attend(q[:, begin:end], ck[:, cells], values, grid, rule, SequenceLayout(), scale))
+        own = None if normaliser is None else normaliser[:, begin:end]
+        parts.append(attend(q[:, begin:end], ck[:, cells], values, grid, rule, SequenceLayout(), scale, own))
     outputs, lses, indices = zip(*parts, strict=True)
     merged = None if rule is None else join_indices(indices)
     if cv is None:

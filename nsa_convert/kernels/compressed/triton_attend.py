@@ -14,9 +14,12 @@ from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 def attend(
     q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
-    layout: SequenceLayout, scale: float,
+    layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; no score of a cell is stored."""
+    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; no score of a cell is stored.
+
+    ``normaliser`` is the lse of :func:`nsa_convert.kernels.compressed.block_topk`.
+    """
     at = cell_layout(layout, grid, q.shape[1], ck.shape[1], q.device)
     o = lse = indices = None
     if cv is not None and few_queries(layout, q, ck, cv):
@@ -25,5 +28,6 @@ def attend(
         o, lse = interval_attention(q, ck, cv, at.cells, scale)
     if rule is not None:
         growing = layout.cu_seqlens is None and not isinstance(layout.offset, Tensor)
-        indices = choose_blocks(q, ck, lse, at, grid, rule, scale, growing)
+        given = lse if normaliser is None else normaliser.float()
+        indices = choose_blocks(q, ck, given, at, grid, rule, scale, growing)
     return o, lse, indices

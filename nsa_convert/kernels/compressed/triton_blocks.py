@@ -74,7 +74,7 @@ def choose_blocks(
     Args:
         q: ``[B, TQ, HQ, D]``.
         ck: ``[B, C, H, D]``.
-        lse: ``[B, TQ, HQ]`` float32 over the cells each query sees; computed when it is None.
+        lse: ``[B, TQ, HQ]`` float32 to normalise with; over the cells each query sees when it is None.
         at: What each query sees.
         grid: Cell sizes.
         rule: How to choose.

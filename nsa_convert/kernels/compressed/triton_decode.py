@@ -51,7 +51,8 @@ def decode_score(
             m_c = (o_c >= 0) & (first + o_c < end)
             b_k = load_rows(ck + i_b * s_kb + i_h * s_kh, first + o_c, s_kt, m_c, D, BD, True)
             b_s = dot(b_k, tl.trans(b_q), UPCAST) * (scale * 1.4426950408889634)  # [BB, GN]
-            b_p = tl.where(m_c[:, None] & m_h[None, :], tl.exp2(b_s - b_lse2[None, :]), 0.0)
+            b_p = tl.exp2(tl.minimum(b_s - b_lse2[None, :], 115.0))  # bounded, see probability()
+            b_p = tl.where(m_c[:, None] & m_h[None, :], b_p, 0.0)
             if MAXIMUM:
                 b_score = tl.maximum(b_score, tl.sum(b_p, 1))
             else:

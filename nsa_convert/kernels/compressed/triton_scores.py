@@ -111,10 +111,13 @@ def load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D: tl.constexpr, BD: 
 
 @triton.jit
 def probability(b_q, b_lse2, b_k, o_c, b_hi, m_m, scale, UPCAST: tl.constexpr):
-    """Return ``exp(s - lse) [BM, BB]``, 0 for cells a query does not see."""
+    """Return ``exp(s - lse) [BM, BB]``, 0 for cells a query does not see.
+
+    A given lse may lie below a score: the exponent is bounded so that a group's sum stays finite.
+    """
     b_s = dot(b_q, tl.trans(b_k), UPCAST) * (scale * 1.4426950408889634)
     m_s = (o_c[None, :] < b_hi[:, None]) & m_m[:, None]
-    return tl.where(m_s, tl.exp2(b_s - b_lse2[:, None]), 0.0)
+    return tl.where(m_s, tl.exp2(tl.minimum(b_s - b_lse2[:, None], 115.0)), 0.0)
 
 
 @declare(

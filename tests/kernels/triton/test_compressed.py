@@ -75,6 +75,26 @@ def test_values_gradients_and_selection(kind, num_queries, heads, dtype, sizes, 
         assert_same_lists(block_topk(q, ck, rule=rule, **settings).block_indices, expected)
 
 
+@pytest.mark.parametrize(("kind", "num_queries"), [("padded", 40), ("packed", 40), ("offset", 1)])
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_a_given_normaliser_weighs_the_heads(kind: str, num_queries: int, reduce: str) -> None:
+    layout, batch, num_keys = make_layout(kind, num_queries)
+    q, _, _ = make_qkv(batch, num_queries, num_keys, (4, 2), dim=32, dtype=torch.float32)
+    ck, _ = make_cells(batch, num_keys, 2, CellGrid(width=8, stride=4), layout, dim=32, dtype=torch.float32)
+    rule = BlockTopK(block_size=8, num_blocks=3, reduce=reduce)
+    settings = {"width": 8, "stride": 4, "layout": layout, "rule": rule}
+    lse = 3 * torch.randn(q.shape[:3])
+    lse[..., 0] = -torch.inf
+    for shift in (0.0, 300.0):  # the second would overflow float32
+        with use_backend("reference"):
+            expected = block_topk(q, ck, lse=lse - shift, **settings).block_indices
+        with use_backend("triton"):
+            got = block_topk(q, ck, lse=lse - shift, **settings).block_indices
+        if shift:
+            got, expected = got[..., :1], expected[..., :1]
+        assert_same_lists(got, expected)
+
+
 @pytest.mark.parametrize("kind", ["padded_offset", "packed"])
 def test_scores_in_chunks_choose_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_blocks, "SCORE_BYTES", 1)
