@@ -21,9 +21,10 @@ import torch
 
 from nsa_convert.evaluation.models import dense_attention_in
 from nsa_convert.methods.base import observe
+from nsa_convert.patch.loading import load_causal_model, load_tokenizer
 from nsa_convert.patch.patching import patch_model, set_mode
 from nsa_convert.training.data import encode
-from nsa_convert.training.models import load_folder, load_tokenizer, read_start
+from nsa_convert.training.models import read_start
 from nsa_convert.training.parts import Source
 from nsa_convert.training.recipe import Recipe, read_recipe
 from nsa_convert.training.run import train_recipe
@@ -172,26 +173,26 @@ def measure_all(work: Path, budget: int) -> list[dict]:
         "needles": needle_rows(tokenizer),
         "budget": budget,
     }
-    dense = load_folder(folder, torch.float32)
+    dense = load_causal_model(folder, torch.float32)
     facts, kept = measure(dense, inputs, None)
     rows = [{"method": "dense", "when": "start", **facts}]
     control = work / "control" / "pretrain" / "model"
     control_kept = None
     if control.is_dir():
-        facts, control_kept = measure(load_folder(control, torch.float32), inputs, None)
+        facts, control_kept = measure(load_causal_model(control, torch.float32), inputs, None)
         rows.append({"method": "dense", "when": "control", **facts})
     for method in ("nsa", "ssa"):
         if not (work / method).is_dir():
             continue
         recipe = read_recipe(RECIPES / f"{method}.yaml", {"model": str(folder)})
         plan = read_start(recipe, folder).plan
-        model = patch_model(load_folder(folder, torch.float32), plan)
+        model = patch_model(load_causal_model(folder, torch.float32), plan)
         rows.append({"method": method, "when": "step 0", **measure(model, inputs, kept)[0]})
         for stage in recipe.stages:
             place = work / method / stage.name / "model"
             if not place.is_dir():
                 continue
-            model = load_folder(place, torch.float32)
+            model = load_causal_model(place, torch.float32)
             against = kept if stage.kind == "align" or control_kept is None else control_kept
             rows.append(
                 {"method": method, "when": f"after {stage.name}", **measure(model, inputs, against)[0]}

@@ -28,10 +28,11 @@ from nsa_convert import __version__, patch_model, unpatch_model
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.evaluation.divergence import compare
 from nsa_convert.evaluation.mass import MassProbe
-from nsa_convert.evaluation.models import DTYPES, load_model, load_tokenizer
+from nsa_convert.evaluation.models import DTYPES, load_model
 from nsa_convert.evaluation.needle import NeedleCase, build_cases, hits_by_length, score_case
 from nsa_convert.evaluation.perplexity import Bucket, Readout, read_out
 from nsa_convert.evaluation.text import EvalText, code_text, file_text, first_tokens, prose_text
+from nsa_convert.patch.loading import load_tokenizer
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "nsa": {"method": "nsa"},

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from nsa_convert import bench
 from nsa_convert.config import LayerRule, SparseAttentionConfig
-from nsa_convert.evaluation.models import load_model, load_tokenizer
+from nsa_convert.evaluation.models import load_model
 from nsa_convert.evaluation.text import file_text, first_tokens, prose_text
 from nsa_convert.hub import dense_folder, resolve_model
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.kernels.selected.triton_plan import choose_rows, readers_of, tile_width
 from nsa_convert.kernels.selected.union import union_sizes
 from nsa_convert.methods.base import AttentionRecord, observe
+from nsa_convert.patch.loading import load_tokenizer
 from nsa_convert.patch.patching import patch_model
 from nsa_convert.patterns import BlockTopK
 

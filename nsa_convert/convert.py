@@ -34,6 +34,7 @@ from nsa_convert.patch.remote_code import write_code_files
 from nsa_convert.patch.shards import INDEX_FILE, resolve_inside
 from nsa_convert.patch.staging import check_free, check_places, copy_file, gigabytes, require_space, staged
 from nsa_convert.patch.streams import hash_file
+from nsa_convert.patch.tied import check_tie
 from nsa_convert.patch.tokenizer_files import check_tokenizer
 
 OVERHEAD_BYTES = 4_000_000
@@ -192,6 +193,7 @@ def _prepare(checkpoint: Checkpoint, sparse: SparseAttentionConfig) -> _Job:
     sparse = sparse.resolved(checkpoint.num_layers, checkpoint.geometry.num_kv_heads)
     new = planned_tensors(methods, checkpoint.geometry, WEIGHT_DTYPES[checkpoint.weights.dtype()])
     check_tokenizer(checkpoint)
+    check_tie(checkpoint)
     return _Job(checkpoint=checkpoint, sparse=explicit_settings(sparse), methods=methods, new=new)
 
 
@@ -200,6 +202,7 @@ def _report(job: _Job, source: dict[str, Any], contexts: Sequence[int], placed: 
     new_bytes = sum(tensor.nbytes for tensor in job.new)
     if placed != "linked":
         new_bytes += checkpoint.weight_bytes
+    until = dense_until(job.methods)
     width = 2 if checkpoint.weights.dtype() in ("BF16", "F16") else 4
     return ConversionReport(
         out=None,
@@ -209,11 +212,11 @@ def _report(job: _Job, source: dict[str, Any], contexts: Sequence[int], placed: 
         kept_tensors=len(checkpoint.weights.tensors()),
         kept_parameters=checkpoint.parameters,
         new_tensors=job.new,
-        dense_until=dense_until(job.methods),
+        dense_until=until,
         costs=context_costs(job.methods, checkpoint.geometry, width, contexts),
         placed=placed,
         new_bytes=new_bytes,
-        warnings=[*checkpoint.warnings, *_left_out(checkpoint)],
+        warnings=[*checkpoint.warnings, *_left_out(checkpoint), *_never_sparse(until, checkpoint)],
     )
 
 
@@ -329,6 +332,13 @@ def _versions() -> dict[str, str]:
         "nsa_convert": __version__,
         **{name: version(name) for name in ("torch", "transformers", "safetensors")},
     }
+
+
+def _never_sparse(until: int | None, checkpoint: Checkpoint) -> list[str]:
+    positions = checkpoint.config.get("max_position_embeddings")
+    if until is None or positions is None or until < positions:
+        return []
+    return [f"no sparsity at any length of this model: {until:,} tokens are dense, it has {positions:,}"]
 
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from nsa_convert.errors import ConfigError, UsageError
+from nsa_convert.patch.chat import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +82,7 @@ def generate_text(
         ConfigError: A prompt that leaves no room below the model's positions, or ``chat`` without a template.
     """
     _check_options(max_new_tokens, temperature, top_p)
-    text = _chat_prompt(tokenizer, prompt) if chat else prompt
+    text = render_chat(tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False).to(model.device)
     count = inputs["input_ids"].shape[1]
     _check_room(count, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
@@ -127,13 +128,6 @@ def _check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None) 
             f"{positions} positions of the model", code="EV01", expected=f"at most {positions} tokens in all",
             found=str(prompt_tokens + max_new_tokens), hint="shorten the prompt or lower --max-new-tokens",
         )
-
-
-def _chat_prompt(tokenizer: Any, prompt: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("this tokenizer has no chat template", code="TK04", hint="leave out --chat")
-    turns = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def _pad_token(tokenizer: Any, ends: set[int | None]) -> int | None:

@@ -20,26 +20,33 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(
-    raw: bytes, where: str, *, syntax: str = "CF17", size: str = "CF18", value: str = "CF19"
+    raw: bytes,
+    where: str,
+    *,
+    values: int = MAX_VALUES,
+    syntax: str = "CF17",
+    size: str = "CF18",
+    value: str = "CF19",
 ) -> Any:
     """Parse JSON strictly.
 
     Args:
         raw: UTF-8, a byte order mark is accepted.
         where: How messages call it.
+        values: How many values it may hold.
         syntax: Error code for what is not JSON.
         size: Error code for what would take too much memory.
         value: Error code for a key listed twice and for values that JSON does not know.
 
     Raises:
-        CheckpointError: Not UTF-8, not JSON, nested too deeply, more than MAX_VALUES values, a key twice,
+        CheckpointError: Not UTF-8, not JSON, nested too deeply, too many values, a key twice,
             NaN, an infinite number, or text that is not Unicode.
     """
     # Counted first: small lists take thirty times the memory of their text.
     count = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
-    if count > MAX_VALUES:
-        text = f"{where} holds about {count:,} values"
-        raise CheckpointError(text, code=size, where=where, expected=f"at most {MAX_VALUES:,}")
+    if count > values:
+        text, most = f"{where} holds about {count:,} values", f"at most {values:,}"
+        raise CheckpointError(text, code=size, where=where, expected=most, found=f"{count:,}")
     try:
         parsed = json.loads(
             raw.decode("utf-8-sig"),
@@ -87,12 +94,15 @@ def _finite(literal: str) -> float:
     return number
 
 
-def read_json_mapping(path: Path, *, limit: int = CONFIG_LIMIT, code: str = "CF17") -> dict[str, Any]:
+def read_json_mapping(
+    path: Path, *, limit: int = CONFIG_LIMIT, values: int = MAX_VALUES, code: str = "CF17"
+) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
         path: The file.
         limit: Bytes above which the file is refused unread.
+        values: How many values it may hold.
         code: Error code of a syntax error.
 
     Raises:
@@ -108,7 +118,7 @@ def read_json_mapping(path: Path, *, limit: int = CONFIG_LIMIT, code: str = "CF1
             expected=f"at most {limit:,} bytes",
             found=f"{size:,} bytes",
         )
-    value = parse_json(path.read_bytes(), where, syntax=code)
+    value = parse_json(path.read_bytes(), where, values=values, syntax=code)
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{where} must hold a JSON object, it holds a {type(value).__name__}", code=code, where=where

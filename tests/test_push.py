@@ -16,7 +16,8 @@ from click.testing import CliRunner
 
 from nsa_convert.cli import main
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, HubError, UsageError
-from nsa_convert.evaluation.models import load_model, load_tokenizer
+from nsa_convert.evaluation.models import load_model
+from nsa_convert.patch.loading import load_tokenizer
 from nsa_convert.push import plan_push, push_plan
 from tests.checkpoints import edit_json
 from tests.fake_hub import Fault, fake_hub

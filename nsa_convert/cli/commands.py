@@ -277,9 +277,10 @@ def generate(
     """Continue a prompt with MODEL, greedily, or answer it with --chat."""
     import dataclasses
 
-    from nsa_convert.evaluation.models import load_model, load_tokenizer
+    from nsa_convert.evaluation.models import load_model
     from nsa_convert.generation import generate_text
     from nsa_convert.hub import dense_folder, resolve_model
+    from nsa_convert.patch.loading import load_tokenizer
 
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give either --prompt or --prompt-file", code="CL02")

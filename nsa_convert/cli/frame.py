@@ -137,6 +137,10 @@ def _traceback_file(error: Exception) -> str | None:
 
 def _print_error(error: NsaConvertError, *, as_json: bool) -> int:
     """Print an error and return its exit status."""
+    from nsa_convert.error_codes import ERROR_CODES
+
+    known = ERROR_CODES.get(error.code)
+    error.hint = error.hint or (known.remedy if known else None)
     if as_json:
         values = {key: getattr(error, key) for key in ("message", "where", "expected", "found", "hint")}
         values["problems"] = [{"code": p.code, "message": p.message} for p in error.problems]

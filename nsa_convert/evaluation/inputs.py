@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nsa_convert.config import raise_problems
 from nsa_convert.errors import ConfigError
-from nsa_convert.evaluation.models import ModelFacts, load_tokenizer
+from nsa_convert.evaluation.models import ModelFacts
 from nsa_convert.evaluation.needle import NeedleCase, build_cases
 from nsa_convert.evaluation.settings import QuickSettings
 from nsa_convert.evaluation.text import (
@@ -18,6 +18,7 @@ from nsa_convert.evaluation.text import (
     first_tokens,
     prose_text,
 )
+from nsa_convert.patch.loading import load_tokenizer
 
 BUDGETS = 4
 """Default length in visible budgets: well past the point where keys start to be hidden."""

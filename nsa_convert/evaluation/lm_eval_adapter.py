@@ -20,10 +20,11 @@ from nsa_convert.errors import CheckpointError, ConfigError, MachineError
 from nsa_convert.evaluation.html import require_html, write_html
 from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
 from nsa_convert.evaluation.long_report import LongReport
-from nsa_convert.evaluation.models import dense_attention_in, load_model, load_tokenizer, read_facts
+from nsa_convert.evaluation.models import dense_attention_in, load_model, read_facts
 from nsa_convert.evaluation.report import SCHEMA
 from nsa_convert.evaluation.settings import numbers
 from nsa_convert.evaluation.verdict import wilson
+from nsa_convert.patch.loading import load_tokenizer
 
 NAME = "nsa-convert"
 RUNS_FOREIGN_CODE = re.compile(r"ruler|niah_|longcxt")

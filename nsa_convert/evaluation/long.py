@@ -28,13 +28,7 @@ from nsa_convert.evaluation.inputs import Inputs, prepare_inputs
 from nsa_convert.evaluation.long_report import LongReport, speed_rows
 from nsa_convert.evaluation.long_settings import RECALL, LongSettings
 from nsa_convert.evaluation.mass import LayerMass, MassProbe
-from nsa_convert.evaluation.models import (
-    ModelFacts,
-    dense_attention_in,
-    load_model,
-    load_tokenizer,
-    read_facts,
-)
+from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
 from nsa_convert.evaluation.perplexity import Readout, position_buckets, read_out
 from nsa_convert.evaluation.plots import write_plots
 from nsa_convert.evaluation.qa import build_qa, read_questions
@@ -44,6 +38,7 @@ from nsa_convert.evaluation.ruler import build_ruler
 from nsa_convert.evaluation.running import run_case
 from nsa_convert.evaluation.settings import QuickSettings
 from nsa_convert.evaluation.text import prose_text
+from nsa_convert.patch.loading import load_tokenizer
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a part, the cells done and the cells in all."""

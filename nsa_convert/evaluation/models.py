@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.registry import build_method
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.families import FAMILIES, family_of_sparse, geometry_of
+from nsa_convert.patch.loading import load_causal_model
 from nsa_convert.patch.plan import resolve_plan
 from nsa_convert.strict_files import read_json_mapping
 
@@ -75,47 +75,15 @@ def read_facts(path: str | Path) -> ModelFacts:
     )
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """Load the tokenizer of a checkpoint folder.
-
-    Raises:
-        CheckpointError: The folder has no usable tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"no usable tokenizer in {str(path)!r}: {error}", code="TK01", where=str(path),
-            hint="copy tokenizer.json and tokenizer_config.json of the source model there",
-        ) from error
-
-
 def load_model(path: str | Path, dtype: str = "float32", device: str = "cpu") -> nn.Module:
     """Load a dense or converted checkpoint for inference with this package's own classes.
 
     Code files inside the checkpoint are not run.
+
+    Raises:
+        CheckpointError: The folder is damaged or hostile.
     """
-    from transformers import AutoModelForCausalLM
-
-    with _no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True)
-    return model.to(device).eval()
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing on stderr inside the block."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    return load_causal_model(Path(path), DTYPES[dtype]).to(device).eval()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nsa_convert.errors import CheckFailedError, ConfigError
+from nsa_convert.patch.chat import render_chat
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """The haystack sentence of RULER's niah_single_1."""
@@ -147,8 +148,7 @@ def _encode(tokenizer: Any, context: str, key: str, value: str, chat: bool) -> t
     """
     question, prefix = TASK.format(context=context, key=key), ANSWER_PREFIX.format(key=key)
     if chat:
-        turns = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + prefix
+        prompt = render_chat(tokenizer, [{"role": "user", "content": question}]) + prefix
     else:
         prompt = f"{question} {prefix}"
     # A template writes its own special tokens; a plain prompt gets those of the tokenizer (BOS).

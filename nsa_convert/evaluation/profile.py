@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.mass import MassProbe
-from nsa_convert.evaluation.models import load_model, load_tokenizer
+from nsa_convert.evaluation.models import load_model
 from nsa_convert.evaluation.text import code_text, first_tokens, prose_text
 from nsa_convert.methods.registry import METHODS, read_rule
 from nsa_convert.patch.head_profile import HeadProfile
+from nsa_convert.patch.loading import load_tokenizer
 from nsa_convert.patch.patching import patch_model, unpatch_model
 
 FRACTIONS = (32, 16, 8, 4, 2)

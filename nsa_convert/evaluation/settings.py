@@ -27,7 +27,7 @@ class QuickSettings:
         needle_depths: Where the needle stands, 0 to 1.
         needle_haystack: ``"noise"`` (RULER niah_single_1) or ``"prose"``.
         needle_chat: Ask in the tokenizer's chat template. The template is code of the model's author; it
-            runs in transformers' sandbox.
+            runs in a child process with limits.
         seed: Of the needles.
     """
 

@@ -104,6 +104,7 @@ def open_converted(folder: Path) -> Checkpoint:
         CheckpointError: Headers and config do not agree.
     """
     config = read_source_config(folder)
+    refuse_quantised(config)
     family = family_of_sparse(str(config.get("model_type")))
     return _check(folder, config, family, (), allow_extra_tensors=True, sparse=True)
 

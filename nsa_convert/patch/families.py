@@ -14,6 +14,27 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE variants whose rotation depends on the position alone, so that cached keys stay valid."""
 
 
+_SCALING_NUMBERS = {
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+_REASONS = (
+    ("deepseek", "its latent attention (MLA) keeps no keys and values per head"),
+    ("moe", "its mixture of experts is not in the family table"),
+    ("mixtral", "its mixture of experts is not in the family table"),
+    ("bert", "it is an encoder, not a causal decoder"),
+    ("t5", "it is an encoder and a decoder"),
+    ("gemma", "some of its layers attend to a sliding window"),
+    ("gpt_oss", "some of its layers attend to a sliding window"),
+    ("gpt", "its positions are not rotary"),
+    ("mamba", "it has no attention"),
+    ("rwkv", "it has no attention"),
+)
+"""Part of a model type -> why it is not supported."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFamily:
     """What the converter has to know about one transformers architecture.
@@ -101,8 +122,9 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
             where="config.json: model_type",
             hint="use it as it is, or `nsa-convert revert` it first",
         )
+    reason = next((f": {why}" for part, why in _REASONS if part in str(model_type)), "")
     raise UnsupportedModelError(
-        f"model_type {model_type!r} cannot be converted",
+        f"model_type {model_type!r} cannot be converted{reason}",
         code="CF12",
         where="config.json: model_type",
         expected=", ".join(FAMILIES),
@@ -207,6 +229,8 @@ def _sliding_window_problems(config: Mapping[str, Any], family: ModelFamily) -> 
         not isinstance(kinds, (list, tuple)) or set(map(str, kinds)) != {"full_attention"}
     ):
         return [f"layer_types must be all 'full_attention', got {sorted(set(map(str, kinds)))}"]
+    if kinds is not None and len(kinds) != config.get("num_hidden_layers", len(kinds)):
+        return [f"layer_types lists {len(kinds)} layers, num_hidden_layers is {config['num_hidden_layers']}"]
     if family.model_type == "mistral" and config_value(config, "sliding_window", family) is not None:
         window = config_value(config, "sliding_window", family)
         return [f"sliding_window must be null (the model attends to its whole context), got {window!r}"]
@@ -227,6 +251,7 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
         )
     if not _is_positive(parameters["rope_theta"]):
         problems.append(f"rope_theta must be a positive finite number, got {parameters['rope_theta']!r}")
+    problems += _scaling_problems(parameters)
     if "factor" in parameters and not (_is_positive(parameters["factor"]) and parameters["factor"] >= 1):
         problems.append(f"the rope scaling factor must be >= 1, got {parameters['factor']!r}")
     if config.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) not in (
@@ -235,6 +260,21 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
         None,
     ):
         problems.append("partial_rotary_factor other than 1 is not supported")
+    return problems
+
+
+def _scaling_problems(parameters: Mapping[str, Any]) -> list[str]:
+    """A scaled RoPE needs its numbers; without them a model cannot be loaded, or rotates by NaN."""
+    needed = _SCALING_NUMBERS.get(str(parameters["rope_type"]), ())
+    problems = [
+        f"rope_type {parameters['rope_type']!r} needs a positive {key}, got {parameters.get(key)!r}"
+        for key in needed
+        if not _is_positive(parameters.get(key))
+    ]
+    if not problems and parameters["rope_type"] == "llama3":
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        if high <= low:
+            problems.append(f"high_freq_factor must be above low_freq_factor {low!r}, got {high!r}")
     return problems
 
 

@@ -17,6 +17,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 INDEX_LIMIT = 32_000_000
 
+_SHARDED_STATE = re.compile(r"\.distcp$|^\.metadata$|^pytorch_model_fsdp_\d+$|^global_step\d+$")
 _WINDOWS_HOSTILE = re.compile(r'[<>:"|?*\x00-\x1f]|[. ]$')
 _WINDOWS_DEVICE = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
@@ -210,6 +211,28 @@ def _pickles(names: set[str]) -> list[str]:
     return sorted(name for name in names if re.fullmatch(r"pytorch_model.*\.bin|consolidated.*\.pth", name))
 
 
+def refuse_training_state(names: set[str], folder: Path) -> None:
+    """Refuse an adapter and the sharded state of a distributed training (FSDP, DCP, DeepSpeed)."""
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise CheckpointError(
+            f"{folder} holds a PEFT adapter, not a model",
+            code="CK37",
+            where="adapter_config.json",
+            hint="merge it first: `PeftModel.from_pretrained(base, adapter).merge_and_unload()`",
+        )
+    state = sorted(name for name in names if _SHARDED_STATE.search(name))
+    if state:
+        raise CheckpointError(
+            f"{folder} is a distributed training checkpoint ({state[0]})",
+            code="CK37",
+            where=str(folder),
+            expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+            found=state[0],
+            hint="export it first: `accelerate merge-weights STATE_FOLDER OUT` (FSDP), or zero_to_fp32.py "
+            "(DeepSpeed)",
+        )
+
+
 def _refuse_other_layouts(names: set[str], folder: Path) -> None:
     """Say what the folder holds instead of safetensors weights."""
     if any(name.endswith(".gguf") for name in names):
@@ -220,13 +243,7 @@ def _refuse_other_layouts(names: set[str], folder: Path) -> None:
             where=str(folder),
             hint=f"name the file itself: {folder / example}",
         )
-    if any(name.endswith(".distcp") for name in names) or ".metadata" in names:
-        raise CheckpointError(
-            f"{folder} is a distributed training checkpoint",
-            code="CK37",
-            where=str(folder),
-            hint="export it first, for example with `accelerate merge-weights`",
-        )
+    refuse_training_state(names, folder)
     pickles = _pickles(names)
     if pickles:
         raise CheckpointError(

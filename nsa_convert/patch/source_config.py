@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from nsa_convert.errors import CheckpointError
 from nsa_convert.patch.families import ModelFamily, check_config, geometry_of
 from nsa_convert.patch.problems import Problems
-from nsa_convert.patch.shards import resolve_inside
+from nsa_convert.patch.shards import refuse_training_state, resolve_inside
 from nsa_convert.strict_files import read_json_mapping
 
 COUNT_LIMITS = {
@@ -23,6 +24,31 @@ COUNT_LIMITS = {
 """Required whole numbers: error code and largest value that is believed."""
 
 OPTIONAL_COUNTS = {"num_key_value_heads": "CF02", "head_dim": "CF07", "max_position_embeddings": "CF10"}
+
+READ_KEYS = {
+    *COUNT_LIMITS,
+    *OPTIONAL_COUNTS,
+    "model_type",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "layer_types",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "hidden_act",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "sparse_attention",
+}
+"""Keys of config.json that decide what a model computes."""
 
 DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 ACTIVATIONS = (
@@ -38,6 +64,17 @@ ACTIVATIONS = (
 )
 
 
+FOREIGN_CODE = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
+"""Keys that make transformers fetch kernels from the Hub."""
+
+
 def read_source_config(folder: Path) -> dict[str, Any]:
     """Read ``config.json`` of a checkpoint folder.
 
@@ -49,14 +86,8 @@ def read_source_config(folder: Path) -> dict[str, Any]:
         what = "is not a directory" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}", code="CF24", where=str(folder), hint="check the path")
     names = {path.name for path in folder.iterdir()}
-    if "adapter_config.json" in names and "config.json" not in names:
-        raise CheckpointError(
-            f"{folder} holds a PEFT adapter, not a model",
-            code="CK37",
-            where="adapter_config.json",
-            hint="merge it first: `PeftModel.from_pretrained(base, adapter).merge_and_unload()`",
-        )
     if "config.json" not in names:
+        refuse_training_state(names, folder)
         ggufs = sorted(name for name in names if name.endswith(".gguf"))
         raise CheckpointError(
             f"{folder} is not a checkpoint: it has no config.json",
@@ -70,6 +101,7 @@ def read_source_config(folder: Path) -> dict[str, Any]:
 def check_source_config(config: Mapping[str, Any], family: ModelFamily, problems: Problems) -> None:
     """Note every value that no weight can match or that transformers would take silently."""
     before = len(problems.found)
+    _check_keys(config, problems)
     _check_counts(config, problems)
     _check_numbers(config, problems)
     _check_choices(config, problems)
@@ -100,12 +132,7 @@ def strip_source_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tupl
     """Return the config without the keys that would fetch or run foreign code, and a warning for each."""
     warnings = []
     kept = dict(config)
-    for key in (
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "experts_implementation",
-    ):
+    for key in FOREIGN_CODE:
         if kept.pop(key, None) is not None:
             warnings.append(f"config.json sets {key!r}; it is dropped (CF15)")
     if kept.pop("auto_map", None) is not None:
@@ -150,6 +177,19 @@ def dense_tensor_shapes(config: Mapping[str, Any], family: ModelFamily) -> dict[
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocab, hidden)
     return shapes
+
+
+def _check_keys(config: Mapping[str, Any], problems: Problems) -> None:
+    """A misspelt key would leave its default in force without a word; keys of other tools are left alone."""
+    absent = sorted(READ_KEYS - config.keys())
+    for key in sorted(config.keys() - READ_KEYS):
+        near = difflib.get_close_matches(key, absent, n=1, cutoff=0.9)
+        hint = f"did you mean {near[0]!r}?" if near else None
+        if key.startswith("nsa_"):
+            hint = "settings of a method lie under 'sparse_attention', or come from --set"
+        if hint is not None:
+            where = f"config.json: {key}"
+            problems.add(f"config.json: unknown key {key!r}; {hint}", code="CF13", where=where, hint=hint)
 
 
 def _check_counts(config: Mapping[str, Any], problems: Problems) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,8 @@ from nsa_convert.patch.shards import Shard
 
 CHUNK_BYTES = 1 << 20
 LARGE_WEIGHT = 1e4
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # dtype -> (integer of the same width, mask without the sign, the pattern of infinity)
 _LAYOUT: dict[str, tuple[type, int, int]] = {
@@ -57,6 +60,8 @@ class TensorScan:
         self.layout = _LAYOUT.get(entry.dtype)
         self.seen = 0
         self.largest = 0
+        self.constant = True
+        self.first_value: int | None = None
         self.not_finite = 0
         self.first_bad: int | None = None
 
@@ -70,6 +75,9 @@ class TensorScan:
         if not values.size:
             return
         magnitude = np.bitwise_and(values, kind(mask), out=scratch[: whole.size].view(kind))
+        if self.constant:
+            self.first_value = int(values[0]) if self.first_value is None else self.first_value
+            self.constant = bool((values == self.first_value).all())
         largest = int(magnitude.max())
         if largest >= infinity:
             bad = np.flatnonzero(magnitude >= infinity)
@@ -100,6 +108,8 @@ class TensorScan:
             return []
         if self.largest == 0:
             return [f"tensor {self.entry.name} is all zero (CK28)"]
+        if self.constant and self.seen > 1:
+            return [f"tensor {self.entry.name} has the same value everywhere (CK28)"]
         if self.largest > magnitude_bits(LARGE_WEIGHT, self.entry.dtype):
             return [f"tensor {self.entry.name} has values above {LARGE_WEIGHT:g} (CK28)"]
         return []
@@ -158,9 +168,23 @@ def scan_shard(shard: Shard, source: Path, copy_to: Path | None = None) -> Shard
                 where=shard.name,
                 hint="something else writes to the source; run again when it is done",
             )
+    _compare_with_blob_name(header.path, shard.name, reader.digest.hexdigest())
     return ShardScan(
         name=shard.name, sha256=reader.digest.hexdigest(), bytes=header.file_bytes, warnings=tuple(warnings)
     )
+
+
+def _compare_with_blob_name(path: Path, name: str, digest: str) -> None:
+    """A weight file in the Hub's cache is called by its hash: a damaged or exchanged one shows."""
+    if path.parent.name == "blobs" and _SHA256.fullmatch(path.name) and path.name != digest:
+        raise CheckpointError(
+            f"{name} is not the file that was downloaded: its hash is not the one the Hub cache has for it",
+            code="CK30",
+            where=name,
+            expected=f"sha256 {path.name}",
+            found=f"sha256 {digest}",
+            hint=f"remove {path} and download again",
+        )
 
 
 def hash_file(path: Path) -> str:
@@ -171,18 +195,19 @@ def hash_file(path: Path) -> str:
 
 def hash_tensors(header: ShardHeader) -> dict[str, str]:
     """Return tensor name -> sha256 over its dtype, shape and bytes."""
-    digests = {}
-    buffer = np.empty(CHUNK_BYTES, np.uint8)
-    with header.path.open("rb", buffering=0) as file:
-        for entry in header.tensors:
-            digest = hashlib.sha256(f"{entry.dtype}{list(entry.shape)}".encode())
-            file.seek(entry.start)
-            left = entry.nbytes
-            while left and (count := _fill(file, buffer, left)):
-                digest.update(buffer[:count])
-                left -= count
-            digests[entry.name] = digest.hexdigest()
-    return digests
+    return {entry.name: tensor_digest(header.path, entry) for entry in header.tensors}
+
+
+def tensor_digest(path: Path, entry: TensorEntry) -> str:
+    """Return the sha256 over dtype, shape and bytes of one tensor of a file."""
+    digest = hashlib.sha256(f"{entry.dtype}{list(entry.shape)}".encode())
+    buffer, left = np.empty(CHUNK_BYTES, np.uint8), entry.nbytes
+    with path.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        while left and (count := _fill(file, buffer, left)):
+            digest.update(buffer[:count])
+            left -= count
+    return digest.hexdigest()
 
 
 def run_threads(work: Callable[[Any], Any], items: Sequence[Any], threads: int | None = None) -> list[Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from nsa_convert.errors import CheckpointError
 from nsa_convert.patch.checkpoint import Checkpoint
 from nsa_convert.patch.shards import resolve_inside
+from nsa_convert.strict_files import read_json_mapping
 
 TOKENIZER_FILE = "tokenizer.json"
+FILE_LIMIT, VALUES_LIMIT = 200_000_000, 10_000_000
+"""Bytes and values; the largest vocabularies in use have a sixth of that."""
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -20,12 +22,14 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     """
     if TOKENIZER_FILE not in checkpoint.side_files:
         return
+    path = resolve_inside(checkpoint.folder, TOKENIZER_FILE)
     try:
-        content = json.loads(resolve_inside(checkpoint.folder, TOKENIZER_FILE).read_bytes())
+        content = read_json_mapping(path, limit=FILE_LIMIT, values=VALUES_LIMIT, code="TK01")
         largest = _largest_id(content)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{TOKENIZER_FILE} is damaged: {error}", code="TK01", where=TOKENIZER_FILE, hint="fetch it again"
+            f"{TOKENIZER_FILE} is damaged: {type(error).__name__} {error}", code="TK01", where=TOKENIZER_FILE,
+            hint="fetch it again",
         ) from error
     rows = checkpoint.config["vocab_size"]
     if largest >= rows:
@@ -41,5 +45,9 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 def _largest_id(content: dict[str, Any]) -> int:
     vocabulary = content["model"].get("vocab") or {}
-    largest = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
-    return max([largest, *(token["id"] for token in content.get("added_tokens") or [])])
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    ids += [token["id"] for token in content.get("added_tokens") or []]
+    wrong = [number for number in ids if type(number) is not int]
+    if wrong:
+        raise TypeError(f"token id {wrong[0]!r}")
+    return max(ids, default=-1)

@@ -8,17 +8,21 @@ run of queries at an offset among all keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsa_convert.errors import ConfigError
+from nsa_convert.errors import ConfigError, NsaConvertError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.collectives import sum_gradient
+from nsa_convert.patch.loading import load_causal_model, safe_config
+
+T = TypeVar("T")
 
 HEAD_STYLE = "nsa_heads"
 TENSOR_PARALLEL_METHODS = ("nsa", "ssa", "full")
@@ -111,15 +115,29 @@ def join_processes() -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
+def from_main(work: Callable[[], T]) -> T:
+    """Return in every process what the main one computes, or raise the error it raises."""
+    if not dist.is_initialized():
+        return work()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except NsaConvertError as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
 def load_sharded(folder: Path, dtype: torch.dtype, fsdp: int) -> nn.Module:
     """Load a checkpoint with every weight shared by ``fsdp`` processes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, distributed_config=distributed_config(plain, fsdp=fsdp)
-    )
+        plain = AutoModelForCausalLM.from_config(safe_config(folder))
+    return load_causal_model(folder, dtype, distributed_config=distributed_config(plain, fsdp=fsdp))
 
 
 def whole_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:

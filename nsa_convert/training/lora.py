@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from nsa_convert.errors import MachineError
+from nsa_convert.patch.loading import quiet
 from nsa_convert.patch.staging import staged
-from nsa_convert.training.models import quiet
 from nsa_convert.training.parts import Lora
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -17,6 +16,7 @@ from nsa_convert.config import FULL, AttentionGeometry, SparseAttentionConfig
 from nsa_convert.errors import CheckpointError, ConfigError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.patch.families import FAMILIES, family_of, family_of_sparse, geometry_of
+from nsa_convert.patch.loading import load_causal_model, quiet
 from nsa_convert.patch.patching import patch_model, sparse_methods
 from nsa_convert.patch.plan import resolve_plan
 from nsa_convert.strict_files import read_json_mapping
@@ -132,39 +132,12 @@ def load_first(recipe: Recipe, start: Start) -> nn.Module:
         torch.manual_seed(recipe.seed)
         model = AutoModelForCausalLM.from_config(_fresh_config(recipe.model)).to(dtype)
     else:
-        model = load_folder(start.folder, dtype)
+        model = load_causal_model(start.folder, dtype)
     if start.convert:
         assert start.plan is not None
         patch_model(model, start.plan)
         object.__delattr__(model, "_dense_state")  # holds the dense layers for unpatching; not needed here
     return model
-
-
-def load_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Load a checkpoint with this package's own classes; code files in it are not run."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a checkpoint folder.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"no usable tokenizer in {str(folder)!r}: {error}",
-            code="TK01",
-            where=str(folder),
-            hint="copy tokenizer.json and tokenizer_config.json of the source model there",
-        ) from error
 
 
 def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
@@ -243,17 +216,3 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 def methods_of(model: nn.Module) -> list[SparseMethod]:
     """Return the sparse methods of a loaded model, adapters or not; empty for a dense model."""
     return sparse_methods(model)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars inside the block."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

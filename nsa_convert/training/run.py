@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert.errors import CheckpointError, UsageError
+from nsa_convert.patch.loading import quiet
 from nsa_convert.patch.staging import exclusive, machine_errors, staged
 from nsa_convert.patch.trained import seal_trained
 from nsa_convert.training.checkpoints import check_same_run, newest, step_of
 from nsa_convert.training.distributed import join_processes
 from nsa_convert.training.losses import mix
-from nsa_convert.training.models import Start, quiet, read_start, save_model
+from nsa_convert.training.models import Start, read_start, save_model
 from nsa_convert.training.plan import plan_recipe
 from nsa_convert.training.recipe import Recipe
 from nsa_convert.training.stages import (

@@ -12,21 +12,12 @@ import torch
 from torch import nn
 
 from nsa_convert.errors import MachineError
+from nsa_convert.patch.loading import load_causal_model, load_tokenizer, quiet
 from nsa_convert.patch.staging import staged
 from nsa_convert.training.data import PackedRows, collate
 from nsa_convert.training.distributed import load_sharded
 from nsa_convert.training.losses import LossPlan, loss_plan, mix
-from nsa_convert.training.models import (
-    DTYPES,
-    Start,
-    fresh_tokenizer,
-    load_first,
-    load_folder,
-    load_tokenizer,
-    methods_of,
-    quiet,
-    set_rope,
-)
+from nsa_convert.training.models import DTYPES, Start, fresh_tokenizer, load_first, methods_of, set_rope
 from nsa_convert.training.plan import RecipePlan, is_trained
 from nsa_convert.training.recipe import Recipe, Stage
 from nsa_convert.training.trainer import Say, StageTrainer
@@ -80,7 +71,7 @@ def load_stage_model(recipe: Recipe, index: int, start: Start, checkpoint: Path 
     elif index == 0:
         model = load_first(recipe, start)
     else:
-        model = load_folder(before, dtype)
+        model = load_causal_model(before, dtype)
     if stage.rope is not None:
         set_rope(model, stage.rope)
     for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa_convert.training.models import load_folder, load_tokenizer
+from nsa_convert.patch.loading import load_causal_model, load_tokenizer
 from nsa_convert.training.run import Interrupted, train_recipe
 from nsa_convert.training.sources import recall_text
 from tests.models import tokens
@@ -33,13 +33,13 @@ def test_adapter_saves_reloads_and_merges_to_the_same_logits(tmp_path):
     assert any(name.endswith("self_attn.sparse.gate") for name in settings["modules_to_save"])
     ids = tokens(2, 60)
     with torch.no_grad():
-        dense, merged = (load_folder(Path(f), torch.float32).eval() for f in (converted, report.model))
+        dense, merged = (load_causal_model(Path(f), torch.float32).eval() for f in (converted, report.model))
         before, want = dense(ids).logits, merged(ids).logits
         again = PeftModel.from_pretrained(dense, adapter).eval()
         unmerged = again(ids).logits
         remerged = again.merge_and_unload()
         remerged.save_pretrained(tmp_path / "exported")
-        exported = load_folder(tmp_path / "exported", torch.float32).eval()(ids).logits
+        exported = load_causal_model(tmp_path / "exported", torch.float32).eval()(ids).logits
     assert (before - want).abs().max() > 1e-3, "training changed the model"
     torch.testing.assert_close(unmerged, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(exported, want, rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, UsageError
-from nsa_convert.training.models import load_folder
+from nsa_convert.patch.loading import load_causal_model
 from nsa_convert.training.run import Interrupted, train_recipe
 from tests.training.recipes import NSA, SSA, losses, recipe, recipe_values, stage
 
@@ -85,7 +85,7 @@ def test_resumed_losses_are_those_of_an_uninterrupted_run(whole, tmp_path, case,
 
 def test_the_trained_model_is_an_ordinary_converted_checkpoint(whole):
     folder = whole("nsa") / "pretrain" / "model"
-    model = load_folder(folder, torch.float32)
+    model = load_causal_model(folder, torch.float32)
     assert type(model).__name__ == "NSALlamaForCausalLM"
     assert (folder / "modeling_nsa_llama.py").is_file()
     assert (folder / "tokenizer.json").is_file()

@@ -15,9 +15,10 @@ import torch.distributed as dist
 import transformers
 
 from nsa_convert.methods.base import TrainingMode
+from nsa_convert.patch.loading import load_causal_model
 from nsa_convert.training.distributed import distributed_config, share_heads, share_tokens, split_tokens
 from nsa_convert.training.losses import loss_plan
-from nsa_convert.training.models import load_folder, methods_of
+from nsa_convert.training.models import methods_of
 from nsa_convert.training.recipe import recipe_from_dict
 from tests.models import tokens
 
@@ -53,7 +54,7 @@ def compare(found: dict, wanted: dict) -> dict[str, float]:
 
 
 def reference(folder: Path, batch: dict, mode: TrainingMode):
-    model = load_folder(folder, torch.float64).train()
+    model = load_causal_model(folder, torch.float64).train()
     out = model(**batch, training_mode=mode)
     total(model, out).backward()
     return out, gradients(model)
@@ -113,7 +114,7 @@ def check_context(folder: Path, method: str) -> dict[str, float]:
     count = ids[:, 1:].numel()
     want, grads = reference(folder, {"input_ids": ids, "labels": ids}, mode)
     group = dist.new_group([0, 1])
-    model = load_folder(folder, torch.float64).train()
+    model = load_causal_model(folder, torch.float64).train()
     share_tokens(model, group)
     batch = split_tokens({"input_ids": ids, "labels": ids}, group)
     out = model(**batch, training_mode=mode, num_items_in_batch=count)

@@ -1,0 +1,101 @@
+"""Chat templates are programs of the model's author: rendered in a child process with limits, never here."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nsa_convert.errors import ConfigError
+
+SECONDS = 10
+MEMORY_BYTES = 512_000_000
+"""What a template may take beyond what this process has already."""
+TEXT_BYTES = 64_000_000
+
+
+def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
+    """Return the text of a chat, ready for an answer.
+
+    The sandbox of transformers keeps a template from the machine's files, but not from its time and memory.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        turns: Messages with ``role`` and ``content``.
+        options: Further arguments of ``apply_chat_template``.
+
+    Raises:
+        ConfigError: There is no template, it fails, or it takes too much time or memory (TK04).
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("this tokenizer has no chat template", code="TK04", hint="leave out --chat")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _render_and_exit(writer, tokenizer, turns, {"add_generation_prompt": True, **options})
+    os.close(writer)
+    try:
+        answer = _read_all(reader)
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if answer is None:
+        raise _failed(f"takes more than {SECONDS} s, {MEMORY_BYTES / 1e6:.0f} MB, or writes without end")
+    if "error" in answer:
+        raise _failed(f"fails: {answer['error']}")
+    return answer["text"]
+
+
+def _render_and_exit(
+    writer: int, tokenizer: Any, turns: Sequence[Mapping[str, str]], options: dict
+) -> NoReturn:
+    """Render under limits, send the result, and leave without running anything of the parent's at exit."""
+    try:
+        sizes = Path("/proc/self/statm")
+        if sizes.exists():
+            limit = int(sizes.read_text().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        result: dict[str, str] | None
+        try:
+            result = {"text": tokenizer.apply_chat_template(list(turns), tokenize=False, **options)}
+        except MemoryError:
+            result = None
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        left = memoryview(json.dumps(result).encode())
+        while left:
+            left = left[os.write(writer, left) :]
+    finally:
+        os._exit(0)
+
+
+def _read_all(reader: int) -> dict[str, str] | None:
+    """Return what the child sends; None when it takes too long, sends too much, or dies."""
+    content, end = bytearray(), time.monotonic() + SECONDS
+    while (left := end - time.monotonic()) > 0 and len(content) < TEXT_BYTES:
+        if not select.select([reader], [], [], left)[0]:
+            break
+        piece = os.read(reader, 1 << 20)
+        if not piece:
+            return json.loads(content) if content else None
+        content += piece
+    return None
+
+
+def _failed(reason: str) -> ConfigError:
+    return ConfigError(
+        f"the chat template {reason}",
+        code="TK04",
+        where="chat template",
+        hint="leave out --chat, or put a template that you trust into chat_template.jinja",
+    )
