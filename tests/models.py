@@ -46,7 +46,7 @@ INFLLM_V2 = {
 }
 DSA = {"method": "dsa", "num_tokens": 24, "num_sinks": 1, "window_size": 4}
 MSA = {"method": "msa", "block_size": 8, "num_blocks": 4}
-STREAMING = {"method": "streaming", "num_sinks": 2, "window_size": 13}
+STREAMING = {"method": "streaming", "num_sinks": 2, "window_size": 13, "cache": "keep"}
 SSA = {"method": "ssa", "block_size": 8, "num_blocks": 4}
 QUEST = {"method": "quest", "block_size": 8, "num_blocks": 4, "prefill": "sparse"}
 HYBRID = {
@@ -74,11 +74,13 @@ VARIANTS = {
     "moba": MOBA,
     "moba-group": {**MOBA, "share": "group"},
     "infllm_v2": INFLLM_V2,
+    "infllm_v2-coarse": {**INFLLM_V2, "kernel_size": 4, "kernel_stride": 2, "lse": "coarse"},
     "dsa": DSA,
     "dsa-shared": {**DSA, "index_key": "shared"},
     "msa": MSA,
     "msa-shared": {**MSA, "index_key": "shared"},
     "streaming": STREAMING,
+    "streaming-cache": {**STREAMING, "positions": "cache"},
     "quest": QUEST,
     "hybrid": HYBRID,
     "msa-reuse": {**MSA, "rules": [{**MSA, "layers": [1, 2], "reuse_from": 0}]},

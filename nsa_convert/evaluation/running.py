@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from nsa_convert.errors import CheckFailedError
 from nsa_convert.evaluation.cases import Case
+from nsa_convert.patch.eviction import cache_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,8 @@ def run_case(model: nn.Module, tokenizer: Any, case: Case) -> Outcome:
     _check(logits, case)
     prefill = _now(device) - began
     size = cache_bytes(cache)
-    scores = _force(model, cache, case, logits[0, -1:].float())
+    croppable = all(layer.is_croppable for layer in cache.layers)
+    scores = _force(model, cache if croppable else copy.deepcopy(cache), case, logits[0, -1:].float())
     score, text, decode = None, None, None
     if case.max_new and case.gold:
         first = int(logits[0, -1].argmax())
@@ -83,21 +86,13 @@ def run_case(model: nn.Module, tokenizer: Any, case: Case) -> Outcome:
     )
 
 
-def cache_bytes(cache: Any) -> int:
-    """Return the bytes a cache holds: keys and values, and what a method keeps beside them."""
-    total = 0
-    for layer in cache.layers:
-        tensors = [layer.keys, layer.values, *(getattr(layer, "cells", None) or {}).values()]
-        total += sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
-    return total
-
-
 def _force(model: nn.Module, cache: Any, case: Case, last: Tensor) -> dict[str, float]:
     """Feed the answer behind the prompt, score it, and take it out of the cache again."""
     answer = torch.tensor([case.answer_ids], device=last.device)
     logits = model(input_ids=answer, past_key_values=cache, use_cache=True).logits[0].float()
     _check(logits, case)
-    cache.crop(-answer.shape[1])
+    if all(layer.is_croppable for layer in cache.layers):
+        cache.crop(-answer.shape[1])
     logits = torch.cat([last, logits[:-1]])  # [A, V], the position before each answer token
     right = (logits.argmax(-1) == answer[0]).cpu()
     nll = -logits.log_softmax(-1).gather(1, answer[0][:, None])[:, 0].cpu()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry, strict_dataclass
 from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.methods.cache_policy import CachePolicy
+from nsa_convert.methods.inputs import AttentionInputs
 from nsa_convert.methods.losses import output_error
 from nsa_convert.patterns import BlockTopK, Pattern, SequenceLayout
 
@@ -29,6 +31,8 @@ class MethodSpec:
         phases: Where it applies: ``"train"``, ``"prefill"``, ``"decode"``.
         granularity: What is selected, and for whom.
         sources: Setting -> where its default comes from.
+        causal_selection: Whether no query's keys are chosen by later tokens. Where they are, reading a text
+            in one pass and scoring it is no measure of the model; score what follows a prompt.
     """
 
     name: str
@@ -39,6 +43,7 @@ class MethodSpec:
     phases: tuple[str, ...]
     granularity: str
     sources: Mapping[str, str]
+    causal_selection: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,33 +81,6 @@ class IndexSize:
     query_heads: int
     key_heads: int
     cached: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionInputs:
-    """What one layer hands to its method.
-
-    Attributes:
-        q: ``[B, TQ, HQ, D]`` rotated queries.
-        k: ``[B, TK, Hc, D]`` rotated keys, past included; Hc = H + the method's extra heads.
-        v: ``[B, TK, Hc, D]`` values, past included.
-        hidden: ``[B, TQ, hidden]`` input of the attention layer.
-        pooled: Pool name -> ``[B, C, H, D]`` compressed cells.
-        shared: What layers of one forward pass tell each other: selections that later layers reuse.
-        streams: Name -> ``[B, TK, h, d]`` for the method's cached streams, ``[B, TQ, h, d]`` for its others.
-        layout: Position of the queries, padding and packing.
-        scale: Factor on the scores.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    hidden: Tensor
-    pooled: Mapping[str, Tensor]
-    layout: SequenceLayout
-    scale: float
-    streams: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    shared: dict[Any, Pattern] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,13 +125,6 @@ class TrainingMode:
     stream: Literal["sparse", "full", "teacher"] = "sparse"
     losses: tuple[str, ...] = ()
     step: int = 0
-
-
-def select_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """Return some heads of ``[B, T, H, D]``, ascending; a view where they are neighbours."""
-    if len(heads) == heads[-1] - heads[0] + 1:
-        return x[:, :, heads[0] : heads[-1] + 1]
-    return x[:, :, list(heads)]
 
 
 # A plain global, shared by threads: torch.compile cannot trace a ContextVar.
@@ -275,6 +246,14 @@ class SparseMethod(nn.Module):
     def leaves(self) -> Iterator[SparseMethod]:
         """Yield the methods that choose: this one, or those of the heads of a hybrid layer."""
         yield self
+
+    def cached_heads(self) -> list[tuple[int, ...]]:
+        """Return the cached heads of each of the :meth:`leaves`, its further ones included."""
+        return [tuple(range(self.geometry.num_kv_heads * (1 + self.extra_head_sets())))]
+
+    def cache_policy(self) -> CachePolicy | None:
+        """Return what of the cache may be forgotten; None keeps every token."""
+        return None
 
     def visible_budget(self) -> int:
         """Return the longest context at which a freshly converted layer equals dense attention."""

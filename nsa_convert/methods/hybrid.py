@@ -16,8 +16,8 @@ from nsa_convert.methods.base import (
     Pool,
     SparseMethod,
     TrainingMode,
-    select_heads,
 )
+from nsa_convert.methods.inputs import CachedPart, select_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class HeadMix(SparseMethod):
     def pools(self) -> tuple[Pool, ...]:
         """Return the pools of all parts, reading the part's heads."""
         pools = []
-        for i, (method, heads) in enumerate(zip(self.parts, self._cached_heads(), strict=True)):
+        for i, (method, heads) in enumerate(zip(self.parts, self.cached_heads(), strict=True)):
             for pool in method.pools():
                 own = tuple(heads[head] for head in pool.heads)
                 pools.append(dataclasses.replace(pool, name=f"{i}.{pool.name}", heads=own))
@@ -164,23 +164,28 @@ class HeadMix(SparseMethod):
         return self._join(outputs), {name: value / weights[name] for name, value in sums.items()}
 
     def _split(self, x: AttentionInputs) -> Iterator[AttentionInputs]:
-        for i, (part, cached) in enumerate(zip(self.settings, self._cached_heads(), strict=True)):
+        for i, (part, cached) in enumerate(zip(self.settings, self.cached_heads(), strict=True)):
+            if x.parts:
+                own = x.parts[i]
+            else:
+                own = CachedPart(k=select_heads(x.k, cached), v=select_heads(x.v, cached), layout=x.layout)
             yield dataclasses.replace(
                 x,
+                **vars(own),
                 q=select_heads(x.q, _query_heads(self.geometry, part.heads)),
-                k=select_heads(x.k, cached),
-                v=select_heads(x.v, cached),
                 pooled=_own(x.pooled, i),
                 streams=_own(x.streams, i),
+                parts=(),
             )
 
-    def _cached_heads(self) -> Iterator[tuple[int, ...]]:
-        """Yield the cached heads of each part: its share of the dense ones, then its further ones."""
-        place = self.geometry.num_kv_heads
+    def cached_heads(self) -> list[tuple[int, ...]]:
+        """Return the cached heads of each part: its share of the dense ones, then its further ones."""
+        place, heads = self.geometry.num_kv_heads, []
         for part, method in zip(self.settings, self.parts, strict=True):
             extra = method.extra_head_sets() * len(part.heads)
-            yield (*part.heads, *range(place, place + extra))
+            heads.append((*part.heads, *range(place, place + extra)))
             place += extra
+        return heads
 
     def _join(self, outputs: list[Tensor]) -> Tensor:
         o = torch.cat(outputs, 2)

@@ -1,20 +1,27 @@
 """StreamingLLM (Xiao et al. 2023, arXiv 2309.17453): the first tokens and a sliding window.
 
-Keys keep their absolute positions (the published eviction code renumbers them inside the cache). It selects,
-it does not evict: the cache keeps all tokens.
+The rest is forgotten. The paper numbers keys by their place in the cache: a query that has a full cache
+before it stands at place ``num_sinks + window_size - 1``, however far the text has come. Inside the window
+this changes no distance, and the sinks stand where they stood in the text. So it is ordinary rotation with
+one change: for the sinks the query is turned to that place (``positions: cache``). With ``positions:
+absolute`` it is not; that is the mask form, which kernels for prompts and most other code have.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from nsa_convert.config import raise_problems
 from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.kernels.merge import merge_lse
 from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
-from nsa_convert.patterns import SinkWindow
+from nsa_convert.methods.cache_policy import CachePolicy, KeepRecent
+from nsa_convert.patterns import SinkWindow, TokenSelection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,10 +31,15 @@ class StreamingSettings:
     Attributes:
         num_sinks: Leading tokens every query sees.
         window_size: Trailing tokens every query sees, its own included.
+        positions: ``"absolute"`` keeps the positions of the text; ``"cache"`` counts them in the cache, so
+            that no distance exceeds ``num_sinks + window_size - 1``.
+        cache: ``"evict"`` keeps in memory what a later query can see; ``"keep"`` keeps every token.
     """
 
     num_sinks: int = 4
     window_size: int = 1020
+    positions: Literal["absolute", "cache"] = "absolute"
+    cache: Literal["evict", "keep"] = "evict"
 
     def __post_init__(self) -> None:
         problems = []
@@ -45,11 +57,16 @@ class Streaming(SparseMethod):
         name="streaming",
         title="StreamingLLM",
         paper="arXiv:2309.17453",
-        summary="the first tokens and a sliding window; for layers and heads that need no retrieval",
+        summary="the first tokens and a sliding window, in constant memory",
         trainable=True,
         phases=("train", "prefill", "decode"),
         granularity="tokens, the same for every head",
-        sources={"num_sinks": "paper section 3.2", "window_size": "paper section 4 (cache of 1024)"},
+        sources={
+            "num_sinks": "paper section 3.2",
+            "window_size": "paper section 4 (cache of 1024)",
+            "positions": "the mask form; the paper's section 3.2 counts in the cache",
+            "cache": "paper section 3.2",
+        },
     )
     Settings = StreamingSettings
 
@@ -61,12 +78,43 @@ class Streaming(SparseMethod):
         """Return num_sinks + window_size."""
         return self.visible_budget()
 
+    def cache_policy(self) -> CachePolicy | None:
+        """Keep the sinks and what the next query's window holds."""
+        if self.settings.cache == "keep":
+            return None
+        return KeepRecent(num_sinks=self.settings.num_sinks, num_recent=self._window() - 1)
+
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to the band; returns ``[B, TQ, HQ, D]``."""
         s = self.settings
-        if self.fits(x, self.visible_budget()):
+        fits = self.fits(x, self.visible_budget())
+        moved = s.positions == "cache" and s.num_sinks > 0 and (x.dropped is not None or not fits)
+        if fits and not moved:
             self.record(x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
-        band = SinkWindow(num_sinks=s.num_sinks, window_size=max(s.window_size, self.cover or 0))
+        band = SinkWindow(num_sinks=s.num_sinks, window_size=self._window())
         self.record(x, x.k, {"window": band})
+        if moved:
+            return self._attend_in_cache(x)
         return sparse_attention(x.q, x.k, x.v, band, layout=x.layout, scale=x.scale)[0]
+
+    def _window(self) -> int:
+        return max(self.settings.window_size, self.cover or 0)
+
+    def _attend_in_cache(self, x: AttentionInputs) -> Tensor:
+        """Attend to the window, and to the sinks outside of it with the query turned to its place."""
+        s, window = self.settings, self._window()
+        position = x.positions()  # [B or 1, TQ]
+        place = position.clamp(max=s.num_sinks + window - 1)
+        q = x.move(x.q, position.clamp(min=0), place.clamp(min=0))
+        length, device = x.q.shape[1], x.q.device
+        behind = x.layout.positions(length, device) - x.layout.row_starts(length, device) - window
+        sinks = torch.arange(s.num_sinks, device=device).expand(*behind.shape, -1)
+        listed = sinks.where(sinks <= behind[..., None], -1)[:, None]  # [B or 1, 1, TQ, num_sinks]
+        far = TokenSelection(token_indices=listed.expand(x.q.shape[0], -1, -1, -1))
+        near = SinkWindow(num_sinks=0, window_size=window)
+        parts = [
+            sparse_attention(queries, x.k, x.v, pattern, layout=x.layout, scale=x.scale)
+            for queries, pattern in ((x.q, near), (q, far))
+        ]
+        return merge_lse(*zip(*parts, strict=True))[0]

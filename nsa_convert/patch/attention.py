@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nsa_convert.methods.base import AttentionInputs, SparseMethod, select_heads
+from nsa_convert.methods.base import AttentionInputs, Pool, SparseMethod
+from nsa_convert.methods.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import sparse_cache_layer
 from nsa_convert.patch.collectives import gather_tokens, mean_over
+from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.pooling import grow_cells, grow_stream, pool_sequence
-from nsa_convert.patch.rope import rotate
+from nsa_convert.patch.rope import mover, rotate
 
 
 class SparseAttention(nn.Module):
@@ -87,21 +90,26 @@ class SparseAttention(nn.Module):
             k, v = (gather_tokens(x, self.context_group) for x in (k, v))
             kept = self.sparse.cached_streams
             streams |= {name: gather_tokens(streams[name], self.context_group) for name in kept}
-        k, v, pooled, streams = self._remember(k, v, streams, past_key_values, sparse_context)
+        new_tokens = k.shape[1]
+        parts, pooled, streams = self._remember(k, v, streams, past_key_values, sparse_context)
         inputs = AttentionInputs(
+            **vars(parts[0]),
             q=q,
-            k=k,
-            v=v,
             hidden=hidden_states,
             pooled=pooled,
-            layout=sparse_context.layout,
             scale=self.scaling,
             streams=streams,
             shared=sparse_context.shared,
+            move=mover(sparse_context.rotary),
+            parts=parts if len(parts) > 1 else (),
         )
         mode = sparse_context.training
         if mode is None:
-            return self.o_proj(self.sparse(inputs).reshape(batch, length, -1)), None
+            o = self.sparse(inputs)
+            if past_key_values is not None and forgets(self.sparse):
+                layer = past_key_values.layers[self.layer_idx]
+                let_go(self.sparse, layer, parts, sparse_context, new_tokens)
+            return self.o_proj(o.reshape(batch, length, -1)), None
         o, losses = self.sparse.train_forward(inputs, mode)
         none = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
         values = torch.stack([none, *(losses.get(name, none) for name in mode.losses)])[1:]
@@ -128,24 +136,34 @@ class SparseAttention(nn.Module):
 
     def _remember(
         self, k: Tensor, v: Tensor, streams: dict[str, Tensor], cache: Any, context: SparseContext
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Append to the cache and return all keys, all values, the compressed cells and the streams."""
+    ) -> tuple[tuple[CachedPart, ...], dict[str, Tensor], dict[str, Tensor]]:
+        """Append to the cache; return what the method may read, the compressed cells and the streams.
+
+        Where a part of the layer forgets, there is one entry for each part, else one for all.
+        """
         pools = self.sparse.pools()
         if cache is None:
-            cells = {p.name: pool_sequence(self.sparse, p, _heads(p, k, v), context) for p in pools}
-            return k, v, cells, streams
-        new_tokens = k.shape[1]
-        layer = sparse_cache_layer(cache, self.layer_idx)
-        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-        k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        offset = context.layout.offset
-        if not isinstance(offset, Tensor):  # a static cache hands out its whole capacity
-            k, v = k[:, : offset + new_tokens], v[:, : offset + new_tokens]
+            cells = {p.name: pool_sequence(self.sparse, p, _source(p, k, v), context) for p in pools}
+            return (CachedPart(k=k, v=v, layout=context.layout),), cells, streams
+        new_tokens, offset = k.shape[1], context.layout.offset
+        if forgets(self.sparse):
+            layer = evicting_cache_layer(cache, self.layer_idx)
+            parts = recall(self.sparse, layer, k, v, context)
+            place = whole_heads(self.sparse)
+            pools = tuple(dataclasses.replace(p, heads=[place[head] for head in p.heads]) for p in pools)
+            k, v = (x.transpose(1, 2) if place else x for x in (layer.keys, layer.values))
+        else:
+            layer = sparse_cache_layer(cache, self.layer_idx)
+            keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            k, v = keys.transpose(1, 2), values.transpose(1, 2)
+            if not isinstance(offset, Tensor):  # a static cache hands out its whole capacity
+                k, v = k[:, : offset + new_tokens], v[:, : offset + new_tokens]
+            parts = (CachedPart(k=k, v=v, layout=context.layout),)
         cells = {
-            p.name: grow_cells(self.sparse, p, layer, _heads(p, k, v), new_tokens, context) for p in pools
+            p.name: grow_cells(self.sparse, p, layer, _source(p, k, v), new_tokens, context) for p in pools
         }
         kept = {name: grow_stream(layer, name, streams[name], offset) for name in self.sparse.cached_streams}
-        return k, v, cells, {**streams, **kept}
+        return parts, cells, {**streams, **kept}
 
 
 def _one_row(x: Tensor) -> Tensor:
@@ -153,6 +171,6 @@ def _one_row(x: Tensor) -> Tensor:
     return x.reshape(1, -1, *x.shape[2:])
 
 
-def _heads(pool: Any, k: Tensor, v: Tensor) -> Tensor:
+def _source(pool: Pool, k: Tensor, v: Tensor) -> Tensor:
     """Return the keys or values of the heads a pool reads."""
     return select_heads(k if pool.source == "key" else v, pool.heads)

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 GROWTH = 256
-"""A growing buffer gets room for at least this many tokens more, and for a quarter more than it holds."""
+"""A growing buffer gets room for at least this many tokens more, and for a 64th more than it holds."""
 
 
 @functools.cache
-def _sparse_layer_class(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+def sparse_cache_class(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
     """Return the subclass of a cache layer class that also keeps compressed cells."""
     # One base class only: an object can be retyped to it in place.
 
@@ -80,7 +80,7 @@ def sparse_cache_layer(cache: Cache, layer_index: int) -> CacheLayerMixin:
         cache.layers.append(maker())
     layer = cache.layers[layer_index]
     if not getattr(layer, "is_sparse", False):
-        layer.__class__ = _sparse_layer_class(type(layer))
+        layer.__class__ = sparse_cache_class(type(layer))
     return layer
 
 
@@ -153,7 +153,7 @@ def _append(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, T
         and buffer.shape[:2] == held.shape[:2]
     )
     if not fits:
-        buffer = new.new_empty(*new.shape[:2], total + max(GROWTH, total // 4), new.shape[3])
+        buffer = new.new_empty(*new.shape[:2], total + max(GROWTH, total // 64), new.shape[3])
         if length:
             buffer[:, :, :length] = held
     buffer[:, :, length:total] = new

@@ -1,7 +1,8 @@
 """Memory and work of dense and sparse attention, by arithmetic alone.
 
-Counted: raw keys and values plus compressed cells in the cache; multiply-adds of attention scores and outputs
-(2 FLOPs each), not of projections or the MLP, which conversion does not change.
+Counted: in the cache, raw keys and values that stay, compressed cells, and what a method remembers beside
+them; multiply-adds of attention scores and outputs (2 FLOPs each), not of projections or the MLP, which
+conversion does not change.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from nsa_convert.config import AttentionGeometry
 from nsa_convert.methods.base import SparseMethod
 
 CONTEXTS = (8192, 32768, 131072)
+FLOAT32 = 4
+"""Bytes of a number that a method remembers beside keys and values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,10 @@ def _cost(
     for method in [leaf for layer in methods for leaf in layer.leaves()]:
         limit, heads = method.keys_per_query(), method.geometry.num_kv_heads
         seen = length if limit is None else min(length, limit)
-        kv += 2 * heads * (1 + method.extra_head_sets()) * row * length
+        policy = method.cache_policy()
+        kept = length if policy is None else policy.size(length)
+        kv += 2 * heads * (1 + method.extra_head_sets()) * row * kept
+        kv += 0 if policy is None else FLOAT32 * policy.numbers(length, method.geometry)
         decode += 2 * heads * row * seen
         work = 2 * method.geometry.num_query_heads * geometry.head_dim  # FLOPs of one product with a key
         flops += 2 * work * _sum_of_keys(length, limit)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -15,6 +17,20 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Undo :func:`rotate`, the attention scaling of YaRN included (``cos**2 + sin**2`` is its square)."""
     norm = (cos * cos + sin * sin).unsqueeze(2)
     return (x * cos.unsqueeze(2) - _swap_halves(x) * sin.unsqueeze(2)) / norm
+
+
+def mover(rotary: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return ``move(x, old, new)``: rotated ``x [B, T, h, D]`` turned between positions ``[B or 1, T]``.
+
+    It computes in float32 or wider: two rotations in half precision would lose what one keeps.
+    """
+
+    def move(x: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        plain = unrotate(wide, *rotary(wide, position_ids=old))
+        return rotate(plain, *rotary(wide, position_ids=new)).to(x.dtype)
+
+    return move
 
 
 def _swap_halves(x: Tensor) -> Tensor:

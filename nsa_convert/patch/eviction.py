@@ -1,0 +1,246 @@
+"""The KV cache of a layer that forgets: for each method that forgets its kept tokens, for the others all.
+
+A layer of a dynamic cache is retyped in place, as in :mod:`nsa_convert.patch.cache`. Heads whose method has
+no cache policy stay in its ``keys`` and ``values``; the others move to ``held``, where their storage really
+shrinks. What a row holds follows from what it has seen, so rows are reordered and selected as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from nsa_convert.methods.base import SparseMethod
+from nsa_convert.methods.cache_policy import CachePolicy, forget
+from nsa_convert.methods.inputs import CachedPart, select_heads
+from nsa_convert.patch.cache import sparse_cache_class, sparse_cache_layer
+from nsa_convert.patch.layout import SparseContext
+from nsa_convert.patterns import SequenceLayout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held:
+    """What is left of the past for one method's heads.
+
+    Attributes:
+        keys: ``[B, h, M, D]``, each row's tokens at the end.
+        values: ``[B, h, M, D]``.
+        memory: What the method remembers beside them, batch first.
+    """
+
+    keys: Tensor
+    values: Tensor
+    memory: dict[str, Tensor]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Held:
+        """Return this with every tensor changed."""
+        memory = {name: change(x) for name, x in self.memory.items()}
+        return Held(keys=change(self.keys), values=change(self.values), memory=memory)
+
+
+class EvictingLayer(sparse_cache_class(DynamicLayer)):
+    """A dynamic cache layer that has forgotten tokens; its length is still what it has seen."""
+
+    is_croppable = False
+    seen = 0
+    held: dict[int, Held] | None = None  # number of the method among the layer's -> what is left
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens the layer has seen, forgotten ones included."""
+        return self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to go back: what was forgotten for the tokens to remove is gone.
+
+        Raises:
+            NotImplementedError: Unless nothing has to be removed.
+        """
+        if tokens_to_remove and self.seen:
+            raise NotImplementedError(
+                "this cache has forgotten tokens and cannot be cropped: assisted decoding, prompt lookup and "
+                "contrastive search need a method that keeps its cache (streaming: cache=keep)"
+            )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.seen, self.held = 0, None
+
+    def offload(self) -> None:
+        """Move to the CPU."""
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move back to the layer's device."""
+        self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._map(lambda x: x[indices])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized and self.keys.dim() == 4:  # an empty DynamicLayer holds a 1-D tensor
+            self.keys, self.values = change(self.keys), change(self.values)
+        self._map_cells(change)
+        self.held = {i: held.map(change) for i, held in (self.held or {}).items()}
+
+
+def forgets(method: SparseMethod) -> bool:
+    """Return whether any part of a layer's method has a cache policy."""
+    return any(leaf.cache_policy() is not None for leaf in method.leaves())
+
+
+def evicting_cache_layer(cache: Cache, layer_index: int) -> EvictingLayer:
+    """Return the layer of a dynamic cache, made if needed and retyped so that it can forget.
+
+    Raises:
+        NotImplementedError: The cache is static, quantised or offloaded.
+    """
+    layer = sparse_cache_layer(cache, layer_index)
+    if isinstance(layer, EvictingLayer):
+        return layer
+    if type(layer) is not sparse_cache_class(DynamicLayer) or getattr(cache, "offloading", False):
+        kind = type(cache).__name__
+        raise NotImplementedError(
+            f"this model's layers forget tokens, which a {kind} of {type(layer).__bases__[0].__name__}s "
+            "cannot: use the default dynamic cache, or a method that keeps its cache (streaming: cache=keep)"
+        )
+    layer.__class__ = EvictingLayer
+    return layer
+
+
+def recall(
+    method: SparseMethod, layer: EvictingLayer, k: Tensor, v: Tensor, context: SparseContext
+) -> tuple[CachedPart, ...]:
+    """Append new tokens and return what each of a layer's methods may read.
+
+    Args:
+        method: The layer's method.
+        layer: Its cache layer.
+        k: ``[B, T, Hc, D]`` new keys.
+        v: ``[B, T, Hc, D]`` new values.
+        context: Padding of the rows.
+    """
+    if not layer.is_initialized:
+        layer.lazy_initialization(k, v)
+    policies, heads = [leaf.cache_policy() for leaf in method.leaves()], method.cached_heads()
+    rows = _Rows.of(context, layer.seen, k.shape[0], k.shape[1])
+    place = whole_heads(method)
+    whole: tuple[Tensor, Tensor] = (k, v)
+    if place:
+        new = (x[:, :, list(place)].transpose(1, 2) for x in (k, v))
+        whole = tuple(x.transpose(1, 2) for x in layer.update(*new))
+    parts = []
+    for i, (policy, own) in enumerate(zip(policies, heads, strict=True)):
+        if policy is None:
+            keys, values = (select_heads(x, [place[head] for head in own]) for x in whole)
+            parts.append(CachedPart(k=keys, v=values, layout=context.layout))
+            continue
+        new, held = [select_heads(x, own) for x in (k, v)], (layer.held or {}).get(i)
+        if held is not None:
+            pairs = zip((held.keys, held.values), new, strict=True)
+            new = [torch.cat([old, x.transpose(1, 2)], 2).transpose(1, 2) for old, x in pairs]
+        memory = {} if held is None else dict(held.memory)
+        layout, dropped = rows.layout(policy, new[0].shape[1], k.device)
+        parts.append(CachedPart(k=new[0], v=new[1], layout=layout, dropped=dropped, memory=memory))
+    return tuple(parts)
+
+
+def let_go(
+    method: SparseMethod,
+    layer: EvictingLayer,
+    parts: Sequence[CachedPart],
+    context: SparseContext,
+    new_tokens: int,
+) -> None:
+    """Forget what the policies of a layer's methods give up, after a call with ``new_tokens`` tokens.
+
+    Args:
+        method: The layer's method.
+        layer: Its cache layer.
+        parts: From :func:`recall`, with the memory that the methods have changed.
+        context: Padding of the rows.
+        new_tokens: Tokens of the call.
+    """
+    rows = _Rows.of(context, layer.seen, parts[0].k.shape[0], new_tokens)
+    layer.held = layer.held or {}
+    for i, (leaf, part) in enumerate(zip(method.leaves(), parts, strict=True)):
+        policy = leaf.cache_policy()
+        if policy is not None:
+            held, stay = rows.held(policy), rows.stay(policy)
+            k, v, memory = forget(policy, part.k, part.v, part.memory, held, stay)
+            layer.held[i] = Held(keys=k.transpose(1, 2), values=v.transpose(1, 2), memory=memory)
+    layer.seen += new_tokens
+
+
+def whole_heads(method: SparseMethod) -> dict[int, int]:
+    """Return cached head -> its place among the heads of a layer that keep all tokens."""
+    pairs = zip(method.leaves(), method.cached_heads(), strict=True)
+    kept = [head for leaf, heads in pairs if leaf.cache_policy() is None for head in heads]
+    return {head: place for place, head in enumerate(kept)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Real tokens of each row before a call and in it."""
+
+    before: tuple[int, ...]
+    new: tuple[int, ...]
+
+    @classmethod
+    def of(cls, context: SparseContext, past: int, batch: int, new_tokens: int) -> _Rows:
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "a cache that forgets cannot be compiled: run decoding without compiling"
+            )
+        starts = context.starts or (0,) * batch
+        before = tuple(max(0, past - start) for start in starts)
+        after = (max(0, past + new_tokens - start) for start in starts)
+        return cls(before=before, new=tuple(b - a for a, b in zip(before, after, strict=True)))
+
+    def held(self, policy: CachePolicy) -> list[int]:
+        """Return the tokens of each row among a call's keys."""
+        return [policy.size(seen) + new for seen, new in zip(self.before, self.new, strict=True)]
+
+    def stay(self, policy: CachePolicy) -> list[int]:
+        """Return the tokens of each row that stay after the call."""
+        return [policy.size(seen + new) for seen, new in zip(self.before, self.new, strict=True)]
+
+    def layout(
+        self, policy: CachePolicy, num_keys: int, device: torch.device
+    ) -> tuple[SequenceLayout, Tensor | None]:
+        """Return where queries and rows are among ``num_keys`` keys, and how much of each row is dropped."""
+        start = [num_keys - held for held in self.held(policy)]
+        dropped = [seen - policy.size(seen) for seen in self.before]
+        offset = max(policy.size(seen) for seen in self.before)
+        starts, forgotten = (torch.tensor(x, device=device) if any(x) else None for x in (start, dropped))
+        return SequenceLayout(offset=offset, start=starts), forgotten
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Return the bytes a cache holds: keys, values, cells, what methods remember, room to grow included."""
+    seen: dict[int, int] = {}
+    for layer in cache.layers:
+        for x in _tensors(layer):
+            storage = x.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+def _tensors(layer: CacheLayerMixin) -> list[Tensor]:
+    tensors = [layer.keys, layer.values, *(getattr(layer, "cells", None) or {}).values()]
+    for part in (getattr(layer, "held", None) or {}).values():
+        tensors += [part.keys, part.values, *part.memory.values()]
+    return [x for x in tensors if isinstance(x, Tensor)]

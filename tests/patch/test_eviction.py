@@ -1,0 +1,199 @@
+"""Caches that forget: what is left, in how many bytes, and that generation goes on as it should."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from nsa_convert.patch.estimate import context_costs
+from nsa_convert.patch.eviction import cache_bytes
+from nsa_convert.patch.patching import patch_model, sparse_methods, with_full_budget
+from nsa_convert.patch.plan import resolve_plan
+from tests.models import NSA, STREAMING, dense_model, plan, tokens, trained_model
+
+EVICTING = {**STREAMING, "cache": "evict"}
+MIXED = {**EVICTING, "rules": [{"method": "full", "layers": [0, 2], "heads": [1]}]}
+NEXT_TO_CELLS = {**EVICTING, "rules": [{**NSA, "layers": [0, 1], "heads": [1]}]}
+EXACT = {
+    "absolute": EVICTING,
+    "cache": {**EVICTING, "positions": "cache"},
+    "no-sinks": {**EVICTING, "num_sinks": 0, "window_size": 1},
+    "mixed": MIXED,
+    "beside-cells": NEXT_TO_CELLS,
+}
+"""Plans that forget only what no later query can see: the cache changes nothing."""
+GREEDY = {"max_new_tokens": 14, "do_sample": False}
+
+
+@pytest.fixture(params=list(EXACT), scope="module")
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return trained_model("qwen3", EXACT[request.param])
+
+
+@pytest.fixture(scope="module")
+def prompt() -> torch.Tensor:
+    return tokens(1, 53)
+
+
+@pytest.fixture(scope="module")
+def expected(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
+    return model.generate(prompt, use_cache=False, **GREEDY)
+
+
+def padded_batch(*lengths: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    prompts = [tokens(1, n, seed=n) for n in lengths]
+    width = max(lengths)
+    ids = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (width - p.shape[1], 0)) for p in prompts])
+    return ids, mask, prompts
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}], ids=["dynamic", "chunked"])
+    def test_greedy(self, model, prompt, expected, options) -> None:
+        assert torch.equal(model.generate(prompt, **options, **GREEDY), expected)
+
+    def test_beam_search(self, model, prompt) -> None:
+        beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+        assert torch.equal(model.generate(prompt, **beams), model.generate(prompt, use_cache=False, **beams))
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"prefill_chunk_size": 9}, {"num_beams": 3}], ids=["dynamic", "chunked", "beam"]
+    )
+    def test_left_padded_batch(self, model, options) -> None:
+        ids, mask, prompts = padded_batch(53, 20, 37, 5)
+        beams = {"num_beams": 3} if "num_beams" in options else {}
+        out = model.generate(ids, attention_mask=mask, **options, **GREEDY)[:, 53:]
+        for row, alone in zip(out, prompts, strict=True):
+            single = model.generate(alone, use_cache=False, **beams, **GREEDY)[0, alone.shape[1] :]
+            assert torch.equal(row, single)
+
+    def test_several_turns_on_one_cache(self, model, prompt) -> None:
+        cache, text = DynamicCache(config=model.config), prompt
+        for turn in range(3):
+            expected = model.generate(text, use_cache=False, **GREEDY)
+            out = model.generate(text, past_key_values=cache, **GREEDY)
+            assert torch.equal(out, expected), turn
+            text = torch.cat([out, tokens(1, 11 + turn, seed=turn)], 1)
+
+    def test_rows_are_dropped_and_repeated(self, model) -> None:
+        ids, mask, _ = padded_batch(53, 20, 37)
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+            cache.batch_select_indices(torch.tensor([2, 1]))
+            cache.batch_repeat_interleave(2)
+            rows = [2, 2, 1, 1]
+            new = tokens(4, 3, seed=7)
+            longer = torch.cat([mask[rows], torch.ones_like(new)], 1)
+            out = model(new, attention_mask=longer, past_key_values=cache).logits
+            whole = torch.cat([ids[rows], new], 1)
+            expected = model(whole, attention_mask=longer, use_cache=False).logits[:, -3:]
+        assert (out - expected).abs().max() < 1e-10
+
+    def test_token_by_token_equals_one_pass(self, model, prompt) -> None:
+        cache = DynamicCache()
+        with torch.no_grad():
+            steps = [model(prompt[:, i : i + 1], past_key_values=cache).logits for i in range(53)]
+            assert (torch.cat(steps, 1) - model(prompt, use_cache=False).logits).abs().max() < 1e-10
+        assert cache.get_seq_length() == 53
+
+    def test_a_copied_cache_goes_its_own_way(self, model, prompt) -> None:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+            other = copy.deepcopy(cache)
+            expected = model(tokens(1, 4, seed=5), past_key_values=copy.deepcopy(cache)).logits
+            model(tokens(1, 4, seed=6), past_key_values=other)
+            assert torch.equal(model(tokens(1, 4, seed=5), past_key_values=cache).logits, expected)
+
+    def test_a_reset_cache_starts_again(self, model, prompt, expected) -> None:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(tokens(1, 40, seed=3), past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model.generate(prompt, past_key_values=cache, **GREEDY), expected)
+
+
+class TestRefusals:
+    def test_static_cache(self, model, prompt) -> None:
+        with pytest.raises(NotImplementedError, match="default dynamic cache"):
+            model.generate(prompt, cache_implementation="static", **GREEDY)
+
+    def test_crop(self, model, prompt) -> None:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+        cache.crop(0)
+        with pytest.raises(NotImplementedError, match="cannot be cropped"):
+            cache.crop(-3)
+
+    def test_prompt_lookup(self, model, prompt) -> None:
+        repeated = torch.cat([prompt[:, :20]] * 3, 1)
+        with pytest.raises(NotImplementedError, match="prompt lookup"):
+            model.generate(repeated, prompt_lookup_num_tokens=5, **GREEDY)
+
+
+SIZES = {
+    "streaming": {"method": "streaming", "num_sinks": 64, "window_size": 960},
+    "half-streaming": {
+        "method": "streaming",
+        "num_sinks": 64,
+        "window_size": 960,
+        "rules": [{"method": "full", "layers": [0, 1], "heads": [1]}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bytes_at_16k_tokens_follow_the_formula(name: str, batch: int) -> None:
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 20000, "initializer_range": 0.02}
+    model = patch_model(dense_model("llama", **sizes).float(), plan(SIZES[name]))
+    cache, length = DynamicCache(), 16384
+    with torch.inference_mode():
+        for begin in range(0, length, 4096):
+            model.model(tokens(batch, 4096, seed=begin), past_key_values=cache)
+        first = cache_bytes(cache)
+        model.model(tokens(batch, 3), past_key_values=cache)  # decoding leaves room behind what still grows
+    methods = sparse_methods(model)
+    (cost,) = context_costs(methods, methods[0].geometry, 4, [length])
+    for measured in (first, cache_bytes(cache)):
+        assert measured == pytest.approx(batch * cost.sparse_kv_bytes, rel=0.02)
+    assert cost.sparse_kv_bytes < (0.07 if name == "streaming" else 0.54) * cost.dense_kv_bytes
+
+
+def test_full_budget_forgets_nothing() -> None:
+    model, ids = dense_model("llama"), tokens(2, 60)
+    with torch.no_grad():
+        dense = model(ids).logits
+        patch_model(model, plan(EVICTING))
+        with with_full_budget(model, 60):
+            cache = DynamicCache()
+            steps = [model(ids[:, i : i + 20], past_key_values=cache).logits for i in range(0, 60, 20)]
+    assert (torch.cat(steps, 1) - dense).abs().max() < 1e-10
+    assert cache.layers[0].held[0].keys.shape[2] == 60
+
+
+def test_heads_of_one_layer_have_caches_of_two_sizes() -> None:
+    model, cache = trained_model("llama", MIXED), DynamicCache()
+    with torch.no_grad():
+        model(tokens(1, 50), past_key_values=cache)
+    mixed, streaming, _ = cache.layers
+    assert mixed.keys.shape[1:3] == (1, 50)
+    assert [held.keys.shape[1:3] for held in mixed.held.values()] == [(1, 14)]
+    assert [held.keys.shape[1:3] for held in streaming.held.values()] == [(2, 14)]
+    assert streaming.held[0].keys.untyped_storage().nbytes() == 2 * 14 * 16 * 8  # nothing behind the view
+
+
+def test_plan_is_read_strictly() -> None:
+    from nsa_convert.errors import ConfigError
+    from tests.patch.test_conformance import GEOMETRY
+
+    with pytest.raises(ConfigError, match="unknown key 'positons'; did you mean 'positions'"):
+        resolve_plan(plan({**EVICTING, "positons": "cache"}), 3, GEOMETRY)
+    with pytest.raises(ConfigError, match="one of absolute, cache"):
+        resolve_plan(plan({**EVICTING, "positions": "relative"}), 3, GEOMETRY)
