@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsa_convert.evaluation.report import simple_table, write_csv
+from nsa_convert.evaluation.report import flat_layer, simple_table, write_csv
 from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
 
 if TYPE_CHECKING:
@@ -95,14 +95,11 @@ def speed_rows(outcomes: Iterable[tuple[Case, str, Mapping[str, Any]]]) -> list[
 
 
 def _csv_tables(values: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    def layer(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, "captured_by_head": " ".join(f"{x:.6f}" for x in row["captured_by_head"])}
-
     texts = values["texts"]
     return {
         "buckets.csv": [{"text": text["name"], **row} for text in texts for row in text["buckets"]],
         "positions.csv": [{"text": text["name"], **row} for text in texts for row in text["curve"]],
-        "layers.csv": [{"text": text["name"], **layer(row)} for text in texts for row in text["layers"]],
+        "layers.csv": [{"text": text["name"], **flat_layer(row)} for text in texts for row in text["layers"]],
         "needles.csv": [{"model": who, **row} for who, rows in values["needles"].items() for row in rows],
         "tasks.csv": [dict(row) for row in values["tasks"]],
         "speed.csv": [dict(row) for row in values["speed"]],

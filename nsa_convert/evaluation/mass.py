@@ -34,7 +34,7 @@ class LayerMass:
         captured_by_head: The same for each key/value head (mean over its query heads).
         oracle: Mass that the best choice of as many blocks would capture, None for a fixed band.
         recall: Share of those best blocks that were selected, None for a fixed band.
-        gate: Mean gate value of the branch, None without gates.
+        gates: Branch name -> mean gate value, all branches of the layer; None without gates.
         heads: Key/value heads the row is about; None for all heads of the layer.
     """
 
@@ -45,7 +45,7 @@ class LayerMass:
     captured: float
     captured_by_head: tuple[float, ...]
     oracle: float | None
-    gate: float | None
+    gates: dict[str, float] | None
     recall: float | None = None
     heads: tuple[int, ...] | None = None
 
@@ -85,7 +85,7 @@ class MassProbe:
             return
         queries = sample_queries(record.q.shape[1], self.min_context, self.num_queries).to(record.q.device)
         mass = _pattern_masses(record, queries)
-        for index, (name, pattern) in enumerate(record.patterns.items()):
+        for name, pattern in record.patterns.items():
             captured, oracle, recall = mass[name]  # [HQ], [HQ] or None, the same
             kv_heads = record.k.shape[2]
             self.rows.append(
@@ -96,7 +96,7 @@ class MassProbe:
                     captured_by_head=tuple(captured.view(kv_heads, -1).mean(1).tolist()),
                     oracle=None if oracle is None else oracle.mean().item(),
                     recall=None if recall is None else recall.mean().item(),
-                    gate=_gate_mean(record, name, index), heads=record.heads,
+                    gates=_gate_means(record), heads=record.heads,
                 )
             )
 
@@ -107,12 +107,13 @@ def sample_queries(num_queries: int, min_context: int, count: int) -> Tensor:
     return torch.linspace(first, num_queries - 1, min(count, num_queries - first)).round().long()
 
 
-def _gate_mean(record: AttentionRecord, name: str, index: int) -> float | None:
+def _gate_means(record: AttentionRecord) -> dict[str, float] | None:
     if record.gates is None:
         return None
-    names = ("compressed", "selected", "window")  # NSA's order; a single gate belongs to the single pattern
-    branch = names.index(name) if record.gates.shape[-1] == len(names) else index
-    return record.gates[..., branch].float().mean().item()
+    means = record.gates.float().flatten(0, -2).mean(0).tolist()
+    # NSA's order; a single gate belongs to the single pattern.
+    names = ("compressed", "selected", "window") if len(means) == 3 else tuple(record.patterns)
+    return dict(zip(names, means, strict=True))
 
 
 def _pattern_masses(

@@ -227,10 +227,10 @@ def _layers(report: Report) -> Plot | None:
 def _gates(report: Report) -> Plot | None:
     def panel(text: Mapping[str, Any], rows: list[dict[str, Any]]) -> Panel:
         def draw(axis: Axes) -> None:
-            names = dict.fromkeys(row["pattern"] for row in rows)
-            for name, colour in zip(names, (SPARSE, DENSE, THIRD), strict=False):
-                mine = [row for row in rows if row["pattern"] == name]
-                x, y = [row["layer"] for row in mine], [row["gate"] for row in mine]
+            names = dict.fromkeys(name for row in rows for name in row["gates"])
+            for name, colour in zip(names, (THIRD, SPARSE, DENSE), strict=False):
+                mine = [row for row in rows if name in row["gates"]]
+                x, y = [row["layer"] for row in mine], [row["gates"][name] for row in mine]
                 axis.plot(x, y, color=colour, marker=".", label=name)
             axis.axhline(0, color="0.5", linewidth=0.8)
             axis.set_xlabel("layer")
@@ -243,7 +243,8 @@ def _gates(report: Report) -> Plot | None:
 
     panels = []
     for text in report.get("texts", []):
-        rows = [row for row in text["layers"] if row["gate"] is not None]
+        rows = [row for row in text["layers"] if row["gates"] is not None]
+        rows = list({(row["layer"], str(row.get("heads"))): row for row in rows}.values())  # not each pattern
         panels += [panel(text, rows)] if rows else []
     return _plot(
         "gates", "Branch use by layer", panels, "layers.csv",

@@ -161,7 +161,9 @@ class QuickReport:
         tables = {
             "buckets.csv": [{"text": t.text.name, **r} for t in self.texts for r in t.bucket_rows()],
             "positions.csv": [{"text": t.text.name, **r} for t in self.texts for r in t.curve()],
-            "layers.csv": [{"text": t.text.name, **_flat(r)} for t in self.texts for r in t.layers],
+            "layers.csv": [
+                {"text": t.text.name, **flat_layer(row.to_dict())} for t in self.texts for row in t.layers
+            ],
             "needles.csv": [
                 {"model": who, **dataclasses.asdict(score)}
                 for who, scores in self.needles.items()
@@ -186,10 +188,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _flat(row: LayerMass) -> dict[str, Any]:
-    values = row.to_dict()
-    values["captured_by_head"] = " ".join(f"{x:.6f}" for x in values["captured_by_head"])
-    return values
+def flat_layer(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a :class:`LayerMass` row with one number or text in each cell."""
+    gates = row["gates"] or {}
+    return {
+        **row,
+        "captured_by_head": " ".join(f"{x:.6f}" for x in row["captured_by_head"]),
+        "gates": " ".join(f"{name}={value:.6f}" for name, value in gates.items()),
+    }
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -18,7 +18,8 @@ def text(name: str) -> dict[str, Any]:
             "layer": layer, "pattern": pattern, "budget": 1024, "density": 0.25,
             "captured": 0.8 - 0.01 * layer, "captured_by_head": [0.8, 0.7],
             "oracle": 0.9 if pattern == "selected" else None,
-            "recall": 0.6 if pattern == "selected" else None, "gate": float(pattern == "selected"),
+            "recall": 0.6 if pattern == "selected" else None, 
+            "gates": {"compressed": 0.0, "selected": 1.0, "window": 0.0},
         }
         for layer in range(4)
         for pattern in ("selected", "window")
