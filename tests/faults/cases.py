@@ -230,5 +230,5 @@ ELSEWHERE: dict[str, str] = {}
 NOT_APPLICABLE: dict[str, str] = {}
 """Case -> why it cannot happen here."""
 
-OPEN = {"CK", "CF", "TK", "RC", "DA", "TR", "SV", "HB", "KN", "CL", "EV"}
+OPEN = {"CF", "TK", "RC", "DA", "TR", "SV", "HB", "KN", "CL", "EV"}
 """Areas that are not complete yet; to be emptied."""

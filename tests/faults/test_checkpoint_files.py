@@ -1,345 +1,271 @@
-"""Damaged and hostile checkpoint files: refused with the right code, OUT absent, the source untouched."""
+"""Weight files that are damaged, not what they seem, or not where they should be."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from nsa_convert.convert import convert_checkpoint
-from nsa_convert.errors import NsaConvertError
-from tests.checkpoints import edit_json, shard_paths, tree_hash, write_dense
-from tests.test_convert import NSA
-
-INDEX = "model.safetensors.index.json"
-
-
-def cut(source: Path, size: int) -> None:
-    os.truncate(shard_paths(source)[2], size)
-
-
-def replace_shard(source: Path, content: bytes) -> None:
-    shard_paths(source)[2].write_bytes(content)
+from tests.checkpoints import shard_paths
+from tests.faults.checks import (
+    converted,
+    entry,
+    python,
+    refused,
+    rename_in_index,
+    safetensors_bytes,
+    snapshot,
+    third,
+)
 
 
-def rename_in_index(source: Path, name: str) -> None:
-    weight_map = json.loads((source / INDEX).read_text())["weight_map"]
-    old = shard_paths(source)[2].name
-    edit_json(
-        source / INDEX, weight_map={key: name if value == old else value for key, value in weight_map.items()}
-    )
+def test_ck01_empty_shard(source):
+    os.truncate(third(source), 0)
+    refused(source, "CK01", third(source).name, "0 bytes", "download is incomplete")
 
 
-def to_outside(source: Path, name: str) -> None:
-    shutil.copy(shard_paths(source)[2], source.parent / "evil.safetensors")
-    rename_in_index(source, name)
+@pytest.mark.parametrize("keep", ["half", "all but one"])
+def test_ck02_shard_cut_off(source, keep):
+    size = third(source).stat().st_size
+    left = size // 2 if keep == "half" else size - 1
+    os.truncate(third(source), left)
+    refused(source, "CK02", third(source).name, f"{size:,} bytes", f"{left:,} bytes")
 
 
-def edit_tensors(source: Path, change) -> None:
-    path = shard_paths(source)[2]
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+def test_ck02_cut_inside_the_header(source):
+    os.truncate(third(source), 20)
+    refused(source, "CK02", "inside its header", "20 bytes")
 
 
-def edit_weight_map(source: Path, change) -> None:
-    weight_map = json.loads((source / INDEX).read_text())["weight_map"]
-    change(weight_map)
-    edit_json(source / INDEX, weight_map=weight_map)
+def test_ck03_trailing_byte(source):
+    size = third(source).stat().st_size
+    with third(source).open("ab") as file:
+        file.write(b"x")
+    refused(source, "CK03", "1 bytes after its last tensor", f"{size:,} bytes", f"{size + 1:,} bytes")
 
 
-def name_of(source: Path, shard: int = 2) -> str:
-    return sorted(load_file(shard_paths(source)[shard]))[0]
-
-
-def link_outside(source: Path) -> None:
-    path = shard_paths(source)[2]
-    path.rename(source.parent / "elsewhere.safetensors")
-    path.symlink_to(source.parent / "elsewhere.safetensors")
-
-
-def link_to_itself(source: Path) -> None:
-    path = shard_paths(source)[2]
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def swap_shards(source: Path) -> None:
-    first, second = shard_paths(source)[2:4]
-    one, two = first.read_bytes(), second.read_bytes()
-    first.write_bytes(two)
-    second.write_bytes(one)
-
-
-def drop_tensor(source: Path) -> None:
-    name = name_of(source)
-    path = shard_paths(source)[2]
-    tensors = load_file(path)
-    del tensors[name]
-    save_file(tensors, path, metadata={"format": "pt"})
-    edit_weight_map(source, lambda weight_map: weight_map.pop(name))
-
-
-def duplicate_tensor(source: Path) -> None:
-    extra = load_file(shard_paths(source)[3])
-    edit_tensors(source, lambda tensors: tensors.update(extra))
-
-
-def ghost_tensor(source: Path) -> None:
-    edit_weight_map(source, lambda weight_map: weight_map.update({"ghost": shard_paths(source)[2].name}))
-
-
-def only_pickles(source: Path) -> None:
-    for path in [*shard_paths(source), source / INDEX]:
-        path.unlink()
-    torch.save({}, source / "pytorch_model.bin")
-
-
-def only_adapter(source: Path) -> None:
-    for path in [*shard_paths(source), source / INDEX, source / "config.json"]:
-        path.unlink()
-    (source / "adapter_config.json").write_text("{}")
-
-
-def a_pipe(source: Path) -> None:
-    path = shard_paths(source)[2]
-    path.unlink()
-    os.mkfifo(path)
-
-
-def a_folder(source: Path) -> None:
-    path = shard_paths(source)[2]
-    path.unlink()
-    path.mkdir()
-
-
-def set_value(value: float):
-    def change(tensors):
-        next(iter(tensors.values())).view(-1)[3] = value
-
-    return change
-
-
-def case_clash(source: Path) -> None:
-    path = shard_paths(source)[2]
-    shutil.copy(path, path.with_name(path.name.upper().replace("SAFETENSORS", "safetensors")))
-    name = name_of(source)
-    edit_weight_map(
-        source,
-        lambda weight_map: weight_map.update({name: path.name.upper().replace("SAFETENSORS", "safetensors")}),
-    )
-
-
-def first_key(tensors: dict) -> str:
-    return sorted(tensors)[0]
-
-
-def widen(tensors: dict) -> None:
-    tensors[first_key(tensors)] = torch.zeros(3, 3)
-
-
-def as_integers(tensors: dict) -> None:
-    tensors[first_key(tensors)] = tensors[first_key(tensors)].int()
-
-
-CASES = {
-    "CK01": lambda s: cut(s, 0),
-    "CK02": lambda s: cut(s, shard_paths(s)[2].stat().st_size // 2),
-    "CK02-one byte": lambda s: cut(s, shard_paths(s)[2].stat().st_size - 1),
-    "CK03": lambda s: replace_shard(s, shard_paths(s)[2].read_bytes() + b"x"),
-    "CK04": lambda s: replace_shard(s, (2**63).to_bytes(8, "little") + bytes(100)),
-    "CK08": lambda s: replace_shard(s, b"version https://git-lfs.github.com/spec/v1\n"),
-    "CK09": lambda s: replace_shard(s, b"<html>not found</html>"),
-    "CK10": lambda s: shard_paths(s)[2].unlink(),
-    "CK11": lambda s: to_outside(s, "../evil.safetensors"),
-    "CK12": lambda s: to_outside(s, str(s.parent / "evil.safetensors")),
-    "CK13-backslash": lambda s: to_outside(s, "x\\evil.safetensors"),
-    "CK13-folder": lambda s: to_outside(s, "x/evil.safetensors"),
-    "CK13-newline": lambda s: to_outside(s, "x\n.safetensors"),
-    "CK13-zero byte": lambda s: to_outside(s, "x\0.safetensors"),
-    "CK13-device": lambda s: to_outside(s, "con.safetensors"),
-    "CK14": link_outside,
-    "CK15": link_to_itself,
-    "CK17": a_pipe,
-    "CK18": a_folder,
-    "CK20-not JSON": lambda s: (s / INDEX).write_text("{"),
-    "CK20-no map": lambda s: edit_json(s / INDEX, weight_map=...),
-    "CK21-ghost": ghost_tensor,
-    "CK21-omitted": lambda s: edit_weight_map(s, lambda m: m.pop(name_of(s))),
-    "CK21-twice": duplicate_tensor,
-    "CK23": drop_tensor,
-    "CK24": lambda s: (
-        edit_tensors(s, lambda t: t.update(extra=torch.zeros(2))),
-        edit_weight_map(s, lambda m: m.update(extra=shard_paths(s)[2].name)),
-    ),
-    "CK25": lambda s: edit_tensors(s, widen),
-    "CK26": lambda s: edit_tensors(s, as_integers),
-    "CK27-nan": lambda s: edit_tensors(s, set_value(float("nan"))),
-    "CK27-inf": lambda s: edit_tensors(s, set_value(float("-inf"))),
-    "CK30": swap_shards,
-    "CK31": only_pickles,
-    "CK36": lambda s: edit_json(s / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-    "CK37": only_adapter,
-    "SV14": case_clash,
+CK04 = {
+    "2^63": (safetensors_bytes({}, bytes(100), length=2**63), f"{2**63:,} bytes"),
+    "seven bytes": (bytes(7), "7 bytes"),
+    "90 MB": (safetensors_bytes(None, raw=b'{"a":[' + b"[]," * 29_999_990), "89,999,976 bytes"),
+    "30 MB of lists": (safetensors_bytes(None, raw=b'{"a":[' + b"[]," * 9_999_990), "values"),
+    "deep": (safetensors_bytes(None, raw=b'{"a":' + b"[" * 100_000), "nested too deeply"),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_refused(source, tmp_path, case):
-    CASES[case](source)
-    before = None if case == "CK17" else tree_hash(source)
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    error = caught.value
-    codes = {error.code, *(problem.code for problem in error.problems)}
-    assert case[:4] in codes
-    assert error.exit_status == 3
-    assert not (tmp_path / "out").exists()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".nsa")] == []
-    assert before is None or tree_hash(source) == before
+@pytest.mark.parametrize(("content", "told"), CK04.values(), ids=CK04)
+def test_ck04_impossible_header(source, content, told):
+    third(source).write_bytes(content)
+    refused(source, "CK04", third(source).name, told, seconds=1)
 
 
-def test_ck10_names_all_missing_shards(source, tmp_path):
-    missing = [shard_paths(source)[i] for i in (1, 3, 5)]
-    for path in missing:
+def test_ck04_takes_little_memory(tmp_path):
+    """Small lists take thirty times the memory of their text, so their number is looked at first."""
+    path = tmp_path / "model.safetensors"
+    script = (
+        "import re, sys; from pathlib import Path\n"
+        "from nsa_convert.errors import CheckpointError\n"
+        "from nsa_convert.patch.headers import read_header\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: read_header(Path(path)); print('accepted')\n"
+        "    except CheckpointError as error: print(error.code)\n"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024)\n"
+    )
+    keys = b"{" + b",".join(b'"%057d":1' % number for number in range(490_000)) + b"}"
+    contents = [CK04["90 MB"][0], CK04["30 MB of lists"][0], safetensors_bytes(None, raw=keys)]
+    paths = [path.with_name(f"{number}.safetensors") for number in range(len(contents))]
+    for place, content in zip(paths, contents, strict=True):
+        place.write_bytes(content)
+    done = python(script, *paths)
+    assert done.stdout.split()[:3] == ["CK04", "CK04", "CK05"], done.stderr
+    assert int(done.stdout.split()[3]) < 500
+
+
+CK05 = {
+    "not UTF-8": (safetensors_bytes(None, raw=b'{"\xff": 1}'), "not UTF-8"),
+    "not JSON": (safetensors_bytes(None, raw=b'{"a": '), "not valid JSON"),
+    "leading space": (safetensors_bytes(None, raw=b' {"a": 1}'), "does not start with '{'"),
+    "list": (safetensors_bytes(None, raw=b"[]"), "does not start with '{'"),
+    "no offsets": (safetensors_bytes({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)), "data_offsets"),
+    "metadata": (safetensors_bytes({"__metadata__": 1}), "__metadata__"),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), CK05.values(), ids=CK05)
+def test_ck05_header_that_is_no_json(source, content, told):
+    third(source).write_bytes(content)
+    refused(source, "CK05", third(source).name, told)
+
+
+CK06 = {
+    "tensor twice": b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+    b'"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+    "dtype twice": b'{"a":{"dtype":"U8","dtype":"I8","shape":[2],"data_offsets":[0,2]}}',
+    "NaN": b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,2]}}',
+    "infinite": b'{"a":{"dtype":"U8","shape":[1e999],"data_offsets":[0,2]}}',
+    "half a character": b'{"\\ud800":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
+}
+
+
+@pytest.mark.parametrize("raw", CK06.values(), ids=CK06)
+def test_ck06_name_listed_twice(source, raw):
+    third(source).write_bytes(safetensors_bytes(None, bytes(2), raw=raw))
+    refused(source, "CK06", third(source).name)
+
+
+CK07 = {
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "overlaps"),
+    "gap": ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "gap"),
+    "negative": ({"a": entry(-8, 0)}, 8, "whole numbers"),
+    "backwards": ({"a": entry(8, 0)}, 8, "offsets span"),
+    "shape does not fit": ({"a": entry(0, 8, (3,))}, 8, "12 bytes"),
+    "overflow": ({"a": entry(0, 8, (2**40, 2**40))}, 8, "bytes"),
+    "float": ({"a": entry(0, 8, (2.0,))}, 8, "whole numbers"),
+    "true": ({"a": entry(0, 4, (True,))}, 4, "whole numbers"),
+}
+
+
+@pytest.mark.parametrize(("table", "size", "told"), CK07.values(), ids=CK07)
+def test_ck07_impossible_offsets(source, table, size, told):
+    third(source).write_bytes(safetensors_bytes(table, bytes(size)))
+    refused(source, "CK07", third(source).name, told)
+
+
+def test_ck08_git_lfs_pointer(source):
+    third(source).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(source, "CK08", third(source).name, "Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"<!DOCTYPE html><html>404</html>", "HTML"), (b'{"error": "not found"}', "JSON error message")],
+)
+def test_ck09_error_page(source, content, told):
+    third(source).write_bytes(content)
+    refused(source, "CK09", third(source).name, told, "again")
+
+
+@pytest.mark.parametrize("missing", [(2,), (1, 3, 5)])
+def test_ck10_missing_shards_are_all_named(source, missing):
+    paths = [shard_paths(source)[number] for number in missing]
+    for path in paths:
         path.unlink()
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert all(path.name in str(caught.value) for path in missing)
-    assert len(caught.value.problems) == 3
+    error = refused(source, "CK10", *(path.name for path in paths), "missing")
+    assert len(error["problems"]) == (len(paths) if len(paths) > 1 else 0)
 
 
-def test_ck19_no_permission(source, tmp_path):
-    """As another user, since root may read everything."""
+def outside(source: Path, name: str) -> None:
+    """Put the shard outside of the folder and let the index lead there."""
+    shutil.copy(third(source), source.parent / "evil.safetensors")
+    rename_in_index(source, name)
+
+
+def test_ck11_index_leads_to_the_parent(source):
+    outside(source, "../evil.safetensors")
+    refused(source, "CK11", "'../evil.safetensors'", "leaves the checkpoint directory")
+
+
+def test_ck12_index_with_an_absolute_path(source):
+    outside(source, str(source.parent / "evil.safetensors"))
+    refused(source, "CK12", "leaves the checkpoint directory")
+
+
+@pytest.mark.parametrize(
+    "name", ["x\\evil", "x/evil", "x\nevil", "x\0evil", "con.safetensors", "", ".", "a?b"]
+)
+def test_ck13_index_with_a_name_that_is_none(source, name):
+    outside(source, name)
+    refused(source, "CK13", "is not a plain file name", repr(name))
+
+
+def test_ck13_backslashes_to_the_parent(source):
+    outside(source, "..\\evil")
+    refused(source, "CK11", "leaves the checkpoint directory")
+
+
+def test_ck14_symlink_to_the_outside(source):
+    third(source).rename(source.parent / "elsewhere.safetensors")
+    (source / "model-00003-of-00010.safetensors").symlink_to(source.parent / "elsewhere.safetensors")
+    refused(source, "CK14", "model-00003-of-00010.safetensors", "elsewhere", "symlink that leaves")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
+def test_ck14_other_files_may_not_lead_outside_either(source, name):
+    (source / name).rename(source.parent / "elsewhere")
+    (source / name).symlink_to(source.parent / "elsewhere")
+    refused(source, "CK14", name, "symlink that leaves")
+
+
+def test_ck15_symlink_loop(source):
+    name = third(source).name
+    third(source).unlink()
+    (source / name).symlink_to(name)
+    refused(source, "CK15", name, "leads back to itself")
+
+
+def test_ck15_symlink_to_nothing(source):
+    name = third(source).name
+    third(source).unlink()
+    (source / name).symlink_to("nothing")
+    refused(source, "CK15", name, "leads nowhere")
+
+
+def hub_cache(source: Path) -> Path:
+    """Lay a checkpoint out as the Hub's cache does: links to blobs that are called by their hash."""
+    cache = source.parent / "models--x--y"
+    cached, blobs = cache / "snapshots/abc", cache / "blobs"
+    cached.mkdir(parents=True)
+    blobs.mkdir()
+    for name, digest in snapshot(source).items():
+        shutil.copy(source / name, blobs / digest)
+        (cached / name).symlink_to(Path("../../blobs") / digest)
+    return cached
+
+
+def test_ck16_hub_cache(source):
+    cached = hub_cache(source)
+    before = snapshot(cached.parents[1])
+    out, _ = converted(cached, out=source.parent / "out")
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    assert snapshot(cached.parents[1]) == before
+
+
+def test_ck17_pipe_is_never_opened(source):
+    name = third(source).name
+    third(source).unlink()
+    os.mkfifo(source / name)
+    refused(source, "CK17", name, "a pipe, socket or device", seconds=2)
+
+
+def test_ck18_folder_as_a_shard(source):
+    name = third(source).name
+    third(source).unlink()
+    (source / name).mkdir()
+    refused(source, "CK18", name, "a directory", "a regular file")
+
+
+def test_ck19_shard_without_read_permission(source):
+    """As another user, since root may read everything; modules are loaded before the change of user."""
     if os.geteuid() != 0:
         pytest.skip("needs root to become another user")
-    shard_paths(source)[2].chmod(0)
+    for path in source.iterdir():
+        path.chmod(0o644)
+    third(source).chmod(0)
     for path in (source, *source.parents):
-        if os.access(path, os.W_OK) and path != Path("/"):
+        if path != Path("/"):
             path.chmod(path.stat().st_mode | 0o055)
     script = (
-        "import os, sys; os.setgid(65534); os.setuid(65534)\n"
-        "from nsa_convert.errors import NsaConvertError\n"
-        "from nsa_convert.patch.headers import read_header\n"
-        "from pathlib import Path\n"
-        "try: read_header(Path(sys.argv[1]))\n"
-        "except NsaConvertError as error: print(error.code, error.exit_status)\n"
+        "import os, sys; from nsa_convert.cli import main\n"
+        "try: main(['inspect', sys.argv[2], '--json'])\n"
+        "except SystemExit: pass\n"
+        "sys.stdout.flush(); os.setgid(65534); os.setuid(65534)\n"
+        "print(); main(['inspect', sys.argv[1], '--json'])\n"
     )
-    # Imported before the change of user, the package need not be readable for it.
-    script = "import nsa_convert.patch.headers\n" + script
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(shard_paths(source)[2])],
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.split() == ["CK19", "5"], done.stderr
-
-
-def test_ck20_missing_metadata_is_no_error(source, tmp_path):
-    edit_json(source / INDEX, metadata=...)
-    report = convert_checkpoint(source, tmp_path / "out", NSA)
-    assert any("no 'metadata'" in line for line in report.warnings)
-
-
-def test_ck22_wrong_total_is_corrected(source, tmp_path):
-    edit_json(source / INDEX, metadata={"total_size": 1})
-    report = convert_checkpoint(source, tmp_path / "out", NSA)
-    assert any("CK22" in line for line in report.warnings)
-    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"] > 1
-
-
-def test_ck24_extra_tensors_can_be_kept(source, tmp_path):
-    CASES["CK24"](source)
-    convert_checkpoint(source, tmp_path / "out", NSA, allow_extra_tensors=True)
-    assert "extra" in json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
-
-
-def test_ck27_names_tensor_index_and_count(source, tmp_path):
-    path = shard_paths(source)[2]
-    tensors = load_file(path)
-    name = max(tensors, key=lambda key: tensors[key].numel())
-    tensors[name][1, 2] = float("nan")
-    tensors[name][2, 0] = float("inf")
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(
-        NsaConvertError, match=r"2 values that are not finite, the first at \[1, 2\]"
-    ) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert name in str(caught.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_ck27_in_every_dtype(tmp_path, dtype):
-    source = write_dense(tmp_path / "dense", shards=False)
-    path = source / "model.safetensors"
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    convert_checkpoint(source, tmp_path / "fine", NSA)
-    tensors["model.norm.weight"][-1] = float("inf")
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(NsaConvertError, match=r"model.norm.weight .* at \[31\]"):
-        convert_checkpoint(source, tmp_path / "out", NSA)
-
-
-def test_ck32_pickles_are_not_run(source, tmp_path):
-    only_pickles(source)
-    sentinel = tmp_path / "sentinel"
-
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {sentinel}",)
-
-    torch.save({"x": Evil()}, source / "pytorch_model.bin")
-    with pytest.raises(NsaConvertError):
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert not sentinel.exists()
-
-
-def test_ck33_ck34_harmless_leftovers(tmp_path):
-    source = write_dense(tmp_path / "dense", shards=False)
-    (source / "pytorch_model.bin").write_bytes(b"old")
-    (source / INDEX).write_text("{}")
-    warnings = " ".join(convert_checkpoint(source, tmp_path / "out", NSA).warnings)
-    assert "CK33" in warnings
-    assert "CK34" in warnings
-
-
-def test_ck35_already_converted(source, tmp_path):
-    convert_checkpoint(source, tmp_path / "once", NSA)
-    with pytest.raises(NsaConvertError, match="already converted") as caught:
-        convert_checkpoint(tmp_path / "once", tmp_path / "twice", NSA)
-    assert (caught.value.code, caught.value.exit_status) == ("CK35", 3)
-
-
-def test_ck39_file_changes_between_check_and_reading(source, tmp_path, monkeypatch):
-    from nsa_convert import convert
-
-    def swap_then_check(checkpoint):
-        path = shard_paths(source)[2]
-        tensors = load_file(path)
-        os.unlink(path)
-        save_file({name.replace("weight", "wright"): tensor for name, tensor in tensors.items()}, path)
-
-    monkeypatch.setattr(convert, "check_tokenizer", swap_then_check)
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert caught.value.code == "CK39"
-    assert not (tmp_path / "out").exists()
-
-
-def test_ck40_tied_head_stored_twice(tmp_path):
-    source = write_dense(tmp_path / "dense", shards=False, tie_word_embeddings=True)
-    path = source / "model.safetensors"
-    tensors = load_file(path)
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
-    assert any("CK40" in line for line in convert_checkpoint(source, tmp_path / "out", NSA).warnings)
+    other = shutil.copytree(source, source.parent / "readable", copy_function=shutil.copyfile)
+    done = python(script, source, other)
+    assert done.returncode == 5, done.stderr
+    assert '"code": "CK19"' in done.stdout.splitlines()[-1]
+    assert third(source).name in done.stdout.splitlines()[-1]
+    assert "chmod u+r" in done.stdout.splitlines()[-1]
