@@ -73,6 +73,8 @@ VARIANTS = {
     "ssa": SSA,
     "moba": MOBA,
     "moba-group": {**MOBA, "share": "group"},
+    "moba-conv": {**MOBA, "key_conv": 3},
+    "moba-conv-hybrid": {**SSA, "rules": [{**MOBA, "key_conv": 4, "layers": [0, 2], "heads": [1]}]},
     "infllm_v2": INFLLM_V2,
     "infllm_v2-coarse": {**INFLLM_V2, "kernel_size": 4, "kernel_stride": 2, "lse": "coarse"},
     "dsa": DSA,

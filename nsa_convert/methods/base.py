@@ -179,6 +179,8 @@ class SparseMethod(nn.Module):
     """Whether the heads of a layer choose together, so that a hybrid must not split them."""
     cached_streams: tuple[str, ...] = ()
     """Names of the :meth:`streams` that are kept in the cache."""
+    key_taps: int = 1
+    """Neighbouring tokens whose keys :meth:`mix_keys` reads, the token's own included."""
 
     def __init__(self, settings: Any, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__()
@@ -215,6 +217,15 @@ class SparseMethod(nn.Module):
     def extra_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return further keys and values ``[B, T, He, D]`` before norm and RoPE, or None."""
         return None
+
+    def mix_keys(self, taps: Sequence[Tensor]) -> Tensor:
+        """Return the keys of the new tokens before RoPE.
+
+        Args:
+            taps: :attr:`key_taps` tensors ``[B, T, H, D]``: the keys of the tokens themselves, of the tokens
+                before them, and so on; 0 where the document has no such token.
+        """
+        return taps[0]
 
     def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return per-token vectors of the new tokens, such as index keys and index queries.
@@ -263,6 +274,10 @@ class SparseMethod(nn.Module):
         """Return the most raw keys one query reads over all branches; None when it reads all of them."""
         return None
 
+    def keys_per_prompt_query(self) -> int | None:
+        """Return what :meth:`keys_per_query` is while a prompt is read, where that differs."""
+        return self.keys_per_query()
+
     def index_size(self) -> IndexSize | None:
         """Return what choosing reads of every earlier token, or None for methods that read cells only."""
         return None
@@ -288,16 +303,21 @@ class SparseMethod(nn.Module):
         if mode.stream == "full" and not self.runs_full:
             raise ValueError(f"{self.spec.name} cannot run as dense attention with its own weights")
         if mode.stream == "full" and not mode.losses:
-            return self.teacher(x), {}
+            return self.dense(x), {}
         sparse = self(x)
         if mode.stream == "sparse" and not mode.losses:
             return sparse, {}
         dense = self.teacher(x)
-        o = {"sparse": sparse, "full": dense, "teacher": dense.detach()}[mode.stream]
+        full = self.dense(x) if mode.stream == "full" and x.plain_keys is not None else dense
+        o = {"sparse": sparse, "full": full, "teacher": dense.detach()}[mode.stream]
         return o, self.auxiliary_losses(x, sparse, dense, mode)
 
     def teacher(self, x: AttentionInputs) -> Tensor:
-        """Return dense attention over the same keys and values, ``[B, TQ, HQ, D]``."""
+        """Return the dense model's attention, ``[B, TQ, HQ, D]``."""
+        return self.dense(x if x.plain_keys is None else dataclasses.replace(x, k=x.plain_keys))
+
+    def dense(self, x: AttentionInputs) -> Tensor:
+        """Return dense attention over the keys and values of the method, ``[B, TQ, HQ, D]``."""
         heads = x.k.shape[2] // (1 + self.extra_head_sets())
         return dense_attention(x.q, x.k[:, :, :heads], x.v[:, :, :heads], layout=x.layout, scale=x.scale)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ class HeadMix(SparseMethod):
         self.stage_losses = _merge(method.stage_losses for method in self.parts)
         self.dual_stream = any(method.dual_stream for method in self.parts)
         self.runs_full = True
+        self.key_taps = max(method.key_taps for method in self.parts)
         self.cached_streams = tuple(
             f"{i}.{name}" for i, method in enumerate(self.parts) for name in method.cached_streams
         )
@@ -111,6 +112,16 @@ class HeadMix(SparseMethod):
             return None
         keys, values = zip(*extra, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
+
+    def mix_keys(self, taps: Sequence[Tensor]) -> Tensor:
+        """Let each part mix the keys of its heads."""
+        mixed = taps[0].clone()
+        for method, cached in zip(self.parts, self.cached_heads(), strict=True):
+            if method.key_taps > 1:
+                mixed[:, :, list(cached)] = method.mix_keys(
+                    [select_heads(x, cached) for x in taps[: method.key_taps]]
+                )
+        return mixed
 
     def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return the streams of all parts."""
@@ -175,6 +186,7 @@ class HeadMix(SparseMethod):
                 q=select_heads(x.q, _query_heads(self.geometry, part.heads)),
                 pooled=_own(x.pooled, i),
                 streams=_own(x.streams, i),
+                plain_keys=None if x.plain_keys is None else select_heads(x.plain_keys, cached),
                 parts=(),
             )
 

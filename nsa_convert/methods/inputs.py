@@ -40,6 +40,8 @@ class AttentionInputs:
         v: ``[B, TK, Hc, D]`` values, past included.
         hidden: ``[B, TQ, hidden]`` input of the attention layer.
         pooled: Pool name -> ``[B, C, H, D]`` compressed cells.
+        plain_keys: In training, ``[B, TK, H, D]`` rotated keys as the dense model has them, where the method
+            mixes neighbouring keys; else None, and k are these.
         shared: What layers of one forward pass tell each other: selections that later layers reuse.
         streams: Name -> ``[B, TK, h, d]`` for the method's cached streams, ``[B, TQ, h, d]`` for its others.
         layout: Position of the queries, padding and packing; a cache that forgot is a shorter sequence.
@@ -60,6 +62,7 @@ class AttentionInputs:
     layout: SequenceLayout
     scale: float
     streams: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    plain_keys: Tensor | None = None
     shared: dict[Any, Pattern] = dataclasses.field(default_factory=dict)
     move: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     dropped: Tensor | None = None

@@ -2,21 +2,28 @@
 
 A block's key is the mean of its token keys; a query head keeps the blocks with the largest product and always
 its own block, which counts as one of the k (section 2.2 and the released code). Here the first block is kept
-too: a dense model needs its attention sink. There is nothing to initialise, and one softmax joins the blocks.
+too: a dense model needs its attention sink. One softmax joins the blocks. There is nothing to initialise,
+unless a short convolution mixes neighbouring keys (FlashMoBA, Xiao et al. 2025, arXiv 2511.11571).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
+from nsa_convert.methods.base import AttentionInputs, InitialisedModule, MethodSpec, Pool
 from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
+
+MAX_TAPS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,8 @@ class MoBASettings(BlockBudget):
         num_local_blocks: Last blocks always selected, the query's own included.
         share: ``"none"`` lets every query head choose (the paper); ``"group"`` sums the scores of the heads
             that share a key head, which costs one list per key head.
+        key_conv: Neighbouring tokens whose keys are mixed before RoPE (FlashMoBA, section 4: 3 or 5); 0 for
+            none. The convolution starts at the dense model.
         decode: ``"sparse"``, or ``"dense"`` as published: a step of one token attends to everything.
         reuse_from: Earlier layer whose selection this one attends to; -1 for its own.
         mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights.
@@ -40,9 +49,42 @@ class MoBASettings(BlockBudget):
     num_sink_blocks: int = 1
     num_local_blocks: int = 1
     share: Literal["none", "group"] = "none"
+    key_conv: int = 0
     decode: Literal["sparse", "dense"] = "sparse"
     mode: Literal["sparse", "full"] = "sparse"
     reuse_from: int = NO_REUSE
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the convolution."""
+        allowed = self.key_conv == 0 or 2 <= self.key_conv <= MAX_TAPS
+        return [] if allowed else [f"key_conv must be 0 or 2 to {MAX_TAPS}, got {self.key_conv}"]
+
+
+class KeyConv(InitialisedModule):
+    """A causal convolution over the keys of each head and coordinate, added to the key (arXiv:2511.11571).
+
+    ``k'_t = k_t + SiLU(sum_l w_l * k_{t - l})``. The weight starts at 0, so keys start unchanged; SiLU has slope
+    1/2 there.
+
+    Args:
+        num_heads: H.
+        head_dim: D.
+        taps: Tokens it reaches, the own one included.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, taps))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Return zeros."""
+        return {"weight": torch.zeros(self.weight.shape)}
+
+    def forward(self, taps: Sequence[Tensor]) -> Tensor:
+        """Return the mixed keys ``[B, T, H, D]``."""
+        weights = self.weight.unbind(-1)
+        return taps[0] + functional.silu(sum(w * x for w, x in zip(weights, taps, strict=True)))
 
 
 class MoBA(SelectingMethod):
@@ -62,12 +104,23 @@ class MoBA(SelectingMethod):
             "num_sink_blocks": "added for conversion: a dense model needs its attention sink",
             "num_local_blocks": "paper section 2.2 (the current block)",
             "share": "paper section 2.2",
+            "key_conv": "off; FlashMoBA trains with 3 or 5",
             "decode": "the paper decodes densely; sparse here",
             "mode": "paper section 3.2 (hybrid training)",
             "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
     )
     Settings = MoBASettings
+
+    def __init__(self, settings: MoBASettings, geometry: AttentionGeometry, layer_index: int) -> None:
+        super().__init__(settings, geometry, layer_index)
+        self.key_taps = max(1, settings.key_conv)
+        sizes = geometry.num_kv_heads, geometry.head_dim, settings.key_conv
+        self.key_conv = KeyConv(*sizes) if settings.key_conv else None
+
+    def mix_keys(self, taps: Sequence[Tensor]) -> Tensor:
+        """Return the keys through the convolution."""
+        return taps[0] if self.key_conv is None or self.cover is not None else self.key_conv(taps)
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the block means of the keys."""

@@ -80,11 +80,18 @@ class SparseAttention(nn.Module):
                 "attention dropout is not supported by sparse layers; set attention_dropout to 0"
             )
         batch, length = hidden_states.shape[:2]
-        q, k, v = self._project(hidden_states, position_embeddings)
+        q, k, v = self._project(hidden_states)
+        q, plain_keys = rotate(q, *position_embeddings), None
+        if self.sparse.key_taps > 1:
+            if sparse_context.training is not None:
+                plain_keys = rotate(k, *position_embeddings)
+            k = self._mix_keys(k, past_key_values, sparse_context)
+        k = rotate(k, *position_embeddings)
         streams = self.sparse.streams(hidden_states, lambda x: rotate(x, *position_embeddings))
         if sparse_context.layout.cu_seqlens is not None:
             q, k, v, hidden_states = (_one_row(x) for x in (q, k, v, hidden_states))
             streams = {name: _one_row(x) for name, x in streams.items()}
+            plain_keys = None if plain_keys is None else _one_row(plain_keys)
             past_key_values = None
         if self.context_group is not None:
             k, v = (gather_tokens(x, self.context_group) for x in (k, v))
@@ -99,6 +106,7 @@ class SparseAttention(nn.Module):
             pooled=pooled,
             scale=self.scaling,
             streams=streams,
+            plain_keys=plain_keys,
             shared=sparse_context.shared,
             move=mover(sparse_context.rotary),
             parts=parts if len(parts) > 1 else (),
@@ -117,10 +125,8 @@ class SparseAttention(nn.Module):
             values = mean_over(values, self.loss_group)
         return self.o_proj(o.reshape(batch, length, -1)), values
 
-    def _project(
-        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]``, extra heads of the method last."""
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]`` before RoPE, extra heads of the method last."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         q, k, v = (
             self.q_proj(hidden).view(shape),
@@ -132,7 +138,39 @@ class SparseAttention(nn.Module):
             k, v = torch.cat([k, extra[0]], 2), torch.cat([v, extra[1]], 2)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, *position_embeddings), rotate(k, *position_embeddings), v
+        return q, k, v
+
+    def _mix_keys(self, k: Tensor, cache: Any, context: SparseContext) -> Tensor:
+        """Let the method mix the keys of neighbouring tokens, before RoPE.
+
+        The cache keeps the keys as they were, so that it can be cropped and continued at any token.
+
+        Args:
+            k: ``[B, T, Hc, D]`` keys before RoPE.
+            cache: A transformers cache, or None.
+            context: Offset, padding and packing.
+
+        Raises:
+            NotImplementedError: The tokens of a row are spread over processes.
+        """
+        if self.context_group is not None:
+            raise NotImplementedError(
+                "a convolution over keys does not reach across context-parallel processes; "
+                "set key_conv to 0 or train without context parallelism"
+            )
+        layout, packed = context.layout, context.layout.cu_seqlens is not None
+        own = known = _one_row(k) if packed else k
+        if cache is not None and not packed:
+            layer = sparse_cache_layer(cache, self.layer_idx)
+            known = grow_stream(layer, "plain keys", k, layout.offset)
+        slots = layout.positions(own.shape[1], k.device)  # [T]
+        starts = layout.row_starts(own.shape[1], k.device)  # [B or 1, T]
+        taps = [own]
+        for lag in range(1, self.sparse.key_taps):
+            missing = slots - lag < starts
+            earlier = known[:, (slots - lag).clamp(min=0)]
+            taps.append(earlier.masked_fill(missing[..., None, None], 0.0))
+        return self.sparse.mix_keys(taps).reshape(k.shape)
 
     def _remember(
         self, k: Tensor, v: Tensor, streams: dict[str, Tensor], cache: Any, context: SparseContext

@@ -79,14 +79,15 @@ def _cost(
     density = 0.0
     for method in [leaf for layer in methods for leaf in layer.leaves()]:
         limit, heads = method.keys_per_query(), method.geometry.num_kv_heads
-        seen = length if limit is None else min(length, limit)
         policy = method.cache_policy()
         kept = length if policy is None else policy.size(length)
+        seen = kept if limit is None or kept < length else min(length, limit)
         kv += 2 * heads * (1 + method.extra_head_sets()) * row * kept
+        kv += heads * row * length if method.key_taps > 1 else 0  # keys before they were mixed
         kv += 0 if policy is None else FLOAT32 * policy.numbers(length, method.geometry)
         decode += 2 * heads * row * seen
         work = 2 * method.geometry.num_query_heads * geometry.head_dim  # FLOPs of one product with a key
-        flops += 2 * work * _sum_of_keys(length, limit)
+        flops += 2 * work * _sum_of_keys(length, method.keys_per_prompt_query())
         density += seen / length / len(methods) * heads / geometry.num_kv_heads
         index = method.index_size()
         if index is not None:

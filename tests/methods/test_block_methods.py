@@ -199,3 +199,44 @@ def test_bad_settings_are_named(method: str, settings: dict, message: str) -> No
     geometry = AttentionGeometry(hidden_size=10, num_query_heads=4, num_kv_heads=2, head_dim=DIM)
     with pytest.raises(ConfigError, match=message):
         build_method(LayerRule(method=method, settings=settings), geometry, 0)
+
+
+@pytest.mark.parametrize("taps", [2, 5])
+def test_moba_mixes_the_keys_of_the_tokens_before(taps: int) -> None:
+    geometry = AttentionGeometry(hidden_size=10, num_query_heads=4, num_kv_heads=2, head_dim=DIM)
+    layer = build_method(LayerRule(method="moba", settings={"key_conv": taps}), geometry, 0).double()
+    keys = torch.randn(1, 9, 2, DIM, dtype=torch.float64)
+    shifted = [torch.nn.functional.pad(keys, (0, 0, 0, 0, lag, 0))[:, :9] for lag in range(taps)]
+    assert torch.equal(layer.mix_keys(shifted), keys)
+    weight = layer.key_conv.weight
+    weight.data.normal_()
+    mixed = layer.mix_keys(shifted)
+    for t in range(9):
+        total = sum(weight[:, :, lag] * keys[0, t - lag] for lag in range(min(taps, t + 1)))
+        assert (mixed[0, t] - keys[0, t] - torch.nn.functional.silu(total)).abs().max() < 1e-12
+
+
+def test_the_teacher_of_mixed_keys_is_the_dense_model() -> None:
+    from nsa_convert.methods.base import TrainingMode
+    from nsa_convert.patch.patching import patch_model
+    from tests.models import MOBA, dense_model, plan, tokens
+
+    model, ids = dense_model("llama"), tokens(1, 60)
+    with torch.no_grad():
+        dense = model.model(ids)[0]
+        patch_model(model, plan({**MOBA, "key_conv": 3}))
+        for layer in model.model.layers:
+            layer.self_attn.sparse.key_conv.weight.normal_()
+        outputs = {
+            stream: model.model(ids, training_mode=TrainingMode(stream=stream))[0]
+            for stream in ("teacher", "full", "sparse")
+        }
+    assert (outputs["teacher"] - dense).abs().max() < 1e-10
+    assert (outputs["full"] - dense).abs().max() > 1e-3
+    assert (outputs["sparse"] - outputs["full"]).abs().max() > 1e-3
+
+
+def test_a_convolution_of_one_token_is_refused() -> None:
+    geometry = AttentionGeometry(hidden_size=10, num_query_heads=4, num_kv_heads=2, head_dim=DIM)
+    with pytest.raises(ConfigError, match="key_conv must be 0 or 2 to 16, got 1"):
+        build_method(LayerRule(method="moba", settings={"key_conv": 1}), geometry, 0)
