@@ -258,6 +258,10 @@ class SparseMethod(nn.Module):
         """Yield the methods that choose: this one, or those of the heads of a hybrid layer."""
         yield self
 
+    def chooses_causally(self) -> bool:
+        """Return whether no query's keys are chosen by later tokens."""
+        return self.spec.causal_selection
+
     def cached_heads(self) -> list[tuple[int, ...]]:
         """Return the cached heads of each of the :meth:`leaves`, its further ones included."""
         return [tuple(range(self.geometry.num_kv_heads * (1 + self.extra_head_sets())))]

@@ -92,6 +92,10 @@ class Quest(SelectingMethod):
         prompt = self.settings.prefill == "dense" and x.q.shape[1] > STEP_TOKENS and self.cover is None
         return prompt or super().is_dense(x)
 
+    def keys_per_prompt_query(self) -> int | None:
+        """Return None where a prompt is read densely."""
+        return None if self.settings.prefill == "dense" else self.keys_per_query()
+
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Return the pages with the largest bound, which is one product with ``[M, m]``.
 

@@ -9,12 +9,14 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import MethodSpec, SparseMethod
 from nsa_convert.methods.dsa import DSA
 from nsa_convert.methods.full import FullAttention
+from nsa_convert.methods.h2o import H2O
 from nsa_convert.methods.hybrid import HeadMix, HeadPart, neighbours
 from nsa_convert.methods.infllm_v2 import InfLLMv2
 from nsa_convert.methods.moba import MoBA
 from nsa_convert.methods.msa import MSA
 from nsa_convert.methods.nsa import NSA
 from nsa_convert.methods.quest import Quest
+from nsa_convert.methods.razor import Razor
 from nsa_convert.methods.ssa import SSA
 from nsa_convert.methods.streaming import Streaming
 
@@ -27,6 +29,8 @@ METHODS: dict[str, type[SparseMethod]] = {
     "msa": MSA,
     "streaming": Streaming,
     "quest": Quest,
+    "h2o": H2O,
+    "razor": Razor,
 }
 
 

@@ -1,0 +1,124 @@
+"""H2O (Zhang et al. 2023, arXiv 2306.14048): keep the tokens that received most attention, and the last ones.
+
+Every cached token carries the probability it has received from all queries so far. After each call the
+``num_recent`` last tokens stay and, of the others, the ``num_heavy`` with the largest sum; what leaves is
+gone, its sum too (greedy eviction, section 4). The query heads that share a key/value head add up their
+probabilities and keep one set. Prompts are attended to densely. Positions are those of the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
+from nsa_convert.methods.cache_policy import CachePolicy
+from nsa_convert.methods.column_sums import column_sums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeavyHitters(CachePolicy):
+    """Keeps the last tokens and those with the largest ``memory["mass"] [B, N, H]``.
+
+    Attributes:
+        num_heavy: Earlier tokens that stay.
+        num_recent: Trailing tokens that stay.
+    """
+
+    num_heavy: int
+    num_recent: int
+    per_token: ClassVar[tuple[str, ...]] = ("mass",)
+
+    def size(self, seen: int) -> int:
+        """Return ``num_heavy + num_recent``, or all tokens while there are fewer."""
+        return min(seen, self.num_heavy + self.num_recent)
+
+    def keep(self, memory: Mapping[str, Tensor], start: Tensor, stay: Tensor, num_keys: int) -> Tensor:
+        """Keep the last tokens and the heaviest others; equal sums go to the earlier token."""
+        mass = memory["mass"]
+        slots = torch.arange(num_keys, device=mass.device)
+        mass = mass.masked_fill((slots >= num_keys - self.num_recent)[:, None], torch.inf)
+        mass = mass.masked_fill((slots < start[:, None])[..., None], -torch.inf)
+        order = mass.argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(1, order, slots[:, None].expand_as(order))
+        return rank < stay[:, None, None]
+
+    def numbers(self, seen: int, geometry: AttentionGeometry) -> int:
+        """Return one sum for each kept token and head."""
+        return self.size(seen) * geometry.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class H2OSettings:
+    """Settings of H2O.
+
+    Attributes:
+        num_heavy: Tokens that stay because of the attention they received.
+        num_recent: Last tokens that stay.
+    """
+
+    num_heavy: int = 1024
+    num_recent: int = 1024
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.num_heavy < 0:
+            problems.append(f"num_heavy must be >= 0, got {self.num_heavy}")
+        if self.num_recent < 1:
+            problems.append(f"num_recent must be >= 1, got {self.num_recent}")
+        raise_problems(problems, code="CF22")
+
+
+class H2O(SparseMethod):
+    """Dense attention over a cache that keeps heavy hitters."""
+
+    spec = MethodSpec(
+        name="h2o",
+        title="H2O",
+        paper="arXiv:2306.14048",
+        summary="the cache keeps the tokens that received most attention, and the last ones; no training",
+        trainable=False,
+        phases=("decode",),
+        granularity="cached tokens per key/value head",
+        sources={
+            "num_heavy": "the authors' summarisation scripts (1024 + 1024)",
+            "num_recent": "the authors' summarisation scripts (1024 + 1024)",
+        },
+    )
+    Settings = H2OSettings
+    stage_losses = {}
+
+    def visible_budget(self) -> int:
+        """Return num_heavy + num_recent."""
+        return self.settings.num_heavy + self.settings.num_recent
+
+    def keys_per_query(self) -> int | None:
+        """Return what is kept and the query's own token."""
+        return self.visible_budget() + 1
+
+    def keys_per_prompt_query(self) -> int | None:
+        """Return None: a prompt is read densely."""
+        return None
+
+    def cache_policy(self) -> CachePolicy | None:
+        """Keep heavy hitters and the last tokens."""
+        recent = max(self.settings.num_recent, self.cover or 0)
+        return HeavyHitters(num_heavy=self.settings.num_heavy, num_recent=recent)
+
+    def forward(self, x: AttentionInputs) -> Tensor:
+        """Attend to all that is left, and note who received how much; returns ``[B, TQ, HQ, D]``."""
+        self.record(x, x.k, {})
+        if x.memory is not None:
+            received = column_sums(x.q, x.k, layout=x.layout, scale=x.scale)
+            mass = received.unflatten(2, (self.geometry.num_kv_heads, -1)).sum(3)  # [B, TK, H]
+            if "mass" in x.memory:
+                mass = mass + functional.pad(x.memory["mass"], (0, 0, 0, x.q.shape[1]))
+            x.memory["mass"] = mass
+        return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
