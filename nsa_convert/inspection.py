@@ -131,7 +131,7 @@ def inspect_checkpoint(
         contexts: Lengths for the cost tables.
 
     Raises:
-        ConfigError: The method is not known.
+        ConfigError: The method is not known, or the plan of a converted model is wrong.
         UnsupportedModelError: The architecture cannot be converted.
         CheckpointError: The checkpoint is damaged; all problems in one message.
     """
@@ -145,6 +145,7 @@ def inspect_checkpoint(
         checkpoint = open_converted(path) if converted else open_checkpoint(path, allow_extra_tensors=True)
     if converted:
         plan = SparseAttentionConfig.from_dict(checkpoint.config["sparse_attention"])
+        resolve_plan(plan, checkpoint.num_layers, checkpoint.geometry)
         outlooks = [_outlook("as converted", plan, checkpoint, contexts)]
     else:
         names = [method] if method is not None else list(METHODS)

@@ -181,7 +181,7 @@ def test_tied_embeddings(tmp_path, shards):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_mha_is_allowed(tmp_path):
+def test_cf12_mha_is_allowed(tmp_path):
     source = write_dense(tmp_path / "dense", num_key_value_heads=4)
     convert_checkpoint(source, tmp_path / "out", NSA)
     ids = torch.arange(20)[None]
@@ -193,21 +193,6 @@ def test_biases_of_llama(tmp_path):
     source = write_dense(tmp_path / "dense", attention_bias=True, mlp_bias=True)
     assert "model.layers.0.self_attn.o_proj.bias" in all_tensors(source)
     convert_checkpoint(source, tmp_path / "out", NSA)
-
-
-def test_only_known_side_files_travel(tmp_path):
-    """TK05: no code, no secrets, no optimizer state."""
-    source = write_dense(tmp_path / "dense")
-    for name in (".env", "modeling_evil.py", "optimizer.pt", "training_args.bin"):
-        (source / name).write_text("secret")
-    (source / "LICENSE").write_text("Apache-2.0")
-    (source / "README.md").write_text("a card")
-    report = convert_checkpoint(source, tmp_path / "out", NSA)
-    out = {path.name for path in (tmp_path / "out").iterdir()}
-    assert out & {".env", "modeling_evil.py", "optimizer.pt", "training_args.bin", "README.md"} == set()
-    assert {"LICENSE", "tokenizer.json"} <= out
-    assert (tmp_path / "out/source/README.md").read_text() == "a card"
-    assert any(".env" in line for line in report.warnings)
 
 
 def test_files_are_readable_for_others(tmp_path, source):
@@ -239,19 +224,6 @@ def test_overwrite_replaces_a_checkpoint(tmp_path, source):
         == "nsa"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_foreign_code_of_the_source_is_dropped(tmp_path):
-    """CF14, CF15: nothing is run, fetched or passed on."""
-    from tests.checkpoints import edit_json
-
-    source = write_dense(tmp_path / "dense")
-    edit_json(source / "config.json", attn_implementation="org/kernel", auto_map={"AutoModel": "evil.Model"})
-    report = convert_checkpoint(source, tmp_path / "out", NSA)
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert "attn_implementation" not in config
-    assert "evil" not in json.dumps(config)
-    assert sum("CF14" in line or "CF15" in line for line in report.warnings) == 2
 
 
 def test_magnitude_bits_order_like_numbers():

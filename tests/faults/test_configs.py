@@ -1,196 +1,373 @@
-"""Impossible and misleading config.json, settings and tokenizers: refused before anything is allocated."""
+"""Impossible and misleading config.json and settings: refused before anything is allocated."""
 
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
-from nsa_convert.config import LayerRule, SparseAttentionConfig
-from nsa_convert.convert import convert_checkpoint
-from nsa_convert.errors import NsaConvertError
 from tests.checkpoints import edit_json, write_dense
-from tests.test_convert import NSA
+from tests.faults.checks import METHOD, converted, edit_tensors, error_of, refused, run, warned
 
-CONFIGS = {
-    "CF01-zero": ({"num_attention_heads": 0}, "CF01"),
-    "CF01-negative": ({"num_attention_heads": -4}, "CF01"),
-    "CF01-huge": ({"num_attention_heads": 2**40}, "CF01"),
-    "CF02-zero": ({"num_key_value_heads": 0}, "CF02"),
-    "CF02-3 of 4": ({"num_key_value_heads": 3}, "CF02"),
-    "CF02-more than heads": ({"num_key_value_heads": 8}, "CF02"),
-    "CF03": ({"hidden_size": 33, "head_dim": None}, "CF03"),
-    "CF04-negative": ({"num_hidden_layers": -1}, "CF04"),
-    "CF04-zero": ({"num_hidden_layers": 0}, "CF04"),
-    "CF04-fewer": ({"num_hidden_layers": 1}, "CF04"),
-    "CF04-more": ({"num_hidden_layers": 3}, "CF04"),
-    "CF05": ({"num_hidden_layers": 10000}, "CF04"),
-    "CF06-vocabulary -1": ({"vocab_size": -1}, "CF06"),
-    "CF06-vocabulary + 1": ({"vocab_size": 65}, "CK25"),
-    "CF06-vocabulary huge": ({"vocab_size": 2**33}, "CF06"),
-    "CF06-inner huge": ({"intermediate_size": 2**40}, "CF06"),
-    "CF06-hidden huge": ({"hidden_size": 2**20}, "CF06"),
-    "CF06-pad token": ({"pad_token_id": 9999}, "CF06"),
-    "CF07-odd": ({"head_dim": 7}, "CF09"),
-    "CF07-not the weights'": ({"head_dim": 16}, "CK25"),
-    "CF08-zero": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "CF09"),
-    "CF08-negative": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "CF09"),
-    "CF09-unknown": ({"rope_parameters": {"rope_type": "bogus", "rope_theta": 1e4}}, "CF09"),
-    "CF09-factor": ({"rope_parameters": {"rope_type": "linear", "factor": -2.0, "rope_theta": 1e4}}, "CF09"),
-    "CF10-eps": ({"rms_norm_eps": -1}, "CF10"),
-    "CF10-dropout": ({"attention_dropout": 5.0}, "CF10"),
-    "CF10-positions": ({"max_position_embeddings": 0}, "CF10"),
-    "CF12-none": ({"model_type": None}, "CF12"),
-    "CF12-MoE": ({"model_type": "mixtral"}, "CF12"),
-    "CF12-encoder": ({"model_type": "bert"}, "CF12"),
-    "CF16": ({"quantization_config": {"bogus": 1}}, "CK36"),
-    "CF20-text": ({"hidden_size": "32"}, "CF20"),
-    "CF20-float": ({"num_hidden_layers": 2.0}, "CF20"),
-    "CF20-activation": ({"hidden_act": "bogus"}, "CF20"),
-    "CF20-tie": ({"tie_word_embeddings": "yes"}, "CF20"),
-    "CF21": ({"dtype": "float12"}, "CF21"),
-    "CF23": ({"layer_types": ["full_attention", "sliding_attention"]}, "CF09"),
-}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA3 = {**ROPE, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-@pytest.mark.parametrize(("changes", "code"), CONFIGS.values(), ids=CONFIGS)
-def test_refused(source, tmp_path, changes, code):
+def bad(source, code: str, *told: str, **changes) -> dict:
+    """Edit config.json; refused in less than a second, nothing allocated."""
     edit_json(source / "config.json", **changes)
-    begin = time.process_time()
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert time.process_time() - begin < 1
-    error = caught.value
-    assert code in {error.code, *(problem.code for problem in error.problems)}, str(error)
-    assert error.exit_status == 3
-    assert not (tmp_path / "out").exists()
+    return refused(source, code, *told, seconds=1)
 
 
-CONFIG_TEXTS = {
-    "CF17-empty": (b"", "CF17"),
-    "CF17-list": (b"[]", "CF17"),
-    "CF17-not JSON": (b'{"a": 1,\n "b": }', "CF17"),
-    "CF17-UTF-16": ('{"a": 1}'.encode("utf-16"), "CF17"),
-    "CF18-deep": (b'{"a":' + b"[" * 100_000, "CF18"),
-    "CF18-big": (b'{"a": "' + b"x" * 11_000_000 + b'"}', "CF18"),
-    "CF19-twice": (b'{"model_type": "llama", "model_type": "qwen2"}', "CF19"),
-    "CF19-NaN": (b'{"rms_norm_eps": NaN}', "CF19"),
-}
+@pytest.mark.parametrize("value", [0, -4, 2**40])
+def test_cf01_number_of_heads(source, value):
+    bad(source, "CF01", "num_attention_heads", repr(value), "1 to 100", num_attention_heads=value)
 
 
-@pytest.mark.parametrize(("content", "code"), CONFIG_TEXTS.values(), ids=CONFIG_TEXTS)
-def test_text_of_config(source, tmp_path, content, code):
-    (source / "config.json").write_bytes(content)
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert (caught.value.code, caught.value.exit_status) == (code, 3)
+@pytest.mark.parametrize(("value", "told"), [(0, "from 1"), (3, "not a multiple"), (8, "not a multiple")])
+def test_cf02_number_of_key_value_heads(source, value, told):
+    bad(source, "CF02", "num_key_value_heads", str(value), told, num_key_value_heads=value)
 
 
-def test_cf17_says_where(source, tmp_path):
-    (source / "config.json").write_text('{"a": 1,\n "b": }')
-    with pytest.raises(NsaConvertError, match="line 2, column 7"):
-        convert_checkpoint(source, tmp_path / "out", NSA)
+def test_cf03_hidden_size_is_no_multiple(source):
+    bad(source, "CF03", "hidden_size 33", "num_attention_heads 4", hidden_size=33, head_dim=None)
 
 
-def test_cf17_byte_order_mark_is_accepted(source, tmp_path):
-    text = (source / "config.json").read_text()
-    (source / "config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    convert_checkpoint(source, tmp_path / "out", NSA)
-
-
-def test_cf11_tie_contradicts_the_weights(tmp_path):
-    source = write_dense(tmp_path / "dense", tie_word_embeddings=True)
-    edit_json(source / "config.json", tie_word_embeddings=False)
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert caught.value.code == "CF11"
-
-
-def test_cf12_names_what_is_supported(source, tmp_path):
-    edit_json(source / "config.json", model_type="gpt2")
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert caught.value.expected == "llama, qwen2, qwen3, mistral"
-
-
-def test_cf24_no_such_place(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for place in ("empty", "missing"):
-        with pytest.raises(NsaConvertError) as caught:
-            convert_checkpoint(tmp_path / place, tmp_path / "out", NSA)
-        assert (caught.value.code, caught.value.exit_status) == ("CF24", 3)
-
-
-def test_several_problems_are_reported_at_once(source, tmp_path):
-    edit_json(source / "config.json", rms_norm_eps=-1, hidden_act="bogus", dtype="float12")
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert {problem.code for problem in caught.value.problems} == {"CF10", "CF20", "CF21"}
-
-
-SETTINGS = {
-    "CF13": ({"blok_size": 8}, "did you mean 'block_size'"),
-    "CF20-text": ({"block_size": "64"}, "must be an integer"),
-    "CF20-truth": ({"num_blocks": True}, "must be an integer"),
-    "CF20-fraction": ({"window_size": 1.5}, "must be an integer"),
-    "CF20-choice": ({"gate": "x"}, "signed, sigmoid"),
-    "CF22-stride": ({"compression_block": 8, "compression_stride": 3}, "compression_stride"),
-    "CF22-block": ({"block_size": 9, "compression_stride": 4, "compression_block": 8}, "block_size"),
-    "CF22-window": ({"window_size": 0}, "window_size"),
-    "CF22-budget": ({"num_blocks": 1, "num_sink_blocks": 1, "num_local_blocks": 2}, "num_blocks"),
-}
-
-
-@pytest.mark.parametrize(("settings", "text"), SETTINGS.values(), ids=SETTINGS)
-def test_settings(source, tmp_path, settings, text):
-    plan = SparseAttentionConfig(default=LayerRule(method="nsa", settings=settings))
-    with pytest.raises(NsaConvertError, match=text) as caught:
-        convert_checkpoint(source, tmp_path / "out", plan)
-    assert caught.value.exit_status == 3
-    assert not (tmp_path / "out").exists()
-
-
-def test_layer_that_does_not_exist(source, tmp_path):
-    plan = SparseAttentionConfig(
-        default=LayerRule(method="full"), rules=(LayerRule(method="nsa", layers=(7,)),)
+@pytest.mark.parametrize("value", [-1, 0, 1, 3])
+def test_cf04_number_of_layers(source, value):
+    told = ("from 1",) if value < 1 else ("the headers contain layers 0-1",)
+    bad(
+        source,
+        "CF04",
+        f"num_hidden_layers {'must be' if value < 1 else value}",
+        *told,
+        num_hidden_layers=value,
     )
-    with pytest.raises(NsaConvertError, match="layers 0-1"):
-        convert_checkpoint(source, tmp_path / "out", plan)
 
 
-def test_tk01_without_tokenizer(source, tmp_path):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (source / name).unlink()
-    assert any("TK01" in line for line in convert_checkpoint(source, tmp_path / "out", NSA).warnings)
+def test_cf05_ten_thousand_layers(source):
+    bad(source, "CF04", "10000", "layers 0-1", num_hidden_layers=10000)
 
 
-def test_tk02_tokenizer_beyond_the_embeddings(source, tmp_path):
-    content = json.loads((source / "tokenizer.json").read_text())
-    content["added_tokens"] = [{"id": 64, "content": "<new>"}]
-    (source / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(NsaConvertError, match="token 64") as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert caught.value.code == "TK02"
+CF06 = {
+    "vocabulary -1": ({"vocab_size": -1}, "CF06"),
+    "vocabulary + 1": ({"vocab_size": 65}, "CK25"),
+    "vocabulary 2^33": ({"vocab_size": 2**33}, "CF06"),
+    "inner 2^40": ({"intermediate_size": 2**40}, "CF06"),
+    "hidden 2^20": ({"hidden_size": 2**20}, "CF06"),
+    "pad token": ({"pad_token_id": 9999}, "CF06"),
+}
 
 
-@pytest.mark.parametrize("value", ["../../.env", "/etc/passwd"])
-def test_tk03_tokenizer_names_a_file_outside(source, tmp_path, value):
-    edit_json(source / "tokenizer_config.json", vocab_file=value)
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert caught.value.code == "TK03"
+@pytest.mark.parametrize(("changes", "code"), CF06.values(), ids=CF06)
+def test_cf06_sizes(source, changes, code):
+    ((key, value),) = changes.items()
+    bad(source, code, *((key, str(value)) if code == "CF06" else ("[64, 32]", "[65, 32]")), **changes)
 
 
-def test_tk03_side_file_links_outside(source, tmp_path):
-    (tmp_path / "secret").write_text("{}")
-    (source / "generation_config.json").unlink()
-    (source / "generation_config.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, tmp_path / "out", NSA)
-    assert caught.value.code == "CK14"
+@pytest.mark.parametrize(("value", "code", "told"), [(7, "CF09", "even"), (16, "CK25", "[64, 32]")])
+def test_cf07_head_dim(source, value, code, told):
+    bad(source, code, told, head_dim=value)
 
 
-def test_tk06_bad_generation_config(source, tmp_path):
-    (source / "generation_config.json").write_text("{")
-    assert any("TK06" in line for line in convert_checkpoint(source, tmp_path / "out", NSA).warnings)
+@pytest.mark.parametrize("value", [0, -1.0, "x", None, True])
+def test_cf08_rope_base(source, value):
+    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": value}}
+    bad(source, "CF09", "rope_theta must be a positive finite number", repr(value), **changes)
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "1e999"])
+def test_cf08_rope_base_that_is_no_number(source, text):
+    edit_json(source / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 12345})
+    path = source / "config.json"
+    path.write_text(path.read_text().replace("12345", text))
+    refused(source, "CF19", text, "config.json")
+
+
+CF09 = {
+    "unknown": ({**ROPE, "rope_type": "bogus"}, "'bogus'"),
+    "no text": ({**ROPE, "rope_type": ["yarn"]}, "supported: default, linear, llama3, yarn"),
+    "factor -2": ({**ROPE, "rope_type": "linear", "factor": -2.0}, "-2.0"),
+    "no factor": ({**ROPE, "rope_type": "yarn"}, "needs a positive factor, got None"),
+    "llama3 without its length": (LLAMA3, "original_max_position_embeddings"),
+    "llama3 with equal factors": (
+        {**LLAMA3, "high_freq_factor": 1.0, "original_max_position_embeddings": 64},
+        "high_freq_factor must be above",
+    ),
+    "no mapping": ("default", "must be a mapping"),
+    "part of the head": ({**ROPE, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+}
+
+
+@pytest.mark.parametrize(("rope", "told"), CF09.values(), ids=CF09)
+def test_cf09_rope(source, rope, told):
+    bad(source, "CF09", told, rope_parameters=rope)
+
+
+def test_cf09_complete_rope_is_fine(source):
+    edit_json(source / "config.json", rope_parameters={**LLAMA3, "original_max_position_embeddings": 64})
+    converted(source)
+
+
+CF10 = {"rms_norm_eps": -1, "attention_dropout": 5.0, "max_position_embeddings": 0}
+
+
+@pytest.mark.parametrize(("key", "value"), CF10.items(), ids=CF10)
+def test_cf10_numbers(source, key, value):
+    bad(source, "CF10", key, repr(value), **{key: value})
+
+
+def test_cf11_untied_without_a_head(tmp_path):
+    source = write_dense(tmp_path / "model", tie_word_embeddings=True)
+    bad(source, "CF11", "lm_head.weight", tie_word_embeddings=False)
+
+
+def test_cf11_tied_with_a_head_of_its_own(source):
+    """transformers would drop the stored head; only reading the two tensors can tell."""
+    edit_json(source / "config.json", tie_word_embeddings=True)
+    refused(source, "CF11", "lm_head.weight", "other values", "tie_word_embeddings", inspect=False)
+
+
+def test_cf11_tied_with_a_head_of_another_dtype(tmp_path):
+    source = write_dense(tmp_path / "model", tie_word_embeddings=True, shards=False)
+    edit_tensors(
+        source / "model.safetensors",
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].bfloat16()}),
+    )
+    refused(source, "CF11", "F32", "BF16")
+
+
+CF12 = {
+    "none": (None, "llama, qwen2, qwen3, mistral"),
+    "a number": (3, "llama, qwen2, qwen3, mistral"),
+    "MoE": ("mixtral", "mixture of experts"),
+    "MLA": ("deepseek_v3", "latent attention"),
+    "encoder": ("bert", "encoder"),
+    "no RoPE": ("gpt2", "not rotary"),
+    "no attention": ("mamba", "no attention"),
+}
+
+
+@pytest.mark.parametrize(("model_type", "told"), CF12.values(), ids=CF12)
+def test_cf12_architecture(source, model_type, told):
+    bad(source, "CF12", told, repr(model_type), model_type=model_type)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("rope_thta", "did you mean 'rope_theta'"),
+        ("num_hiden_layers", "unknown key 'num_hiden_layers'"),
+        ("nsa_blokc_size", "sparse_attention"),
+    ],
+)
+def test_cf13_misspelt_key_of_config(source, key, told):
+    changes = {"rope_parameters": ...} if key == "rope_thta" else {"num_hidden_layers": ...}
+    bad(source, "CF13", told, **{key: 2}, **({} if key.startswith("nsa") else changes))
+
+
+def test_cf13_keys_of_other_tools_are_left_alone(source):
+    edit_json(source / "config.json", pretraining_tp=1, _flash_attn_2_enabled=False, num_experts_per_tok=2)
+    converted(source)
+
+
+def test_cf13_misspelt_setting(source):
+    options = ("--method", "nsa", "--set", "blokc_size=8")
+    refused(source, "CF22", "did you mean 'block_size'", options=options, inspect=False)
+
+
+def test_cf13_misspelt_setting_of_a_converted_folder(source):
+    out, _ = converted(source)
+    config = json.loads((out / "config.json").read_text())
+    config["sparse_attention"]["default"]["blokc_size"] = 8
+    (out / "config.json").write_text(json.dumps(config))
+    for words in (["generate", out, "--prompt", "a"], ["inspect", out]):
+        assert "did you mean 'block_size'" in error_of(run(*words, "--json"), 3)["message"]
+
+
+def write_code(source, **config) -> None:
+    """Put code into the folder that leaves a file behind where it is run."""
+    (source / "evil.py").write_text(
+        f"open({str(source.parent / 'sentinel')!r}, 'w').close()\nclass Model: pass\n"
+    )
+    edit_json(
+        source / "config.json", auto_map={"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
+    )
+    edit_json(source / "config.json", **config)
+
+
+def test_cf14_custom_code_of_an_unknown_architecture(source):
+    write_code(source, model_type="evil")
+    refused(source, "CF12", "'evil'")
+    error_of(run("generate", source, "--prompt", "a", "--json"), 3)
+    assert not (source.parent / "sentinel").exists()
+
+
+def test_cf14_custom_code_of_a_known_architecture(source):
+    write_code(source)
+    edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Model", None]})
+    out = warned(source, "CF14", "neither run nor copied")
+    assert not (out / "evil.py").exists()
+    assert "evil" not in (out / "config.json").read_text()
+    for folder in (source, out):
+        run("generate", folder, "--prompt", "<1>", "--max-new-tokens", "1")
+    assert not (source.parent / "sentinel").exists()
+
+
+KERNELS = [{"attn_implementation": "kernels-community/evil"}, {"_attn_implementation": "org/kernel"}]
+
+
+@pytest.mark.parametrize("changes", KERNELS)
+def test_cf15_attention_kernels_are_not_fetched(source, changes):
+    """The folder itself may be used by `generate` and `eval`, which load it with transformers."""
+    edit_json(source / "config.json", **changes)
+    out = warned(source, "CF15", "dropped")
+    assert "attn_implementation" not in (out / "config.json").read_text()
+    import torch
+
+    from nsa_convert.patch.loading import load_causal_model
+
+    config = load_causal_model(source, torch.float32).config
+    assert config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("note", [{"bogus": 1}, "bogus", {}, []])
+def test_cf16_bogus_quantisation_note(source, note):
+    bad(source, "CK36", "quantised", "quantization_config", quantization_config=note)
+
+
+CF17 = {
+    "empty": (b"", "line 1, column 1"),
+    "list": (b"[]", "JSON object"),
+    "not JSON": (b'{"a": 1,\n "b": }', "line 2, column 7"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), CF17.values(), ids=CF17)
+def test_cf17_text_of_config(source, content, told):
+    (source / "config.json").write_bytes(content)
+    refused(source, "CF17", "config.json", told)
+
+
+def test_cf17_byte_order_mark_is_accepted(source):
+    content = (source / "config.json").read_bytes()
+    (source / "config.json").write_bytes(b"\xef\xbb\xbf" + content)
+    converted(source)
+
+
+CF18 = {
+    "100,000 levels": (b'{"a":' + b"[" * 100_000, "nested too deeply"),
+    "200 MB": (None, "200,000,000 bytes"),
+    "a million keys": (b"{" + b",".join(b'"%x":0' % i for i in range(700_000)) + b"}", "values"),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), CF18.values(), ids=CF18)
+def test_cf18_config_too_large(source, content, told):
+    with (source / "config.json").open("wb") as file:
+        file.write(content or b"")
+        file.truncate(None if content else 200_000_000)
+    refused(source, "CF18", "config.json", told, seconds=1)
+
+
+CF19 = {
+    "twice": (b'{"model_type": "llama", "model_type": "qwen2"}', "'model_type'"),
+    "twice inside": (b'{"a": {"b": 1, "b": 1}}', "'b'"),
+    "NaN": (b'{"rms_norm_eps": NaN}', "NaN"),
+    "Infinity": (b'{"rms_norm_eps": -Infinity}', "Infinity"),
+    "1e999": (b'{"rms_norm_eps": 1e999}', "1e999"),
+    "thousands of digits": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "digits"),
+    "half a character": (b'{"model_type": "\\ud800"}', "half a character"),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), CF19.values(), ids=CF19)
+def test_cf19_what_json_does_not_know(source, content, told):
+    (source / "config.json").write_bytes(content)
+    refused(source, "CF19", "config.json", told)
+
+
+CF20 = {
+    "text": {"hidden_size": "32"},
+    "2.0": {"num_hidden_layers": 2.0},
+    "1e3": {"vocab_size": 1e3},
+    "true": {"num_attention_heads": True},
+    "activation": {"hidden_act": "bogus"},
+    "list": {"hidden_act": ["silu"]},
+    "tie": {"tie_word_embeddings": "yes"},
+}
+
+
+@pytest.mark.parametrize("changes", CF20.values(), ids=CF20)
+def test_cf20_wrong_types(source, changes):
+    ((key, value),) = changes.items()
+    bad(source, "CF20", f"config.json: {key}", repr(value), **changes)
+
+
+@pytest.mark.parametrize("value", ["float12", 32, ["float32"]])
+def test_cf21_dtype(source, value):
+    bad(source, "CF21", repr(value), "float32, float16, bfloat16", dtype=value)
+
+
+CF22 = {
+    "stride": ({"compression_block": 8, "compression_stride": 3}, "compression_stride"),
+    "block": ({"block_size": 9, "compression_stride": 4, "compression_block": 8}, "block_size"),
+    "window": ({"window_size": 0}, "window_size"),
+    "budget": ({"num_blocks": 1, "num_sink_blocks": 1, "num_local_blocks": 2}, "num_blocks"),
+    "text": ({"block_size": "'64'"}, "must be an integer, got '64'"),
+    "truth": ({"num_blocks": "true"}, "must be an integer, got True"),
+    "fraction": ({"window_size": 1.5}, "must be an integer, got 1.5"),
+    "choice": ({"gate": "x"}, "signed, sigmoid"),
+}
+
+
+@pytest.mark.parametrize(("values", "told"), CF22.values(), ids=CF22)
+def test_cf22_settings_of_a_method(source, values, told):
+    pairs = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    refused(source, "CF22", told, options=("--method", "nsa", *pairs), inspect=False)
+
+
+def test_cf22_budget_beyond_the_positions(source):
+    edit_json(source / "config.json", max_position_embeddings=32)
+    warned(source, "no sparsity at any length", "32")
+    edit_json(source / "config.json", max_position_embeddings=33)
+    _, report = converted(source, out=source.parent / "other")
+    assert not any("no sparsity" in line for line in report["warnings"])
+
+
+CF23 = {
+    "sliding": (["full_attention", "sliding_attention"], "sliding_attention"),
+    "unknown": (["full_attention", "bogus"], "bogus"),
+    "too few": (["full_attention"], "lists 1 layers, num_hidden_layers is 2"),
+    "too many": (["full_attention"] * 3, "lists 3 layers"),
+    "none": ([], "full_attention"),
+    "text": ("full_attention", "full_attention"),
+}
+
+
+@pytest.mark.parametrize(("kinds", "told"), CF23.values(), ids=CF23)
+def test_cf23_layer_types(source, kinds, told):
+    bad(source, "CF09", "layer_types", told, layer_types=kinds)
+
+
+def test_cf23_layer_that_does_not_exist(source):
+    refused(source, "CF22", "layers 0-1", options=(*METHOD, "--layers", "7"), inspect=False)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "org/missing"])
+def test_cf24_no_such_place(tmp_path, monkeypatch, name):
+    """A path never falls through to the Hub."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nsa_convert.hub._snapshot", lambda *_: pytest.fail("the Hub was asked"))
+    error = error_of(run("convert", name if "/" in name else tmp_path / name, "out", *METHOD, "--json"), 3)
+    assert error["code"] == "CF24"
+    assert name in error["message"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "org"]
+
+
+def test_several_problems_are_reported_at_once(source):
+    error = bad(source, "CF10", rms_norm_eps=-1, hidden_act="bogus", dtype="float12")
+    assert {problem["code"] for problem in error["problems"]} == {"CF10", "CF20", "CF21"}
