@@ -89,6 +89,32 @@ VARIANTS = {
     "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed", "scorer": "second_order"},
 }
 
+XATTENTION = {"method": "xattention", "block_size": 8, "stride": 4, "threshold": 0.5}
+SPARGEATTN = {"method": "spargeattn", "query_block": 16, "block_size": 8, "top": 0.2, "similarity": 0.02}
+FLEXPREFILL = {"method": "flexprefill", "block_size": 8, "min_budget": 16, "gamma": 0.6, "tau": 0.3}
+MINFERENCE = {
+    "method": "minference",
+    "block_size": 8,
+    "head_patterns": [
+        ["stream_llm", 4, 12],
+        ["block_sparse", 3, 1],
+        ["stream_llm", 8, 8],
+        ["block_sparse", 2, 1],
+    ],
+}
+VERTICAL_SLASH = {"method": "minference", "block_size": 8, "vertical_size": 40, "slash_size": 100}
+
+PREFILL = {
+    "xattention": XATTENTION,
+    "xattention-group": {**XATTENTION, "share": "group"},
+    "spargeattn": SPARGEATTN,
+    "spargeattn-mass": {**SPARGEATTN, "budget": "mass", "mass": 0.5, "share": "group"},
+    "flexprefill": FLEXPREFILL,
+    "minference": MINFERENCE,
+    "minference-vertical-slash": VERTICAL_SLASH,
+}
+"""Variants that choose for tiles of a prompt and decode densely; vertical-slash sees at least 100 tokens."""
+
 METHODS = ("nsa", "ssa", "moba", "infllm_v2", "dsa", "msa", "streaming", "quest", "hybrid")
 """Variants that are tested with every family; the others, which differ in an option, with one."""
 PAIRS = [(family, name) for name in VARIANTS for family in (FAMILIES if name in METHODS else ("qwen2",))]

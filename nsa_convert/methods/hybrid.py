@@ -91,6 +91,10 @@ class HeadMix(SparseMethod):
         """Yield the methods of the parts."""
         yield from self.parts
 
+    def chooses_causally(self) -> bool:
+        """Return whether all parts choose causally."""
+        return all(method.chooses_causally() for method in self.parts)
+
     def pools(self) -> tuple[Pool, ...]:
         """Return the pools of all parts, reading the part's heads."""
         pools = []

@@ -8,17 +8,21 @@ from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttenti
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import MethodSpec, SparseMethod
 from nsa_convert.methods.dsa import DSA
+from nsa_convert.methods.flexprefill import FlexPrefill
 from nsa_convert.methods.full import FullAttention
 from nsa_convert.methods.h2o import H2O
 from nsa_convert.methods.hybrid import HeadMix, HeadPart, neighbours
 from nsa_convert.methods.infllm_v2 import InfLLMv2
+from nsa_convert.methods.minference import MInference
 from nsa_convert.methods.moba import MoBA
 from nsa_convert.methods.msa import MSA
 from nsa_convert.methods.nsa import NSA
 from nsa_convert.methods.quest import Quest
 from nsa_convert.methods.razor import Razor
+from nsa_convert.methods.spargeattn import SpargeAttn
 from nsa_convert.methods.ssa import SSA
 from nsa_convert.methods.streaming import Streaming
+from nsa_convert.methods.xattention import XAttention
 
 METHODS: dict[str, type[SparseMethod]] = {
     "nsa": NSA,
@@ -31,6 +35,10 @@ METHODS: dict[str, type[SparseMethod]] = {
     "quest": Quest,
     "h2o": H2O,
     "razor": Razor,
+    "xattention": XAttention,
+    "flexprefill": FlexPrefill,
+    "spargeattn": SpargeAttn,
+    "minference": MInference,
 }
 
 

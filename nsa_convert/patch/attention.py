@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import AttentionInputs, Pool, SparseMethod
 from nsa_convert.methods.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import sparse_cache_layer
@@ -78,6 +79,13 @@ class SparseAttention(nn.Module):
         if self.training and self.attention_dropout:
             raise NotImplementedError(
                 "attention dropout is not supported by sparse layers; set attention_dropout to 0"
+            )
+        if sparse_context.right_padded and not self.sparse.chooses_causally():
+            raise ConfigError(
+                "a prompt of this batch ends before the others: the tokens that pad it would choose keys for "
+                "its own last ones",
+                code="CF25",
+                hint="pad on the left (tokenizer.padding_side = 'left')",
             )
         batch, length = hidden_states.shape[:2]
         q, k, v = self._project(hidden_states)

@@ -24,6 +24,7 @@ class SparseContext:
         layout: Position of the queries, padding and packing.
         starts: The left padding of each row as integers; None when no row is padded, or while a compiled
             graph must not read it.
+        right_padded: Whether some row ends before the others, where that is known.
         rotary: The model's rotary embedding, to place compressed keys.
         shared: Selections of this forward pass, for layers that reuse them.
         training: What a training step asks of the layers; None outside training with auxiliary losses.
@@ -34,6 +35,7 @@ class SparseContext:
     rotary: nn.Module
     training: TrainingMode | None = None
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    right_padded: bool = False
 
 
 def read_context(
@@ -67,17 +69,19 @@ def read_context(
     """
     batch, length = tokens.shape[:2]
     _refuse_unsupported(attention_mask, hints)
+    right_padded = False
     documents = _documents(batch, length, attention_mask, position_ids, past, has_cache, hints, tokens.device)
     if documents is not None:
         layout, starts = documents, None
     else:
-        start, starts = _left_padding(attention_mask, past, length, tokens.device)
+        start, starts, right_padded = _padding(attention_mask, past, length, tokens.device)
         layout = SequenceLayout(offset=past, start=start)
     if position_ids is None:
         total = batch * length if documents is not None else length
         positions = layout.positions(total, tokens.device) - layout.row_starts(total, tokens.device)
         position_ids = positions.clamp(min=0).reshape(-1, length)
-    return SparseContext(layout=layout, starts=starts, rotary=rotary), position_ids
+    context = SparseContext(layout=layout, starts=starts, rotary=rotary, right_padded=right_padded)
+    return context, position_ids
 
 
 def _refuse_unsupported(attention_mask: Any, hints: Mapping[str, Any]) -> None:
@@ -98,15 +102,18 @@ def _refuse_unsupported(attention_mask: Any, hints: Mapping[str, Any]) -> None:
         )
 
 
-def _left_padding(
+def _padding(
     mask: Tensor | None, past: int | Tensor, length: int, device: torch.device
-) -> tuple[Tensor | None, tuple[int, ...] | None]:
-    """Return the first real slot of each row, as a tensor and as integers; None where no row is padded."""
+) -> tuple[Tensor | None, tuple[int, ...] | None, bool]:
+    """Return the first real slot of each row, as a tensor and as integers, and whether a row ends early.
+
+    The first two are None where no row is padded on the left.
+    """
     if mask is None:
-        return None, None
+        return None, None, False
     real = mask.to(device).bool()
     if torch.compiler.is_compiling():
-        return real.int().argmax(-1), None
+        return real.int().argmax(-1), None, False
     total = int(past) + length
     if real.shape[1] < total:
         raise ValueError(
@@ -114,7 +121,7 @@ def _left_padding(
         )
     real = real[:, :total]
     if bool(real.all()):
-        return None, None
+        return None, None, False
     start = torch.where(real.any(-1), real.int().argmax(-1), total)
     count = real.sum(-1)
     slots = torch.arange(total, device=device)
@@ -126,7 +133,8 @@ def _left_padding(
             "when a prompt contains the pad token and none is given: pass attention_mask"
         )
     starts = tuple(start.tolist())
-    return (start, starts) if any(starts) else (None, None)
+    right_padded = not bool(real[:, -1].all())
+    return (start, starts, right_padded) if any(starts) else (None, None, right_padded)
 
 
 def _documents(

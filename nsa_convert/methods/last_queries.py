@@ -1,0 +1,36 @@
+"""What the last queries of a prompt attend to, by key and by distance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def last_attention(q: Tensor, k: Tensor, count: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the mean dense attention of the last queries, summed along columns and along diagonals.
+
+    One key head at a time, so that ``[B, G, count, TK]`` is the most that is held.
+
+    Args:
+        q: ``[B, TQ, HQ, D]``; the last query is the last key.
+        k: ``[B, TK, H, D]``.
+        count: How many last queries, at most TQ are taken.
+        scale: Factor on the scores.
+
+    Returns:
+        ``(columns, diagonals)``, each ``[B, HQ, TK]`` float32 or float64 with rows that sum to 1: by the slot
+        of the key, and by how many tokens the key lies before the query.
+    """
+    q = q[:, -count:].unflatten(2, (k.shape[2], -1))  # [B, R, H, G, D]
+    rows, total = q.shape[1], k.shape[1]
+    slot = torch.arange(total, device=q.device)
+    age = torch.arange(total - rows, total, device=q.device)[:, None] - slot  # [R, TK]
+    columns, diagonals = [], []
+    for head in range(k.shape[2]):
+        scores = torch.matmul(q[:, :, head].transpose(1, 2), k[:, None, :, head].mT)  # [B, G, R, TK]
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        p = (scores * scale).masked_fill(age < 0, -torch.inf).softmax(-1) / rows
+        columns.append(p.sum(2))
+        target = age.clamp(min=0).expand(p.shape).flatten(2)  # future keys have p = 0
+        diagonals.append(torch.zeros_like(columns[-1]).scatter_add_(2, target, p.flatten(2)))
+    return torch.cat(columns, 1), torch.cat(diagonals, 1)
