@@ -50,13 +50,28 @@ def find_recipe(name: str) -> Path:
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in the recipe's out.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan; train nothing.")
+@click.option(
+    "--allow-partial-resume", is_flag=True, help="Resume without optimizer, schedule or random states."
+)
+@click.option("--allow-data-change", is_flag=True, help="Resume with other data, at the same position.")
+@click.option("--allow-eager-fallback", is_flag=True, help="Go on in plain torch where a kernel fails.")
 @common
-def train(recipe: str, pairs: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
+def train(
+    recipe: str,
+    pairs: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    allow_partial_resume: bool,
+    allow_data_change: bool,
+    allow_eager_fallback: bool,
+    as_json: bool,
+) -> None:
     """Convert and train by RECIPE: a YAML file, or a name that `nsa-convert recipes` lists."""
     from nsa_convert.cli.options import parse_settings
     from nsa_convert.training.models import read_start
     from nsa_convert.training.plan import plan_recipe
     from nsa_convert.training.recipe import read_recipe
+    from nsa_convert.training.resume import Allow
     from nsa_convert.training.run import Interrupted, train_recipe
     from nsa_convert.training.stages import measure_plan
 
@@ -69,10 +84,14 @@ def train(recipe: str, pairs: tuple[str, ...], resume: bool, dry_run: bool, as_j
         show(measure_plan(read, start, path.parent, plan) if read.measure else plan, as_json)
         return
     is_main = int(os.environ.get("RANK", "0")) == 0
+    allow = Allow(
+        partial_resume=allow_partial_resume,
+        data_change=allow_data_change,
+        eager_fallback=allow_eager_fallback,
+    )
+    say = tell if is_main else lambda line: None
     try:
-        report = train_recipe(
-            read, folder, base=path.parent, resume=resume, say=tell if is_main else lambda line: None
-        )
+        report = train_recipe(read, folder, base=path.parent, resume=resume, say=say, allow=allow)
     except Interrupted as error:
         hint(f"the state is saved; go on with: nsa-convert train {recipe} --resume")
         raise SystemExit(128 + error.number) from None

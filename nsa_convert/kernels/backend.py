@@ -118,6 +118,16 @@ def implementation(op: str, q: Tensor, reference: Callable, gathered: Callable, 
     return reference if name == "reference" else gathered
 
 
+def is_kernel_failure(error: BaseException) -> bool:
+    """Return whether an error comes from compiling or launching a kernel."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if type(seen).__module__.partition(".")[0] == "triton":
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def kernel_function(module: str, name: str) -> Callable:
     """Return a function of ``nsa_convert.kernels.<module>``, imported when it is first asked for."""
     _load(module, name)

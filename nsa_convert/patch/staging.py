@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -243,9 +244,13 @@ def _lock(path: Path, out: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
             os.close(handle)
             raise UsageError(
-                f"another process is writing {out}", code="SV16", where=str(out), hint="wait for it to end"
+                f"another process is writing {out}" + (f": {owner}" if owner else ""),
+                code="SV16",
+                where=str(out),
+                hint="wait for it to end",
             ) from error
         # The file may have been removed by its last owner between our open and our lock.
         with contextlib.suppress(FileNotFoundError):
@@ -253,6 +258,8 @@ def _lock(path: Path, out: Path) -> Iterator[None]:
                 break
         os.close(handle)
     try:
+        os.ftruncate(handle, 0)  # the lock of a dead process is free, its name stands there still
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -13,11 +13,12 @@ from typing import Any
 
 from nsa_convert.errors import CheckpointError
 from nsa_convert.patch.staging import machine_errors
+from nsa_convert.training.states import OPTIMIZER, SCHEDULER, unreadable
 
 COMPLETE = "complete.json"
 """Written last; lists the size of every file of a checkpoint."""
 SAVING = ".saving"
-NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "data_state.json")
+NEEDED = ("trainer_state.json", OPTIMIZER, SCHEDULER, "data_state.json")
 
 
 def step_of(folder: Path) -> int:
@@ -53,66 +54,66 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None when it is whole."""
+def damage(folder: Path) -> dict[str, str]:
+    """Return file -> what is wrong with it, by name and size; empty for a checkpoint that is whole."""
     try:
         facts = json.loads((folder / COMPLETE).read_text())
         files = dict(facts["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{COMPLETE} is missing or damaged"
+        return {COMPLETE: f"{COMPLETE} is missing or damaged"}
+    problems = {name: f"{name} is missing" for name in NEEDED if name not in files}
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    missing = [name for name in NEEDED if name not in files]
-    if missing:
-        return f"{', '.join(missing)} missing"
-    return None
+            problems[name] = f"{name} is missing"
+        elif path.stat().st_size != size:
+            problems[name] = f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return problems
 
 
-def newest(stage: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest whole checkpoint of a stage, passing over damaged ones with a warning.
+def newest(
+    stage: Path, say: Callable[[str], None], *, partial: bool = False
+) -> tuple[Path | None, frozenset[str]]:
+    """Choose the newest usable checkpoint of a stage, passing over damaged ones with a warning.
+
+    Args:
+        stage: Folder of the stage.
+        say: Called with warnings.
+        partial: Take one whose optimizer, schedule or random states are missing or damaged.
+
+    Returns:
+        The checkpoint, None where there is none at all, and the states to do without.
 
     Raises:
-        CheckpointError: There are checkpoints, but none is whole.
+        CheckpointError: None of those there are is usable (TR06); one holds code (TR13) or NaN (TR08).
     """
-    found = checkpoints(stage)
+    found, first = checkpoints(stage), ""
     for folder in found:
-        reason = damage(folder)
-        if reason is None:
-            return folder
+        problems = damage(folder)
+        if all(_optional(name) for name in problems):
+            problems |= unreadable(folder, step_of(folder), frozenset(problems))
+        if not problems:
+            return folder, frozenset()
+        reason = "; ".join(problems.values())
+        if partial and all(_optional(name) for name in problems):
+            say(f"warning [TR06]: going on from {folder.name} although {reason}: this is not the same run")
+            return folder, frozenset(problems)
+        first = first or f"{folder.name}: {reason}"
         say(f"warning [TR05]: {folder} is passed over: {reason}")
     if found:
         raise CheckpointError(
-            f"no checkpoint in {stage} is whole: {damage(found[0])} in {found[0].name}",
+            f"no checkpoint in {stage} is whole ({first})",
             code="TR06",
             where=str(stage),
-            hint="remove the folder to begin the stage again",
+            hint="--allow-partial-resume goes on where only optimizer, schedule or random states are "
+            "missing, with other numbers; or remove the folder to begin the stage again",
         )
-    return None
+    return None, frozenset()
 
 
-def check_same_run(folder: Path, expected: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint that another recipe, model or number of processes wrote.
-
-    Raises:
-        CheckpointError: Something differs; every difference is named.
-    """
-    facts = json.loads((folder / COMPLETE).read_text())
-    problems = [
-        f"{key} is {facts.get(key)!r} in the checkpoint and {value!r} now"
-        for key, value in expected.items()
-        if facts.get(key) != value
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{folder} belongs to another run: {'; '.join(problems)}",
-            code="TR12",
-            where=str(folder),
-            hint="resume with the recipe and settings of the run, or choose another out",
-        )
+def _optional(name: str) -> bool:
+    """Return whether a run can go on without a file, though not as the same run."""
+    return name in (OPTIMIZER, SCHEDULER) or name.startswith("rng_state")
 
 
 def publish(staging: Path, stage: Path, keep: int) -> Path:

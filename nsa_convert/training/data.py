@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from nsa_convert.errors import ConfigError
 from nsa_convert.training.parts import Source
-from nsa_convert.training.sources import Documents, EndOfStream, open_source
+from nsa_convert.training.sources import Documents, EndOfStream, describe_source, open_source
 
 Row = dict[str, list[int]]
 
@@ -36,6 +37,29 @@ class Cursor:
     position: int = 0
     offset: int = 0
     emitted: int = 0
+
+
+def joint_fingerprint(documents: Sequence[Documents]) -> str:
+    """Return a hash of what identifies several sources."""
+    text = "/".join(one.fingerprint() for one in documents)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_same_data(before: str, now: str, *, allow_change: bool, say: Callable[[str], None]) -> None:
+    """Compare the data of a checkpoint with those there are.
+
+    Raises:
+        ConfigError: They differ, and that is not allowed.
+    """
+    if before == now:
+        return
+    if not allow_change:
+        raise ConfigError(
+            f"the training data changed since the checkpoint was written (hash {now}, it was {before})",
+            code="DA08",
+            hint="put the same files back; --allow-data-change goes on at the same position in the new ones",
+        )
+    say("warning [DA08]: the training data changed; going on at the same position in the new ones")
 
 
 class PackedRows(IterableDataset):
@@ -67,8 +91,7 @@ class PackedRows(IterableDataset):
         self.cursors = [Cursor() for _ in sources]
         self.rows = 0
         self._texts: list[tuple[tuple[int, int], list[int]] | None] = [None] * len(self.sources)
-        text = "/".join(documents.fingerprint() for documents in self.documents)
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.fingerprint = joint_fingerprint(self.documents)
         """Hash of what identifies the data."""
         self._states: OrderedDict[int, dict[str, Any]] = OrderedDict()
 
@@ -81,19 +104,24 @@ class PackedRows(IterableDataset):
         """Return the position after row number ``rows``; what was read ahead does not count."""
         return copy.deepcopy(self._states[rows])
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(
+        self, state: Mapping[str, Any], *, allow_change: bool = False, say: Callable[[str], None] = print
+    ) -> None:
         """Go to a saved position.
+
+        Args:
+            state: From :meth:`state_after`.
+            allow_change: Go there although the data are others now.
+            say: Called with a warning then.
 
         Raises:
             ConfigError: The data are not those of the saved position.
         """
-        if state["fingerprint"] != self.fingerprint or len(state["cursors"]) != len(self.cursors):
-            raise ConfigError(
-                "the training data changed since the checkpoint was written",
-                code="DA08",
-                hint="put the same files back, or start the stage again in another --set out=",
-            )
+        check_same_data(state["fingerprint"], self.fingerprint, allow_change=allow_change, say=say)
         self.cursors = [Cursor(**cursor) for cursor in state["cursors"]]
+        for cursor, documents in zip(self.cursors, self.documents, strict=True):
+            if documents.count is not None and cursor.position >= documents.count:  # there are fewer now
+                cursor.position = cursor.offset = 0
         self.rows = state["rows"]
         self._texts = [None] * len(self.sources)
 
@@ -160,6 +188,37 @@ class PackedRows(IterableDataset):
             if documents.count is not None and cursor.position >= documents.count:
                 cursor.epoch, cursor.position = cursor.epoch + 1, 0
         raise ConfigError(f"data source {index} ({self.sources[index].kind}) holds no text", code="DA01")
+
+
+def check_enough(
+    sources: Sequence[Source], tokenizer: Any, needed: int, base: Path, *, chats: bool = False
+) -> None:
+    """Check that the sources hold the tokens of one optimizer step, each its share.
+
+    Raises:
+        ConfigError: One of them holds less (DA06).
+    """
+    total = sum(source.weight for source in sources)
+    for source in sources:
+        documents = open_source(source, base, chats=chats)
+        wanted, found = math.ceil(needed * source.weight / total), 0
+        if documents.count is None:
+            continue
+        for index in range(documents.count):
+            text = documents.read(index)
+            found += len(encode(tokenizer, str(text) if chats else text))
+            if found >= wanted:
+                break
+        else:
+            raise ConfigError(
+                f"data {describe_source(source, base)} holds {found} tokens in {documents.count} documents; "
+                f"one step of {needed} tokens takes {wanted} of it",
+                code="DA06",
+                where=source.path,
+                expected=f"at least {wanted} tokens",
+                found=str(found),
+                hint="add data, lower batch_tokens, or give the source a smaller weight",
+            )
 
 
 def encode(tokenizer: Any, text: Any) -> list[int]:

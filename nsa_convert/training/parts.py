@@ -29,6 +29,7 @@ class Source:
         streaming: Read a Hub data set row by row instead of fetching it first.
         hold_out: Share of the documents, at the end, that training never sees.
         size: Documents a generated kind draws from; 0 for no end.
+        skip_bad: Documents that may be left out because they are damaged or no text; more are an error.
         pairs: Most key/value pairs in a ``recall`` document, at most 26.
     """
 
@@ -41,6 +42,7 @@ class Source:
     streaming: bool = False
     hold_out: float = 0.0
     size: int = 0
+    skip_bad: int = 0
     pairs: int = 20
 
     def __post_init__(self) -> None:
@@ -53,8 +55,8 @@ class Source:
             problems.append(f"weight must be a positive number, got {self.weight}")
         if not 0 <= self.hold_out < 1:
             problems.append(f"hold_out must be at least 0 and below 1, got {self.hold_out}")
-        if self.size < 0:
-            problems.append(f"size must be >= 0, got {self.size}")
+        if self.size < 0 or self.skip_bad < 0:
+            problems.append(f"size and skip_bad must be >= 0, got {self.size} and {self.skip_bad}")
         if not 1 <= self.pairs <= 26:
             problems.append(f"pairs must be between 1 and 26, got {self.pairs}")
         raise_problems(problems, code="RC08")

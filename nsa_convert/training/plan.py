@@ -15,8 +15,9 @@ from nsa_convert.methods.base import SparseMethod
 from nsa_convert.patch.staging import gigabytes
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.models import Start, rope_parameters
+from nsa_convert.training.parts import Source
 from nsa_convert.training.recipe import Recipe, Stage
-from nsa_convert.training.sources import describe_source, open_source
+from nsa_convert.training.sources import describe_source, held_out_overlap, open_source
 
 ADAM_BYTES = 8
 """Two float32 moments per trained weight."""
@@ -130,9 +131,10 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1)
         problems.append(f"fsdp {recipe.fsdp} must be the number of processes, {processes}, or 1")
     for stage in recipe.stages:
         found = stage_problems(stage, methods, config, processes)
+        notes: list[str] = []
         for source in stage.data:
             try:
-                open_source(source, base)
+                notes += source_notes(source, base, chats=stage.kind == "sft")
             except NsaConvertError as error:
                 found.append(error.message)
         problems += [f"stage {stage.name}: {line}" for line in found]
@@ -143,7 +145,7 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1)
                 )
             resolved = _resolve(stage, recipe, start, methods, shapes, processes)
             data = tuple(f"{s.weight:g} {describe_source(s, base)}" for s in stage.data)
-            plans.append(dataclasses.replace(resolved, data=data))
+            plans.append(dataclasses.replace(resolved, data=data, warnings=(*resolved.warnings, *notes)))
     raise_problems(problems, code="RC09", hint="no weight was read; correct the recipe and run again")
     names = sorted({method.spec.name for method in methods})
     return RecipePlan(
@@ -153,6 +155,23 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1)
         method=", ".join(names) or "dense",
         stages=tuple(plans),
     )
+
+
+def source_notes(source: Source, base: Path, *, chats: bool) -> list[str]:
+    """Open a source; return what a user should know of it.
+
+    Raises:
+        NsaConvertError: It cannot be read.
+    """
+    documents = open_source(source, base, chats=chats)
+    shared, held = held_out_overlap(source, base)
+    if not shared:
+        return list(documents.notes)
+    return [
+        *documents.notes,
+        f"{shared} of {held} held-out documents of {describe_source(source, base)} are also in the training "
+        "part: an evaluation on them says too much",
+    ]
 
 
 def stage_problems(

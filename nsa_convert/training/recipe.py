@@ -20,6 +20,9 @@ from nsa_convert.training.parts import GENERATED, FreshModel, Lora, RopeScaling,
 
 SCHEMA = 1
 """Version of the recipe format; a newer one is refused."""
+UNBOUND_KEYS = ("out", "schema", "report_to", "measure", "fsdp", "alarms")
+UNBOUND_STAGE_KEYS = ("save_every", "log_every", "keep", "checkpointing", "micro_batch")
+"""Keys that decide no number of a run, so that a resume may change them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,6 +179,7 @@ class Recipe:
         report_to: Where curves go beside ``log.jsonl``; ``auto`` is tensorboard where it is installed.
         measure: Let ``--dry-run`` load the model and time two steps of each stage.
         fsdp: Processes that share each weight (FSDP2); all of the run's, or 1.
+        alarms: Whether a diverging loss or shut gates ``stop`` the run, or ``warn``.
     """
 
     model: str | FreshModel
@@ -189,6 +193,7 @@ class Recipe:
     report_to: Literal["auto", "none", "tensorboard", "trackio", "wandb"] = "auto"
     measure: bool = False
     fsdp: int = 1
+    alarms: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
         problems = []
@@ -231,12 +236,13 @@ class Recipe:
     def fingerprint(self, stage: int) -> str:
         """Return a hash of all that decides the numbers of a stage: what a resumed run must agree with."""
         values = self.to_dict()
-        parts = {key: values[key] for key in ("model", "revision", "sparse_attention", "seed", "precision")}
-        rows = [dict(row) for row in values["stages"][: stage + 1]]
+        rows = [dict(row) for row in values.pop("stages")[: stage + 1]]
+        for key in UNBOUND_KEYS:
+            values.pop(key)
         for row in rows:
-            for key in ("save_every", "log_every", "keep"):
+            for key in UNBOUND_STAGE_KEYS:
                 row.pop(key)
-        text = json.dumps({**parts, "stages": rows}, sort_keys=True)
+        text = json.dumps({**values, "stages": rows}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

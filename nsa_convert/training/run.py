@@ -12,28 +12,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nsa_convert.errors import CheckpointError, UsageError
-from nsa_convert.patch.loading import quiet
+from nsa_convert.errors import NsaConvertError, UsageError
+from nsa_convert.kernels.backend import use_backend
 from nsa_convert.patch.staging import exclusive, machine_errors, staged
 from nsa_convert.patch.trained import seal_trained
-from nsa_convert.training.checkpoints import check_same_run, newest, step_of
-from nsa_convert.training.distributed import join_processes
-from nsa_convert.training.losses import mix
-from nsa_convert.training.models import Start, read_start, save_model
+from nsa_convert.training.callbacks import StopOnSignal
+from nsa_convert.training.checkpoints import newest, step_of
+from nsa_convert.training.distributed import from_main, join_processes
+from nsa_convert.training.failures import KernelFailure, explained
+from nsa_convert.training.logs import trim_log
+from nsa_convert.training.models import Start, quiet, read_start, save_model
 from nsa_convert.training.plan import plan_recipe
 from nsa_convert.training.recipe import Recipe
+from nsa_convert.training.resume import RUN_FILE, Allow, check_resume, stage_facts
 from nsa_convert.training.stages import (
     MODEL,
+    check_data,
     frozen_hash,
     load_stage_model,
     make_trainer,
     stage_folder,
     stage_tokenizer,
 )
-from nsa_convert.training.trainer import Say, StageTrainer, StopOnSignal, trim_log
+from nsa_convert.training.trainer import Say, StageTrainer
 
-RUN_FILE = "resolved_recipe.yaml"
-"""The recipe of a run as it was read, ``--set`` included."""
+NOTHING = Allow()
 
 
 class Interrupted(Exception):
@@ -111,6 +114,7 @@ def train_recipe(
     base: Path,
     resume: bool = False,
     say: Say = lambda line: None,
+    allow: Allow = NOTHING,
 ) -> TrainingReport:
     """Run all stages of a recipe.
 
@@ -120,6 +124,7 @@ def train_recipe(
         base: Folder that relative data paths start from.
         resume: Go on with the run in ``recipe.out``.
         say: Called with progress lines.
+        allow: What may differ from an exact run.
 
     Returns:
         The report.
@@ -128,23 +133,34 @@ def train_recipe(
         ConfigError: The recipe cannot run; every reason, before a weight is read.
         UsageError: ``out`` is taken, or another process works there.
         CheckpointError: ``resume`` from another run, or nothing whole to resume from.
-        CheckFailedError: A loss or gradient that is no number.
+        CheckFailedError: A loss or gradient that is no number, or an alarm.
+        MachineError: No memory, no space.
+        BackendError: A kernel does not compile.
         Interrupted: A signal came; the state is saved.
     """
     start = read_start(recipe, folder)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    plan_recipe(recipe, start, base, processes=processes)
+    for line in plan_recipe(recipe, start, base, processes=processes).warnings:
+        say(f"warning: {line}")
+    check_data(recipe, start, base)
     out = Path(recipe.out)
     _check_out(out, resume)
     signals = Signals(say)
     if processes > 1:
         join_processes()
     with exclusive(out), signals.caught():
+        check_resume(recipe, start)
         if _is_main():
             write_recipe(recipe, out / RUN_FILE)
-        report: dict[str, dict[str, Any]] = {}
-        for index, stage in enumerate(recipe.stages):
-            report[stage.name] = _run_stage(recipe, index, start, base, signals, say)
+        run = _Run(recipe, start, base, signals, say, allow)
+        try:
+            report = run.stages()
+        except KernelFailure as error:
+            if not allow.eager_fallback:
+                raise
+            say(f"warning [TR20]: {error.message}; going on with plain torch, slower")
+            with use_backend("torch"):
+                report = run.stages()
     final = out / recipe.stages[-1].name / MODEL
     return TrainingReport(out=str(out), model=str(final), stages=report)
 
@@ -179,52 +195,67 @@ def _is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _run_stage(
-    recipe: Recipe, index: int, start: Start, base: Path, signals: Signals, say: Say
-) -> dict[str, Any]:
-    """Train one stage, or return what is known of it when it is done."""
-    stage, place = recipe.stages[index], stage_folder(recipe, index)
-    facts = {
-        "recipe": recipe.fingerprint(index),
-        "base": _base_facts(start),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-    done = place / MODEL / "stage.json"
-    if done.is_file():
-        report = json.loads(done.read_text())
-        check_same_run_facts(done, report["facts"], facts)
-        say(f"{stage.name}: done already")
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The stages of a run, one after another; each call goes on where the last one ended."""
+
+    recipe: Recipe
+    start: Start
+    base: Path
+    signals: Signals
+    say: Say
+    allow: Allow
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Train what is not done yet; return stage -> report."""
+        return {stage.name: self._stage(index) for index, stage in enumerate(self.recipe.stages)}
+
+    def _stage(self, index: int) -> dict[str, Any]:
+        recipe, stage, say = self.recipe, self.recipe.stages[index], self.say
+        place = stage_folder(recipe, index)
+        done = place / MODEL / "stage.json"
+        if done.is_file():
+            say(f"{stage.name}: done already")
+            return json.loads(done.read_text())
+        checkpoint, lost = from_main(lambda: newest(place, say, partial=self.allow.partial_resume))
+        tokenizer = stage_tokenizer(recipe, index, self.start, self.base)
+        with explained(stage):
+            model = load_stage_model(recipe, index, self.start, checkpoint)
+            trainer = self._trainer(index, model, tokenizer, checkpoint, lost)
+            begin = time.perf_counter()
+            frozen = frozen_hash(model)
+            with quiet():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if self.signals.number:
+            raise Interrupted(self.signals.number)
+        if frozen_hash(model) != frozen:
+            raise NsaConvertError(f"stage {stage.name}: a weight that is not trained changed", code="TR17")
+        report = {
+            "facts": trainer.facts,
+            "steps": trainer.state.global_step,
+            "seconds": round(time.perf_counter() - begin, 2),
+            "last": next((row for row in reversed(trainer.state.log_history) if "loss" in row), {}),
+        }
+        seal = lambda folder: _seal(folder, recipe, index, self.start, report)  # noqa: E731
+        finish_stage(trainer, tokenizer, place, report, seal)
         return report
-    checkpoint = newest(place, say)
-    if checkpoint is not None:
-        check_same_run(checkpoint, facts)
-    tokenizer = stage_tokenizer(recipe, index, start, base)
-    model = load_stage_model(recipe, index, start, checkpoint)
-    log_file = Path(recipe.out) / "log.jsonl"
-    if _is_main():
-        place.mkdir(parents=True, exist_ok=True)
-        trim_log(log_file, stage.name, 0 if checkpoint is None else step_of(checkpoint))
-    trainer = make_trainer(recipe, index, model, tokenizer, base, facts, say)
-    trainer.add_callback(StopOnSignal(lambda: signals.number))
-    if checkpoint is not None:
-        trainer.train_dataset.restore(json.loads((checkpoint / "data_state.json").read_text()))
-        say(f"{stage.name}: going on after step {step_of(checkpoint)}")
-    begin = time.perf_counter()
-    frozen = frozen_hash(model)
-    with quiet():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if signals.number:
-        raise Interrupted(signals.number)
-    assert frozen_hash(model) == frozen, "a frozen weight changed"
-    report = {
-        "facts": facts,
-        "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - begin, 2),
-        "last": next((row for row in reversed(trainer.state.log_history) if "loss" in row), {}),
-    }
-    seal = lambda folder: _seal(folder, recipe, index, start, report)  # noqa: E731
-    finish_stage(trainer, tokenizer, place, report, seal)
-    return report
+
+    def _trainer(
+        self, index: int, model: Any, tokenizer: Any, checkpoint: Path | None, lost: frozenset[str]
+    ) -> StageTrainer:
+        """Return the trainer of a stage, its data where the checkpoint left them."""
+        recipe, stage, place = self.recipe, self.recipe.stages[index], stage_folder(self.recipe, index)
+        if _is_main():
+            place.mkdir(parents=True, exist_ok=True)
+            step = 0 if checkpoint is None else step_of(checkpoint)
+            trim_log(Path(recipe.out) / "log.jsonl", stage.name, step)
+        facts = stage_facts(recipe, index, self.start)
+        trainer = make_trainer(recipe, index, model, tokenizer, self.base, facts, self.say, lost)
+        trainer.add_callback(StopOnSignal(lambda: self.signals.number))
+        if checkpoint is not None:
+            trainer.restore_data(checkpoint, allow_change=self.allow.data_change)
+            self.say(f"{stage.name}: going on after step {step_of(checkpoint)}")
+        return trainer
 
 
 def _seal(folder: Path, recipe: Recipe, index: int, start: Start, report: dict[str, Any]) -> None:
@@ -241,18 +272,6 @@ def _seal(folder: Path, recipe: Recipe, index: int, start: Start, report: dict[s
         source_id=named if not Path(named).exists() else Path(named).resolve().name,
         revision=recipe.revision,
     )
-
-
-def check_same_run_facts(where: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse a finished stage that another recipe or model produced."""
-    keys = [key for key in ("recipe", "base") if found.get(key) != expected[key]]
-    if keys:
-        raise CheckpointError(
-            f"{where.parent} was trained by another {' and '.join(keys)}",
-            code="TR12",
-            where=str(where),
-            hint="resume with the recipe and settings of the run, or choose another out",
-        )
 
 
 def finish_stage(
@@ -287,12 +306,3 @@ def finish_stage(
             (folder / "stage.json").write_text(json.dumps(report, indent=1))
             seal(folder)
     trainer.accelerator.wait_for_everyone()
-
-
-def _base_facts(start: Start) -> str:
-    """Return what identifies the base model: its config and the sizes of its weight files."""
-    sizes = (
-        [] if start.folder is None else [p.stat().st_size for p in sorted(start.folder.glob("*.safetensors"))]
-    )
-    config = {key: value for key, value in start.config.items() if key != "transformers_version"}
-    return f"{mix(json.dumps(config, sort_keys=True, default=str), *sizes):x}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nsa_convert.errors import ConfigError, MachineError
+from nsa_convert.training.data import joint_fingerprint
 from nsa_convert.training.recipe import Stage
-from nsa_convert.training.sources import load_table
+from nsa_convert.training.sources import Documents, iterate, open_source
 from nsa_convert.training.trainer import StageTrainer
 
 TEMPLATE = (
@@ -66,21 +68,20 @@ def make_sft_trainer(common: dict[str, Any], tokenizer: Any, stage: Stage, base:
             code="TK04",
             hint="put a template with marks into chat_template.jinja of the model's folder",
         )
-    return SftStageTrainer(**common, processing_class=tokenizer, train_dataset=_chats(stage, base))
+    documents = [open_source(source, base, chats=True) for source in stage.data]
+    return SftStageTrainer(
+        **common,
+        processing_class=tokenizer,
+        train_dataset=_chats(stage, documents),
+        data_fingerprint=joint_fingerprint(documents),
+    )
 
 
-def _chats(stage: Stage, base: Path) -> Any:
+def _chats(stage: Stage, documents: Sequence[Documents]) -> Any:
     """Return the chats of all sources, mixed by weight."""
     import datasets
 
-    tables = []
-    for source in stage.data:
-        table, _ = load_table(source, base)
-        others = [name for name in table.column_names if name != source.column]
-        table = table.remove_columns(others)
-        tables.append(
-            table if source.column == "messages" else table.rename_column(source.column, "messages")
-        )
+    tables = [datasets.Dataset.from_list([{"messages": chat} for chat in iterate(one)]) for one in documents]
     if len(tables) == 1:
         return tables[0]
     total = sum(source.weight for source in stage.data)

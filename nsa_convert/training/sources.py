@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import glob
 import hashlib
 import importlib
+import itertools
 import json
 import random
 import string
@@ -15,11 +17,25 @@ from typing import Any
 
 import torch
 
-from nsa_convert.errors import ConfigError, MachineError
+from nsa_convert.errors import ConfigError, HubError, MachineError
+from nsa_convert.training.files import (
+    document,
+    fingerprint,
+    good_documents,
+    index_lines,
+    read_line,
+    read_text,
+    text_problems,
+)
 from nsa_convert.training.losses import mix
 from nsa_convert.training.parts import Source
 
 SUFFIXES = {"text": (".txt", ".md", ".py", ".rst"), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
+PACKED = {".json", ".gz", ".zst", ".bz2", ".xz", ".zip"}
+CHECKED_ROWS = 100_000
+"""Rows of a table that are looked at before training; others when they are read."""
+COMPARED_DOCUMENTS = 100_000
+RECALL_VALUES = "ABCDEFGHIJ"
 STDLIB_SKIPS = (
     "test",
     "tests",
@@ -39,12 +55,16 @@ class Documents:
         read: Returns document ``i``.
         count: How many there are; None for no end.
         facts: What identifies the data, for the check at a resume.
+        notes: What a user should know of them, such as documents left out.
     """
 
-    def __init__(self, read: Callable[[int], Any], count: int | None, facts: Any) -> None:
+    def __init__(
+        self, read: Callable[[int], Any], count: int | None, facts: Any, notes: tuple[str, ...] = ()
+    ) -> None:
         self.read = read
         self.count = count
         self.facts = facts
+        self.notes = notes
 
     def order(self, epoch: int, position: int, seed: int) -> int:
         """Return the number of the document at ``position`` of a seeded shuffle of an epoch."""
@@ -61,13 +81,14 @@ class Documents:
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_source(source: Source, base: Path, *, held_out: bool = False) -> Documents:
-    """Return the documents of a source.
+def open_source(source: Source, base: Path, *, held_out: bool = False, chats: bool = False) -> Documents:
+    """Return the documents of a source, checked.
 
     Args:
         source: The source.
         base: Folder that relative paths start from.
         held_out: Return the held-out documents instead of those for training.
+        chats: Documents are lists of messages, not texts.
 
     Raises:
         ConfigError: A file is missing, empty, not text, or has no such column.
@@ -80,13 +101,15 @@ def open_source(source: Source, base: Path, *, held_out: bool = False) -> Docume
             lambda i: recall_text(first + i, source.pairs), count, ["recall", source.pairs, source.size]
         )
     if source.kind == "python":
-        documents = _files(_stdlib_files(), errors="ignore")
+        documents = _stdlib()
     elif source.kind == "reference":
         documents = _reference()
     elif source.kind == "text":
-        documents = _files(_matching(source, base), errors="strict")
+        documents = _text_files(_matching(source, base), source)
+    elif source.kind == "jsonl" and (files := _plain_lines(source, base)):
+        documents = _json_lines(files, source, chats)
     else:
-        documents = _table(source, base)
+        documents = _table(source, base, chats)
     return _split(documents, source, held_out)
 
 
@@ -107,24 +130,22 @@ def _split(documents: Documents, source: Source, held_out: bool) -> Documents:
         )
     if source.size:
         picked = picked[: source.size]
-    return Documents(
-        lambda i: documents.read(picked[i]), len(picked), [documents.facts, source.hold_out, held_out]
-    )
+    facts = [documents.facts, source.hold_out, held_out]
+    return Documents(lambda i: documents.read(picked[i]), len(picked), facts, documents.notes)
 
 
 def recall_text(number: int, pairs: int) -> str:
-    """Return a generated document: values are set for keys, then asked for again and again in random order.
+    """Return a generated document: values are told for keys, then asked for again and again in random order.
 
-    ``set k7p3m0`` gives three keys their values, ``get p3k7`` asks: after a key, only its value is right.
-    The number of keys is drawn from 4 to ``pairs``, so that easy documents come among hard ones; a document
-    has three rounds of asking for ``pairs`` keys, whatever its own number.
+    ``set kQ pA mF`` gives three keys their values, ``get p pA k kQ`` asks: after a key that stands alone, only
+    the pair that was told is right. The number of keys is drawn from 4 to ``pairs``, so that easy documents
+    come among hard ones; a document has three rounds of asking for ``pairs`` keys, whatever its own number.
     """
     rng = random.Random(mix("recall", number))
     keys = rng.sample(string.ascii_lowercase, min(rng.randint(min(4, pairs), pairs), 26))
-    values = {key: rng.randrange(10) for key in keys}
+    told = {key: key + rng.choice(RECALL_VALUES) for key in keys}
     asked = rng.choices(keys, k=3 * pairs)
-    told, wanted = ("".join(f"{key}{values[key]}" for key in row) for row in (keys, asked))
-    return f"set {told} get {wanted}\n"
+    return f"set {' '.join(told.values())} get {' '.join(f'{key} {told[key]}' for key in asked)}\n"
 
 
 def _stdlib_files() -> list[Path]:
@@ -185,19 +206,54 @@ def _matching(source: Source, base: Path) -> list[Path]:
     return files
 
 
-def _files(files: list[Path], errors: str) -> Documents:
-    def read(index: int) -> str:
+def _stdlib() -> Documents:
+    files = _stdlib_files()
+    facts = [[path.name, path.stat().st_size] for path in files]
+    return Documents(lambda i: files[i].read_text(encoding="utf-8", errors="ignore"), len(files), facts)
+
+
+def _facts(files: list[Path]) -> list[list[str]]:
+    return [[path.name, fingerprint(path)] for path in files]
+
+
+def _text_files(files: list[Path], source: Source) -> Documents:
+    good, notes = good_documents(len(files), text_problems(files), source.skip_bad)
+    return Documents(lambda i: read_text(files[good[i]]), len(good), _facts(files), notes)
+
+
+def _plain_lines(source: Source, base: Path) -> list[Path]:
+    """Return the files of a source when all of them are plain JSON lines; others go through ``datasets``."""
+    files = _matching(source, base)
+    return files if all(path.suffix not in PACKED for path in files) else []
+
+
+def _json_lines(files: list[Path], source: Source, chats: bool) -> Documents:
+    tables = [index_lines(path, source.column, chats) for path in files]
+    firsts = list(itertools.accumulate((len(table.starts) for table in tables), initial=0))
+    bad = [
+        (first + index, f"{path}:{line} {reason}")
+        for path, table, first in zip(files, tables, firsts, strict=False)
+        for index, line, reason in table.bad
+    ]
+    if not firsts[-1]:
+        raise ConfigError(f"data jsonl: 0 rows in {', '.join(map(str, files[:5]))}", code="DA01")
+    good, notes = good_documents(firsts[-1], bad, source.skip_bad)
+
+    def read(number: int) -> Any:
+        at = bisect.bisect_right(firsts, good[number]) - 1
+        path, table, row = files[at], tables[at], good[number] - firsts[at]
         try:
-            return files[index].read_text(encoding="utf-8", errors=errors)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "cannot be read"
-            raise ConfigError(f"{files[index]} {reason}", code="DA01", where=str(files[index])) from error
+            value = read_line(path, int(table.starts[row]), int(table.ends[row]))
+            return document(value, source.column, chats)
+        except ValueError as error:
+            place = f"{path}:{table.numbers[row]}"
+            raise ConfigError(f"{place} {error}", code="DA04", where=place) from error
 
-    return Documents(read, len(files), [[path.name, path.stat().st_size] for path in files])
+    return Documents(read, len(good), _facts(files), notes)
 
 
-def _table(source: Source, base: Path) -> Documents:
-    """Return the rows of JSON lines, Parquet files or a Hub data set."""
+def _table(source: Source, base: Path, chats: bool) -> Documents:
+    """Return the rows of packed JSON lines, Parquet files or a Hub data set."""
     table, facts = load_table(source, base)
     columns = table.column_names or list(next(iter(table), {}))  # a stream may not know them
     if source.column not in columns:
@@ -210,15 +266,16 @@ def _table(source: Source, base: Path) -> Documents:
         )
     if source.streaming:
         return _streamed(table, source)
-    bad = [i for i in range(min(len(table), 1000)) if not table[i][source.column]]
-    if bad:
-        raise ConfigError(
-            f"data {source.kind} {source.path}: column '{source.column}' is empty in row {bad[0]}"
-            + (f" and {len(bad) - 1} more of the first 1000" if len(bad) > 1 else ""),
-            code="DA04",
-            where=source.path,
-        )
-    return Documents(lambda i: table[i][source.column], len(table), facts)
+    bad = []
+    for row in range(min(len(table), CHECKED_ROWS)):
+        try:
+            document(table[row], source.column, chats)
+        except ValueError as error:
+            bad.append((row, f"{source.path} row {row + 1}: {error}"))
+    if not len(table):
+        raise ConfigError(f"data {source.kind}: 0 rows in {source.path}", code="DA01", where=source.path)
+    good, notes = good_documents(len(table), bad, source.skip_bad)
+    return Documents(lambda i: table[good[i]][source.column], len(good), facts, notes)
 
 
 def load_table(source: Source, base: Path) -> tuple[Any, Any]:
@@ -237,10 +294,7 @@ def load_table(source: Source, base: Path) -> tuple[Any, Any]:
     assert source.path is not None
     datasets.disable_progress_bars()
     if source.kind == "hub":
-        table = datasets.load_dataset(
-            source.path, source.config, split=source.split, streaming=source.streaming
-        )
-        return table, ["hub", source.path, source.config, source.split]
+        return _hub_table(datasets, source), ["hub", source.path, source.config, source.split]
     files = _matching(source, base)
     builder = {"jsonl": "json", "parquet": "parquet"}[source.kind]
     try:
@@ -249,10 +303,48 @@ def load_table(source: Source, base: Path) -> tuple[Any, Any]:
         cause = error.__cause__ or error
         raise ConfigError(
             f"data {source.kind}: {files[0]} cannot be read: {str(cause).splitlines()[0]}",
-            code="DA01",
+            code="DA07",
             where=str(files[0]),
         ) from error
-    return table, [[path.name, path.stat().st_size] for path in files]
+    return table, _facts(files)
+
+
+def _hub_table(datasets: Any, source: Source) -> Any:
+    """Return a data set of the Hub; one that is a program is never run."""
+    try:
+        return datasets.load_dataset(
+            source.path, source.config, split=source.split, streaming=source.streaming
+        )
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "script" in text.lower() or "trust_remote_code" in text:
+            raise ConfigError(
+                f"data hub {source.path}: the data set is a program, which is not run ({text})",
+                code="DA14",
+                where=source.path,
+                hint="take a data set of plain files, or save its rows as JSON lines or Parquet yourself",
+            ) from error
+        if isinstance(error, (ConnectionError, TimeoutError)) or "offline" in text.lower():
+            raise HubError(f"data hub {source.path}: {text}", code="HB10", where=source.path) from error
+        raise ConfigError(f"data hub {source.path}: {text}", code="DA07", where=source.path) from error
+
+
+def held_out_overlap(source: Source, base: Path) -> tuple[int, int]:
+    """Return how many held-out documents also stand in the training part, and how many there are.
+
+    Texts count as the same when they are equal but for white space. Very large sources are not compared.
+    """
+    if not source.hold_out or source.streaming or source.kind == "recall":
+        return 0, 0
+    kept, held = (open_source(source, base, held_out=part) for part in (False, True))
+    if (kept.count or 0) > COMPARED_DOCUMENTS:
+        return 0, held.count or 0
+    own = {_text_key(text) for text in iterate(kept)}
+    return sum(_text_key(text) in own for text in iterate(held)), held.count or 0
+
+
+def _text_key(text: Any) -> bytes:
+    return hashlib.sha256(" ".join(str(text).split()).encode("utf-8", "replace")).digest()
 
 
 def _streamed(table: Any, source: Source) -> Documents:

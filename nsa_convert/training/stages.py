@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsa_convert.errors import MachineError
+from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.patch.loading import load_causal_model, load_tokenizer, quiet
 from nsa_convert.patch.staging import staged
-from nsa_convert.training.data import PackedRows, collate
+from nsa_convert.training.data import PackedRows, check_enough, collate
 from nsa_convert.training.distributed import load_sharded
 from nsa_convert.training.losses import LossPlan, loss_plan, mix
 from nsa_convert.training.models import DTYPES, Start, fresh_tokenizer, load_first, methods_of, set_rope
@@ -36,6 +37,25 @@ def stage_tokenizer(recipe: Recipe, index: int, start: Start, base: Path) -> Any
     if index > 0:
         return load_tokenizer(stage_folder(recipe, index - 1) / MODEL)
     return fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
+
+
+def check_data(recipe: Recipe, start: Start, base: Path) -> None:
+    """Check tokenizer and data against the model, before a weight is read.
+
+    Raises:
+        ConfigError: The tokenizer knows tokens that the model has no row for (DA09), or a stage has less data
+            than one step takes (DA06).
+    """
+    tokenizer = stage_tokenizer(recipe, 0, start, base)
+    last, rows = max(tokenizer.get_vocab().values()), start.config["vocab_size"]
+    if last >= rows:
+        raise ConfigError(
+            f"the tokenizer has token {last}, the model has embeddings for 0 to {rows - 1}",
+            code="DA09",
+            hint="use the model's own tokenizer",
+        )
+    for stage in recipe.stages:
+        check_enough(stage.data, tokenizer, stage.batch_tokens, base, chats=stage.kind == "sft")
 
 
 def is_sharded(recipe: Recipe) -> bool:
@@ -90,9 +110,16 @@ def load_stage_model(recipe: Recipe, index: int, start: Start, checkpoint: Path 
 
 
 def make_trainer(
-    recipe: Recipe, index: int, model: nn.Module, tokenizer: Any, base: Path, facts: dict[str, Any], say: Say
+    recipe: Recipe,
+    index: int,
+    model: nn.Module,
+    tokenizer: Any,
+    base: Path,
+    facts: dict[str, Any],
+    say: Say,
+    lost: frozenset[str] = frozenset(),
 ) -> StageTrainer:
-    """Return the trainer of a stage."""
+    """Return the trainer of a stage; ``lost`` are state files of its checkpoint to do without."""
     stage = recipe.stages[index]
     methods = methods_of(model)
     plan = loss_plan(stage, methods, recipe.seed, index)
@@ -104,6 +131,8 @@ def make_trainer(
         "facts": facts,
         "say": say,
         "log_file": Path(recipe.out) / "log.jsonl",
+        "alarms": recipe.alarms,
+        "lost": lost,
         "model": model,
         "args": args,
         "flops_per_token": flops_per_token(model, stage),
@@ -172,10 +201,14 @@ def _reporters(choice: str) -> list[str]:
     return [] if choice == "none" else [choice]
 
 
-def frozen_hash(model: nn.Module) -> float:
-    """Return a checksum of the weights that must not change; of a sharded model, of the local parts."""
-    frozen = (getattr(p, "_local_tensor", p) for p in model.parameters() if not p.requires_grad)
-    return float(sum(x.detach().double().abs().sum().item() for x in frozen))
+def frozen_hash(model: nn.Module) -> str:
+    """Return a hash of the weights that must not change; of a sharded model, of the local parts."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            local = getattr(parameter, "_local_tensor", parameter).detach()
+            digest.update(local.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def flops_per_token(model: nn.Module, stage: Stage) -> float:

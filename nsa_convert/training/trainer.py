@@ -1,8 +1,7 @@
-"""One stage on transformers' Trainer: losses of the layers, whole checkpoints, a guard against NaN."""
+"""One stage on transformers' Trainer: losses of the layers, whole checkpoints, alarms."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
@@ -13,16 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from nsa_convert.errors import CheckFailedError
-from nsa_convert.patch.staging import machine_errors
-from nsa_convert.training.checkpoints import SAVING, publish, seal
-from nsa_convert.training.data import PackedRows
+from nsa_convert.errors import CheckFailedError, MachineError
+from nsa_convert.patch.staging import free_bytes, gigabytes, machine_errors
+from nsa_convert.training.alarms import GateMeter, Watch
+from nsa_convert.training.callbacks import guarded
+from nsa_convert.training.checkpoints import SAVING, checkpoints, publish, seal, step_of
+from nsa_convert.training.data import PackedRows, check_same_data
 from nsa_convert.training.distributed import load_optimizer_state, whole_optimizer_state
+from nsa_convert.training.logs import progress_line, read_log
 from nsa_convert.training.losses import LossPlan
 from nsa_convert.training.recipe import Stage
+from nsa_convert.training.states import OPTIMIZER, SCHEDULER, forward_schedule, load_state, state_bytes
 
 Say = Callable[[str], None]
 
@@ -37,6 +40,9 @@ class StageTrainer(Trainer):
         facts: What a resumed run must agree with; noted in every checkpoint.
         say: Called with progress lines.
         log_file: Gets one JSON line per log.
+        alarms: ``stop`` ends the run at an alarm, ``warn`` says it and goes on.
+        lost: State files of the checkpoint that are not there and are done without.
+        data_fingerprint: Hash of what identifies the data, where they are not :class:`PackedRows`.
         flops_per_token: Forward and backward work, for MFU; None where the peak of the device is unknown.
         peak_flops: Of the device.
         **kwargs: Of transformers' Trainer.
@@ -51,6 +57,9 @@ class StageTrainer(Trainer):
         facts: Mapping[str, Any],
         say: Say,
         log_file: Path,
+        alarms: str = "stop",
+        lost: frozenset[str] = frozenset(),
+        data_fingerprint: str = "",
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
         **kwargs: Any,
@@ -68,6 +77,14 @@ class StageTrainer(Trainer):
         self.facts = dict(facts)
         self.say = say
         self.log_file = log_file
+        self.alarms = alarms
+        self.lost = lost
+        self.data_fingerprint = data_fingerprint
+        config = self.accelerator.unwrap_model(self.model).config
+        self.watch = Watch(config.vocab_size, stage.steps, math.ceil(stage.warmup * stage.steps))
+        self.watch.replay(read_log(log_file, stage.name))
+        self.gates = GateMeter(self.model)
+        self._guard_callbacks()
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.loss_is_scaled_for_ga = True
@@ -76,6 +93,20 @@ class StageTrainer(Trainer):
         self._sums: dict[str, list[float]] = {}
         self._clock = (time.perf_counter(), 0)
         self._batch: dict[str, Tensor] = {}
+
+    def _guard_callbacks(self) -> None:
+        """Keep the errors of services that draw curves away from the run."""
+
+        def tell(name: str, error: Exception) -> None:
+            text = str(error).strip().splitlines() or ["no message"]
+            self.say(f"warning [TR18]: {name} failed ({type(error).__name__}: {text[0]}); training goes on")
+            self._write_log({"error": f"{name}: {type(error).__name__}: {text[0]}"})
+
+        def is_service(callback: Any) -> bool:
+            return type(callback).__module__.startswith("transformers.integrations")
+
+        handler = self.callback_handler
+        handler.callbacks = [guarded(one, tell) if is_service(one) else one for one in handler.callbacks]
 
     # ---- what is minimised ----
 
@@ -169,17 +200,33 @@ class StageTrainer(Trainer):
             logs |= self._readings()
         super().log(logs, start_time)
         if self.is_world_process_zero() and "loss" in logs:
-            with self.log_file.open("a") as file:
-                file.write(
-                    json.dumps({"stage": self.stage.name, "step": self.state.global_step, **logs}) + "\n"
-                )
+            self._write_log(logs)
             self.say(progress_line(self.stage, self.state.global_step, logs))
+        if "loss" in logs:
+            self._raise_alarms(logs)
+
+    def _write_log(self, values: Mapping[str, Any]) -> None:
+        row = {"stage": self.stage.name, "step": self.state.global_step, **values}
+        with self.log_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _raise_alarms(self, logs: Mapping[str, float]) -> None:
+        for alarm in self.watch.alarms(self.state.global_step, logs):
+            if self.alarms == "stop":
+                raise CheckFailedError(
+                    f"stage {self.stage.name}, {alarm.message}",
+                    code=alarm.code,
+                    where=str(self.log_file),
+                    hint=alarm.hint,
+                )
+            self.say(f"warning [{alarm.code}]: {alarm.message}; {alarm.hint}")
 
     def _readings(self) -> dict[str, float]:
         steps = self.state.global_step - self._clock[1]
         seconds = max(time.perf_counter() - self._clock[0], 1e-9)
         self._clock = (time.perf_counter(), self.state.global_step)
         means = {key: total / max(count, 1e-9) for key, (total, count) in self._sums.items()}
+        means |= self.gates.take()
         if self.args.world_size > 1 and means:
             values = torch.tensor(list(means.values()), device=self.args.device)
             torch.distributed.all_reduce(values)
@@ -195,6 +242,20 @@ class StageTrainer(Trainer):
         return out
 
     # ---- checkpoints ----
+
+    def restore_data(self, checkpoint: Path, *, allow_change: bool) -> None:
+        """Go to the position in the data that a checkpoint was written at.
+
+        Raises:
+            ConfigError: The data are others now, and that is not allowed (DA08).
+        """
+        state = json.loads((checkpoint / "data_state.json").read_text())
+        if isinstance(self.train_dataset, PackedRows):
+            self.train_dataset.restore(state, allow_change=allow_change, say=self.say)
+        else:  # the Trainer itself skips to the row
+            check_same_data(
+                state["fingerprint"], self.data_fingerprint, allow_change=allow_change, say=self.say
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load weights; a sharded model was loaded from the checkpoint to begin with."""
@@ -212,23 +273,33 @@ class StageTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the optimizer; of a sharded model each process takes its part."""
-        if not self.sharded or checkpoint is None:
+        """Load optimizer and schedule, but for lost ones; of a sharded model each process takes its part."""
+        if checkpoint is None or self.is_fsdp_enabled:  # accelerate's own FSDP has its own files
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
-        load_optimizer_state(
-            self.model, self.optimizer, torch.load(folder / "optimizer.pt", weights_only=True)
-        )
-        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        if OPTIMIZER not in self.lost:
+            state = load_state(folder / OPTIMIZER)
+            if self.sharded:
+                load_optimizer_state(self.model, self.optimizer, state)
+            else:
+                self.optimizer.load_state_dict(state)
+        if SCHEDULER not in self.lost:
+            self.lr_scheduler.load_state_dict(load_state(folder / SCHEDULER))
+        else:
+            forward_schedule(self.lr_scheduler, self.optimizer, step_of(folder))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random states, but for lost ones."""
+        if not any(name.startswith("rng_state") for name in self.lost):
+            super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._place is None else str(self._place)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint aside, seal it, and move it to its place: it is whole or absent."""
-        stage_folder = Path(self.args.output_dir)
-        place = stage_folder / SAVING
+        place = Path(self.args.output_dir) / SAVING
         if self.is_world_process_zero():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
@@ -237,43 +308,44 @@ class StageTrainer(Trainer):
         try:
             with machine_errors():
                 super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self._finish_checkpoint(place)
+        except MachineError as error:
+            raise self._not_saved(error, place) from error
         finally:
             self._place = None
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            folder = place / f"checkpoint-{self.state.global_step}"
-            with machine_errors():
-                if isinstance(self.train_dataset, PackedRows):
-                    rows = self.state.global_step * self.stage.rows_per_step
-                    state = self.train_dataset.state_after(rows)
-                else:
-                    state = {"rows": self.state.global_step * self.stage.rows_per_step}
-                (folder / "data_state.json").write_text(json.dumps(state))
-                seal(folder, self.facts)
-            publish(folder, stage_folder, self.stage.keep)
-            place.rmdir()
-        self.accelerator.wait_for_everyone()
 
+    def _finish_checkpoint(self, place: Path) -> None:
+        """Add the position in the data, seal the folder and publish it."""
+        folder = place / f"checkpoint-{self.state.global_step}"
+        # A pickle of all arguments, which nothing reads; a token of the Hub would stand in it.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        rows = self.state.global_step * self.stage.rows_per_step
+        packed = isinstance(self.train_dataset, PackedRows)
+        other = {"rows": rows, "fingerprint": self.data_fingerprint}
+        state = self.train_dataset.state_after(rows) if packed else other
+        (folder / "data_state.json").write_text(json.dumps(state))
+        seal(folder, self.facts)
+        # While an alarm is near, the last good checkpoint may be an old one.
+        stage = place.parent
+        publish(folder, stage, len(checkpoints(stage)) + 1 if self.watch.suspicious else self.stage.keep)
+        place.rmdir()
 
-class StopOnSignal(TrainerCallback):
-    """Saves and ends the stage after the step in which a signal came.
-
-    Args:
-        received: Returns the signal's number, or 0.
-    """
-
-    def __init__(self, received: Callable[[], int]) -> None:
-        self.received = received
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Agree with the other processes on whether a signal came."""
-        number = self.received()
-        if args.world_size > 1:
-            flag = torch.tensor([number], device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            number = int(flag)
-        if number:
-            control.should_save = control.should_training_stop = True
+    def _not_saved(self, error: MachineError, place: Path) -> MachineError:
+        """Return the error of a checkpoint that could not be written; what there is of it is removed."""
+        shutil.rmtree(place, ignore_errors=True)
+        stage, step = place.parent, self.state.global_step
+        kept = next((path.name for path in checkpoints(stage)), None)
+        last = f"{kept} is whole" if kept else "there is none before it"
+        return MachineError(
+            f"checkpoint-{step} of stage {self.stage.name} could not be written: {error.message}; it needs "
+            f"about {gigabytes(state_bytes(self.model))}, {gigabytes(free_bytes(stage))} are free; {last}",
+            code="TR04",
+            where=str(stage),
+            hint="free some space (or set a smaller keep), then --resume",
+        )
 
 
 def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
@@ -300,30 +372,3 @@ def rate(stage: Stage, step: int) -> float:
         return 1.0
     fall = done if stage.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
     return 1 - (1 - stage.min_lr) * fall
-
-
-def progress_line(stage: Stage, step: int, logs: Mapping[str, float]) -> str:
-    """Return one line of progress."""
-    hidden = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "epoch")
-    parts = [f"{stage.name} {step}/{stage.steps}", f"loss {logs['loss']:.4f}"]
-    parts += [f"{key} {value:.4f}" for key, value in logs.items() if key not in hidden]
-    parts.append(f"lr {logs.get('learning_rate', 0.0):.2e}")
-    parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-    if "mfu" in logs:
-        parts.append(f"MFU {100 * logs['mfu']:.1f} %")
-    left = (stage.steps - step) * stage.batch_tokens / max(logs["tokens_per_second"], 1e-9)
-    parts.append(f"{left / 60:.1f} min left")
-    return "  ".join(parts)
-
-
-def trim_log(log_file: Path, stage: str, step: int) -> None:
-    """Drop the lines of a stage after ``step``: a resumed run writes them again."""
-    if not log_file.is_file():
-        return
-    kept = []
-    for line in log_file.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line cut off by a crash
-            row = json.loads(line)
-            if row["stage"] != stage or row["step"] <= step:
-                kept.append(line)
-    log_file.write_text("".join(f"{line}\n" for line in kept))

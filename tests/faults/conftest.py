@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nsa_convert.training.run import Interrupted
 from tests.checkpoints import write_dense
+from tests.faults.runs import copied
+from tests.training.recipes import run
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,26 @@ def pristine(tmp_path_factory) -> Path:
 def source(pristine, tmp_path) -> Path:
     """A fresh checkpoint in ten shards to damage."""
     return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """An uninterrupted run of the dense case."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(out, "dense")
+    return out
+
+
+@pytest.fixture(scope="session")
+def cut(tmp_path_factory):
+    """The same run, stopped after step 4, with checkpoints of steps 2 and 4."""
+    out = tmp_path_factory.mktemp("cut") / "run"
+    with pytest.raises(Interrupted):
+        run(out, "dense", "pretrain 3/")
+    return out
+
+
+@pytest.fixture
+def stopped(cut, tmp_path):
+    """A copy of the stopped run to damage."""
+    return copied(cut, tmp_path / "run")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from click.testing import CliRunner
 
 from nsa_convert.cli import main
+from nsa_convert.errors import NsaConvertError
+from nsa_convert.training.resume import RUN_FILE
 from nsa_convert.training.run import train_recipe
-from tests.training.recipes import recipe, recipe_values
+from tests.checkpoints import tree_hash
+from tests.training.recipes import losses, recipe, recipe_values, run, same_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,3 +68,36 @@ def train(out: Path, *args: Any, resume: bool = False, say: Any = None, base: Pa
     """Train a tiny recipe in this process."""
     options = {} if say is None else {"say": say}
     return train_recipe(recipe(out, *args, **changes), None, base=base, resume=resume, **options)
+
+
+def copied(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    recipe = to / RUN_FILE
+    recipe.write_text(recipe.read_text().replace(str(run), str(to)))
+    return to
+
+
+def checkpoint(out: Path, step: int = 4) -> Path:
+    return out / "pretrain" / f"checkpoint-{step}"
+
+
+def goes_on(out: Path, whole: Path, **options) -> list[str]:
+    """Resume; the end must be that of the uninterrupted run. Return what was said."""
+    said: list[str] = []
+    run(out, "dense", resume=True, say=said.append, **options)
+    assert losses(out) == losses(whole)
+    assert same_weights(out / "pretrain", whole / "pretrain")
+    return said
+
+
+def refuses(out: Path, error: type[NsaConvertError], code: str, *says: str, **options) -> NsaConvertError:
+    """Resume; it must fail and leave everything as it was."""
+    before = tree_hash(out)
+    with pytest.raises(error) as caught:
+        run(out, "dense", resume=True, **options)
+    assert caught.value.code == code
+    for text in says:
+        assert text in f"{caught.value.message} {caught.value.hint}"
+    after = tree_hash(out)
+    assert {name: after.get(name) for name in before} == before
+    return caught.value

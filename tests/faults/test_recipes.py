@@ -196,7 +196,7 @@ def test_rc13_paths_start_at_the_recipe_and_are_shown_whole(tmp_path, monkeypatc
     ids=lambda x: next(iter(x)),
 )
 def test_rc14_a_secret_is_refused_and_never_repeated(tmp_path, changes):
-    (key, secret), = changes.items()
+    ((key, secret),) = changes.items()
     path = write_tiny(tmp_path, NSA, stage(), **changes)
     done = dry(path, code="RC14", says=(key, "HF_TOKEN"))
     assert secret not in done.out + done.err

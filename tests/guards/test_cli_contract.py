@@ -50,7 +50,17 @@ COMMANDS = {
     ),
     "recipes": (["ACTION", "NAME"], set()),
     "revert": (["OUT", "DENSE"], {"--copy", "--overwrite"}),
-    "train": (["RECIPE"], {"--set", "--resume", "--dry-run"}),
+    "train": (
+        ["RECIPE"],
+        {
+            "--set",
+            "--resume",
+            "--dry-run",
+            "--allow-partial-resume",
+            "--allow-data-change",
+            "--allow-eager-fallback",
+        },
+    ),
     "verify": (["OUT"], {"--against", "--trust-remote-code"}),
 }
 

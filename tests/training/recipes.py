@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
-from nsa_convert.training.recipe import Recipe, recipe_from_dict
+import torch
+from safetensors.torch import load_file
 
+from nsa_convert.training.recipe import Recipe, recipe_from_dict
+from nsa_convert.training.run import train_recipe
+
+ROOT = Path(__file__).parents[2]
 FRESH = {
     "family": "llama",
     "vocab": 257,
@@ -70,3 +77,32 @@ def recipe(out: Path, method: dict | None = NSA, *stages: dict, **changes: Any) 
 def losses(out: Path) -> list[tuple[str, int, float]]:
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [(row["stage"], row["step"], row["loss"]) for row in rows]
+
+
+ALIGN = stage("align", kind="align", train="new", tokens=64 * 3)
+RUNS = {
+    "nsa": (NSA, (ALIGN, stage(micro_batch=2))),
+    "ssa": (SSA, (stage(checkpointing=True),)),
+    "dense": (None, (stage(),)),
+}
+"""Name -> method and stages of a run of a few seconds."""
+
+
+def run(out: Path, name: str, stop_at: str | None = None, *, say: Any = None, **options: Any):
+    """Train one of RUNS; send this process a SIGTERM when the progress line ``stop_at`` comes."""
+
+    def listen(line: str) -> None:
+        if say is not None:
+            say(line)
+        if stop_at is not None and line.startswith(stop_at):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    method, stages = RUNS[name]
+    known = {key: options.pop(key) for key in ("resume", "allow") if key in options}
+    return train_recipe(recipe(out, method, *stages, **options), None, base=ROOT, say=listen, **known)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Return whether the models of two stages are equal to the bit."""
+    left, right = (load_file(folder / "model" / "model.safetensors") for folder in (a, b))
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)

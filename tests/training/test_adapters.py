@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 LORA = stage(train="lora", lora={"rank": 2, "alpha": 4.0, "targets": ["q_proj", "o_proj", "down_proj"]})
 
 
-def test_adapter_saves_reloads_and_merges_to_the_same_logits(tmp_path):
+def test_tr21_adapter_saves_reloads_and_merges_to_the_same_logits(tmp_path):
     from peft import PeftModel
 
     # The adapter belongs to the converted model, so that one is written first.
@@ -46,7 +46,7 @@ def test_adapter_saves_reloads_and_merges_to_the_same_logits(tmp_path):
 
 
 @pytest.mark.slow
-def test_adapter_runs_resume_exactly(tmp_path):
+def test_tr21_adapter_runs_resume_exactly(tmp_path):
     import os
     import signal
 

@@ -80,7 +80,7 @@ def test_recipe_parses_and_says_how_to_run_it(name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.split("/")[0] not in ("tiny", "recovery")])
 def test_big_recipes_plan(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("nsa_convert.training.plan.open_source", lambda *_: None)
+    monkeypatch.setattr("nsa_convert.training.plan.source_notes", lambda *_, **__: [])
     read = read_recipe(ALL[name])
     start = read_start(read, write_config(tmp_path, read.model))
     plan = plan_recipe(read, start, ROOT, processes=read.fsdp)

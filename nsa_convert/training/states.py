@@ -1,0 +1,119 @@
+"""The states of a checkpoint: read as tensors and plain values alone, looked at before they are used."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_convert.errors import CheckpointError
+
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+STATE_FILES = ("*.pt", "*.pth")
+JSON_FILES = ("trainer_state.json", "data_state.json")
+
+
+class Damaged(Exception):
+    """A file of a checkpoint cannot be read; the one before may serve."""
+
+
+def load_state(path: Path, device: Any = "cpu") -> Any:
+    """Return what a file of ``torch.save`` holds; only tensors and plain values, no code is run.
+
+    Raises:
+        CheckpointError: The file holds something else (TR13).
+        Damaged: The file cannot be read.
+    """
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        with safe_globals(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values; nothing of it was run",
+            code="TR13",
+            where=str(path),
+            hint=f"do not trust this run; remove {path.parent} to go on from the checkpoint before",
+        ) from error
+    except Exception as error:
+        # torch and the zip reader raise many kinds for bytes that are no file of theirs.
+        raise Damaged(f"{path.name} cannot be read ({type(error).__name__})") from error
+
+
+def unreadable(folder: Path, step: int, skip: frozenset[str] = frozenset()) -> dict[str, str]:
+    """Read every state of a checkpoint once; return file -> what is wrong with it.
+
+    Args:
+        folder: The checkpoint.
+        step: The optimizer step of its name.
+        skip: Files that are not looked at.
+
+    Raises:
+        CheckpointError: A file holds code (TR13), or the optimizer's state NaN or infinity (TR08).
+    """
+    problems = {}
+    for name in JSON_FILES:
+        try:
+            values = json.loads((folder / name).read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            problems[name] = f"{name} cannot be read ({type(error).__name__})"
+            continue
+        if not isinstance(values, dict):
+            problems[name] = f"{name} holds no mapping"
+        elif name == "trainer_state.json" and values.get("global_step") != step:
+            problems[name] = f"{name} is of step {values.get('global_step')}"
+    for path in sorted(path for pattern in STATE_FILES for path in folder.glob(pattern)):
+        if path.name in skip:
+            continue
+        try:
+            state = load_state(path)
+        except Damaged as error:
+            problems[path.name] = str(error)
+            continue
+        if path.name == OPTIMIZER and (bad := next(not_finite(state), None)) is not None:
+            raise CheckpointError(
+                f"{path}: {bad} holds NaN or infinity, which would reach every weight",
+                code="TR08",
+                where=str(path),
+                hint=f"remove {folder} to go on from the checkpoint before it",
+            )
+    return problems
+
+
+def not_finite(values: Any, name: str = "") -> Iterator[str]:
+    """Yield the dotted names of the tensors and numbers that are not finite."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from not_finite(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, (list, tuple)):
+        for index, value in enumerate(values):
+            yield from not_finite(value, f"{name}.{index}")
+    elif isinstance(values, Tensor):
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            yield name
+    elif isinstance(values, float) and not math.isfinite(values):
+        yield name
+
+
+def forward_schedule(scheduler: Any, optimizer: Any, step: int) -> None:
+    """Put a schedule whose state was lost to an optimizer step: it is a function of the step alone."""
+    inner = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    rates = [base * form(step) for base, form in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
+    inner.last_epoch, inner._step_count, inner._last_lr = step, step + 1, rates
+    for group, value in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = value
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Return about how many bytes a checkpoint takes: all weights, and two moments of those trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() * p.element_size() for p in [*model.parameters(), *trained, *trained])
