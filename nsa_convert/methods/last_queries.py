@@ -31,6 +31,16 @@ def last_attention(q: Tensor, k: Tensor, count: int, scale: float) -> tuple[Tens
         scores = scores if scores.dtype == torch.float64 else scores.float()
         p = (scores * scale).masked_fill(age < 0, -torch.inf).softmax(-1) / rows
         columns.append(p.sum(2))
-        target = age.clamp(min=0).expand(p.shape).flatten(2)  # future keys have p = 0
-        diagonals.append(torch.zeros_like(columns[-1]).scatter_add_(2, target, p.flatten(2)))
+        diagonals.append(_by_distance(p).sum(2))
     return torch.cat(columns, 1), torch.cat(diagonals, 1)
+
+
+def _by_distance(p: Tensor) -> Tensor:
+    """Return ``[B, G, R, TK]`` with the columns of each row ordered by how far the key lies before the query.
+
+    Backwards, row r begins with its R - 1 - r later keys: a stride that is one shorter than a row skips them.
+    """
+    rows, total = p.shape[2:]
+    backwards = torch.nn.functional.pad(p.flip(-1), (0, rows)).contiguous()
+    strides = (*backwards.stride()[:2], total + rows - 1, 1)
+    return backwards.as_strided(p.shape, strides, rows - 1)
