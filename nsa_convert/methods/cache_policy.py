@@ -80,6 +80,15 @@ class KeepRecent(CachePolicy):
         return ((place >= 0) & ((place < self.num_sinks) | (place >= recent[:, None])))[..., None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepAll(CachePolicy):
+    """Keeps every token, for a method that remembers more than keys and values."""
+
+    def size(self, seen: int) -> int:
+        """Return ``seen``."""
+        return seen
+
+
 def forget(
     policy: CachePolicy,
     k: Tensor,
@@ -106,7 +115,8 @@ def forget(
     rows = torch.tensor([held, stay], device=k.device)
     start = length - rows[0]
     if list(held) == list(stay):
-        return k[:, length - size :], v[:, length - size :], dict(memory)
+        trimmed = {name: x[:, length - size :] for name, x in _of(memory, policy)}
+        return k[:, length - size :], v[:, length - size :], {**memory, **trimmed}
     kept = policy.keep(memory, start, rows[1], length)  # [B, N, h]
     leaving = ~kept & (torch.arange(length, device=k.device) >= start[:, None])[..., None]
     memory = policy.fold(memory, k, v, leaving)

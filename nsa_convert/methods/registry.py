@@ -12,6 +12,7 @@ from nsa_convert.methods.flexprefill import FlexPrefill
 from nsa_convert.methods.full import FullAttention
 from nsa_convert.methods.h2o import H2O
 from nsa_convert.methods.hybrid import HeadMix, HeadPart, neighbours
+from nsa_convert.methods.infllm import InfLLM
 from nsa_convert.methods.infllm_v2 import InfLLMv2
 from nsa_convert.methods.minference import MInference
 from nsa_convert.methods.moba import MoBA
@@ -35,6 +36,7 @@ METHODS: dict[str, type[SparseMethod]] = {
     "quest": Quest,
     "h2o": H2O,
     "razor": Razor,
+    "infllm": InfLLM,
     "xattention": XAttention,
     "flexprefill": FlexPrefill,
     "spargeattn": SpargeAttn,

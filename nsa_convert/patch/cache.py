@@ -30,9 +30,9 @@ def sparse_cache_class(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
         ) -> tuple[Tensor, Tensor]:
-            if base is DynamicLayer and self.is_initialized and _may_write_in_place(key_states, value_states):
-                key_buffer, self.keys = _append(self.buffers[0], self.keys, key_states)
-                value_buffer, self.values = _append(self.buffers[1], self.values, value_states)
+            if base is DynamicLayer and self.is_initialized and may_write_in_place(key_states, value_states):
+                key_buffer, self.keys = append_tokens(self.buffers[0], self.keys, key_states)
+                value_buffer, self.values = append_tokens(self.buffers[1], self.values, value_states)
                 self.buffers = (key_buffer, value_buffer)
                 return self.keys, self.values
             if self.is_compileable and self.is_initialized and self.keys.shape[1] != key_states.shape[1]:
@@ -129,12 +129,13 @@ def write_cells(
     return buffer
 
 
-def _may_write_in_place(keys: Tensor, values: Tensor) -> bool:
+def may_write_in_place(keys: Tensor, values: Tensor) -> bool:
+    """Return whether no gradient and no compiler needs the cache as it was."""
     tracked = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
     return not tracked and not torch.compiler.is_compiling()
 
 
-def _append(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def append_tokens(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """Append ``new`` to ``held`` along dim 2, in place when ``held`` is the front of a buffer with room.
 
     torch.cat copies the whole cache for every token; a buffer with slack copies it rarely. Beam reordering

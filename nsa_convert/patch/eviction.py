@@ -17,7 +17,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.cache_policy import CachePolicy, forget
 from nsa_convert.methods.inputs import CachedPart, select_heads
-from nsa_convert.patch.cache import sparse_cache_class, sparse_cache_layer
+from nsa_convert.patch.cache import (
+    GROWTH,
+    append_tokens,
+    may_write_in_place,
+    sparse_cache_class,
+    sparse_cache_layer,
+)
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patterns import SequenceLayout
 
@@ -48,6 +54,7 @@ class EvictingLayer(sparse_cache_class(DynamicLayer)):
     is_croppable = False
     seen = 0
     held: dict[int, Held] | None = None  # number of the method among the layer's -> what is left
+    rooms: dict[int, tuple[Tensor, Tensor]] | None = None  # buffers of the parts that still only grow
 
     def get_seq_length(self) -> int:
         """Return how many tokens the layer has seen, forgotten ones included."""
@@ -68,7 +75,7 @@ class EvictingLayer(sparse_cache_class(DynamicLayer)):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.seen, self.held = 0, None
+        self.seen, self.held, self.rooms = 0, None, None
 
     def offload(self) -> None:
         """Move to the CPU."""
@@ -95,6 +102,7 @@ class EvictingLayer(sparse_cache_class(DynamicLayer)):
             self.keys, self.values = change(self.keys), change(self.values)
         self._map_cells(change)
         self.held = {i: held.map(change) for i, held in (self.held or {}).items()}
+        self.rooms = None
 
 
 def forgets(method: SparseMethod) -> bool:
@@ -148,12 +156,10 @@ def recall(
             keys, values = (select_heads(x, [place[head] for head in own]) for x in whole)
             parts.append(CachedPart(k=keys, v=values, layout=context.layout))
             continue
-        new, held = [select_heads(x, own) for x in (k, v)], (layer.held or {}).get(i)
-        if held is not None:
-            pairs = zip((held.keys, held.values), new, strict=True)
-            new = [torch.cat([old, x.transpose(1, 2)], 2).transpose(1, 2) for old, x in pairs]
+        new, held = (select_heads(x, own) for x in (k, v)), (layer.held or {}).get(i)
+        new = _append(layer, i, policy, *(x.transpose(1, 2) for x in new))
         memory = {} if held is None else dict(held.memory)
-        layout, dropped = rows.layout(policy, new[0].shape[1], k.device)
+        layout, dropped = rows.layout(policy, new[0].shape[1], k.shape[1], k.device)
         parts.append(CachedPart(k=new[0], v=new[1], layout=layout, dropped=dropped, memory=memory))
     return tuple(parts)
 
@@ -183,6 +189,20 @@ def let_go(
             k, v, memory = forget(policy, part.k, part.v, part.memory, held, stay)
             layer.held[i] = Held(keys=k.transpose(1, 2), values=v.transpose(1, 2), memory=memory)
     layer.seen += new_tokens
+
+
+def _append(layer: EvictingLayer, part: int, policy: CachePolicy, *new: Tensor) -> list[Tensor]:
+    """Return a part's old and new keys and values ``[B, T, h, D]``, in place while nothing leaves."""
+    held = (layer.held or {}).get(part)
+    if held is None:
+        return [x.transpose(1, 2) for x in new]
+    pairs, room = list(zip((held.keys, held.values), new, strict=True)), (layer.rooms or {}).pop(part, None)
+    later = layer.seen + new[0].shape[2] + GROWTH
+    if policy.size(later) < later or not may_write_in_place(*new):
+        return [torch.cat(pair, 2).transpose(1, 2) for pair in pairs]
+    grown = [append_tokens(b, *pair) for b, pair in zip(room or (None, None), pairs, strict=True)]
+    layer.rooms = {**(layer.rooms or {}), part: tuple(buffer for buffer, _ in grown)}
+    return [x.transpose(1, 2) for _, x in grown]
 
 
 def whole_heads(method: SparseMethod) -> dict[int, int]:
@@ -219,14 +239,13 @@ class _Rows:
         return [policy.size(seen + new) for seen, new in zip(self.before, self.new, strict=True)]
 
     def layout(
-        self, policy: CachePolicy, num_keys: int, device: torch.device
+        self, policy: CachePolicy, num_keys: int, new_tokens: int, device: torch.device
     ) -> tuple[SequenceLayout, Tensor | None]:
         """Return where queries and rows are among ``num_keys`` keys, and how much of each row is dropped."""
         start = [num_keys - held for held in self.held(policy)]
         dropped = [seen - policy.size(seen) for seen in self.before]
-        offset = max(policy.size(seen) for seen in self.before)
         starts, forgotten = (torch.tensor(x, device=device) if any(x) else None for x in (start, dropped))
-        return SequenceLayout(offset=offset, start=starts), forgotten
+        return SequenceLayout(offset=num_keys - new_tokens, start=starts), forgotten
 
 
 def cache_bytes(cache: Cache) -> int:

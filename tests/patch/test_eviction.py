@@ -17,6 +17,15 @@ from tests.models import NSA, STREAMING, dense_model, plan, tokens, trained_mode
 EVICTING = {**STREAMING, "cache": "evict"}
 MIXED = {**EVICTING, "rules": [{"method": "full", "layers": [0, 2], "heads": [1]}]}
 NEXT_TO_CELLS = {**EVICTING, "rules": [{**NSA, "layers": [0, 1], "heads": [1]}]}
+INFLLM = {
+    "method": "infllm",
+    "num_sinks": 3,
+    "window_size": 12,
+    "block_size": 4,
+    "num_blocks": 2,
+    "num_representatives": 2,
+    "query_block": 1,
+}
 EXACT = {
     "absolute": EVICTING,
     "cache": {**EVICTING, "positions": "cache"},
@@ -24,7 +33,7 @@ EXACT = {
     "mixed": MIXED,
     "beside-cells": NEXT_TO_CELLS,
 }
-"""Plans that forget only what no later query can see: the cache changes nothing."""
+"""Plans that forget nothing a later query can see: the cache changes nothing."""
 GREEDY = {"max_new_tokens": 14, "do_sample": False}
 
 
@@ -79,8 +88,9 @@ class TestGenerate:
             assert torch.equal(out, expected), turn
             text = torch.cat([out, tokens(1, 11 + turn, seed=turn)], 1)
 
-    def test_rows_are_dropped_and_repeated(self, model) -> None:
-        ids, mask, _ = padded_batch(53, 20, 37)
+    @pytest.mark.parametrize("lengths", [37, 11], ids=["full", "part"])
+    def test_rows_are_dropped_and_repeated(self, model, lengths) -> None:
+        ids, mask, _ = padded_batch(53, 9, lengths)
         cache = DynamicCache()
         with torch.no_grad():
             model(ids, attention_mask=mask, past_key_values=cache)
@@ -184,6 +194,19 @@ class TestLossyCaches:
                 assert logits[0, -1].argmax() == token
                 logits = lossy(token[None, None], past_key_values=by_hand).logits
 
+    def test_rows_are_dropped(self, lossy) -> None:
+        ids, mask, prompts = padded_batch(53, 9)
+        cache, alone, new = DynamicCache(), DynamicCache(), tokens(1, 12, seed=7)
+        with torch.no_grad():
+            lossy(ids, attention_mask=mask, past_key_values=cache)
+            cache.batch_select_indices(torch.tensor([1]))
+            lossy(prompts[1], past_key_values=alone)
+            for i in range(12):
+                longer = torch.nn.functional.pad(mask[1:], (0, i + 1), value=1)
+                out = lossy(new[:, i : i + 1], attention_mask=longer, past_key_values=cache).logits
+                expected = lossy(new[:, i : i + 1], past_key_values=alone).logits
+                assert (out - expected).abs().max() < 1e-10
+
     def test_full_budget_is_dense(self, lossy) -> None:
         ids, cache = tokens(2, 60), DynamicCache()
         with torch.no_grad(), with_full_budget(lossy, 60):
@@ -191,8 +214,45 @@ class TestLossyCaches:
             assert (torch.cat(steps, 1) - dense_model("qwen3")(ids).logits).abs().max() < 1e-10
 
 
+class TestInfLLM:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls) -> PreTrainedModel:
+        return trained_model("qwen3", INFLLM, num_hidden_layers=1)
+
+    def test_generate(self, model) -> None:
+        few = {"max_new_tokens": 6, "do_sample": False}
+        ids, mask, prompts = padded_batch(33, 20, 5)
+        out = model.generate(ids, attention_mask=mask, prefill_chunk_size=12, num_beams=2, **few)[:, 33:]
+        for row, alone in zip(out, prompts, strict=True):
+            single = model.generate(alone, use_cache=False, num_beams=2, **few)[0, alone.shape[1] :]
+            assert torch.equal(row, single)
+
+    def test_rows_are_dropped(self, model) -> None:
+        ids, mask, prompts = padded_batch(40, 33)
+        cache, new = DynamicCache(), tokens(1, 5, seed=7)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+            cache.batch_select_indices(torch.tensor([1]))
+            longer = torch.cat([mask[1:], torch.ones_like(new)], 1)
+            out = model(new, attention_mask=longer, past_key_values=cache).logits
+            expected = model(torch.cat([prompts[1], new], 1), use_cache=False).logits[:, -5:]
+        assert (out - expected).abs().max() < 1e-10
+
+    def test_decoding_grows_in_place(self, model) -> None:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(tokens(1, 30), past_key_values=cache)
+            model(tokens(1, 1), past_key_values=cache)
+            place = cache.layers[0].held[0].keys.data_ptr()
+            model(tokens(1, 1), past_key_values=cache)
+        assert cache.layers[0].held[0].keys.data_ptr() == place
+        assert cache.layers[0].held[0].keys.shape[2] == 32
+
+
 SIZES = {
     "h2o": {"method": "h2o", "num_heavy": 480, "num_recent": 544},
+    "infllm": {"method": "infllm", "num_sinks": 64, "window_size": 1024, "block_size": 64, "num_blocks": 4},
     "razor": {"method": "razor", "num_sinks": 4, "window_size": 400, "window_share": 16},
     "streaming": {"method": "streaming", "num_sinks": 64, "window_size": 960},
     "half-streaming": {
@@ -218,7 +278,9 @@ def test_bytes_at_16k_tokens_follow_the_formula(name: str) -> None:
     (cost,) = context_costs(methods, methods[0].geometry, 4, [length])
     for measured in (first, cache_bytes(cache)):
         assert measured == pytest.approx(batch * cost.sparse_kv_bytes, rel=0.02)
-    assert cost.sparse_kv_bytes < (0.54 if name == "half-streaming" else 0.07) * cost.dense_kv_bytes
+    assert (
+        cost.sparse_kv_bytes < {"half-streaming": 0.54, "infllm": 1.3}.get(name, 0.07) * cost.dense_kv_bytes
+    )
 
 
 def test_full_budget_forgets_nothing() -> None:

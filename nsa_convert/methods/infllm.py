@@ -1,0 +1,271 @@
+"""InfLLM (Xiao et al. 2024, arXiv 2402.04617): a sliding window, and far blocks that are looked up.
+
+What has left the window is seen without its order: the query is turned to one fixed position, ``window_size -
+1``, and far keys are turned back to position 0, so all of them are equally far away and no distance exceeds
+what the model was trained on. The far past is cut into blocks behind the first tokens. A block is known, for
+each query head, by the mean of its few keys that received most attention while they were in the window. Every
+``query_block`` queries look up the best blocks together: one list for all heads of a layer. Far keys and
+window share one softmax. The cache keeps everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.kernels.dense.flash import attend_rows, plain_attention
+from nsa_convert.kernels.dense.segments import Segment, segments
+from nsa_convert.kernels.merge import merge_lse
+from nsa_convert.kernels.selected import sparse_attention
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
+from nsa_convert.methods.cache_policy import CachePolicy, KeepAll
+from nsa_convert.methods.column_sums import column_sums
+from nsa_convert.patterns import SequenceLayout, SinkWindow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InfLLMSettings:
+    """Settings of InfLLM.
+
+    Attributes:
+        num_sinks: First tokens every query sees.
+        window_size: Last tokens every query sees in their order, its own included.
+        block_size: Tokens of a block of the far past.
+        num_blocks: Blocks a tile of queries looks up.
+        num_representatives: Keys of a block that stand for it.
+        query_block: Queries of a call that look up together; 1 makes the choice causal.
+    """
+
+    num_sinks: int = 128
+    window_size: int = 4096
+    block_size: int = 128
+    num_blocks: int = 16
+    num_representatives: int = 4
+    query_block: int = 512
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be >= {int(name != 'num_sinks')}, got {value}"
+            for name, value in vars(self).items()
+            if value < int(name != "num_sinks")
+        ]
+        if self.num_representatives > self.block_size:
+            problems.append(
+                f"num_representatives {self.num_representatives} is larger than block_size {self.block_size}"
+            )
+        raise_problems(problems, code="CF22")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepAllAndBlocks(KeepAll):
+    """Keeps every token, and what the blocks of the far past are known by.
+
+    Attributes:
+        num_sinks: Tokens before the first block.
+        window_size: Tokens that have left no window yet.
+        block_size: Tokens of a block.
+    """
+
+    num_sinks: int
+    window_size: int
+    block_size: int
+
+    def blocks_before(self, position: int) -> int:
+        """Return how many blocks have left the window of a query at ``position`` entirely."""
+        return max(0, (position - self.window_size + 1 - self.num_sinks) // self.block_size)
+
+    def first_unblocked(self, position: int) -> int:
+        """Return the first token behind the blocks of a query at ``position``, sinks left out."""
+        return min(position, self.num_sinks + self.block_size * self.blocks_before(position))
+
+    def numbers(self, seen: int, geometry: AttentionGeometry) -> int:
+        """Return for each query head a key for each block, and a sum for each token behind the blocks."""
+        per_head = seen - self.first_unblocked(seen) + self.blocks_before(seen) * geometry.head_dim
+        return geometry.num_query_heads * per_head
+
+
+@dataclasses.dataclass
+class _Text:
+    """One document while its tiles are read.
+
+    Attributes:
+        k: ``[N, H, D]`` rotated keys.
+        v: ``[N, H, D]``.
+        received: ``[N, HQ]`` attention each token received in the window; meaningless for tokens of blocks.
+        keys: ``[blocks, HQ, D]`` what the blocks are known by, unrotated, at least float32.
+    """
+
+    k: Tensor
+    v: Tensor
+    received: Tensor
+    keys: Tensor
+
+
+class InfLLM(SparseMethod):
+    """A window in order and a looked-up past without order."""
+
+    spec = MethodSpec(
+        name="infllm",
+        title="InfLLM",
+        paper="arXiv:2402.04617",
+        summary="a window, and far blocks looked up by a few keys, all at one distance",
+        trainable=False,
+        phases=("prefill", "decode"),
+        granularity="blocks per tile of queries, one list per layer",
+        sources={
+            "num_sinks": "the authors' configuration (n_init)",
+            "window_size": "the authors' configuration (n_local)",
+            "block_size": "the authors' configuration",
+            "num_blocks": "the authors' configuration (topk)",
+            "num_representatives": "the authors' configuration (repr_topk)",
+            "query_block": "the authors' configuration (exc_block_size)",
+        },
+        causal_selection=False,
+    )
+    Settings = InfLLMSettings
+    stage_losses = {}
+    couples_heads = True
+
+    def visible_budget(self) -> int:
+        """Return window_size: beyond it positions differ from the dense model's."""
+        return self.settings.window_size
+
+    def keys_per_query(self) -> int | None:
+        """Return sinks, window, blocks, and what has left the window but fills no block yet."""
+        s = self.settings
+        return s.num_sinks + s.window_size + s.num_blocks * s.block_size + s.block_size + s.query_block
+
+    def chooses_causally(self) -> bool:
+        """Return whether each query looks up alone."""
+        return self.settings.query_block == 1
+
+    def cache_policy(self) -> CachePolicy | None:
+        """Keep every token, and beside them what blocks are known by."""
+        return self._blocks()
+
+    def forward(self, x: AttentionInputs) -> Tensor:
+        """Attend to the window and the far past; returns ``[B, TQ, HQ, D]``."""
+        s = self.settings
+        if x.memory is None and self.fits(x, s.window_size):
+            self.record(x, x.k, {})
+            return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+        self.record(x, x.k, {"window": SinkWindow(num_sinks=s.num_sinks, window_size=self._window())})
+        o, texts = torch.zeros_like(x.q), {}
+        for part in segments(x.layout, *x.q.shape[:2], x.k.shape[1]):
+            texts[part.row] = text = self._recall(x, part)
+            own = slice(*part.queries)
+            o[part.row, own] = self._read(x, x.q[part.row, own], text, part.offset)
+        if x.memory is not None:
+            x.memory.update(self._remember(x, texts))
+        return o
+
+    def _window(self) -> int:
+        return max(self.settings.window_size, self.cover or 0)
+
+    def _blocks(self) -> KeepAllAndBlocks:
+        s = self.settings
+        return KeepAllAndBlocks(num_sinks=s.num_sinks, window_size=self._window(), block_size=s.block_size)
+
+    def _recall(self, x: AttentionInputs, part: Segment) -> _Text:
+        """Return a document's keys and values, with what is remembered of the tokens before the call."""
+        k, v = (y[part.row, part.keys[0] : part.keys[1]] for y in (x.k, x.v))
+        wide = torch.promote_types(x.q.dtype, torch.float32)
+        received = x.q.new_zeros(len(k), x.q.shape[2], dtype=wide)
+        keys = x.q.new_zeros(0, *x.q.shape[2:], dtype=wide)
+        if part.offset and x.memory:
+            begin = self._blocks().first_unblocked(part.offset)
+            known = x.memory["received"][part.row]
+            received[begin : part.offset] = known[len(known) - (part.offset - begin) :]
+            keys = x.memory["keys"][part.row, : self._blocks().blocks_before(part.offset)]
+        return _Text(k=k, v=v, received=received, keys=keys)
+
+    def _remember(self, x: AttentionInputs, texts: dict[int, _Text]) -> dict[str, Tensor]:
+        """Return the memory after a call: rows with fewer tokens have zeros in front, fewer blocks behind."""
+        rows = range(x.q.shape[0])
+        behind = self._blocks().first_unblocked
+        tails = {row: text.received[behind(len(text.k)) :] for row, text in texts.items()}
+        width = max(map(len, tails.values()), default=0)
+        count = max((len(text.keys) for text in texts.values()), default=0)
+        wide = torch.promote_types(x.q.dtype, torch.float32)
+        received = x.q.new_zeros(len(rows), width, x.q.shape[2], dtype=wide)
+        keys = x.q.new_zeros(len(rows), count, *x.q.shape[2:], dtype=wide)
+        for row, text in texts.items():
+            received[row, width - len(tails[row]) :] = tails[row]
+            keys[row, : len(text.keys)] = text.keys
+        return {"received": received, "keys": keys}
+
+    def _read(self, x: AttentionInputs, q: Tensor, text: _Text, first: int) -> Tensor:
+        """Read the queries ``[T, HQ, D]`` at positions ``first ..`` tile by tile; returns ``[T, HQ, D]``."""
+        out, window = [], self._window()
+        for begin in range(0, len(q), self.settings.query_block):
+            tile = q[None, begin : begin + self.settings.query_block]
+            position = first + begin
+            end = position + tile.shape[1]
+            self._form_blocks(x, text, position)
+            low = max(0, position - window + 1)
+            layout, k, v = SequenceLayout(offset=position - low), text.k[None, low:end], text.v[None, low:end]
+            parts = [
+                sparse_attention(tile, k, v, SinkWindow(window_size=window), layout=layout, scale=x.scale)
+            ]
+            if end > window:
+                parts.append(self._attend_far(x, tile, text, position))
+            o, lse = merge_lse(*zip(*parts, strict=True))
+            received = column_sums(tile, k, layout=layout, scale=x.scale, lse=lse, window=window)
+            text.received[low:end] += received[0]
+            out.append(o[0])
+        self._form_blocks(x, text, first + len(q))
+        return torch.cat(out)
+
+    def _form_blocks(self, x: AttentionInputs, text: _Text, position: int) -> None:
+        """Name the representatives of the blocks that have left the window of a query at ``position``."""
+        s, done, due = self.settings, len(text.keys), self._blocks().blocks_before(position)
+        if due <= done:
+            return
+        begin, end = (s.num_sinks + s.block_size * n for n in (done, due))
+        best = text.received[begin:end].unflatten(0, (-1, s.block_size)).topk(s.num_representatives, dim=1)
+        plain = self._turn_back(x, text.k[begin:end], torch.arange(begin, end, device=text.k.device))
+        plain = plain.repeat_interleave(self.geometry.group_size, 1).unflatten(0, (-1, s.block_size))
+        index = best.indices[..., None].expand(-1, -1, -1, plain.shape[-1])
+        text.keys = torch.cat([text.keys, plain.gather(1, index).to(text.keys.dtype).mean(1)])
+
+    def _turn_back(self, x: AttentionInputs, k: Tensor, positions: Tensor) -> Tensor:
+        return x.move(k[None], positions[None], torch.zeros_like(positions)[None])[0]
+
+    def _attend_far(
+        self, x: AttentionInputs, tile: Tensor, text: _Text, position: int
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to first tokens, looked-up blocks and the rest outside the window; ``(o, lse)``."""
+        s, window, device = self.settings, self._window(), tile.device
+        queries = torch.arange(position, position + tile.shape[1], device=device)
+        q = x.move(tile, queries[None], torch.full_like(queries, window - 1)[None])
+        score = torch.einsum("hd,nhd->n", q[0].to(text.keys.dtype).mean(0), text.keys)
+        chosen = score.topk(min(s.num_blocks, len(score))).indices.sort().values
+        inside = torch.arange(s.block_size, device=device)
+        left = s.num_sinks + s.block_size * len(text.keys)
+        slots = torch.cat(
+            [
+                torch.arange(min(s.num_sinks, position + tile.shape[1]), device=device),
+                (s.num_sinks + chosen[:, None] * s.block_size + inside).flatten(),
+                torch.arange(left, max(left, position + tile.shape[1] - window), device=device),
+            ]
+        )
+        visible = slots <= queries[:, None] - window  # [T, L]
+        return _attend(q, self._turn_back(x, text.k[slots], slots), text.v[slots], visible, x.scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend with ``q [1, T, HQ, D]`` to ``k, v [L, H, D]`` under a mask ``[T, L]``; ``(o, lse)``."""
+    heads, group = k.shape[1], q.shape[2] // k.shape[1]
+    rows = q[0].unflatten(1, (heads, group)).permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, H, G T, D]
+    bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+    k, v = (y.transpose(0, 1)[None] for y in (k, v))
+    tracked = torch.is_grad_enabled() and any(y.requires_grad for y in (q, k, v))
+    run = plain_attention if tracked else attend_rows  # the fused operator has no gradient for its lse
+    o, lse = run(rows, k, v, bias.repeat(group, 1)[None, None], scale)
+    o, lse = (y[0].unflatten(1, (group, -1)).movedim(2, 0).flatten(1, 2)[None] for y in (o, lse))
+    none = ~visible.any(1)[None, :, None]
+    return o.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
