@@ -105,6 +105,7 @@ def _known_error(error: Exception) -> NsaConvertError:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or "t allocate memory" in str(error)
+        or "can't start new thread" in str(error)
     ):
         return MachineError(
             "not enough memory", code="SV07", hint="close other programs or use a bigger machine"

@@ -230,5 +230,5 @@ ELSEWHERE: dict[str, str] = {}
 NOT_APPLICABLE: dict[str, str] = {}
 """Case -> why it cannot happen here."""
 
-OPEN = {"DA", "SV", "HB", "KN", "CL", "EV"}
+OPEN = {"DA", "HB", "KN", "CL", "EV"}
 """Areas that are not complete yet; to be emptied."""

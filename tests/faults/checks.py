@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,28 @@ def python(script: str, *words: Any, **options: Any) -> subprocess.CompletedProc
     return subprocess.run(
         command, **{"env": ENVIRONMENT, "capture_output": True, "text": True, "check": False, **options}
     )
+
+
+def forked(prepare: Callable[[], object], *words: Any) -> tuple[int, str, str]:
+    """Run the command line in a forked process, after ``prepare`` there; return status, stdout and stderr.
+
+    A fork takes no seconds to import torch, and what ``prepare`` does, such as a limit, ends with it.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            prepare()
+            result = run(*words)
+            os.write(writer, json.dumps([result.exit_code, result.stdout, result.stderr]).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        content = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert content, f"the process died, status {status}"
+    return tuple(json.loads(content))
 
 
 def snapshot(folder: Path) -> dict[str, str]:

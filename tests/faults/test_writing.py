@@ -3,67 +3,47 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-import random
+import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from nsa_convert.convert import convert_checkpoint
 from nsa_convert.errors import NsaConvertError
 from nsa_convert.patch import staging
+from nsa_convert.patch.loading import load_causal_model
 from nsa_convert.patch.manifest import check_manifest
 from nsa_convert.verification import revert_checkpoint
-from tests.checkpoints import tree_hash
+from tests.checkpoints import edit_json, tree_hash
+from tests.faults.checks import (
+    ENVIRONMENT,
+    METHOD,
+    converted,
+    edit_weight_map,
+    error_of,
+    forked,
+    python,
+    refused,
+    run,
+    snapshot,
+    third,
+)
+from tests.faults.kills import kill_conversions
 from tests.test_convert import NSA
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-
-def refused(code: str, status: int, source: Path, out: Path, **options) -> NsaConvertError:
-    before = tree_hash(source)
-    with pytest.raises(NsaConvertError) as caught:
-        convert_checkpoint(source, out, NSA, **options)
-    assert (caught.value.code, caught.value.exit_status) == (code, status), str(caught.value)
-    assert tree_hash(source) == before
-    assert list(out.parent.glob(".nsa-*")) == []
-    return caught.value
 
 
 def test_sv01_killed_at_random_points(source, tmp_path):
-    """SIGKILL leaves OUT absent or complete; the next run for that OUT clears the rest."""
-    before = tree_hash(source)
-    script = (
-        "import sys; from pathlib import Path; from tests.test_convert import NSA, convert_checkpoint\n"
-        "print('ready', flush=True)\n"
-        "for i in range(100):\n"
-        "    convert_checkpoint(sys.argv[1], Path(sys.argv[2]) / f'out{i}', NSA, copy=True)\n"
-    )
-    work = tmp_path / "work"
-    delays = random.Random(0)
-    for _ in range(4):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        child = subprocess.Popen(
-            [sys.executable, "-c", script, str(source), str(work)], env=ENVIRONMENT, stdout=subprocess.PIPE
-        )
-        child.stdout.readline()
-        time.sleep(delays.uniform(0.05, 1.0))
-        child.kill()
-        child.wait()
-        child.stdout.close()
-        finished = len(list(work.glob("out*")))
-        assert all(check_manifest(out) == [] for out in work.glob("out*"))
-        convert_checkpoint(source, work / f"out{finished}", NSA, copy=True)
-        assert check_manifest(work / f"out{finished}") == []
-        assert list(work.glob(".nsa-*")) == []
-    assert tree_hash(source) == before
+    tally = kill_conversions(source, tmp_path / "work", kills=12, seed=0)
+    assert tally.killed == 12, tally
+    assert tally.lost == [], tally
 
 
 def test_sv01_killed_between_the_two_renames(source, tmp_path, monkeypatch):
@@ -94,66 +74,99 @@ def test_sv01_killed_between_the_two_renames(source, tmp_path, monkeypatch):
     assert list(tmp_path.glob(".nsa-*")) == []
 
 
-def test_sv02_no_space(source, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
+def refused_place(code: str, source: Path, out: Path, *options: str, status: int = 2) -> dict:
+    """Convert to a place that cannot be; nothing on disk changes."""
+    before = snapshot(source.parent)
+    error = error_of(run("convert", source, out, *METHOD, *options, "--json"), status)
+    assert error["code"] == code, error
+    assert snapshot(source.parent) == before
+    return error
+
+
+def test_sv02_no_space(source, monkeypatch):
+    usage = shutil.disk_usage(source)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    error = refused("SV02", 5, source, tmp_path / "out")
-    assert "are free" in error.message
-    assert not (tmp_path / "out").exists()
+    refused(source, "SV02", "needs", "are free", status=5, inspect=False)
+
+
+def test_sv02_disk_really_full(source, tmp_path):
+    """A file system of 2 MB: refused before writing; full in the middle, cleaned up."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        error = error_of(run("convert", source, disk / "out", *METHOD, "--json"), 5)
+        assert error["code"] == "SV02"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nsa_convert.convert.require_space", lambda *_: None)
+            (disk / "ballast").write_bytes(bytes(2_000_000))
+            error = error_of(run("convert", source, disk / "out", *METHOD, "--json"), 5)
+        assert error["code"] == "SV03"
+        assert "No space left" in error["message"]
+        assert [path.name for path in disk.iterdir()] == ["ballast"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("limit", [2000, 9000])
-def test_sv03_file_size_limit(source, tmp_path, limit):
+def test_sv03_file_size_limit(source, limit):
     """RLIMIT_FSIZE stands for a full disk: writing fails in the middle."""
-    script = (
-        "import resource, sys; from pathlib import Path\n"
-        "from nsa_convert.errors import NsaConvertError\n"
-        "from tests.test_convert import NSA, convert_checkpoint\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "try: convert_checkpoint(sys.argv[1], sys.argv[2], NSA, copy=True)\n"
-        "except NsaConvertError as error: print(error.code, error.exit_status)\n"
-    )
-    before = tree_hash(source)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(source), str(tmp_path / "out")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.split() == ["SV03", "5"], done.stderr
-    assert tree_hash(source) == before
-    assert not (tmp_path / "out").exists()
-    assert list(tmp_path.glob(".nsa-*")) == []
+    before = snapshot(source.parent)
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    words = ("convert", source, source.parent / "out", *METHOD, "--copy", "--json")
+    status, stdout, _ = forked(small_files, *words)
+    assert (status, json.loads(stdout)["code"]) == (5, "SV03"), stdout
+    assert json.loads(stdout)["hint"]
+    assert snapshot(source.parent) == before
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_sv03_write_fails(source, tmp_path, monkeypatch, code):
+def test_sv03_write_fails(source, monkeypatch, code):
     def fails(*_, **__):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("nsa_convert.patch.new_weights.save_file", fails)
-    refused("SV03", 5, source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    refused(source, "SV03", os.strerror(code), status=5, inspect=False)
 
 
 def test_sv04_overlapping_places(source, tmp_path):
-    refused("SV04", 2, source, source)
-    refused("SV04", 2, source, source / "inside")
-    refused("SV04", 2, source, source.parent)
     (tmp_path / "link").symlink_to(source)
-    refused("SV04", 2, source, tmp_path / "link")
+    for out in (source, source / "inside", source.parent, tmp_path / "link", source / "../model"):
+        assert "overlap" in refused_place("SV04", source, out)["message"]
 
 
 def test_sv05_taken(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("x")
-    refused("SV05", 2, source, out)
-    refused("SV05", 2, source, out, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    assert "--overwrite" in refused_place("SV05", source, out)["hint"]
+    assert "not replaced" in refused_place("SV05", source, out, "--overwrite")["message"]
     (tmp_path / "file").write_text("x")
-    refused("SV05", 2, source, tmp_path / "file", overwrite=True)
+    assert "not a folder" in refused_place("SV05", source, tmp_path / "file", "--overwrite")["message"]
+
+
+def test_sv05_overwrite_swaps(source, tmp_path):
+    out, _ = converted(source)
+    edit_json(out / "config.json", note="old")
+    converted(source, "--overwrite")
+    assert "note" not in json.loads((out / "config.json").read_text())
+    assert check_manifest(out) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_sv05_overwrite_that_fails_keeps_the_old_one(source, monkeypatch):
+    converted(source)
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("nsa_convert.patch.new_weights.save_file", fails)
+    refused(source, "SV03", status=5, options=(*METHOD, "--overwrite"), inspect=False)
 
 
 def test_empty_folder_is_free(source, tmp_path):
@@ -162,34 +175,128 @@ def test_empty_folder_is_free(source, tmp_path):
     assert check_manifest(tmp_path / "out") == []
 
 
-def test_sv06_only_own_leftovers_are_removed(source, tmp_path):
+def test_sv06_leftovers_of_dead_runs(source, tmp_path):
+    """Ours are removed by the next run for the same OUT; those of others stay."""
     (tmp_path / ".tmpABCDEF").write_text("someone else's")
-    convert_checkpoint(source, tmp_path / "out", NSA)
+    with staging.staged(tmp_path / "other") as folder:
+        (folder / "kept").write_text("of another OUT")
+        dead = folder.rename(tmp_path / "dead")
+        folder.mkdir()
+    shutil.rmtree(tmp_path / "other")
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*_, **__):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nsa_convert.patch.staging.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("nsa_convert.patch.new_weights.save_file", dies)
+        with pytest.raises(Killed):
+            convert_checkpoint(source, tmp_path / "out", NSA)
+    assert list(tmp_path.glob(".nsa-staging-*"))
+    converted(source)
+    assert list(tmp_path.glob(".nsa-*")) == []
     assert (tmp_path / ".tmpABCDEF").exists()
+    assert (dead / "kept").exists()
 
 
-def test_sv07_little_memory(source, tmp_path):
-    """The weights are streamed: a limit of the address space just above what the imports take is enough."""
+def test_sv07_little_memory(source):
+    """The weights are streamed: a limit of the address space just above what there is now is enough."""
+    converted(source, out=source.parent / "warm")
+
+    def little_memory():
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2**28,) * 2)
+
+    status, _, stderr = forked(little_memory, "convert", source, source.parent / "out", *METHOD)
+    assert status == 0, stderr
+
+
+def test_sv07_out_of_memory(source):
+    """A limit that not even one piece fits under."""
+
+    def no_memory():
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2**18,) * 2)
+
+    converted(source, out=source.parent / "warm")
+    before = snapshot(source.parent)
+    words = ("convert", source, source.parent / "out", *METHOD, "--json")
+    status, stdout, _ = forked(no_memory, *words)
+    assert (status, json.loads(stdout)["code"]) == (5, "SV07"), stdout
+    assert snapshot(source.parent) == before
+
+
+def test_sv08_same_bytes_every_time(source, tmp_path):
+    """Another process, hash seed, working directory and thread count."""
+    first, _ = converted(source)
     script = (
-        "import resource, sys; from pathlib import Path\n"
-        "from tests.test_convert import NSA, convert_checkpoint\n"
-        "convert_checkpoint(sys.argv[1], sys.argv[2] + '1', NSA)\n"
-        "size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (size + 2**28,) * 2)\n"
-        "convert_checkpoint(sys.argv[1], sys.argv[2] + '2', NSA)\n"
+        "import sys; from pathlib import Path; from tests.test_convert import NSA, convert_checkpoint\n"
+        "convert_checkpoint(sys.argv[1], Path('second'), NSA, threads=1)\n"
     )
-    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
-    subprocess.run(command, env=ENVIRONMENT, check=True)
+    done = python(script, source, cwd=tmp_path, env={**ENVIRONMENT, "PYTHONHASHSEED": "7"})
+    assert done.returncode == 0, done.stderr
+    assert tree_hash(first) == tree_hash(tmp_path / "second")
 
 
-def test_sv10_read_only_source(source, tmp_path):
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_sv09_files_have_the_mode_of_the_umask(source, mask, mode):
+    """safetensors alone would make the new shard private."""
+    before = os.umask(mask)
+    try:
+        out, _ = converted(source, "--copy")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*") if path.is_file()}
+    assert modes == {mode}
+    assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~mask
+
+
+def test_sv10_read_only_source(source):
     before = tree_hash(source)
     for path in source.iterdir():
         path.chmod(0o444)
     source.chmod(0o555)
-    convert_checkpoint(source, tmp_path / "out", NSA)
+    converted(source)
     source.chmod(0o755)
     assert tree_hash(source) == before
+
+
+@pytest.mark.parametrize("name", ["with space", "ünïcode-模型", "-leading", "x" * 255, "slash/", "a'b", "%d"])
+def test_sv11_odd_output_names(source, name, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    result = run("convert", *METHOD, "--", "model", name)
+    assert result.exit_code == 0, result.stderr
+    assert check_manifest(Path(name)) == []
+    assert len(list(source.parent.iterdir())) == 2
+
+
+def test_sv11_odd_source_names(source, tmp_path):
+    odd = source.rename(tmp_path / "ein Modell, 模型 'x'")
+    _, report = converted(odd)
+    assert report["source"]["id"] == odd.name
+
+
+def test_sv12_save_load_save(source, tmp_path):
+    """A converted model saved by transformers twice is the same, and tells nothing of this machine."""
+    out, _ = converted(source)
+    for before, after in ((out, tmp_path / "once"), (tmp_path / "once", tmp_path / "twice")):
+        load_causal_model(before, torch.float32).save_pretrained(after)
+    assert tree_hash(tmp_path / "once") == tree_hash(tmp_path / "twice")
+    for folder in (out, tmp_path / "once"):
+        texts = [
+            path.read_bytes()
+            for path in folder.rglob("*")
+            if path.suffix != ".safetensors" and path.is_file()
+        ]
+        assert not any(str(tmp_path).encode() in text for text in texts)
+    tensors = load_causal_model(tmp_path / "twice", torch.float32).state_dict()
+    assert all(
+        torch.equal(value, tensors[name])
+        for name, value in load_causal_model(out, torch.float32).state_dict().items()
+    )
 
 
 def test_sv13_revert_gives_every_byte_back(source, tmp_path):
@@ -200,12 +307,31 @@ def test_sv13_revert_gives_every_byte_back(source, tmp_path):
         assert tree_hash(tmp_path / f"back{copy}") == tree_hash(source)
 
 
+def test_sv14_names_that_differ_only_in_case(source):
+    twin = third(source).name.upper().replace("SAFETENSORS", "safetensors")
+    shutil.copy(third(source), source / twin)
+    edit_weight_map(source, lambda table: table.update({next(iter(table)): twin}))
+    refused(source, "SV14", "differ only in case")
+
+
+@pytest.mark.parametrize(
+    "name", ["aux.safetensors", "model:1", "trailing.", "trailing ", "com1", "a|b", 'a"b']
+)
+def test_sv14_names_that_windows_cannot_hold(source, name):
+    first = third(source).name
+    third(source).rename(source / name)
+    edit_weight_map(source, lambda table: table.update({k: name for k, v in table.items() if v == first}))
+    refused(source, "CK13", repr(name), "not a plain file name")
+
+
 def test_sv15_no_permission(source, tmp_path, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
 
     monkeypatch.setattr(Path, "mkdir", denied)
-    refused("SV15", 5, source, tmp_path / "out")
+    with pytest.raises(NsaConvertError) as caught:
+        convert_checkpoint(source, tmp_path / "out", NSA)
+    assert (caught.value.code, caught.value.exit_status) == ("SV15", 5)
 
 
 def test_sv15_as_another_user(source, tmp_path):
