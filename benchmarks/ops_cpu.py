@@ -1,7 +1,7 @@
 """Every op of the torch backend against dense attention on this machine's CPU.
 
     python benchmarks/ops_cpu.py [--geometry 14/2/64] [--lengths 8192,32768] [--phases prefill,decode]
-                                 [--inputs FILE] [--repeats 3] [--csv FILE]
+                                 [--inputs FILE] [--repeats 3] [--compile] [--csv FILE]
 
 Beyond what `nsa_convert.bench` times, it runs block lists shared by tiles of 64 queries and independent
 random lists (the worst case for the union of neighbouring queries), and prints how many blocks that union
@@ -50,7 +50,8 @@ def main() -> None:
                 cases = [*bench.prefill_cases(x, not options.no_dense), *list_cases(x)]
                 rows += bench.time_cases("prefill", length, cases, options.repeats, "cpu")
             if "decode" in options.phases:
-                cases = bench.decode_cases(x, not options.no_dense)
+                cases = list(bench.decode_cases(x, not options.no_dense))
+                cases += compiled(cases) if options.compile else []
                 rows += bench.time_cases("decode", length, cases, 30 * options.repeats, "cpu")
     kind = "drifting" if source is None else "real"
     place = bench.environment("cpu") | {"commit": commit(), "inputs": kind}
@@ -71,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--inputs", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-dense", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="time decode through torch.compile too")
     parser.add_argument("--csv", type=Path)
     return parser.parse_args()
 
@@ -119,6 +121,12 @@ def list_cases(x: bench.Inputs) -> Iterator[bench.Case]:
     random = BlockSelection(block_indices=best.indices.masked_fill(best.values < 0, -1), block_size=size)
     yield "selected, tiles of 64", lambda: sparse_attention(x.q, x.k, x.v, tiles, layout=DENSE_LAYOUT)
     yield "selected, random lists", lambda: sparse_attention(x.q, x.k, x.v, random, layout=DENSE_LAYOUT)
+
+
+def compiled(cases: list[bench.Case]) -> list[bench.Case]:
+    """Return the whole decode steps through torch.compile, the grouped dense ones too."""
+    whole = ("nsa", "ssa", bench.DENSE + "SDPA, group as rows", bench.DENSE + "bmm, group as rows")
+    return [(f"{name}, compiled", torch.compile(run)) for name, run in cases if name in whole]
 
 
 def commit() -> str:
