@@ -14,8 +14,8 @@ from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
-CHUNK_ELEMENTS = 1 << 21
-"""Keys scored at once: their float32 copy should stay in the cache."""
+CHUNK_ELEMENTS = 1 << 19
+"""Keys scored at once: their float32 copy should stay in the second-level cache."""
 
 
 def decode_cells(
