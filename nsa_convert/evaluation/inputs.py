@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nsa_convert.config import raise_problems
 from nsa_convert.errors import ConfigError
+from nsa_convert.evaluation.contamination import seen_in_training
 from nsa_convert.evaluation.models import ModelFacts
 from nsa_convert.evaluation.needle import NeedleCase, build_cases
 from nsa_convert.evaluation.settings import QuickSettings
@@ -72,7 +73,8 @@ def prepare_inputs(
         haystack=prose_text().text if settings.needle_haystack == "prose" else None,
         chat=settings.needle_chat, seed=settings.seed,
     )
-    return Inputs(texts=texts, cases=tuple(cases), warnings=tuple(_warnings(texts, budget, wanted)))
+    warnings = [*_warnings(texts, budget, wanted), *seen_in_training(models[0].path, sources)]
+    return Inputs(texts=texts, cases=tuple(cases), warnings=tuple(warnings))
 
 
 def _check_lengths(length: int | None, limit: int | None, needle_lengths: tuple[int, ...]) -> None:

@@ -67,6 +67,7 @@ def write_tiny(folder: Path, *args: Any, **changes: Any) -> Path:
 def train(out: Path, *args: Any, resume: bool = False, say: Any = None, base: Path = ROOT, **changes: Any):
     """Train a tiny recipe in this process."""
     options = {} if say is None else {"say": say}
+    options |= {"allow": changes.pop("allow")} if "allow" in changes else {}
     return train_recipe(recipe(out, *args, **changes), None, base=base, resume=resume, **options)
 
 

@@ -179,24 +179,3 @@ def test_text_files_of_every_kind(tmp_path):
     changed = PackedRows(read.stages[0].data, rows.tokenizer, 32, 0, tmp_path)
     with pytest.raises(ConfigError, match="training data changed"):
         changed.restore(rows.state_after(4))
-
-
-def test_a_stream_is_resumed_without_loss_or_repeat(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_dict({"text": [f"row {i}." for i in range(30)]}).to_iterable_dataset()
-    monkeypatch.setattr("nsa_convert.training.sources.load_table", lambda *_: (table, []))
-    data = [{"kind": "hub", "path": "someone/something", "streaming": True}]
-    values = recipe_values(tmp_path, None, stage(data=data))
-    rows = rows_of(values)
-    stream = iter(rows)
-    first = [next(stream)["input_ids"] for _ in range(20)]  # more than one epoch
-    assert rows.cursors[0].epoch > 0
-    again = rows_of(values)
-    again.restore(rows.state_after(7))
-    stream = iter(again)
-    assert [next(stream)["input_ids"] for _ in range(13)] == first[7:]
-    text = rows.tokenizer.decode([i for row in first[:7] for i in row])
-    counts = [text.count(f"row {i}.") for i in range(30)]
-    assert counts == sorted(counts, reverse=True), "in stored order"
-    assert 24 < sum(counts) <= 30
-    assert max(counts) == 1
