@@ -228,10 +228,12 @@ def _gates(report: Report) -> Plot | None:
     def panel(text: Mapping[str, Any], rows: list[dict[str, Any]]) -> Panel:
         def draw(axis: Axes) -> None:
             names = dict.fromkeys(name for row in rows for name in row["gates"])
-            for name, colour in zip(names, (THIRD, SPARSE, DENSE), strict=False):
+            # Lines of their own width and dashes: closed branches lie on one another.
+            looks = ((THIRD, 4.0, "-"), (SPARSE, 1.8, "-"), (DENSE, 1.8, "--"))
+            for name, (colour, width, dashes) in zip(names, looks, strict=False):
                 mine = [row for row in rows if name in row["gates"]]
                 x, y = [row["layer"] for row in mine], [row["gates"][name] for row in mine]
-                axis.plot(x, y, color=colour, marker=".", label=name)
+                axis.plot(x, y, color=colour, marker=".", linewidth=width, linestyle=dashes, label=name)
             axis.axhline(0, color="0.5", linewidth=0.8)
             axis.set_xlabel("layer")
             axis.set_ylabel("mean gate")
