@@ -93,7 +93,11 @@ def explain(code: str, as_json: bool) -> None:
     "--measure", type=click.Path(path_type=Path), help="Run MODEL and write a head profile to this file."
 )
 @click.option(
-    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="With --measure: length, dtype, settings."
+    "--set",
+    "pairs",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="With --measure: kind=budgets|razor|duo|distance|import, dtype, settings.",
 )
 @common
 def inspect(
@@ -101,7 +105,9 @@ def inspect(
 ) -> None:
     """Show what MODEL is, which methods fit, and what they cost; reads headers only, unless measuring."""
     if measure is not None:
-        measure_heads(model, method or "ssa", measure, pairs, as_json)
+        from nsa_convert.cli.profiles import write_profile
+
+        write_profile(model, method, measure, pairs, as_json)
         return
     if pairs:
         raise UsageError("--set belongs to --measure", code="CL02")
@@ -111,29 +117,6 @@ def inspect(
 
     lengths = parse_lengths(context, "--context")
     show(inspect_checkpoint(resolve_model(model, tell=tell).path, method, lengths), as_json)
-
-
-def measure_heads(model: str, method: str, out: Path, pairs: tuple[str, ...], as_json: bool) -> None:
-    """Measure the heads of a dense model and write their profile."""
-    from nsa_convert.cli.options import parse_settings
-    from nsa_convert.evaluation.profile import profile_checkpoint
-    from nsa_convert.hub import dense_folder, resolve_model
-
-    settings = parse_settings(pairs)
-    options = {name: settings.pop(name) for name in ("length", "dtype") if name in settings}
-    if out.exists():
-        raise UsageError(f"{out} exists; choose another file or remove it", code="CL03", where=str(out))
-    folder = dense_folder(resolve_model(model, tell=tell), tell)
-    profile = profile_checkpoint(folder, method, settings, say=tell, **options)
-    profile.save(out)
-    mass = profile.captured.mean((0, 1)).tolist()
-    if as_json:
-        rows = {"budgets": profile.budgets.tolist(), "captured": mass, "scores": profile.scores.tolist()}
-        print_json({"ok": True, "out": str(out), **rows})
-        return
-    for budget, kept in zip(profile.budgets.tolist(), mass, strict=True):
-        click.echo(f"{budget:>7,} keys: {kept:.1%} of the attention mass, mean over heads")
-    hint(f"next: nsa-convert convert {model} OUT --profile {out} --density 0.5")
 
 
 @main.command()
@@ -147,8 +130,8 @@ def measure_heads(model: str, method: str, out: Path, pairs: tuple[str, ...], as
     "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A setting of the method; repeatable."
 )
 @click.option("--layers", help="Layers that become sparse, such as 0-3,7; the others stay dense.")
-@click.option("--profile", help="Head profile from `inspect --measure`: a budget for each head.")
-@click.option("--density", type=float, help="With --profile: share of the pairs of dense attention to keep.")
+@click.option("--profile", help="Head profile from `inspect --measure`: budgets, or which heads stay dense.")
+@click.option("--density", type=float, help="With --profile: share of pairs to keep, or of heads.")
 @click.option("--dtype", default="float32", show_default=True, help="Dtype for the weights of a .gguf file.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--copy", is_flag=True, help="Copy the weight files instead of hard-linking them.")

@@ -60,16 +60,9 @@ def read_plan(
     """Return the plan that the options of ``convert`` describe."""
     settings = parse_settings(pairs)
     if profile is not None or density is not None:
-        if profile is None or density is None:
-            raise UsageError("--profile and --density belong together", code="CL02")
-        if method is not None or layers is not None or config is not None:
-            raise UsageError(
-                "a --profile decides method and layers; leave out --method, --layers and --config",
-                code="CL02",
-            )
-        from nsa_convert.patch.head_profile import HeadProfile, plan_from_profile
-
-        return _with_settings(plan_from_profile(HeadProfile.load(profile), density), settings)
+        if layers is not None or config is not None:
+            raise UsageError("a --profile decides the layers; leave out --layers and --config", code="CL02")
+        return _with_settings(_profile_plan(profile, density, method), settings)
     if config is not None:
         if method is not None or layers is not None:
             raise UsageError("--config holds the whole plan; leave out --method and --layers", code="CL02")
@@ -87,6 +80,22 @@ def read_plan(
     if rule.layers is None:
         return SparseAttentionConfig(default=rule)
     return SparseAttentionConfig(default=LayerRule(method=FULL), rules=(rule,))
+
+
+def _profile_plan(profile: str | None, density: float | None, method: str | None) -> SparseAttentionConfig:
+    if profile is None:
+        raise UsageError("--density belongs to a --profile", code="CL02")
+    from nsa_convert.patch.head_classes import plan_of_classes
+    from nsa_convert.patch.head_profile import HeadProfile, plan_from_profile
+
+    read = HeadProfile.load(profile)
+    if read.error is None:
+        return plan_of_classes(read, density, None if method is None else {"method": method})
+    if method is not None:
+        raise UsageError("this --profile was measured with its method; leave out --method", code="CL02")
+    if density is None:
+        raise UsageError("a --profile of budgets needs a --density", code="CL02")
+    return plan_from_profile(read, density)
 
 
 def _with_settings(plan: SparseAttentionConfig, settings: dict[str, Any]) -> SparseAttentionConfig:
