@@ -13,7 +13,7 @@ from nsa_convert import __version__
 from nsa_convert.config import LayerRule, SparseAttentionConfig, number_ranges
 from nsa_convert.errors import UsageError
 from nsa_convert.methods.base import SparseMethod
-from nsa_convert.methods.registry import read_rule
+from nsa_convert.methods.registry import read_rule, settings_dict
 from nsa_convert.patch.checkpoint import Checkpoint, open_checkpoint
 from nsa_convert.patch.estimate import CONTEXTS, ContextCost, context_costs, cost_lines, dense_until
 from nsa_convert.patch.gguf import is_gguf, open_gguf, write_dense_folder
@@ -182,7 +182,7 @@ def explicit_settings(sparse: SparseAttentionConfig) -> SparseAttentionConfig:
 
     def explicit(rule: LayerRule, where: str) -> LayerRule:
         _, settings = read_rule(rule, where)
-        return dataclasses.replace(rule, settings=dataclasses.asdict(settings))
+        return dataclasses.replace(rule, settings=settings_dict(settings))
 
     rules = tuple(explicit(rule, f"rules[{i}]") for i, rule in enumerate(sparse.rules))
     return SparseAttentionConfig(default=explicit(sparse.default, "default"), rules=rules)

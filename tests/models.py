@@ -86,6 +86,7 @@ VARIANTS = {
     "quest": QUEST,
     "hybrid": HYBRID,
     "msa-reuse": {**MSA, "rules": [{**MSA, "layers": [1, 2], "reuse_from": 0}]},
+    "phases": {"method": "phases", "prefill": SSA, "decode": SSA},
     "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed", "scorer": "second_order"},
 }
 
@@ -102,6 +103,7 @@ MINFERENCE = {
         ["block_sparse", 2, 1],
     ],
 }
+TRI_SHAPE = {"method": "tri_shape", "num_sinks": 3, "window_size": 17, "num_last": 21}
 VERTICAL_SLASH = {"method": "minference", "block_size": 8, "vertical_size": 40, "slash_size": 100}
 
 PREFILL = {
@@ -112,6 +114,7 @@ PREFILL = {
     "flexprefill": FLEXPREFILL,
     "minference": MINFERENCE,
     "minference-vertical-slash": VERTICAL_SLASH,
+    "tri_shape": TRI_SHAPE,
 }
 """Variants that choose for tiles of a prompt and decode densely; vertical-slash sees at least 100 tokens."""
 

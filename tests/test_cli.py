@@ -282,6 +282,19 @@ def test_values_of_set():
         parse_settings(["a=[1"])
 
 
+def test_a_method_for_each_phase(source, tmp_path):
+    words = ["--method", "phases", "--set", "prefill=xattention"]
+    words += ["--set", "decode={method: quest, num_blocks: 8}"]
+    result = run("convert", source, tmp_path / "out", *words, "--json")
+    assert json.loads(result.stdout)["ok"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    plan = config["sparse_attention"]["default"]
+    assert plan["method"] == "phases"
+    assert (plan["prefill"]["method"], plan["prefill"]["threshold"]) == ("xattention", 0.9)
+    assert (plan["decode"]["method"], plan["decode"]["num_blocks"]) == ("quest", 8)
+    assert run("verify", tmp_path / "out").exit_code == 0
+
+
 YAML_FAULTS = {
     "RC01-tab": "a:\t1\n\tb: 2",
     "RC04-twice": "sparse_attention: {}\nsparse_attention: {}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig, suggest
@@ -18,11 +20,13 @@ from nsa_convert.methods.minference import MInference
 from nsa_convert.methods.moba import MoBA
 from nsa_convert.methods.msa import MSA
 from nsa_convert.methods.nsa import NSA
+from nsa_convert.methods.phases import PhasePart, Phases, PhasesSettings
 from nsa_convert.methods.quest import Quest
 from nsa_convert.methods.razor import Razor
 from nsa_convert.methods.spargeattn import SpargeAttn
 from nsa_convert.methods.ssa import SSA
 from nsa_convert.methods.streaming import Streaming
+from nsa_convert.methods.tri_shape import TriShape
 from nsa_convert.methods.xattention import XAttention
 
 METHODS: dict[str, type[SparseMethod]] = {
@@ -41,6 +45,8 @@ METHODS: dict[str, type[SparseMethod]] = {
     "flexprefill": FlexPrefill,
     "spargeattn": SpargeAttn,
     "minference": MInference,
+    "tri_shape": TriShape,
+    "phases": Phases,
 }
 
 
@@ -69,7 +75,22 @@ def read_rule(rule: LayerRule, where: str) -> tuple[type[SparseMethod], Any]:
         ConfigError: Unknown method, unknown setting or bad value.
     """
     method = method_class(rule.method)
-    return method, method.read_settings(rule.settings, f"{where} ({rule.method})")
+    settings = method.read_settings(rule.settings, f"{where} ({rule.method})")
+    if method is Phases:
+        settings = settings.resolved(lambda part, phase: _read_phase(part, f"{where} {phase}"))
+    return method, settings
+
+
+def settings_dict(settings: Any) -> dict[str, Any]:
+    """Return checked settings as the mapping that a plan stores, with every default spelled out."""
+    if isinstance(settings, PhasesSettings):
+        return {name: part.to_dict() for name, part in vars(settings).items()}
+    return dataclasses.asdict(settings)
+
+
+def _read_phase(part: Mapping[str, Any], where: str) -> PhasePart:
+    method, settings = read_rule(LayerRule.from_dict(part, where), where)
+    return PhasePart(method=method, settings=settings)
 
 
 def build_method(rule: LayerRule, geometry: AttentionGeometry, layer_index: int) -> SparseMethod:

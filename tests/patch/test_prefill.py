@@ -15,7 +15,7 @@ from tests.models import PREFILL, dense_model, plan, tokens
 from tests.patch.test_conformance import GEOMETRY
 
 LENGTH = 203
-WHOLE = ("flexprefill", "minference", "minference-vertical-slash")
+WHOLE = ("flexprefill", "minference", "minference-vertical-slash", "tri_shape")
 """They choose from the last queries of the prompt."""
 FAMILY = dict(zip(PREFILL, ("llama", "qwen2", "qwen3", "mistral") * 2, strict=False))
 
