@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -18,6 +20,7 @@ from typing import Any
 
 from nsa_convert.errors import CheckpointError, ConfigError, HubError, MachineError
 from nsa_convert.patch.gguf import is_gguf, write_dense_folder
+from nsa_convert.patch.hub_cache import check_snapshot
 from nsa_convert.patch.staging import staged
 
 DEMO = "demo"
@@ -78,7 +81,7 @@ def resolve_model(
         tell: Called with one line before something slow.
 
     Raises:
-        CheckpointError: There is no such folder or file.
+        CheckpointError: There is no such folder or file, or what came is not what the Hub declared (HB22).
         HubError: The Hub or the network failed.
         MachineError: The cache cannot be written, or pip is missing.
     """
@@ -98,6 +101,7 @@ def resolve_model(
         )
     tell(f"fetching {name} from the Hub")
     folder = _snapshot(name, revision)
+    _check_download(folder)
     return ResolvedModel(path=folder, id=name, revision=folder.name)
 
 
@@ -164,6 +168,24 @@ def _snapshot(name: str, revision: str | None) -> Path:
         raise HubError(
             f"fetching {name} failed: {text}", code="HB10", where=name, hint="try again"
         ) from error
+
+
+def _check_download(folder: Path) -> None:
+    """Hash files that came from the Hub, each once; what was found right is noted in the user's cache."""
+    notes = cache_folder() / "checked_blobs.json"
+    try:
+        seen = json.loads(notes.read_text())
+    except (OSError, ValueError):
+        seen = {}
+    seen = seen if isinstance(seen, dict) else {}
+    facts = check_snapshot(folder, seen)
+    if facts.items() <= seen.items():
+        return
+    aside = notes.with_suffix(f".{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):  # without a cache the files are hashed again next time
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps({**seen, **facts}))
+        aside.replace(notes)
 
 
 def _demo_file(tell: Callable[[str], None]) -> Path:

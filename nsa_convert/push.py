@@ -263,9 +263,7 @@ def _scan(folder: Path, files: list[PushFile]) -> None:
     places = {str(folder.resolve().parent), str(Path.cwd()), str(Path.home())} - {"/"}
     found = []
     for file in files:
-        if Path(file.name).suffix not in TEXT_FILES:
-            continue
-        text = (file.content or file.path.read_bytes()).decode("utf-8", errors="replace")
+        text = _readable(file)
         if holds_secret(text):
             found.append(f"{file.name} holds what looks like an access token")
         if _is_ours(file.name) and (LOCAL_PATH.search(text) or any(f"{p}/" in text for p in places)):
@@ -277,6 +275,18 @@ def _scan(folder: Path, files: list[PushFile]) -> None:
             where=str(folder),
             hint="edit the files, then again",
         )
+
+
+def _readable(file: PushFile) -> str:
+    """Return the text of a file, of weights their header; nothing of other files."""
+    kind = Path(file.name).suffix
+    if kind == ".safetensors":
+        with file.path.open("rb") as weights:
+            size = int.from_bytes(weights.read(8), "little")
+            return weights.read(min(size, file.bytes)).decode("utf-8", errors="replace")
+    if kind not in TEXT_FILES:
+        return ""
+    return (file.content or file.path.read_bytes()).decode("utf-8", errors="replace")
 
 
 def _is_ours(name: str) -> bool:

@@ -53,6 +53,7 @@ class FakeHub:
         self.tokens: set[str] = set()
         self.faults: list[Fault] = []
         self.corrupt: str | None = None
+        self.damaged_download: str | None = None
         self.on_blob: Any = None
         hub = self
 
@@ -70,8 +71,15 @@ class FakeHub:
     def files(self, repo: str) -> dict[str, bytes]:
         return self.repos[repo][-1]
 
-    def sha(self, repo: str) -> str:
-        return hashlib.sha1(f"{repo}{len(self.repos[repo])}".encode()).hexdigest()
+    def sha(self, repo: str, number: int | None = None) -> str:
+        """Return the hash of commit ``number`` (from 1), of the last one when left out."""
+        return hashlib.sha1(f"{repo}{number or len(self.repos[repo])}".encode()).hexdigest()
+
+    def files_at(self, repo: str, revision: str) -> dict[str, bytes]:
+        """Return the files of a commit, of the last one for a branch."""
+        commits = self.repos[repo]
+        known = {self.sha(repo, i + 1): files for i, files in enumerate(commits)}
+        return known.get(revision, commits[-1])
 
     def fault_for(self, request: str) -> Fault | None:
         for fault in self.faults:
@@ -259,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo not in self.owner.repos:
             self.missing("RepoNotFound")
             return
-        files = self.owner.files(repo)
+        files = self.owner.files_at(repo, revision)
         self.send([_entry(name, data) for name, data in files.items() if name.startswith(folder or "")])
 
     def info(self, body: bytes, repo: str, revision: str | None = None) -> None:
@@ -267,18 +275,24 @@ class _Handler(BaseHTTPRequestHandler):
         if repo not in hub.repos:
             self.missing("RepoNotFound")
             return
-        siblings = [{"rfilename": name} for name in hub.files(repo)]
-        values = {"_id": "0", "id": repo, "modelId": repo, "sha": hub.sha(repo), "private": hub.private[repo]}
+        siblings = [{"rfilename": name} for name in hub.files_at(repo, revision or "main")]
+        known = {hub.sha(repo, i + 1) for i in range(len(hub.repos[repo]))}
+        sha = revision if revision in known else hub.sha(repo)
+        values = {"_id": "0", "id": repo, "modelId": repo, "sha": sha, "private": hub.private.get(repo, True)}
         self.send({**values, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
     def resolve(self, body: bytes, repo: str, revision: str, name: str) -> None:
         hub = self.owner
-        if repo not in hub.repos or name not in hub.files(repo):
+        if repo not in hub.repos or name not in hub.files_at(repo, revision):
             self.missing("EntryNotFound" if repo in hub.repos else "RepoNotFound")
             return
-        data = hub.files(repo)[name]
-        tag = f'"{_entry(name, data)["oid"]}"'
-        self.send(raw=data, headers={"X-Repo-Commit": hub.sha(repo), "ETag": tag, "Accept-Ranges": "bytes"})
+        data = hub.files_at(repo, revision)[name]
+        known = {hub.sha(repo, i + 1) for i in range(len(hub.repos[repo]))}
+        commit = revision if revision in known else hub.sha(repo)
+        tag = f'"{_content_id(data)}"'
+        if name == hub.damaged_download:
+            data = data[::-1]
+        self.send(raw=data, headers={"X-Repo-Commit": commit, "ETag": tag, "Accept-Ranges": "bytes"})
 
 
 _REPO = r"([^/]+/[^/]+)"

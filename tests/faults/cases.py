@@ -234,5 +234,5 @@ NOT_APPLICABLE: dict[str, str] = {
 }
 """Case -> why it cannot happen here."""
 
-OPEN = {"HB", "KN", "EV"}
+OPEN = {"KN", "EV"}
 """Areas that are not complete yet; to be emptied."""
