@@ -225,7 +225,7 @@ class _Run:
             begin = time.perf_counter()
             frozen = frozen_hash(model)
             with quiet():
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                trainer.train_from(checkpoint)
         if self.signals.number:
             raise Interrupted(self.signals.number)
         if frozen_hash(model) != frozen:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from nsa_convert.errors import CheckFailedError, MachineError
@@ -242,6 +243,17 @@ class StageTrainer(Trainer):
         return out
 
     # ---- checkpoints ----
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end of the stage.
+
+        A checkpoint of the last step is only loaded: transformers would do one step more.
+        """
+        if checkpoint is None or step_of(checkpoint) < self.stage.steps:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            return
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def restore_data(self, checkpoint: Path, *, allow_change: bool) -> None:
         """Go to the position in the data that a checkpoint was written at.

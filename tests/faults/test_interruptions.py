@@ -62,6 +62,23 @@ def test_tr01_killed_while_saving_leaves_the_checkpoint_before(whole, tmp_path, 
     assert not (out / "pretrain" / ".saving").exists()
 
 
+def test_tr01_killed_after_the_last_step(whole, tmp_path, monkeypatch):
+    """A checkpoint of the last step is all there is: nothing is trained a step too far."""
+    out = tmp_path / "run"
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("nsa_convert.training.run.finish_stage", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(out, None, stage(save_every=1), resume=out.exists())
+    assert checkpoint(out, 5).is_dir()
+    assert not checkpoint(out, 6).exists()
+    goes_on(out, whole)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_tr02_a_signal_saves_and_exits(tmp_path, monkeypatch, number, status):
     said = []
