@@ -142,9 +142,16 @@ def make_trainer(
         from nsa_convert.training.sft import make_sft_trainer
 
         return make_sft_trainer(common, tokenizer, stage, base)
-    seed = mix(recipe.seed, index, "data")
-    rows = PackedRows(stage.data, tokenizer, stage.seq_len, seed, base)
+    rows = PackedRows(stage.data, tokenizer, stage.seq_len, data_seed(recipe, index), base)
     return StageTrainer(**common, train_dataset=rows, data_collator=collate)
+
+
+def data_seed(recipe: Recipe, index: int) -> int:
+    """Return the seed of a stage's order of documents.
+
+    It follows the stage's name, not its number: a control reads the rows of the run it is compared with.
+    """
+    return mix(recipe.seed, recipe.stages[index].name, "data")
 
 
 def argument_values(recipe: Recipe, index: int) -> dict[str, Any]:

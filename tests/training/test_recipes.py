@@ -17,7 +17,8 @@ from nsa_convert.training.parts import FreshModel
 from nsa_convert.training.plan import plan_recipe
 from nsa_convert.training.recipe import read_recipe, recipe_from_dict
 from nsa_convert.training.run import train_recipe
-from tests.training.recipes import recipe, recipe_values, stage
+from nsa_convert.training.stages import data_seed
+from tests.training.recipes import NSA, recipe, recipe_values, stage
 
 ROOT = Path(__file__).parents[2]
 SLOW = pytest.mark.slow
@@ -143,6 +144,13 @@ def test_a_position_is_found_again_and_shares_are_exact(tmp_path):
     assert [next(stream) for _ in range(23)] == first[17:]
     prose = recipe_values(tmp_path, None, stage(data=data[1:]))
     assert next(iter(rows_of(prose, seed=1))) != next(iter(rows_of(prose, seed=0)))
+
+
+def test_the_order_follows_the_name_of_a_stage_not_its_number(tmp_path):
+    align = stage("align", kind="align", train="new")
+    long = recipe_from_dict(recipe_values(tmp_path, NSA, align, stage()))
+    short = recipe_from_dict(recipe_values(tmp_path, None, stage()))
+    assert data_seed(long, 1) == data_seed(short, 0) != data_seed(long, 0)
 
 
 def test_rows_hold_whole_pieces_and_first_tokens_have_no_label(tmp_path):
