@@ -138,8 +138,9 @@ def recall_text(number: int, pairs: int) -> str:
     """Return a generated document: values are told for keys, then asked for again and again in random order.
 
     ``set kQ pA mF`` gives three keys their values, ``get p pA k kQ`` asks: after a key that stands alone,
-    only the pair that was told is right. The number of keys is drawn from 4 to ``pairs``, so that easy documents
-    come among hard ones; a document has three rounds of asking for ``pairs`` keys, whatever its own number.
+    only the pair that was told is right. The number of keys is drawn from 4 to ``pairs``, so that easy
+    documents come among hard ones; a document has three rounds of asking for ``pairs`` keys, whatever its
+    own number.
     """
     rng = random.Random(mix("recall", number))
     keys = rng.sample(string.ascii_lowercase, min(rng.randint(min(4, pairs), pairs), 26))
