@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from nsa_convert.config import AttentionGeometry
+from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.errors import CheckFailedError, ConfigError
 from nsa_convert.kernels.backend import use_backend
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
 from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.kernels.selftest import CheckRow, checks_table, self_test
+from nsa_convert.methods.alone import prompt_case, step_cases
+from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.nsa import NSASettings
+from nsa_convert.methods.registry import build_method
 from nsa_convert.methods.ssa import SSASettings
 from nsa_convert.patterns import DENSE_LAYOUT, SequenceLayout, SinkWindow
 
@@ -111,7 +114,7 @@ class BenchReport:
 
 def run_bench(
     geometry: str = "14/2/64", lengths: Sequence[int] = LENGTHS, device: str = "cpu", dtype: str = "bfloat16",
-    repeats: int = 5, dense: bool = True, check: bool = False,
+    repeats: int = 5, dense: bool = True, check: bool = False, rule: LayerRule | None = None,
 ) -> BenchReport:
     """Check the ops against the reference, then time NSA, SSA and their parts against dense attention.
 
@@ -123,6 +126,7 @@ def run_bench(
         repeats: Timed runs of a prefill; decode takes ten times as many.
         dense: Whether to time dense attention too.
         check: Whether to compare every op with the reference first: all group sizes, gradients, batches.
+        rule: A method with its settings, to time in place of NSA and SSA.
 
     Raises:
         ConfigError: A setting is malformed or there is no such device.
@@ -135,12 +139,13 @@ def run_bench(
         raise ConfigError(f"lengths must be at least 128 tokens, got {list(lengths)}")
     rows: list[BenchRow] = []
     checks = self_test(device) if check else ()
+    layer = None if rule is None else build_method(rule, sizes, 0).to(device, kind)
     with torch.inference_mode():
         check_ops(sizes, kind, device)
         for length in lengths:
             inputs = Inputs.drifting(sizes, length, kind, device)
-            rows += time_cases("prefill", length, prefill_cases(inputs, dense), repeats, device)
-            rows += time_cases("decode", length, decode_cases(inputs, dense), 10 * repeats, device)
+            rows += time_cases("prefill", length, prefill_cases(inputs, dense, layer), repeats, device)
+            rows += time_cases("decode", length, decode_cases(inputs, dense, layer), 10 * repeats, device)
     return BenchReport(
         geometry=geometry, dtype=dtype, environment=environment(device), rows=tuple(rows), checks=checks
     )
@@ -251,7 +256,7 @@ def sparse_cases(x: Inputs, q: Tensor, layout: SequenceLayout) -> Iterator[Case]
     yield "ssa", lambda: ssa(x, q, layout)
 
 
-def prefill_cases(x: Inputs, dense: bool = True) -> Iterator[Case]:
+def prefill_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
     """Yield what a prefill is timed on."""
     q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
     if dense:
@@ -261,10 +266,10 @@ def prefill_cases(x: Inputs, dense: bool = True) -> Iterator[Case]:
             q, k, v, is_causal=True, enable_gqa=True
         )
         yield DENSE + "SDPA, keys repeated", lambda: scaled_dot_product_attention(q, *wide, is_causal=True)
-    yield from sparse_cases(x, x.q, DENSE_LAYOUT)
+    yield from sparse_cases(x, x.q, DENSE_LAYOUT) if layer is None else [prompt_case(layer, x.q, x.k, x.v)]
 
 
-def decode_cases(x: Inputs, dense: bool = True) -> Iterator[Case]:
+def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
     """Yield what one decode step is timed on; keys and cells lie head by head, as in a cache."""
     parts = ((f.name, getattr(x, f.name)) for f in dataclasses.fields(Inputs))
     cache = {name: y.transpose(1, 2).contiguous() for name, y in parts if name != "q"}
@@ -280,6 +285,9 @@ def decode_cases(x: Inputs, dense: bool = True) -> Iterator[Case]:
             torch.bmm(rows[0], k[0].mT).mul_(q.shape[3] ** -0.5).softmax(-1), v[0]
         )
     cached = Inputs(q=x.q, **{name: y.transpose(1, 2) for name, y in cache.items()})
+    if layer is not None:
+        yield from step_cases(layer, q, cached.k, cached.v)
+        return
     yield from sparse_cases(cached, q, SequenceLayout(offset=k.shape[2] - 1))
 
 

@@ -211,14 +211,22 @@ def revert(out: Path, dense: Path, copy: bool, overwrite: bool, as_json: bool) -
     "--geometry", default="14/2/64", show_default=True, help="Query heads/key-value heads/head dim."
 )
 @click.option("--lengths", help="Sequence lengths, such as 4096,32768.")
+@click.option("--method", help="Time this method instead of NSA and SSA and their parts.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="dtype, repeats or dense.")
+@click.option(
+    "--set",
+    "pairs",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="dtype, repeats, dense, or a setting of the --method.",
+)
 @click.option("--check", is_flag=True, help="First compare every op with the reference on this device.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Also write the rows to this file.")
 @common
 def bench(
     geometry: str,
     lengths: str | None,
+    method: str | None,
     device: str,
     pairs: tuple[str, ...],
     check: bool,
@@ -227,14 +235,15 @@ def bench(
 ) -> None:
     """Time sparse against dense attention on this machine."""
     from nsa_convert.bench import run_bench
-    from nsa_convert.cli.options import parse_lengths, parse_settings
+    from nsa_convert.cli.options import parse_lengths, read_method
     from nsa_convert.config import raise_problems, unknown_keys
 
-    settings = parse_settings(pairs)
+    settings, plan = read_method(method, pairs, BENCH_SETTINGS)
     raise_problems(unknown_keys(settings, BENCH_SETTINGS, "--set"))
     if lengths is not None:
         settings["lengths"] = parse_lengths(lengths, "--lengths")
-    report = run_bench(geometry, device=device, check=check, **settings)
+    rule = None if plan is None else plan.default
+    report = run_bench(geometry, device=device, check=check, rule=rule, **settings)
     if csv_file is not None:
         report.write_csv(csv_file)
     if as_json:
@@ -245,6 +254,8 @@ def bench(
 
 @main.command()
 @click.argument("model")
+@click.option("--method", help="Run the unmodified dense MODEL with this method.")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A setting of the --method.")
 @click.option("--prompt", help="Text to continue.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="File with the text to continue.")
 @click.option(
@@ -255,16 +266,27 @@ def bench(
 )
 @common
 def generate(
-    model: str, prompt: str | None, prompt_file: Path | None, max_new_tokens: int, chat: bool, as_json: bool
+    model: str,
+    method: str | None,
+    pairs: tuple[str, ...],
+    prompt: str | None,
+    prompt_file: Path | None,
+    max_new_tokens: int,
+    chat: bool,
+    as_json: bool,
 ) -> None:
     """Continue a prompt with MODEL, greedily, or answer it with --chat."""
     import dataclasses
 
-    from nsa_convert.evaluation.models import load_model
+    from nsa_convert.cli.options import read_method
+    from nsa_convert.evaluation.models import load_model, read_facts
     from nsa_convert.generation import generate_text
     from nsa_convert.hub import dense_folder, resolve_model
     from nsa_convert.patch.loading import load_tokenizer
 
+    if pairs and method is None:
+        raise UsageError("--set belongs to --method", code="CL02")
+    _, plan = read_method(method, pairs, ())
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give either --prompt or --prompt-file", code="CL02")
     if prompt_file is not None:
@@ -272,8 +294,15 @@ def generate(
     folder = dense_folder(resolve_model(model, tell=tell), tell)
     tokenizer = load_tokenizer(folder)
     stream = None if as_json else lambda piece: click.echo(piece, nl=False)
+    if plan is not None:
+        read_facts(folder, plan)
     result = generate_text(
-        load_model(folder), tokenizer, prompt, max_new_tokens=max_new_tokens, stream=stream, chat=chat
+        load_model(folder, plan=plan),
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        stream=stream,
+        chat=chat,
     )
     if as_json:
         print_json({"ok": True, **dataclasses.asdict(result)})

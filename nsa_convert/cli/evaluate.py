@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,12 +20,17 @@ SUITES = ("quick", "long", "full", "tasks")
 
 @main.command(name="eval")
 @click.argument("model")
+@click.option("--method", help="Run the unmodified dense MODEL with this method; nothing is written to it.")
 @click.option("--against", help="The dense MODEL to compare with; the weights of MODEL when left out.")
 @click.option(
     "--suite", type=click.Choice(SUITES), default="quick", show_default=True, help="What to measure."
 )
 @click.option(
-    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A setting of the suite, or text_file, length."
+    "--set",
+    "pairs",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of the suite or of the --method, or text_file, length.",
 )
 @click.option(
     "--out",
@@ -33,24 +39,32 @@ SUITES = ("quick", "long", "full", "tasks")
 )
 @common
 def evaluate(
-    model: str, against: str | None, suite: str, pairs: tuple[str, ...], out: Path | None, as_json: bool
+    model: str,
+    method: str | None,
+    against: str | None,
+    suite: str,
+    pairs: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure how far MODEL is from the dense model, what it still finds, how fast it is, and draw it."""
-    from nsa_convert.cli.options import parse_settings
+    from nsa_convert.cli.options import read_method
     from nsa_convert.evaluation.lm_eval_adapter import run_tasks
     from nsa_convert.evaluation.long import run_long
     from nsa_convert.evaluation.quick import run_quick
     from nsa_convert.hub import dense_folder, resolve_model
 
-    settings = parse_settings(pairs)
+    settings, plan = read_method(method, pairs, suite_settings(suite))
     folders = [
         None if name is None else dense_folder(resolve_model(name, tell=tell), tell)
         for name in (model, against)
     ]
     if suite == "quick":
-        report: Any = run_quick(folders[0], against=folders[1], out_dir=out, progress=tell, **settings)
+        report: Any = run_quick(
+            folders[0], against=folders[1], out_dir=out, progress=tell, plan=plan, **settings
+        )
     elif suite == "tasks":
-        report = run_tasks(folders[0], against=folders[1], out_dir=out, say=tell, **settings)
+        report = run_tasks(folders[0], against=folders[1], out_dir=out, say=tell, plan=plan, **settings)
     else:
         with cell_progress() as progress:
             report = run_long(
@@ -60,6 +74,7 @@ def evaluate(
                 out_dir=out,
                 say=tell,
                 progress=progress,
+                plan=plan,
                 **settings,
             )
     if as_json:
@@ -73,6 +88,18 @@ def evaluate(
         click.echo(f"written: {out / 'report.html'}")
     elif suite in ("long", "full"):
         hint("--out DIR keeps the report, and lets a run that was killed go on")
+
+
+def suite_settings(suite: str) -> set[str]:
+    """Return the names that --set takes for a suite."""
+    from nsa_convert.evaluation.lm_eval_adapter import TaskSettings
+    from nsa_convert.evaluation.long_settings import LongSettings
+    from nsa_convert.evaluation.settings import QuickSettings
+
+    if suite == "tasks":
+        return {field.name for field in dataclasses.fields(TaskSettings)}
+    settings = QuickSettings if suite == "quick" else LongSettings
+    return {"text_file", "length", *(field.name for field in dataclasses.fields(settings))}
 
 
 @contextlib.contextmanager

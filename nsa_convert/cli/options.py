@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from nsa_convert.config import FULL, LayerRule, SparseAttentionConfig
-from nsa_convert.errors import UsageError
+from nsa_convert.errors import ConfigError, UsageError
 from nsa_convert.strict_files import parse_yaml, read_mapping
 
 
@@ -49,6 +49,30 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def read_method(
+    method: str | None, pairs: Sequence[str], known: Collection[str]
+) -> tuple[dict[str, Any], SparseAttentionConfig | None]:
+    """Split the pairs of --set between a command and the --method it runs an unmodified checkpoint with.
+
+    Args:
+        method: Name of the method, or None.
+        pairs: ``key=value``.
+        known: Settings of the command; with a method, all others belong to the method.
+
+    Returns:
+        The settings of the command and the plan, None without a method.
+    """
+    settings = parse_settings(pairs)
+    if method is None:
+        return settings, None
+    from nsa_convert.methods.registry import read_rule
+
+    own = {key: value for key, value in settings.items() if key not in known}
+    plan = SparseAttentionConfig(default=LayerRule(method=method, settings=own))
+    read_rule(plan.default, "--method")
+    return {key: value for key, value in settings.items() if key in known}, plan
+
+
 def read_plan(
     method: str | None,
     config: str | None,
@@ -68,7 +92,7 @@ def read_plan(
             raise UsageError("--config holds the whole plan; leave out --method and --layers", code="CL02")
         values = read_mapping(Path(config))
         if "sparse_attention" not in values:
-            raise UsageError(f"{config} has no key 'sparse_attention'", code="CL03", where=config)
+            raise ConfigError(f"{config} has no key 'sparse_attention'", code="RC08", where=config)
         return _with_settings(SparseAttentionConfig.from_dict(values["sparse_attention"]), settings)
     if method is None:
         raise UsageError(

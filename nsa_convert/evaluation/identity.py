@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -36,6 +37,8 @@ def describe_model(facts: ModelFacts, *, same_weights: bool = False) -> dict[str
         "name": facts.path.resolve().name, "model_type": facts.model_type, "layers_by_method": counts,
         "manifest_sha256": manifest_hash(facts.path),
     }
+    if facts.plan is not None:
+        out["patched_in_memory"] = facts.plan.to_dict()
     return {**out, "attention": "dense, over the weights of the evaluated model"} if same_weights else out
 
 
@@ -78,6 +81,11 @@ def command_line(
     """
     words = ["nsa-convert", "eval", model.path.resolve().name]
     words += [] if against is None else ["--against", against.path.resolve().name]
+    if model.plan is not None:
+        rule = model.plan.default
+        words += ["--method", rule.method]
+        own = {key: json.dumps(x) if isinstance(x, dict) else x for key, x in rule.settings.items()}
+        settings = {**own, **settings}
     words += ["--suite", suite]
     for key, value in settings.items():
         if isinstance(value, (list, tuple)):

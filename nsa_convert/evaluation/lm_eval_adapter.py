@@ -15,12 +15,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nsa_convert.config import raise_problems, unknown_keys
-from nsa_convert.errors import CheckpointError, ConfigError, MachineError
+import torch
+from torch import nn
+
+from nsa_convert.config import SparseAttentionConfig, raise_problems, unknown_keys
+from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, MachineError
 from nsa_convert.evaluation.html import require_html, write_html
 from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
 from nsa_convert.evaluation.long_report import LongReport
-from nsa_convert.evaluation.models import dense_attention_in, load_model, read_facts
+from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
 from nsa_convert.evaluation.report import SCHEMA
 from nsa_convert.evaluation.settings import numbers
 from nsa_convert.evaluation.verdict import wilson
@@ -111,19 +114,44 @@ def register_adapter() -> type:
             device: str = "cpu",
             batch_size: int = 1,
             max_length: int | None = None,
+            plan: SparseAttentionConfig | None = None,
             **ignored: Any,
         ) -> None:
             self.held = contextlib.ExitStack()
-            model = load_model(pretrained, dtype, device)
-            if attention == "dense" and read_facts(pretrained).methods:
+            facts = read_facts(pretrained, plan)
+            require_one_pass(facts)
+            model = load_model(pretrained, dtype, device, plan)
+            if attention == "dense" and facts.methods:
                 self.held.enter_context(dense_attention_in(model))
             tokenizer = load_tokenizer(pretrained)
             if tokenizer.eos_token_id is None:
                 raise CheckpointError("lm-eval needs a tokenizer with an end token", code="TK01")
             sizes = {"batch_size": batch_size, "max_length": max_length}
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **sizes)
+            model.register_forward_hook(refuse_broken_logits)
 
     return NsaConvertLM
+
+
+def require_one_pass(facts: ModelFacts) -> None:
+    """Raise ConfigError unless texts may be scored in one pass, as lm-eval does."""
+    if not facts.one_pass:
+        raise ConfigError(
+            "lm-eval scores texts in one pass, which is no measure of methods whose layers choose keys by "
+            f"later tokens or attend otherwise while decoding: {', '.join(dict.fromkeys(facts.methods))}",
+            code="EV15",
+            hint="take --suite quick or long: they score what follows a prompt",
+        )
+
+
+def refuse_broken_logits(model: nn.Module, args: Any, out: Any) -> None:
+    """Stop an evaluation whose model gives no numbers: the harness would count them as wrong answers.
+
+    Raises:
+        CheckFailedError: A logit is not finite (EV04).
+    """
+    if not bool(torch.isfinite(out.logits).all()):
+        raise CheckFailedError("the model's logits are not finite in an lm-eval task", code="EV04")
 
 
 def run_tasks(
@@ -132,6 +160,7 @@ def run_tasks(
     against: str | Path | None = None,
     out_dir: str | Path | None = None,
     say: Callable[[str], None] | None = None,
+    plan: SparseAttentionConfig | None = None,
     **settings: Any,
 ) -> LongReport:
     """Run lm-eval tasks with sparse and with dense attention.
@@ -141,20 +170,23 @@ def run_tasks(
         against: Folder of the dense checkpoint to compare with; the same weights when left out.
         out_dir: Folder for the report; None writes nothing.
         say: Called with one line before something slow.
+        plan: What the dense checkpoint at ``model_path`` is patched with in memory.
         **settings: Fields of :class:`TaskSettings`.
 
     Returns:
         A report whose ``benchmarks`` hold a row for each task and metric.
 
     Raises:
-        ConfigError: A bad setting, or a task lm-eval does not know (EV14).
+        ConfigError: A bad setting, a task lm-eval does not know (EV14), or a method that cannot be scored in
+            one pass (EV15).
         MachineError: lm-eval is not installed.
     """
     begin = time.perf_counter()
     chosen, tell = TaskSettings.read(settings), say or (lambda line: None)
     if out_dir is not None:
         require_html()
-    models = [read_facts(path) for path in (model_path, against) if path is not None]
+    models = [read_facts(model_path, plan), *([] if against is None else [read_facts(against)])]
+    require_one_pass(models[0])
     device = choose_device(chosen.device)
     adapter = register_adapter()
     results = {}
@@ -168,6 +200,7 @@ def run_tasks(
             device=device,
             batch_size=chosen.batch_size,
             max_length=chosen.max_length,
+            plan=facts.plan,
         )
         results[attention] = _evaluate(model, chosen)
         del model

@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsa_convert.config import raise_problems
+from nsa_convert.config import SparseAttentionConfig, raise_problems
 from nsa_convert.evaluation.cases import Case, fit_needle, hash_of
 from nsa_convert.evaluation.cells import CellStore
-from nsa_convert.evaluation.divergence import compare
 from nsa_convert.evaluation.html import require_html, write_html
 from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
 from nsa_convert.evaluation.inputs import Inputs, prepare_inputs
-from nsa_convert.evaluation.long_report import LongReport, speed_rows
+from nsa_convert.evaluation.long_report import LongReport, empty_warnings, speed_rows
 from nsa_convert.evaluation.long_settings import RECALL, LongSettings
 from nsa_convert.evaluation.mass import LayerMass, MassProbe
 from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
-from nsa_convert.evaluation.perplexity import Readout, position_buckets, read_out
+from nsa_convert.evaluation.perplexity import Readout, read_out
 from nsa_convert.evaluation.plots import write_plots
 from nsa_convert.evaluation.qa import build_qa, read_questions
 from nsa_convert.evaluation.recall import build_recall
-from nsa_convert.evaluation.report import SCHEMA, TextResult
+from nsa_convert.evaluation.report import SCHEMA, after_prompt_warnings
+from nsa_convert.evaluation.results import text_result
 from nsa_convert.evaluation.ruler import build_ruler
 from nsa_convert.evaluation.running import run_case
 from nsa_convert.evaluation.settings import QuickSettings
@@ -58,6 +58,7 @@ def run_long(
     length: int | None = None,
     say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
+    plan: SparseAttentionConfig | None = None,
     **settings: Any,
 ) -> LongReport:
     """Run the long or the full suite.
@@ -71,6 +72,7 @@ def run_long(
         length: Tokens per text; four visible budgets when left out.
         say: Called with one line before something slow.
         progress: Called after every cell.
+        plan: What the dense checkpoint at ``model_path`` is patched with in memory.
         **settings: Fields of :class:`LongSettings`.
 
     Raises:
@@ -83,7 +85,7 @@ def run_long(
     begin = time.perf_counter()
     if out_dir is not None:
         require_html()
-    models = [read_facts(path) for path in (model_path, against) if path is not None]
+    models = [read_facts(model_path, plan), *([] if against is None else [read_facts(against)])]
     chosen = LongSettings.read(settings, suite, models[0])
     warnings = _check_positions(models, chosen, length)
     device = choose_device(chosen.device)
@@ -95,7 +97,9 @@ def run_long(
     texts = run.texts(store, inputs)
     outcomes = run.cases(store, cases)
     speed = speed_rows(outcomes) if chosen.times else []
-    warnings += [*inputs.warnings, *(_few(speed) + busy_warnings() if speed else [])]
+    warnings += [*inputs.warnings, *after_prompt_warnings(not models[0].one_pass)]
+    warnings += empty_warnings(outcomes)
+    warnings += _few(speed) + busy_warnings() if speed else []
     named = {"text_file": text_file, "qa_file": chosen.qa_file}
     named = {key: None if value is None else Path(value).name for key, value in named.items()}
     given = {"length": length, **settings, **named}
@@ -167,7 +171,7 @@ class _Run:
         self.models, self.chosen, self.device = models, chosen, device
         self.say, self.progress = say, progress
         self.tokenizer = load_tokenizer(models[0].path)
-        self.loaded: tuple[Path, nn.Module] | None = None
+        self.loaded: tuple[ModelFacts, nn.Module] | None = None
 
     def facts(self, inputs: Inputs) -> dict[str, Any]:
         """Return what the values of the cells depend on."""
@@ -184,10 +188,10 @@ class _Run:
     def attention(self, kind: str) -> Iterator[nn.Module]:
         """Give the model with one kind of attention."""
         facts = self.models[-1] if kind == "dense" else self.models[0]
-        if self.loaded is None or self.loaded[0] != facts.path:
+        if self.loaded is None or self.loaded[0] != facts:
             self.loaded = None
             self.say(f"loading {facts.path.resolve().name}")
-            self.loaded = (facts.path, load_model(facts.path, self.chosen.dtype, self.device))
+            self.loaded = (facts, load_model(facts.path, self.chosen.dtype, self.device, facts.plan))
             self._warm_up(facts)
         model = self.loaded[1]
         same_weights = kind == "dense" and len(self.models) == 1 and facts.methods
@@ -212,21 +216,16 @@ class _Run:
             for number, (text, ids) in enumerate(pending, 1):
                 with self.attention(kind) as model:
                     probe = MassProbe(budget or 0, self.chosen.num_queries)
-                    with probe.watch() if kind == "sparse" else contextlib.nullcontext():
-                        read[kind][text.name] = (read_out(model, ids), tuple(probe.rows))
+                    watch = probe.watch if kind == "sparse" else contextlib.nullcontext
+                    readout = read_out(model, ids, self.models[0].prompt_of(len(ids)), watch)
+                    read[kind][text.name] = (readout, tuple(probe.rows))
                 self.progress(f"texts, {kind}", number, len(pending))
         out = []
         for text, ids in inputs.texts:
 
             def result(text: Any = text, ids: list[int] = ids) -> dict[str, Any]:
                 dense, (sparse, layers) = read["dense"][text.name][0], read["sparse"][text.name]
-                return TextResult(
-                    text=text,
-                    tokens=len(ids),
-                    divergence=compare(dense, sparse, ids),
-                    layers=layers,
-                    buckets=tuple(position_buckets(len(ids) - 1, budget)),
-                ).to_dict(budget)
+                return text_result(self.models[0], text, ids, dense, sparse, layers).to_dict(budget)
 
             out.append(store.get(names[text.name], result))
         return out

@@ -64,6 +64,18 @@ class LongReport:
         return report
 
 
+def empty_warnings(outcomes: Iterable[tuple[Case, str, Mapping[str, Any]]]) -> list[str]:
+    """Return how many free answers hold no text: a model that ends at once scores 0 for another reason."""
+    texts = [(kind, value["text"]) for _, kind, value in outcomes if value["text"] is not None]
+    lines = []
+    for kind in sorted({kind for kind, _ in texts}):
+        said = [text for which, text in texts if which == kind]
+        empty = sum(not text.strip() for text in said)
+        if empty:
+            lines.append(f"{empty} of {len(said)} free answers of {kind} attention are empty; they score 0")
+    return lines
+
+
 def speed_rows(outcomes: Iterable[tuple[Case, str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Return medians over the prompts of each length: seconds to read, milliseconds per token, cache bytes.
 

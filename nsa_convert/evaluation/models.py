@@ -13,16 +13,20 @@ from torch import nn
 from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.errors import CheckpointError, ConfigError
 from nsa_convert.methods.base import SparseMethod
+from nsa_convert.methods.phases import Phases
 from nsa_convert.methods.registry import build_method
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.families import FAMILIES, family_of_sparse, geometry_of
 from nsa_convert.patch.loading import load_causal_model
+from nsa_convert.patch.patching import patch_model
 from nsa_convert.patch.plan import resolve_plan
 from nsa_convert.strict_files import read_json_mapping
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNLIMITED = 1 << 40
 """A visible budget above this is no budget: the layer is dense."""
+SCORED_TOKENS = 256
+"""Tokens at the end of a text that are scored where the rest is a prompt; at most a quarter of the text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,9 @@ class ModelFacts:
         vocab_size: Rows of the embedding.
         methods: Layer -> method name; empty for a dense model.
         visible_budget: Longest context that every layer sees whole; None for a dense model.
+        plan: What the dense checkpoint is patched with in memory; None where it runs as it is.
+        one_pass: Whether a text read in one pass shows what the methods do: not where later tokens choose
+            keys, nor where a method is for decoding only.
     """
 
     path: Path
@@ -44,14 +51,24 @@ class ModelFacts:
     vocab_size: int | None
     methods: tuple[str, ...]
     visible_budget: int | None
+    plan: SparseAttentionConfig | None = None
+    one_pass: bool = True
+
+    def prompt_of(self, tokens: int) -> int:
+        """Return how much of a text is read as a prompt before the rest is scored; 0 where all is scored."""
+        return 0 if self.one_pass else tokens - min(SCORED_TOKENS, tokens // 4)
 
 
-def read_facts(path: str | Path) -> ModelFacts:
+def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> ModelFacts:
     """Read the config of a dense or converted checkpoint.
+
+    Args:
+        path: Its folder.
+        plan: Run the dense checkpoint with this plan, in memory.
 
     Raises:
         CheckpointError: There is no such folder, or no readable config.json.
-        ConfigError: The sparse plan is wrong.
+        ConfigError: The sparse plan is wrong, or the checkpoint has one already.
         UnsupportedModelError: The architecture is none that can be evaluated.
     """
     path = Path(path)
@@ -64,26 +81,45 @@ def read_facts(path: str | Path) -> ModelFacts:
     model_type = str(config.get("model_type"))
     methods: list[SparseMethod] = []
     if model_type not in FAMILIES:
+        if plan is not None:
+            raise ConfigError(
+                f"{str(path)!r} is converted already", code="CK35", where=str(path), hint="leave out --method"
+            )
         geometry = geometry_of(config, family_of_sparse(model_type))
-        plan = SparseAttentionConfig.from_dict(config.get("sparse_attention"))
-        methods = resolve_plan(plan, config["num_hidden_layers"], geometry)
+        stored = SparseAttentionConfig.from_dict(config.get("sparse_attention"))
+        methods = resolve_plan(stored, config["num_hidden_layers"], geometry)
+    elif plan is not None:
+        methods = resolve_plan(plan, config["num_hidden_layers"], geometry_of(config))
     budgets = [method.visible_budget() for method in methods]
     return ModelFacts(
         path=path, model_type=model_type, max_positions=config.get("max_position_embeddings"),
         vocab_size=config.get("vocab_size"), methods=tuple(method.spec.name for method in methods),
-        visible_budget=min(budgets) if budgets and min(budgets) < UNLIMITED else None,
+        visible_budget=min(budgets) if budgets and min(budgets) < UNLIMITED else None, plan=plan,
+        one_pass=all(reads_texts(leaf) for method in methods for leaf in method.leaves()),
     )
 
 
-def load_model(path: str | Path, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+def reads_texts(method: SparseMethod) -> bool:
+    """Return whether reading a text in one pass shows, causally, all that a method does."""
+    in_prompts = "prefill" in method.spec.phases and not isinstance(method, Phases)
+    return method.chooses_causally() and in_prompts
+
+
+def load_model(
+    path: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    plan: SparseAttentionConfig | None = None,
+) -> nn.Module:
     """Load a dense or converted checkpoint for inference with this package's own classes.
 
-    Code files inside the checkpoint are not run.
+    Code files inside the checkpoint are not run. With a ``plan`` a dense model is patched in memory.
 
     Raises:
         CheckpointError: The folder is damaged or hostile.
     """
-    return load_causal_model(Path(path), DTYPES[dtype]).to(device).eval()
+    model = load_causal_model(Path(path), DTYPES[dtype]).to(device).eval()
+    return model if plan is None else patch_model(model, plan)
 
 
 @contextlib.contextmanager

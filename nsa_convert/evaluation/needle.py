@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nsa_convert.errors import CheckFailedError, ConfigError
+from nsa_convert.methods.prefill import STEP_TOKENS
 from nsa_convert.patch.chat import render_chat
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -183,15 +184,21 @@ def _largest_fit(size_of: Callable[[int], int], limit: int) -> int:
 
 @torch.inference_mode()
 def score_case(model: nn.Module, case: NeedleCase) -> NeedleScore:
-    """Score one case with a single forward pass over prompt and answer.
+    """Score one case: read the prompt, then the answer in decoding steps.
 
     Raises:
         CheckFailedError: A logit is not finite.
     """
+    from transformers import DynamicCache
+
     ids = torch.tensor([case.prompt_ids + case.answer_ids], device=next(model.parameters()).device)
-    answer = ids[0, len(case.prompt_ids) :]
-    out = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1)
-    logits = out.logits[0, :-1].float()  # [A, V], the last position predicts what follows the answer
+    prompt, answer = ids[:, : len(case.prompt_ids)], ids[0, len(case.prompt_ids) :]
+    cache = DynamicCache(config=model.config)
+    out = [model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]]
+    for step in answer[None, :-1].split(STEP_TOKENS, 1):  # nothing is asked of the last token
+        if step.numel():
+            out.append(model(input_ids=step, past_key_values=cache, use_cache=True).logits[0])
+    logits = torch.cat(out).float()  # [A, V]
     if not torch.isfinite(logits).all():
         raise CheckFailedError(
             f"the model's logits are not finite on a needle prompt of {ids.shape[1]} tokens", code="EV04"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.errors import CheckFailedError
+from nsa_convert.methods.prefill import STEP_TOKENS
 
 CHUNK = 256
 """Positions whose logits exist at one time: a [T, V] tensor of float32 would be 3 GB at T = 16k."""
@@ -45,11 +47,45 @@ class Readout:
 
 
 @torch.inference_mode()
-def read_out(model: nn.Module, input_ids: list[int]) -> Readout:
-    """Run a causal language model of transformers once over a sequence, without a cache."""
+def read_out(
+    model: nn.Module,
+    input_ids: list[int],
+    prompt: int = 0,
+    watch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Readout:
+    """Read a sequence with a causal language model of transformers.
+
+    Args:
+        model: Dense or sparse.
+        input_ids: The sequence.
+        prompt: 0 reads it in one pass without a cache. Else so many tokens are read as a prompt, and the
+            others in decoding steps on its cache.
+        watch: Entered around the pass, or around the reading of the prompt.
+
+    Returns:
+        The states of all positions, or of those from the prompt's last token on.
+    """
     ids = torch.tensor([input_ids], device=next(model.parameters()).device)
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    return Readout(states=states, head=model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    if not prompt:
+        with watch():
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return Readout(states=states, head=head)
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with watch():
+        out = model.base_model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
+    states = [out.last_hidden_state[0, -1:]]
+    for step in ids[:, prompt:].split(STEP_TOKENS, 1):
+        out = model.base_model(input_ids=step, past_key_values=cache, use_cache=True)
+        states.append(out.last_hidden_state[0])
+    return Readout(states=torch.cat(states), head=head)
+
+
+def scored_ids(input_ids: list[int], prompt: int) -> list[int]:
+    """Return the tokens that belong to the states of :func:`read_out`."""
+    return input_ids[max(0, prompt - 1) :]
 
 
 @torch.inference_mode()
@@ -69,14 +105,20 @@ class Bucket:
 
     The prediction after token t has t + 1 tokens of context. With ``end`` at most the visible budget, no key
     was hidden from any prediction in the bucket.
+
+    Attributes:
+        begin: Tokens of context.
+        end: Tokens of context.
+        first: Tokens of context that the first prediction of the values has, less one.
     """
 
     begin: int
     end: int
+    first: int = 0
 
     def of(self, values: Tensor) -> Tensor:
-        """Return the entries of ``values`` (one per prediction, the first has context 1) in this bucket."""
-        return values[self.begin : self.end]
+        """Return the entries of ``values`` (one per prediction) in this bucket."""
+        return values[self.begin - self.first : self.end - self.first]
 
     @property
     def label(self) -> str:
@@ -84,11 +126,14 @@ class Bucket:
         return f"{self.begin + 1}-{self.end}"
 
 
-def position_buckets(length: int, budget: int | None = None) -> list[Bucket]:
+def position_buckets(length: int, budget: int | None = None, prompt: int = 0) -> list[Bucket]:
     """Cut context lengths 1 .. length at the budget times powers of two.
 
-    The edges are B/2, B, 2B, 4B ...; without a budget 512, 1024, 2048 ...
+    The edges are B/2, B, 2B, 4B ...; without a budget 512, 1024, 2048 ... After a prompt there is one bucket,
+    of the context lengths from the prompt on.
     """
+    if prompt:
+        return [Bucket(prompt - 1, length, prompt - 1)]
     edge = max(1, budget // 2) if budget else 512
     edges = [0]
     while edge < length:

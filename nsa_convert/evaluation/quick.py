@@ -11,16 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from nsa_convert.evaluation.divergence import compare
+from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.evaluation.html import require_html, write_html
 from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
 from nsa_convert.evaluation.inputs import Inputs, prepare_inputs
 from nsa_convert.evaluation.mass import LayerMass, MassProbe
 from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
 from nsa_convert.evaluation.needle import NeedleScore, score_case
-from nsa_convert.evaluation.perplexity import Readout, position_buckets, read_out
+from nsa_convert.evaluation.perplexity import Readout, read_out
 from nsa_convert.evaluation.plots import write_plots
-from nsa_convert.evaluation.report import QuickReport, TextResult
+from nsa_convert.evaluation.report import QuickReport, TextResult, after_prompt_warnings
+from nsa_convert.evaluation.results import text_result
 from nsa_convert.evaluation.settings import QuickSettings
 
 Say = Callable[[str], None]
@@ -43,6 +44,7 @@ def run_quick(
     out_dir: str | Path | None = None,
     length: int | None = None,
     progress: Say | None = None,
+    plan: SparseAttentionConfig | None = None,
     **settings: Any,
 ) -> QuickReport:
     """Compare a converted model with its dense model.
@@ -57,6 +59,7 @@ def run_quick(
         out_dir: Folder for ``report.json``, CSV files and plots; None writes nothing.
         length: Tokens per text; by default four visible budgets, as far as model and text allow.
         progress: Called with one line before each slow step.
+        plan: What the dense checkpoint at ``model_path`` is patched with in memory.
         **settings: Fields of :class:`QuickSettings`.
 
     Returns:
@@ -74,7 +77,7 @@ def run_quick(
     chosen = QuickSettings.read(settings)
     if out_dir is not None:
         require_html()
-    models = [read_facts(path) for path in (model_path, against) if path is not None]
+    models = [read_facts(model_path, plan), *([] if against is None else [read_facts(against)])]
     inputs = prepare_inputs(models, text_file, length, chosen)
     device = choose_device(chosen.device)
     sparse, dense = _read_both(models, inputs, chosen, device, say)
@@ -87,7 +90,8 @@ def run_quick(
         model=describe_model(models[0]), against=describe_model(models[-1], same_weights=against is None),
         visible_budget=models[0].visible_budget, texts=_results(models[0], inputs, sparse, dense),
         needles={"dense": dense.needles, "sparse": sparse.needles} if inputs.cases else {},
-        warnings=inputs.warnings, settings={"length": length, **dataclasses.asdict(chosen)},
+        warnings=(*inputs.warnings, *after_prompt_warnings(not models[0].one_pass)),
+        settings={"length": length, **dataclasses.asdict(chosen)},
         environment=describe_machine(device), seconds=time.perf_counter() - begin,
     )
     if out_dir is None:
@@ -103,8 +107,9 @@ def _read_both(
 ) -> tuple[_Reading, _Reading]:
     """Run the sparse model, then the dense one; two checkpoints are never in memory together."""
     say(f"loading {models[0].path}")
-    model = load_model(models[0].path, chosen.dtype, device)
-    sparse = _read(model, inputs, models[0].visible_budget, chosen.num_queries, say)
+    model = load_model(models[0].path, chosen.dtype, device, models[0].plan)
+    prompt_of = models[0].prompt_of
+    sparse = _read(model, inputs, models[0].visible_budget, chosen.num_queries, prompt_of, say)
     if len(models) == 2:
         del model
         say(f"loading {models[1].path}")
@@ -112,17 +117,23 @@ def _read_both(
     same_weights = len(models) == 1 and models[0].methods
     with dense_attention_in(model) if same_weights else contextlib.nullcontext():
         say("dense attention")
-        dense = _read(model, inputs, None, chosen.num_queries, say)
+        dense = _read(model, inputs, None, chosen.num_queries, prompt_of, say)
     return sparse, dense
 
 
-def _read(model: nn.Module, inputs: Inputs, budget: int | None, num_queries: int, say: Say) -> _Reading:
+def _read(
+    model: nn.Module,
+    inputs: Inputs,
+    budget: int | None,
+    num_queries: int,
+    prompt_of: Callable[[int], int],
+    say: Say,
+) -> _Reading:
     readouts, layers, needles = [], [], []
     for text, ids in inputs.texts:
         say(f"{text.name}: {len(ids)} tokens")
         probe = MassProbe(budget or 0, num_queries)
-        with probe.watch():
-            readouts.append(read_out(model, ids))
+        readouts.append(read_out(model, ids, prompt_of(len(ids)), probe.watch))
         layers.append(tuple(probe.rows))
     for case in inputs.cases:
         say(f"needle: {case.length} tokens, depth {case.depth:.0%}")
@@ -132,10 +143,7 @@ def _read(model: nn.Module, inputs: Inputs, budget: int | None, num_queries: int
 
 def _results(model: ModelFacts, inputs: Inputs, sparse: _Reading, dense: _Reading) -> tuple[TextResult, ...]:
     return tuple(
-        TextResult(
-            text=text, tokens=len(ids), divergence=compare(dense.readouts[i], sparse.readouts[i], ids),
-            buckets=tuple(position_buckets(len(ids) - 1, model.visible_budget)), layers=sparse.layers[i],
-        )
+        text_result(model, text, ids, dense.readouts[i], sparse.readouts[i], sparse.layers[i])
         for i, (text, ids) in enumerate(inputs.texts)
     )
 

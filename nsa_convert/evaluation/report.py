@@ -33,6 +33,7 @@ class TextResult:
         divergence: Values for each prediction.
         buckets: Ranges of context length to average over.
         layers: Captured mass per layer and pattern; empty when nothing was hidden.
+        prompt: Tokens that were read as a prompt before the scored ones; 0 where all are scored.
     """
 
     text: EvalText
@@ -40,6 +41,7 @@ class TextResult:
     divergence: Divergence
     buckets: tuple[Bucket, ...]
     layers: tuple[LayerMass, ...]
+    prompt: int = 0
 
     def bucket_rows(self) -> list[dict[str, Any]]:
         """Return one summary per bucket, with its ``context`` as text."""
@@ -47,21 +49,23 @@ class TextResult:
 
     def beyond(self, budget: int | None) -> dict[str, Any]:
         """Return the summary over contexts beyond the budget, or over all when there are none."""
-        last = self.tokens - 1
-        return self.divergence.summary(Bucket(budget, last) if budget and budget < last else None)
+        last, first = self.tokens - 1, max(0, self.prompt - 1)
+        begin = budget or 0
+        return self.divergence.summary(Bucket(begin, last, first) if first < begin < last else None)
 
     def curve(self) -> list[dict[str, Any]]:
         """Return summaries of 32 equal stretches of context, for plots."""
-        last = self.tokens - 1
-        edges = sorted({round(i * last / CURVE_POINTS) for i in range(CURVE_POINTS + 1)})
-        pieces = [Bucket(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        last, first = self.tokens - 1, max(0, self.prompt - 1)
+        edges = sorted({first + round(i * (last - first) / CURVE_POINTS) for i in range(CURVE_POINTS + 1)})
+        pieces = [Bucket(a, b, first) for a, b in zip(edges, edges[1:], strict=False)]
         return [{"context_end": p.end, **self.divergence.summary(p)} for p in pieces]
 
     def to_dict(self, budget: int | None = None) -> dict[str, Any]:
         """Return everything but the single predictions; ``beyond`` leaves out what the budget covers."""
         return {
             "name": self.text.name, "kind": self.text.kind, "source": self.text.source,
-            "sha256": self.text.sha256, "tokens": self.tokens, "all": self.divergence.summary(),
+            "sha256": self.text.sha256, "tokens": self.tokens, "prompt": self.prompt,
+            "all": self.divergence.summary(),
             "beyond": self.beyond(budget), "buckets": self.bucket_rows(), "curve": self.curve(),
             "layers": [row.to_dict() for row in self.layers],
             "mean_layer": mean_layers(self.layers),
@@ -198,6 +202,16 @@ def flat_layer(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def after_prompt_warnings(scores_after_prompt: bool) -> list[str]:
+    """Return what to say where only what follows a prompt is scored."""
+    if not scores_after_prompt:
+        return []
+    return [
+        "some layers choose keys by later tokens of a prompt, or attend otherwise while decoding: texts are "
+        "scored after a prompt, not in one pass"
+    ]
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
@@ -216,7 +230,8 @@ def simple_table(title: str, columns: Sequence[str]) -> Table:
 
 def _text_table(result: TextResult, budget: int | None) -> Table:
     about = f"visible budget {budget}" if budget else "no layer is sparse"
-    title = f"{result.text.name}, {result.tokens} tokens, {about}\n{result.text.source}"
+    after = f", scored after a prompt of {result.prompt}" if result.prompt else ""
+    title = f"{result.text.name}, {result.tokens} tokens{after}, {about}\n{result.text.source}"
     columns = ("context", "tokens", "dense ppl", "sparse", "ratio", "KL", "KL p99", "top-1", "top-5")
     table = simple_table(title, columns)
     for row in [*result.bucket_rows(), {"context": "all", **result.divergence.summary()}]:

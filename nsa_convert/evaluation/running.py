@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nsa_convert.errors import CheckFailedError
 from nsa_convert.evaluation.cases import Case
+from nsa_convert.methods.prefill import STEP_TOKENS
 from nsa_convert.patch.eviction import cache_bytes
 
 
@@ -89,7 +90,11 @@ def run_case(model: nn.Module, tokenizer: Any, case: Case) -> Outcome:
 def _force(model: nn.Module, cache: Any, case: Case, last: Tensor) -> dict[str, float]:
     """Feed the answer behind the prompt, score it, and take it out of the cache again."""
     answer = torch.tensor([case.answer_ids], device=last.device)
-    logits = model(input_ids=answer, past_key_values=cache, use_cache=True).logits[0].float()
+    steps = [
+        model(input_ids=step, past_key_values=cache, use_cache=True).logits[0].float()
+        for step in answer.split(STEP_TOKENS, 1)  # a longer call would be read like a prompt
+    ]
+    logits = torch.cat(steps)
     _check(logits, case)
     if all(layer.is_croppable for layer in cache.layers):
         cache.crop(-answer.shape[1])
@@ -119,6 +124,7 @@ def _generate(
         began = _now(cache.layers[0].keys.device)
         step = torch.tensor([[out[-1]]], device=cache.layers[0].keys.device)
         logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits[0, -1]
+        _check(logits, case)
         out.append(int(logits.argmax()))
         times.append(_now(logits.device) - began)
     times.sort()

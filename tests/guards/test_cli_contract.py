@@ -19,7 +19,7 @@ COMMON = {"--json", "--debug", "--help"}
 
 # command -> (arguments, options beside COMMON)
 COMMANDS = {
-    "bench": ([], {"--geometry", "--lengths", "--device", "--set", "--check", "--csv"}),
+    "bench": ([], {"--geometry", "--lengths", "--method", "--device", "--set", "--check", "--csv"}),
     "card": (["MODEL"], {"--license", "--base-model", "--name", "--out"}),
     "convert": (
         ["MODEL", "OUT"],
@@ -39,9 +39,12 @@ COMMANDS = {
         },
     ),
     "doctor": ([], set()),
-    "eval": (["MODEL"], {"--against", "--suite", "--set", "--out"}),
+    "eval": (["MODEL"], {"--method", "--against", "--suite", "--set", "--out"}),
     "explain": (["CODE"], set()),
-    "generate": (["MODEL"], {"--prompt", "--prompt-file", "--max-new-tokens", "--chat"}),
+    "generate": (
+        ["MODEL"],
+        {"--method", "--set", "--prompt", "--prompt-file", "--max-new-tokens", "--chat"},
+    ),
     "inspect": (["MODEL"], {"--method", "--context", "--measure", "--set"}),
     "methods": ([], set()),
     "push": (
