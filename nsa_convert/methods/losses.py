@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nsa_convert.kernels.compressed.cells import CellGrid
-from nsa_convert.patterns import SequenceLayout
+from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 SAMPLED_QUERIES = 64
 """Queries of each row for which the true attention mass is computed; all of them would cost T x T."""
@@ -140,6 +140,41 @@ def _cell_slots(grid: CellGrid, layout: SequenceLayout, num_keys: int, device: t
         return torch.cat(parts)[None]
     cells = grid.stride * torch.arange(grid.count(num_keys), device=device)
     return cells[None] if layout.start is None else cells + layout.start[:, None]
+
+
+def score_kl(
+    q: Tensor,
+    k: Tensor,
+    scored: tuple[Tensor, Tensor],
+    grid: CellGrid,
+    rule: BlockTopK,
+    layout: SequenceLayout,
+    scale: float,
+    step: int,
+) -> Tensor:
+    """Return the KL of the block scores to the dense attention mass of the blocks, on sampled queries.
+
+    Args:
+        q: ``[B, TQ, HQ, D]``.
+        k: ``[B, TK, H, D]``.
+        scored: Queries ``[B, TQ, HQ, E]`` and compressed keys ``[B, C, H, E]`` whose product is the score.
+        grid: Cell sizes.
+        rule: Block size and forced blocks.
+        layout: Position of the queries, padding and packing.
+        scale: Factor on the scores.
+        step: Number of the optimizer step; the sample follows from it.
+    """
+    queries = sample_queries(q.shape[1], step, q.device)
+    mass = attention_mass(q, k, queries, layout, scale)
+    size = rule.block_size
+    scores = block_scores(*scored, queries, grid, size, layout, scale, mass.shape[3])
+    starts = layout.row_starts(q.shape[1], q.device)[:, queries]
+    keys = torch.arange(mass.shape[3], device=q.device)
+    mass = to_blocks(mass, keys, starts, size, scores.shape[3])
+    own = (queries + layout.offset - starts).div(size, rounding_mode="floor")[:, None, :, None]
+    block = torch.arange(scores.shape[3], device=q.device)
+    free = (block >= rule.num_sink_blocks) & (block <= own - rule.num_local_blocks)
+    return block_kl(mass, scores, free)
 
 
 def block_kl(mass: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry
@@ -24,7 +23,7 @@ from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMe
 from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.compressors import build_compressor
 from nsa_convert.methods.gates import BranchGate
-from nsa_convert.methods.losses import attention_mass, block_kl, block_scores, sample_queries, to_blocks
+from nsa_convert.methods.losses import score_kl
 from nsa_convert.methods.scores import half_variance, second_order
 from nsa_convert.patterns import BlockTopK, SinkWindow
 
@@ -208,25 +207,19 @@ class NSA(SparseMethod):
         """Add ``score_kl``: KL of the block scores (eqs. 8-10) to the dense attention mass of the blocks."""
         losses = super().auxiliary_losses(x, sparse, dense, mode)
         if "score_kl" in mode.losses:
-            losses["score_kl"] = self._score_kl(x, mode.step)
+            s, heads = self.settings, self.geometry.num_kv_heads
+            grid = CellGrid(width=s.compression_block, stride=s.compression_stride)
+            scored = self._scored(x)
+            losses["score_kl"] = score_kl(
+                x.q, x.k[:, :, :heads], scored, grid, s.rule, x.layout, x.scale, mode.step
+            )
         return losses
 
-    def _score_kl(self, x: AttentionInputs, step: int) -> Tensor:
-        s, k = self.settings, x.k[:, :, : x.pooled["key"].shape[2]]
-        q, ck = x.q, x.pooled["key"]
-        if s.scorer == "second_order":
-            q, ck = second_order(q, ck, x.pooled["half_variance"], x.scale)
-        queries = sample_queries(q.shape[1], step, q.device)
-        mass = attention_mass(x.q, k, queries, x.layout, x.scale)
-        grid = CellGrid(width=s.compression_block, stride=s.compression_stride)
-        scores = block_scores(q, ck, queries, grid, s.block_size, x.layout, x.scale, mass.shape[3])
-        starts = x.layout.row_starts(q.shape[1], q.device)[:, queries]
-        keys = torch.arange(mass.shape[3], device=q.device)
-        mass = to_blocks(mass, keys, starts, s.block_size, scores.shape[3])
-        own = (queries + x.layout.offset - starts).div(s.block_size, rounding_mode="floor")[:, None, :, None]
-        block = torch.arange(scores.shape[3], device=q.device)
-        free = (block >= s.num_sink_blocks) & (block <= own - s.num_local_blocks)
-        return block_kl(mass, scores, free)
+    def _scored(self, x: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Return the queries and cell keys whose product scores a cell."""
+        if self.settings.scorer == "first_order":
+            return x.q, x.pooled["key"]
+        return second_order(x.q, x.pooled["key"], x.pooled["half_variance"], x.scale)
 
     def _compressed(self, x: AttentionInputs, *, choose: bool) -> CompressedOutput:
         """Attend to the compressed cells and, unless everything is visible anyway, choose blocks."""
@@ -239,6 +232,5 @@ class NSA(SparseMethod):
         )
         if rule is None or first_order is not None:
             return out
-        q, ck = second_order(x.q, ck, x.pooled["half_variance"], x.scale)
-        selection = block_topk(q, ck, rule=rule, layout=x.layout, scale=x.scale, **sizes)
+        selection = block_topk(*self._scored(x), rule=rule, layout=x.layout, scale=x.scale, **sizes)
         return dataclasses.replace(out, selection=selection)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.compressed import block_topk
+from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod, TrainingMode
 from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.gates import BranchGate
-from nsa_convert.methods.losses import bidirectional_alignment
+from nsa_convert.methods.losses import bidirectional_alignment, score_kl
 from nsa_convert.methods.scores import half_variance, second_order
 from nsa_convert.patterns import BlockSelection
 
@@ -74,7 +75,7 @@ class SSA(SparseMethod):
     Settings = SSASettings
     stage_losses = {
         "align": {"output_error": 1.0},
-        "pretrain": {"alignment": 10.0},
+        "pretrain": {"alignment": 10.0, "score_kl": 0.0},
         "extend": {"alignment": 10.0},
         "sft": {"alignment": 10.0},
     }
@@ -139,9 +140,27 @@ class SSA(SparseMethod):
             return full.detach(), losses
         return (sparse if mode.stream == "sparse" else full) * gate, losses
 
+    def auxiliary_losses(
+        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
+    ) -> dict[str, Tensor]:
+        """Add ``score_kl``, which the paper does not have: it teaches keys to be found by their block."""
+        losses = super().auxiliary_losses(x, sparse, dense, mode)
+        if "score_kl" in mode.losses:
+            rule, size = self.settings.rule, self.settings.block_size
+            grid = CellGrid(width=size, stride=size)
+            losses["score_kl"] = score_kl(
+                x.q, x.k, self._scored(x), grid, rule, x.layout, x.scale, mode.step
+            )
+        return losses
+
+    def _scored(self, x: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Return the queries and block keys whose product scores a block."""
+        if self.settings.scorer == "first_order":
+            return x.q, x.pooled["key"]
+        return second_order(x.q, x.pooled["key"], x.pooled["half_variance"], x.scale)
+
     def _choose(self, x: AttentionInputs) -> BlockSelection:
-        q, ck, size = x.q, x.pooled["key"], self.settings.block_size
-        if self.settings.scorer == "second_order":
-            q, ck = second_order(q, ck, x.pooled["half_variance"], x.scale)
-        rule = self.block_rule()
-        return block_topk(q, ck, width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale)
+        size, rule = self.settings.block_size, self.block_rule()
+        return block_topk(
+            *self._scored(x), width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale
+        )

@@ -104,7 +104,7 @@ def stage_weights(stage: Stage, methods: Sequence[SparseMethod]) -> dict[str, fl
     usual: dict[str, float] = {}
     for method in methods:
         usual |= method.stage_losses.get(stage.kind, {})
-    return usual
+    return {name: weight for name, weight in usual.items() if weight > 0}
 
 
 def loss_problems(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:

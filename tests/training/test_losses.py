@@ -192,7 +192,7 @@ def test_packed_documents_are_separate_documents(variant):
 
 
 def brute_block_kl(q, k, settings, scale, queries, starts):
-    """KL of NSA's block scores to the true mass over the blocks that are free to choose, in loops."""
+    """KL of the block scores to the true mass over the blocks that are free to choose, in loops."""
     width, stride, size = (
         settings["compression_block"],
         settings["compression_stride"],
@@ -203,7 +203,7 @@ def brute_block_kl(q, k, settings, scale, queries, starts):
         begin = starts[t]
         cells = [begin + c for c in range(0, t + 1 - begin - width + 1, stride)]
         own = (t - begin) // size
-        free = list(range(1, own - 1))
+        free = list(range(1, own + 1 - settings.get("num_local_blocks", 2)))
         if len(free) < 2:
             continue
         for head in range(heads):
@@ -222,9 +222,13 @@ def brute_block_kl(q, k, settings, scale, queries, starts):
     return total / counted
 
 
+@pytest.mark.parametrize("name", ["nsa", "ssa"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_score_kl_is_that_of_the_formula(packed):
-    model = trained_model("llama", VARIANTS["nsa"])
+def test_score_kl_is_that_of_the_formula(packed, name):
+    model = trained_model("llama", VARIANTS[name])
+    size = VARIANTS[name]["block_size"]
+    blocks = {"compression_block": size, "compression_stride": size, "num_local_blocks": 1}
+    settings = VARIANTS[name] if name == "nsa" else {**blocks, **VARIANTS[name]}
     lengths = (41, 60) if packed else (101,)
     ids = tokens(1, 101)
     seen = {}
@@ -237,7 +241,7 @@ def test_score_kl_is_that_of_the_formula(packed):
     )
     x = seen["x"]
     starts = [begin for begin, n in zip((0, 41), lengths, strict=False) for _ in range(n)]
-    want = brute_block_kl(x.q[0], x.k[0], VARIANTS["nsa"], x.scale, range(101), starts)
+    want = brute_block_kl(x.q[0], x.k[0], settings, x.scale, range(101), starts)
     assert out.auxiliary[1, 0].item() == pytest.approx(want, rel=1e-6)
     assert want > 0.01
 
