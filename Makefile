@@ -5,24 +5,27 @@
 #   TORCH_INDEX=URL              package index to take torch from (see .ci/install-torch)
 #   TESTS=tests/kernels          what `make test` runs
 #   DEMO=/somewhere              where `make demo` writes
+#   FUZZ_SECONDS=3600            how long `make fuzz` runs
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 JOBS ?= 2
 TESTS ?= tests
 DEMO ?= demo
+FUZZ_SECONDS ?= 600
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 # Test processes share the cores, so each gets one thread; no test needs the Hub.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: help venv test test-all test-gpu lint demo bench bench-gpu clean
+.PHONY: help venv test test-all test-gpu lint fuzz demo bench bench-gpu clean
 
 help:
 	@echo "make test      the tests that need no GPU and no network (under 10 minutes on 2 cores)"
 	@echo "make test-all  the slow ones too"
-	@echo "make lint      ruff"
+	@echo "make lint      ruff, and pip-audit where it can run"
+	@echo "make fuzz      damaged checkpoints and recipes, for FUZZ_SECONDS"
 	@echo "make demo      SmolLM2-135M to NSA and SSA: convert, verify, evaluate, generate"
 	@echo "make bench     sparse against dense attention on this machine"
 	@echo "make bench-gpu the kernels on a GPU: right, how fast, how near to its limits (under 8 minutes)"
@@ -46,6 +49,10 @@ test-all: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/python .ci/audit $(VENV)/audit
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.fuzz --seconds $(FUZZ_SECONDS)
 
 demo: $(READY)
 	BIN=$(CURDIR)/$(BIN) .ci/demo $(DEMO)

@@ -115,7 +115,7 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    if model_type in {family.sparse_model_type for family in FAMILIES.values()}:
+    if model_type in [family.sparse_model_type for family in FAMILIES.values()]:
         raise UnsupportedModelError(
             f"this checkpoint is already converted (model_type {model_type!r})",
             code="CK35",

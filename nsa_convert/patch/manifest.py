@@ -52,8 +52,11 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
             where=str(folder),
             hint="convert the source again",
         )
-    files = read_json_mapping(folder / MANIFEST, code="SV17").get("files")
-    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+    manifest = read_json_mapping(folder / MANIFEST, code="SV17")
+    files = manifest.get("files")
+    # Strict to the last key: the manifest is the one file whose hash is written nowhere.
+    whole = manifest.keys() == {"schema", "files"} and manifest["schema"] == 1 and isinstance(files, dict)
+    if not whole or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise CheckpointError(
             f"{MANIFEST} is damaged", code="SV17", where=MANIFEST, hint="convert the source again"
         )
@@ -85,6 +88,7 @@ def _is_entry(name: str, entry: Any) -> bool:
     return (
         inside
         and isinstance(entry, dict)
+        and entry.keys() == {"bytes", "sha256"}
         and isinstance(entry.get("sha256"), str)
         and type(entry.get("bytes")) is int
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
         or "\\" in name
         or _WINDOWS_HOSTILE.search(name)
         or (_WINDOWS_DEVICE.match(name))
+        or len(os.fsencode(name)) > 255
     ):
         code = "CK12" if name.startswith("/") else "CK11" if ".." in name else "CK13"
         what = "leaves the checkpoint directory" if code != "CK13" else "is not a plain file name"

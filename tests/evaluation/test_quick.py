@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -165,6 +166,9 @@ def test_folders_that_hold_no_model(pair, tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         run_quick(tmp_path)
     (tmp_path / "config.json").write_text((pair[1] / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="has no weights"):
+        run_quick(tmp_path)
+    shutil.copy(pair[1] / "model.safetensors", tmp_path)
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
         run_quick(tmp_path)
 

@@ -173,7 +173,7 @@ def test_ck12_index_with_an_absolute_path(source):
 
 
 @pytest.mark.parametrize(
-    "name", ["x\\evil", "x/evil", "x\nevil", "x\0evil", "con.safetensors", "", ".", "a?b"]
+    "name", ["x\\evil", "x/evil", "x\nevil", "x\0evil", "con.safetensors", "", ".", "a?b", "x" * 300]
 )
 def test_ck13_index_with_a_name_that_is_none(source, name):
     outside(source, name)
