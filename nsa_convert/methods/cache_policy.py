@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry
+from nsa_convert.kernels.dense.fetch import fetch_runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,14 +124,17 @@ def forget(
     # A stable sort keeps the order of the tokens; a row with fewer has others in front, where no one looks.
     slots = kept.to(torch.uint8).sort(dim=1, stable=True).indices[:, length - size :]
     numbers = {name: x.gather(1, slots.expand(-1, -1, x.shape[2])) for name, x in _of(memory, policy)}
-    return _take(k, slots), _take(v, slots), {**memory, **numbers}
+    k, v = _take(k, v, slots)
+    return k, v, {**memory, **numbers}
 
 
 def _of(memory: Mapping[str, Tensor], policy: CachePolicy) -> list[tuple[str, Tensor]]:
     return [(name, memory[name]) for name in policy.per_token if name in memory]
 
 
-def _take(x: Tensor, slots: Tensor) -> Tensor:
-    """Return tokens ``slots [B, M, H or 1]`` of ``x [B, N, H, D]``, each head's tokens together in memory."""
-    index = slots.expand(-1, -1, x.shape[2]).transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[3])
-    return x.transpose(1, 2).gather(2, index).transpose(1, 2)
+def _take(k: Tensor, v: Tensor, slots: Tensor) -> list[Tensor]:
+    """Return tokens ``slots [B, M, H or 1]`` of ``k, v [B, N, H, D]``, each head's together in memory."""
+    rows, heads = (torch.arange(size, device=k.device) for size in (k.shape[0], k.shape[2]))
+    slots = slots.transpose(1, 2).expand(-1, k.shape[2], -1)  # [B, H, M]
+    taken = fetch_runs(k, v, rows[:, None, None], heads[:, None], slots, 1)  # [B, H, M, 1, D]
+    return [x[..., 0, :].transpose(1, 2) for x in taken]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa_convert.patterns import SequenceLayout
 
-SCORES = 1 << 24
+SCORES = 1 << 22
 """Scores computed at once."""
 
 
@@ -34,7 +34,8 @@ def column_sums(
     Returns:
         ``[B, TK, HQ]`` without gradient, at least float32.
     """
-    batch, num_queries, heads, dim = q.shape
+    batch, num_queries, heads, _ = q.shape
+    bounded = window is not None or layout.start is not None or layout.cu_seqlens is not None
     kv_heads, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
     sums = q.new_zeros(batch, k.shape[1], heads, dtype=wide)
     starts = layout.row_starts(num_queries, q.device)  # [B or 1, TQ]
@@ -43,19 +44,22 @@ def column_sums(
         end = min(begin + width, num_queries)
         last = layout.offset + end
         first = 0 if window is None else max(0, layout.offset + begin - window + 1)
-        own = q[:, begin:end].to(wide).reshape(batch, end - begin, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
-        keys = k[:, first:last].to(wide).permute(0, 2, 3, 1)[:, :, None]  # [B, H, 1, D, L]
-        scores = (own @ keys) * scale  # [B, H, G, n, L]
-        slots, queries = (torch.arange(*x, device=q.device) for x in ((first, last), (begin, end)))
-        queries = queries[:, None] + layout.offset
+        own = (q[:, begin:end].to(wide) * scale).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        keys = k[:, first:last].to(wide).permute(0, 2, 3, 1)  # [B, H, D, L]
+        scores = (own.flatten(2, 3) @ keys).unflatten(2, (-1, end - begin))  # [B, H, G, n, L]
+        queries = torch.arange(begin, end, device=q.device)[:, None] + layout.offset
+        # Only the last keys can lie in a query's future; the others are masked where rows or windows begin.
+        cut = 0 if bounded else last - first - (end - begin)
+        slots = torch.arange(first + cut, last, device=q.device)
         visible = (slots <= queries) & (slots >= starts[:, begin:end, None])  # [B or 1, n, L]
         if window is not None:
             visible = visible & (slots > queries - window)
-        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+        scores[..., cut:].masked_fill_(~visible[:, None, None], -torch.inf)
         if lse is None:
-            p = scores.softmax(-1).nan_to_num_(0.0)  # a query in padding sees nothing
+            p = scores.softmax(-1)
+            p = p.nan_to_num_(0.0) if bounded else p  # a query in padding sees nothing
         else:
             norm = lse[:, begin:end].to(wide).transpose(1, 2).unflatten(1, (kv_heads, -1))[..., None]
-            p = torch.exp(scores - norm.masked_fill(norm == -torch.inf, 0.0))
+            p = scores.sub_(norm.masked_fill(norm == -torch.inf, 0.0)).exp_()
         sums[:, first:last] += p.sum(3).flatten(1, 2).transpose(1, 2)
     return sums
