@@ -21,6 +21,7 @@ from nsa_convert.card.facts import (
 from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.evaluation.verdict import benchmark_cells, processor, task_rows, verdict
 from nsa_convert.patch.manifest import RECIPE, read_manifest
+from nsa_convert.patch.staging import write_whole
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
 PLACEHOLDER_OWNER = "ORG"
@@ -82,8 +83,7 @@ def write_card(
     folder = Path(folder)
     text, results, reports, warnings = _render(folder, license, base_model, name)
     path = folder / CARD if out is None else Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     if out is None and results:
         _write_eval_results(folder, results)
     return CardReport(path=path, evaluations=[r["command"] for r in reports], warnings=warnings)
@@ -289,8 +289,7 @@ def _write_eval_results(folder: Path, results: list[Any]) -> None:
         for row in results
     ]
     path = folder / EVAL_RESULTS
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
 def _limits(

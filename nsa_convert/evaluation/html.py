@@ -10,6 +10,7 @@ from typing import Any
 from nsa_convert.errors import MachineError
 from nsa_convert.evaluation.plots import panel_svg, plots_of, require_matplotlib
 from nsa_convert.evaluation.verdict import benchmark_cells, processor, task_rows, verdict
+from nsa_convert.patch.staging import write_whole
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
 
@@ -21,9 +22,8 @@ def write_html(report: Mapping[str, Any], folder: Path) -> Path:
         MachineError: jinja2 or matplotlib is not installed.
     """
     require_html()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
-    path.write_text(render_html(report), encoding="utf-8")
+    write_whole(path, render_html(report))
     return path
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsa_convert.evaluation.report import flat_layer, simple_table, write_csv
 from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
+from nsa_convert.patch.staging import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,8 +60,7 @@ class LongReport:
             write_csv(folder / name, rows)
         names = [*(path.name for path in files), *tables, "report.json"]
         report = LongReport(values={**self.values, "files": names})
-        text = json.dumps(report.values, indent=2, allow_nan=False) + "\n"
-        (folder / "report.json").write_text(text, encoding="utf-8")
+        write_whole(folder / "report.json", json.dumps(report.values, indent=2, allow_nan=False) + "\n")
         return report
 
 

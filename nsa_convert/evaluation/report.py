@@ -14,6 +14,7 @@ from nsa_convert.evaluation.mass import LayerMass
 from nsa_convert.evaluation.needle import NeedleScore, hits_by_length
 from nsa_convert.evaluation.perplexity import Bucket
 from nsa_convert.evaluation.text import EvalText
+from nsa_convert.patch.staging import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -180,7 +181,7 @@ class QuickReport:
             write_csv(path, tables[path.name])
         report = folder / "report.json"
         whole = dataclasses.replace(self, files=(*self.files, *written, report)).to_dict()
-        report.write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(report, json.dumps(whole, indent=2, allow_nan=False) + "\n")
         return [*written, report]
 
 

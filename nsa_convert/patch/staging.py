@@ -196,6 +196,25 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, write, 4 << 20)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, and its folder, so that it is there as a whole or as it was before.
+
+    Raises:
+        MachineError: Disk or permission.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with machine_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
 def use_umask(path: Path) -> None:
     """Give a file the mode the umask asks for; safetensors creates its files for the owner alone."""
     mask = os.umask(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -16,10 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nsa_convert.convert import convert_checkpoint
+from nsa_convert.evaluation.cells import CELLS
+from nsa_convert.evaluation.long import run_long
 from nsa_convert.patch.manifest import MANIFEST, check_manifest
 from tests.checkpoints import tree_hash, write_dense
+from tests.evaluation.tiny import save_pair
 from tests.test_convert import NSA
 
 
@@ -102,6 +107,55 @@ def kill_conversions(source: Path, work: Path, *, kills: int, seed: int) -> Tall
     return tally
 
 
+SUITE: dict[str, Any] = {
+    "length": 60,
+    "lengths": [300],
+    "depths": [0.2, 0.8],
+    "task_lengths": [512],
+    "tasks": ["recall"],
+}
+RESULTS = ("texts", "needles", "tasks")
+"""What an evaluation measures, times left out."""
+
+
+def kill_evaluations(model: Path, work: Path, *, kills: int, seed: int) -> Tally:
+    """Kill evaluations that resume from their folder, until ``kills`` were hit.
+
+    After each kill no finished cell may be lost and the report must be absent or complete; an evaluation that
+    was killed and resumed must measure exactly what one in a single run does.
+    """
+    tally, draw, out = Tally(), random.Random(seed), work / "out"
+    run_long(model, out_dir=work / "warm", **SUITE)
+    begin = time.perf_counter()
+    expected = run_long(model, out_dir=work / "whole", **SUITE).values
+    span, before, cells = time.perf_counter() - begin, tree_hash(model), 0
+    while tally.killed < kills:
+        hit = run_and_kill(lambda: run_long(model, out_dir=out, **SUITE), draw.uniform(0, span))
+        tally.killed += hit
+        tally.finished += not hit
+        kept = _finished_cells(out)
+        tally.left[f"{kept} cells"] += hit
+        if kept < cells:
+            tally.lost.append(f"attempt {tally.killed}: {cells - kept} finished cells are gone")
+        report = out / "report.json"
+        if report.exists() and any(json.loads(report.read_text())[key] != expected[key] for key in RESULTS):
+            tally.lost.append(f"attempt {tally.killed}: the report differs from that of a single run")
+        cells = kept
+        if not hit:
+            if not report.exists():
+                tally.lost.append(f"attempt {tally.killed}: no report at the end")
+            shutil.rmtree(out)
+            cells = 0
+    if tree_hash(model) != before:
+        tally.lost.append("the model changed")
+    return tally
+
+
+def _finished_cells(out: Path) -> int:
+    lines = (out / CELLS).read_bytes().split(b"\n")[:-1] if (out / CELLS).exists() else []
+    return sum(isinstance(json.loads(line), dict) for line in lines)
+
+
 def _content(out: Path) -> dict[str, str]:
     """Return the hashes of the files that depend on the source and the plan alone.
 
@@ -122,16 +176,20 @@ def _state(work: Path, out: Path) -> str:
 
 
 def main() -> None:
-    """Kill conversions of a tiny model and print the tally."""
+    """Kill what was asked for, on a tiny model, and print the tally."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["convert"])
+    parser.add_argument("what", choices=["convert", "eval"])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        source = write_dense(Path(folder) / "model")
+        work = Path(folder) / "work"
+        if args.what == "convert":
+            model, kill = write_dense(Path(folder) / "model"), kill_conversions
+        else:
+            model, kill = save_pair(Path(folder))[1], kill_evaluations
         begin = time.perf_counter()
-        tally = kill_conversions(source, Path(folder) / "work", kills=args.kills, seed=args.seed)
+        tally = kill(model, work, kills=args.kills, seed=args.seed)
         print(f"{tally.killed} killed, {tally.finished} too fast, {time.perf_counter() - begin:.0f} s")
         print(*(f"  {count:4} {state}" for state, count in tally.left.most_common()), sep="\n")
         print("lost:", tally.lost or "none")

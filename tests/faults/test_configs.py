@@ -277,7 +277,8 @@ CF19 = {
     "NaN": (b'{"rms_norm_eps": NaN}', "NaN"),
     "Infinity": (b'{"rms_norm_eps": -Infinity}', "Infinity"),
     "1e999": (b'{"rms_norm_eps": 1e999}', "1e999"),
-    "thousands of digits": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "digits"),
+    "a hundred digits": (b'{"rms_norm_eps": ' + b"9" * 105 + b"}", "too large a number"),
+    "thousands of digits": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "too large a number"),
     "half a character": (b'{"model_type": "\\ud800"}', "half a character"),
 }
 

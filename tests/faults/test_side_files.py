@@ -47,6 +47,12 @@ def test_tk01_damaged_tokenizer(source, content):
     refused(source, code, "tokenizer.json", inspect=False)
 
 
+def test_tk01_no_length_limit(source):
+    """What transformers writes for a tokenizer without a limit is no number too large."""
+    edit_json(source / "tokenizer_config.json", model_max_length=int(1e30))
+    converted(source)
+
+
 @pytest.mark.parametrize("part", ["added_tokens", "vocab"])
 def test_tk02_tokenizer_beyond_the_embeddings(source, part):
     content = json.loads((source / "tokenizer.json").read_text())

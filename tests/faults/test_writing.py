@@ -22,6 +22,7 @@ from nsa_convert.patch.loading import load_causal_model
 from nsa_convert.patch.manifest import check_manifest
 from nsa_convert.verification import revert_checkpoint
 from tests.checkpoints import edit_json, tree_hash
+from tests.evaluation.tiny import save_pair
 from tests.faults.checks import (
     ENVIRONMENT,
     METHOD,
@@ -33,7 +34,7 @@ from tests.faults.checks import (
     run,
     snapshot,
 )
-from tests.faults.kills import kill_conversions
+from tests.faults.kills import kill_conversions, kill_evaluations
 from tests.test_convert import NSA
 
 
@@ -289,3 +290,15 @@ def test_terminate_leaves_nothing(source, tmp_path):
     assert child.wait(20) == 143
     child.stdout.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.slow
+def test_sv01_killed_a_hundred_times(source, tmp_path):
+    tally = kill_conversions(source, tmp_path / "work", kills=100, seed=1)
+    assert tally.lost == [], tally
+
+
+@pytest.mark.slow
+def test_ev09_killed_at_random_points(tmp_path):
+    tally = kill_evaluations(save_pair(tmp_path)[1], tmp_path / "work", kills=30, seed=0)
+    assert tally.lost == [], tally
