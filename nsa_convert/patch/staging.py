@@ -7,6 +7,7 @@ the same OUT removes; a lock keeps two runs apart and vanishes with its process.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from nsa_convert.errors import MachineError, NsaConvertError, UsageError
 
+_RENAME_EXCHANGE = 2
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -223,17 +225,26 @@ def use_umask(path: Path) -> None:
 
 
 def _publish(staging: Path, out: Path, old: Path) -> None:
-    """Flush the small files and the folder, then rename; a replaced folder is removed last."""
+    """Flush the small files and the folder, then rename; a replaced folder is removed last, by the caller."""
     own = [path for path in staging.rglob("*") if path.is_dir() or path.stat().st_nlink == 1]
     # Together, because the file system writes waiting requests in one go.
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(_sync, own))
     _sync(staging)
-    if out.is_dir() and any(out.iterdir()):
-        out.rename(old)
-    staging.rename(out)
+    taken = out.is_dir() and any(out.iterdir())
+    if not (taken and _exchange(staging, out)):
+        if taken:
+            out.rename(old)
+        staging.rename(out)
     _sync(out.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Swap two folders in one step, so that there is no moment without either; False where that cannot be."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    here = -100  # AT_FDCWD: the paths are relative to the working directory
+    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(two), _RENAME_EXCHANGE) == 0
 
 
 def _recover(out: Path, staging: Path, old: Path) -> None:

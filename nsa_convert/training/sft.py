@@ -8,6 +8,7 @@ from typing import Any
 
 from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.training.data import joint_fingerprint
+from nsa_convert.patch.chat import render_chat
 from nsa_convert.training.recipe import Stage
 from nsa_convert.training.sources import Documents, iterate, open_source
 from nsa_convert.training.trainer import StageTrainer
@@ -53,7 +54,7 @@ def make_sft_trainer(common: dict[str, Any], tokenizer: Any, stage: Stage, base:
     """Return the trainer of an ``sft`` stage.
 
     Raises:
-        ConfigError: The tokenizer's chat template does not mark the assistant's words.
+        ConfigError: The chat template does not mark the assistant's words, fails, or takes too much.
     """
     from trl import SFTTrainer
 
@@ -69,6 +70,9 @@ def make_sft_trainer(common: dict[str, Any], tokenizer: Any, stage: Stage, base:
             hint="put a template with marks into chat_template.jinja of the model's folder",
         )
     documents = [open_source(source, base, chats=True) for source in stage.data]
+    # Once under limits: a template that takes all time or memory is refused before it meets a data set here.
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    render_chat(tokenizer, turns, add_generation_prompt=False)
     return SftStageTrainer(
         **common,
         processing_class=tokenizer,

@@ -45,7 +45,7 @@ def test_sv01_killed_at_random_points(source, tmp_path):
 
 
 def test_sv01_killed_between_the_two_renames(source, tmp_path, monkeypatch):
-    """--overwrite: the old folder comes back when the new one did not get its place."""
+    """--overwrite where folders cannot be swapped in one step: the old one comes back."""
     out = tmp_path / "out"
     convert_checkpoint(source, out, NSA)
     before = tree_hash(out)
@@ -60,6 +60,7 @@ def test_sv01_killed_between_the_two_renames(source, tmp_path, monkeypatch):
             raise Killed
         return rename(self, target)
 
+    monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", dies)
     with pytest.raises(Killed):
         convert_checkpoint(source, out, NSA, overwrite=True)
@@ -123,8 +124,10 @@ def test_sv03_write_fails(source, monkeypatch, code):
     refused(source, "SV03", os.strerror(code), status=5, inspect=False)
 
 
-def test_sv05_overwrite_swaps(source, tmp_path):
+def test_sv05_overwrite_swaps(source, tmp_path, monkeypatch):
+    """In one step: a reader never finds the place empty."""
     out, _ = converted(source)
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("OUT was away for a moment"))
     edit_json(out / "config.json", note="old")
     converted(source, "--overwrite")
     assert "note" not in json.loads((out / "config.json").read_text())
