@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert.errors import ConfigError, MachineError
-from nsa_convert.training.data import joint_fingerprint
 from nsa_convert.patch.chat import render_chat
+from nsa_convert.training.data import joint_fingerprint
 from nsa_convert.training.recipe import Stage
 from nsa_convert.training.sources import Documents, iterate, open_source
 from nsa_convert.training.trainer import StageTrainer
