@@ -10,9 +10,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from nsa_convert.patch.estimate import context_costs
 from nsa_convert.patch.eviction import cache_bytes
-from nsa_convert.patch.patching import patch_model, sparse_methods, with_full_budget
+from nsa_convert.patch.patching import patch_model, sparse_methods, unpatch_model, with_full_budget
 from nsa_convert.patch.plan import resolve_plan
-from tests.models import NSA, STREAMING, dense_model, plan, tokens, trained_model
+from tests.models import FAMILIES, NSA, STREAMING, dense_model, plan, tokens, trained_model
 
 EVICTING = {**STREAMING, "cache": "evict"}
 MIXED = {**EVICTING, "rules": [{"method": "full", "layers": [0, 2], "heads": [1]}]}
@@ -212,6 +212,44 @@ class TestLossyCaches:
         with torch.no_grad(), with_full_budget(lossy, 60):
             steps = [lossy(ids[:, i : i + 12], past_key_values=cache).logits for i in range(0, 60, 12)]
             assert (torch.cat(steps, 1) - dense_model("qwen3")(ids).logits).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [EXACT["cache"], H2O, RAZOR, INFLLM], ids=lambda x: x["method"])
+def test_every_family_starts_dense_and_ends_dense(family: str, settings: dict) -> None:
+    """Decoding with a budget that covers the text is dense; unpatched, the model is what it was."""
+    model, ids, cache = dense_model(family, num_hidden_layers=2), tokens(2, 30), DynamicCache()
+    with torch.no_grad():
+        dense = model(ids).logits
+        patch_model(model, plan(settings))
+        with with_full_budget(model, 30):
+            parts = [model(x, past_key_values=cache).logits for x in ids.split([20, 4, 1, 5], 1)]
+        assert (torch.cat(parts, 1) - dense).abs().max() < 1e-10
+        unpatch_model(model)
+        assert torch.equal(model(ids).logits, dense)
+
+
+@pytest.mark.parametrize("settings", [EXACT["cache"], H2O, RAZOR, INFLLM], ids=lambda x: x["method"])
+def test_no_token_of_a_call_sees_a_later_one(settings: dict) -> None:
+    model, logits = trained_model("llama", settings), []
+    with torch.no_grad():
+        for seed in (5, 6):
+            cache = DynamicCache()
+            model(tokens(1, 40), past_key_values=cache)
+            last = torch.cat([tokens(1, 7, seed=4), tokens(1, 9, seed=seed)], 1)
+            logits.append(model(last, past_key_values=cache).logits)
+    assert (logits[0] - logits[1])[:, :7].abs().max() < 1e-12
+    assert (logits[0] - logits[1])[:, 7:].abs().max() > 0.1
+
+
+def test_a_saved_model_forgets_alike(tmp_path) -> None:
+    mixed = {**H2O, "rules": [{**RAZOR, "layers": [1], "heads": [0]}, {"method": "full", "layers": [2]}]}
+    model = trained_model("qwen3", mixed)
+    expected = model.generate(tokens(1, 53), **GREEDY)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert again.config.sparse_attention == model.config.sparse_attention
+    assert torch.equal(again.generate(tokens(1, 53), **GREEDY), expected)
 
 
 class TestInfLLM:
