@@ -234,5 +234,5 @@ NOT_APPLICABLE: dict[str, str] = {
 }
 """Case -> why it cannot happen here."""
 
-OPEN = {"KN", "EV"}
+OPEN: set[str] = set()
 """Areas that are not complete yet; to be emptied."""

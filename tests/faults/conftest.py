@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_convert.training.run import Interrupted
 from tests.checkpoints import write_dense
-from tests.faults.runs import copied
-from tests.training.recipes import run
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +22,9 @@ def source(pristine, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """An uninterrupted run of the dense case."""
+    # Imported here: this file is read before the interpreter of triton is asked for, see tests/conftest.py.
+    from tests.training.recipes import run
+
     out = tmp_path_factory.mktemp("whole") / "run"
     run(out, "dense")
     return out
@@ -33,6 +33,9 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cut(tmp_path_factory):
     """The same run, stopped after step 4, with checkpoints of steps 2 and 4."""
+    from nsa_convert.training.run import Interrupted
+    from tests.training.recipes import run
+
     out = tmp_path_factory.mktemp("cut") / "run"
     with pytest.raises(Interrupted):
         run(out, "dense", "pretrain 3/")
@@ -42,4 +45,6 @@ def cut(tmp_path_factory):
 @pytest.fixture
 def stopped(cut, tmp_path):
     """A copy of the stopped run to damage."""
+    from tests.faults.runs import copied
+
     return copied(cut, tmp_path / "run")

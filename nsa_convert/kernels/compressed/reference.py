@@ -52,7 +52,7 @@ def choose_blocks(
     group_p = p.unflatten(1, (num_kv_heads, -1)).sum(2)  # eq. 10, [B, H, TQ, C]
     ages = layout.positions(p.shape[2], p.device) - layout.row_starts(p.shape[2], p.device)  # [B or 1, TQ]
     own = ages.div(rule.block_size, rounding_mode="floor")[:, None, :, None]  # the query's own block
-    num_blocks = max(1, int(own.max()) + 1)
+    num_blocks = max(1, int(own.max()) + 1 if own.numel() else 0)
     first, weights = rule.cell_weights(grid.width, grid.stride)
     per_block = rule.block_size // grid.stride
     cell = torch.arange(num_blocks, device=p.device)[:, None] * per_block + first

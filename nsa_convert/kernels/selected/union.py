@@ -113,6 +113,8 @@ def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) 
     position = lists.positions[where].view(count, width, 1)
     chosen = lists.indices[lists.list_of[where]].view(count, width, -1)  # [n, W, S]
     chosen = chosen.masked_fill(chosen > position // lists.block_size, -1)
+    if not chosen.shape[-1]:  # lists of no block
+        chosen = chosen.new_full((*chosen.shape[:2], 1), -1)
     blocks, member, sizes = union(chosen)  # [n, U], [n, W, U], n integers
     block_bytes = lists.block_size * (token_bytes + 3 * width)
     first = 0
