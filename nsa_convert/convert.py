@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from nsa_convert.patch.output import (
     same_device,
     shard_names,
 )
+from nsa_convert.patch.pickled import is_pickled, open_pickled, write_unpickled
 from nsa_convert.patch.plan import resolve_plan, sparse_config_dict
 from nsa_convert.patch.remote_code import write_code_files
 from nsa_convert.patch.shards import INDEX_FILE, resolve_inside
@@ -55,7 +56,7 @@ class ConversionReport:
         new_tensors: Tensors that are added, with shape, dtype and initial value.
         dense_until: Tokens up to which nothing is sparse; None when every layer is full.
         costs: Cache size and attention work at several lengths, dense against sparse.
-        placed: ``"linked"``, ``"copied"`` or ``"dequantised"``: how the weights got to OUT.
+        placed: ``"linked"``, ``"copied"``, ``"dequantised"`` or ``"unpickled"``: how the weights got to OUT.
         new_bytes: Bytes on disk that did not exist before.
         warnings: What the user should know.
     """
@@ -123,6 +124,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     copy: bool = False,
     allow_extra_tensors: bool = False,
+    allow_pickle: bool = False,
     dtype: str = "float32",
     source_id: str | None = None,
     revision: str | None = None,
@@ -143,6 +145,7 @@ def convert_checkpoint(
         overwrite: Replace an existing checkpoint at ``out``.
         copy: Copy the weight files instead of linking them.
         allow_extra_tensors: Accept (and keep) tensors the architecture does not have.
+        allow_pickle: Accept pickled weights; they are read by torch's restricted unpickler.
         dtype: Dtype of the weights of a dequantised ``.gguf`` file.
         source_id: Name of the source for the report; the folder's name when left out.
         revision: Commit of the source for the report.
@@ -161,11 +164,14 @@ def convert_checkpoint(
     check_places(source, out)
     check_free(out, overwrite=overwrite, recognise="config.json")
     identity = {"id": source_id or source.resolve().name, "revision": revision}
-    if is_gguf(source):
-        return _convert_gguf(
-            source, out, sparse, identity, dtype, contexts, dry_run, threads=threads, progress=progress
+    foreign = _foreign(source, dtype, allow_pickle, allow_extra_tensors)
+    if foreign is not None:
+        options: dict[str, Any] = {"threads": threads, "progress": progress}
+        return _convert_foreign(
+            foreign, out, sparse, identity, contexts, dry_run, allow_extra_tensors, **options
         )
     job = _prepare(open_checkpoint(source, allow_extra_tensors=allow_extra_tensors), sparse)
+    check_tie(job.checkpoint)
     placed = "linked" if not copy and same_device(job.checkpoint, out) else "copied"
     report = _report(job, {**identity, "format": "safetensors"}, contexts, placed)
     require_space(out, report.new_bytes + OVERHEAD_BYTES)
@@ -193,7 +199,6 @@ def _prepare(checkpoint: Checkpoint, sparse: SparseAttentionConfig) -> _Job:
     sparse = sparse.resolved(checkpoint.num_layers, checkpoint.geometry.num_kv_heads)
     new = planned_tensors(methods, checkpoint.geometry, WEIGHT_DTYPES[checkpoint.weights.dtype()])
     check_tokenizer(checkpoint)
-    check_tie(checkpoint)
     return _Job(checkpoint=checkpoint, sparse=explicit_settings(sparse), methods=methods, new=new)
 
 
@@ -239,33 +244,74 @@ def layer_table(sparse: SparseAttentionConfig, num_layers: int, num_kv_heads: in
     return runs
 
 
-def _convert_gguf(
-    source: Path,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Foreign:
+    """A source that becomes a dense folder on the way.
+
+    Attributes:
+        format: Its name in the report.
+        placed: How its weights get to OUT.
+        checkpoint: What the dense folder will be.
+        write: Writes it.
+        facts: What else the report says of the source; reads it whole.
+    """
+
+    format: str
+    placed: str
+    checkpoint: Checkpoint
+    write: Callable[[Path], None]
+    facts: Callable[[], dict[str, Any]]
+
+
+def _foreign(source: Path, dtype: str, allow_pickle: bool, allow_extra_tensors: bool) -> _Foreign | None:
+    """Return how to read a source that is no folder of safetensors; None for one that is."""
+    if is_gguf(source):
+        names = WEIGHT_DTYPES.values()
+        if dtype not in names:
+            raise UsageError(f"unknown dtype {dtype!r}", code="CL03", expected=", ".join(names))
+        return _Foreign(
+            format="gguf",
+            placed="dequantised",
+            checkpoint=open_gguf(source, dtype),
+            write=lambda folder: write_dense_folder(source, folder, dtype),
+            facts=lambda: {"sha256": hash_file(source), "dtype": dtype},
+        )
+    if not (allow_pickle and is_pickled(source)):
+        return None
+    checkpoint = open_pickled(source, allow_extra_tensors=allow_extra_tensors)
+    names = [shard.header.path.name for shard in checkpoint.weights.shards]
+    return _Foreign(
+        format="pickle",
+        placed="unpickled",
+        checkpoint=checkpoint,
+        write=lambda folder: write_unpickled(source, folder, checkpoint.side_files),
+        facts=lambda: {"sha256": {name: hash_file(source / name) for name in names}},
+    )
+
+
+def _convert_foreign(
+    foreign: _Foreign,
     out: Path,
     sparse: SparseAttentionConfig,
     identity: Mapping[str, Any],
-    dtype: str,
     contexts: Sequence[int],
     dry_run: bool,
+    allow_extra_tensors: bool,
     **options: Any,
 ) -> ConversionReport:
-    """Convert a GGUF file by way of a dense folder inside the staging folder."""
-    if dtype not in WEIGHT_DTYPES.values():
-        raise UsageError(f"unknown dtype {dtype!r}", code="CL03", expected=", ".join(WEIGHT_DTYPES.values()))
-    info = {**identity, "format": "gguf"}
-    planned = _prepare(open_gguf(source, dtype), sparse)
-    report = _report(planned, info, contexts, "dequantised")
+    """Convert by way of a dense folder inside the staging folder."""
+    info = {**identity, "format": foreign.format}
+    report = _report(_prepare(foreign.checkpoint, sparse), info, contexts, foreign.placed)
     require_space(out, report.new_bytes + OVERHEAD_BYTES)
     if dry_run:
         return report
     with staged(out) as folder:
-        dense = folder / "dense"
-        write_dense_folder(source, dense, dtype)
-        info |= {"sha256": hash_file(source), "dtype": dtype}
-        job = _prepare(open_checkpoint(dense), sparse)
-        notes = planned.checkpoint.warnings
-        report = _report(job, info, contexts, "dequantised")
-        report = dataclasses.replace(report, warnings=[*notes, *report.warnings])
+        dense, notes = folder / "dense", report.warnings
+        foreign.write(dense)
+        job = _prepare(open_checkpoint(dense, allow_extra_tensors=allow_extra_tensors), sparse)
+        check_tie(job.checkpoint)
+        report = _report(job, {**info, **foreign.facts()}, contexts, foreign.placed)
+        report = dataclasses.replace(report, warnings=list(dict.fromkeys([*notes, *report.warnings])))
         report, hashes = _fill(folder, job, report, copy=False, **options)
         shutil.rmtree(dense)
         write_manifest(folder, hashes)
@@ -297,10 +343,11 @@ def _fill(
     files = {
         scan.name: {"file": names[scan.name], "bytes": scan.bytes, "sha256": scan.sha256} for scan in scans
     }
+    how = "linked" if linked else "copied"
     report = dataclasses.replace(
         report,
         source={**report.source, "files": files, "side_files": list(checkpoint.side_files)},
-        placed=report.placed if report.placed == "dequantised" else "linked" if linked else "copied",
+        placed=how if report.placed in {"linked", "copied"} else report.placed,
         warnings=[*report.warnings, *(line for scan in scans for line in scan.warnings)],
     )
     (folder / RECIPE).write_text(recipe_text(report, job.sparse), encoding="utf-8")

@@ -110,7 +110,8 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
     ),
     ("CK29", 4, "A file differs from the manifest written at conversion.", "Convert the source again."),
     ("CK30", 3, "Weight files were swapped, mixed or exchanged.", _AGAIN),
-    ("CK31", 3, "There are only pickled weights, which can run code.", "Save them as safetensors first."),
+    ("CK31", 3, "There are only pickled weights, which can run code.", "See `convert --allow-pickle`."),
+    ("CK32", 3, "A pickle holds more than tensors, or is damaged.", _TRUST),
     ("CK33", 0, "Pickled weights lie beside safetensors weights.", "The pickled ones are ignored."),
     (
         "CK34",

@@ -137,6 +137,7 @@ def inspect(
 @click.option("--copy", is_flag=True, help="Copy the weight files instead of hard-linking them.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint at OUT.")
 @click.option("--allow-extra-tensors", is_flag=True, help="Keep tensors the architecture does not have.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights, by torch's restricted unpickler.")
 @click.option("--dry-run", is_flag=True, help="Do every check and all arithmetic, write nothing.")
 @common
 def convert(

@@ -78,12 +78,15 @@ class Checkpoint:
         return sum(shard.header.file_bytes for shard in self.weights.shards)
 
 
-def open_checkpoint(folder: Path, *, allow_extra_tensors: bool = False) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, *, allow_extra_tensors: bool = False, weights: WeightFiles | None = None
+) -> Checkpoint:
     """Check a dense checkpoint folder from its config and its safetensors headers; reads no weights.
 
     Args:
         folder: The folder.
         allow_extra_tensors: Accept tensors that the architecture does not have; they are kept.
+        weights: What the weight files hold, where they are not those of the folder.
 
     Raises:
         UnsupportedModelError: The architecture cannot be converted, or the checkpoint already is.
@@ -93,7 +96,7 @@ def open_checkpoint(folder: Path, *, allow_extra_tensors: bool = False) -> Check
     config, warnings = strip_source_config(read_source_config(folder))
     family = family_of(config)
     refuse_quantised(config)
-    return _check(folder, config, family, warnings, allow_extra_tensors, sparse=False)
+    return _check(folder, config, family, warnings, allow_extra_tensors, sparse=False, weights=weights)
 
 
 def open_converted(folder: Path) -> Checkpoint:
@@ -121,11 +124,12 @@ def _check(
     warnings: tuple[str, ...],
     allow_extra_tensors: bool,
     sparse: bool,
+    weights: WeightFiles | None = None,
 ) -> Checkpoint:
     problems = Problems(str(folder))
     dense_config = {**config, "model_type": family.model_type}
     check_source_config(dense_config, family, problems)
-    weights = find_weight_files(folder, problems)
+    weights = weights or find_weight_files(folder, problems)
     problems.raise_found()
     tensors = {
         name: entry for name, entry in weights.tensors().items() if not (sparse and SPARSE_TENSOR.match(name))

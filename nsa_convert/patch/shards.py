@@ -253,7 +253,7 @@ def _refuse_other_layouts(names: set[str], folder: Path) -> None:
             code="CK31",
             where=pickles[0],
             expected=f"{SINGLE_FILE} or {INDEX_FILE}",
-            hint="load it once in a place you trust and save it again: "
+            hint="--allow-pickle reads it with torch's restricted unpickler; or save it as safetensors: "
             "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)`",
         )
     raise CheckpointError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -202,37 +201,6 @@ def test_ck30_shard_of_a_twin_in_a_converted_folder(source, tmp_path):
     shutil.copy(shard_paths(twin)[2], out / third(source).name)
     error = error_of(run("verify", out, "--json"), 4)
     assert third(source).name in error["message"]
-
-
-def only_pickles(source: Path, value: object) -> None:
-    for path in [*shard_paths(source), source / INDEX]:
-        path.unlink()
-    torch.save(value, source / "pytorch_model.bin")
-
-
-def test_ck31_pickles_alone(source):
-    only_pickles(source, {})
-    refused(source, "CK31", "pytorch_model.bin", "can run code", "save_pretrained")
-
-
-def test_ck32_pickle_that_runs_code(source, tmp_path):
-    sentinel = tmp_path / "sentinel"
-
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {sentinel}",)
-
-    only_pickles(source, {"x": Evil()})
-    refused(source, "CK31")
-    for command in (["generate", source, "--prompt", "a"], ["eval", source, "--out", tmp_path / "report"]):
-        error_of(run(*command, "--json"), 3)
-    assert not sentinel.exists()
-
-
-def test_ck33_pickles_beside_safetensors(source):
-    (source / "pytorch_model.bin").write_bytes(b"old")
-    out = warned(source, "CK33")
-    assert not (out / "pytorch_model.bin").exists()
 
 
 def test_ck34_stale_index(one_file):

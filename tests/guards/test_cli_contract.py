@@ -36,6 +36,7 @@ COMMANDS = {
             "--copy",
             "--overwrite",
             "--allow-extra-tensors",
+            "--allow-pickle",
         },
     ),
     "doctor": ([], set()),

@@ -13,8 +13,8 @@ FUNCTIONS = {
     "block_topk": "(q, ck, *, width, stride, rule, layout=…, scale=…)",
     "compressed_attention": "(q, ck, cv, *, width, stride, rule=…, layout=…, scale=…)",
     "convert_checkpoint": (
-        "(source, out, sparse, *, dry_run=…, overwrite=…, copy=…, allow_extra_tensors=…, dtype=…, "
-        "source_id=…, revision=…, contexts=…, threads=…, progress=…)"
+        "(source, out, sparse, *, dry_run=…, overwrite=…, copy=…, allow_extra_tensors=…, allow_pickle=…, "
+        "dtype=…, source_id=…, revision=…, contexts=…, threads=…, progress=…)"
     ),
     "merge_lse": "(outputs, lses)",
     "patch_model": "(model, sparse)",
