@@ -109,9 +109,9 @@ def kill_conversions(source: Path, work: Path, *, kills: int, seed: int) -> Tall
 
 SUITE: dict[str, Any] = {
     "length": 60,
-    "lengths": [300],
+    "lengths": [700],
     "depths": [0.2, 0.8],
-    "task_lengths": [512],
+    "task_lengths": [1024],
     "tasks": ["recall"],
 }
 RESULTS = ("texts", "needles", "tasks")
