@@ -90,6 +90,10 @@ def read_plan(
     if config is not None:
         if method is not None or layers is not None:
             raise UsageError("--config holds the whole plan; leave out --method and --layers", code="CL02")
+        from nsa_convert.patch.head_patterns import is_head_file, read_head_file
+
+        if is_head_file(Path(config)):
+            return _with_settings(read_head_file(Path(config)), settings)
         values = read_mapping(Path(config))
         if "sparse_attention" not in values:
             raise ConfigError(f"{config} has no key 'sparse_attention'", code="RC08", where=config)
