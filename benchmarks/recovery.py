@@ -28,7 +28,7 @@ from nsa_convert.training.models import read_start
 from nsa_convert.training.parts import Source
 from nsa_convert.training.recipe import Recipe, read_recipe
 from nsa_convert.training.run import train_recipe
-from nsa_convert.training.sources import iterate, open_source, recall_text
+from nsa_convert.training.sources import RECALL_VALUES, iterate, open_source, recall_text
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "recovery"
 LENGTH = 256
@@ -80,13 +80,12 @@ def recall_rows(tokenizer) -> list[tuple[list[int], list[int]]]:
 def _distances(tokenizer, ids: list[int]) -> list[int]:
     """Return for each token the distance to the place its value was last seen; 0 where nothing is asked."""
     words = [tokenizer.decode([i]).strip() for i in ids]
-    read, told = "", {}
+    told: dict[str, int] = {}
     distance = [0] * len(ids)
     for place, word in enumerate(words):
-        read += word
-        key = words[place - 1] if place else ""
-        if word.isdigit() and len(key) == 1:
-            if "get" in read and key in told:
+        if len(word) == 2 and word[1] in RECALL_VALUES:  # a pair is one token
+            key = word[0]
+            if key in told and words[place - 1] == key:
                 distance[place] = place - told[key]
             told[key] = place
     return distance
@@ -99,9 +98,9 @@ def needle_rows(tokenizer) -> list[tuple[float, list[int]]]:
     rows = []
     for number in range(NEEDLES):
         depth = NEEDLE_DEPTHS[number % len(NEEDLE_DEPTHS)]
-        key, value = chr(97 + number % 26), (7 * number + 3) % 10
+        key, value = chr(97 + number % 26), RECALL_VALUES[(7 * number + 3) % 10]
         told = tokenizer(f"set {key}{value}")["input_ids"]
-        asked = tokenizer(f" get {key}{value}")["input_ids"]
+        asked = tokenizer(f" get {key} {key}{value}")["input_ids"]
         room = LENGTH - len(told) - len(asked)
         hay = prose[(number * 997) % (len(prose) - room) :][:room]
         place = int(depth * room)
