@@ -233,6 +233,3 @@ NOT_APPLICABLE: dict[str, str] = {
     "DA12": "data are read in the training process itself; there are no workers that could die",
 }
 """Case -> why it cannot happen here."""
-
-OPEN: set[str] = set()
-"""Areas that are not complete yet; to be emptied."""
