@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert.errors import CheckpointError
-from nsa_convert.patch.headers import ShardHeader, TensorEntry, read_header, require_regular_file
+from nsa_convert.patch.headers import (
+    MAX_HEADER_BYTES,
+    ShardHeader,
+    TensorEntry,
+    read_header,
+    require_regular_file,
+)
 from nsa_convert.patch.problems import Problems
 from nsa_convert.strict_files import read_json_mapping
 
@@ -152,10 +158,20 @@ def find_weight_files(folder: Path, problems: Problems) -> WeightFiles:
 
 
 def _read_shards(folder: Path, names: list[str], problems: Problems) -> tuple[Shard, ...]:
-    shards = []
+    shards: list[Shard] = []
     for name in names:
         with problems.collect():
             shards.append(Shard(name=name, header=read_header(resolve_inside(folder, name), name)))
+        total = sum(shard.header.data_start for shard in shards)
+        if total > MAX_HEADER_BYTES:
+            problems.add(
+                f"the headers up to {name} have {total:,} bytes together",
+                code="CK04",
+                where=name,
+                expected=f"at most {MAX_HEADER_BYTES:,} bytes",
+                found=f"{total:,} bytes",
+            )
+            break
     return tuple(shards)
 
 

@@ -61,6 +61,15 @@ def test_ck04_impossible_header(source, content, told):
     refused(source, "CK04", third(source).name, told, seconds=1)
 
 
+def test_ck04_many_large_headers(source):
+    """Each is small enough, together they are not."""
+    names = [f'"{i:0500000d}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(30)]
+    content = safetensors_bytes(None, raw=("{" + ",".join(names) + "}").encode())
+    for path in shard_paths(source)[:3]:
+        path.write_bytes(content)
+    refused(source, "CK04", "together", "at most 32,000,000 bytes", seconds=2)
+
+
 def test_ck04_takes_little_memory(tmp_path):
     """Small lists take thirty times the memory of their text, so their number is looked at first."""
     path = tmp_path / "model.safetensors"

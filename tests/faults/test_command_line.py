@@ -85,7 +85,7 @@ def test_cl10_nothing_asks(source, monkeypatch):
         assert run(*words, *(["--overwrite"] if number == 0 else [])).exit_code == 0
 
 
-def test_cl11_pip_line_for_each_optional_package(source, monkeypatch):
+def test_cl11_pip_line_of_the_evaluation_harness(source, monkeypatch):
     real = builtins.__import__
 
     def without(name, *rest, **options):
