@@ -115,6 +115,7 @@ def evicting_cache_layer(cache: Cache, layer_index: int) -> EvictingLayer:
 
     Raises:
         NotImplementedError: The cache is static, quantised or offloaded.
+        ValueError: Another model has filled it.
     """
     layer = sparse_cache_layer(cache, layer_index)
     if isinstance(layer, EvictingLayer):
@@ -124,6 +125,11 @@ def evicting_cache_layer(cache: Cache, layer_index: int) -> EvictingLayer:
         raise NotImplementedError(
             f"this model's layers forget tokens, which a {kind} of {type(layer).__bases__[0].__name__}s "
             "cannot: use the default dynamic cache, or a method that keeps its cache (streaming: cache=keep)"
+        )
+    if layer.get_seq_length():
+        raise ValueError(
+            "this cache was filled by a model that keeps all tokens; start with an empty cache, so that the "
+            "method sees what it decides about"
         )
     layer.__class__ = EvictingLayer
     return layer

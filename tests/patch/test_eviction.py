@@ -141,6 +141,19 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match="cannot be cropped"):
             cache.crop(-3)
 
+    def test_offloaded_cache(self, model, prompt) -> None:
+        cache = DynamicCache()
+        cache.offloading = True
+        with pytest.raises(NotImplementedError, match="default dynamic cache"):
+            model(prompt, past_key_values=cache)
+
+    def test_a_cache_that_another_model_filled(self, model, prompt) -> None:
+        cache = DynamicCache()
+        with torch.no_grad():
+            dense_model("qwen3")(prompt, past_key_values=cache)
+        with pytest.raises(ValueError, match="start with an empty cache"):
+            model(prompt[:, :1], past_key_values=cache)
+
     def test_prompt_lookup(self, model, prompt) -> None:
         repeated = torch.cat([prompt[:, :20]] * 3, 1)
         with pytest.raises(NotImplementedError, match="prompt lookup"):
