@@ -120,6 +120,12 @@ def loss_problems(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
         problems.append(
             f"full_ratio {stage.full_ratio:g} needs a method that also runs dense; {', '.join(unable)} cannot"
         )
+    ahead = sorted({m.spec.name for m in methods if not m.chooses_causally()})
+    if ahead and stage.kind != "align" and full_ratio(stage, methods) < 1:
+        problems.append(
+            f"{', '.join(ahead)} chooses keys by later tokens, which a next-token loss would learn to read; "
+            "train another method, or dense layers"
+        )
     if stage.kind == "align" and not problems and not stage_weights(stage, methods):
         problems.append("nothing to minimise: every loss has weight 0, or no layer is sparse")
     return problems

@@ -326,3 +326,10 @@ def test_full_steps_are_refused_where_the_method_has_none() -> None:
     methods = sparse_methods(patch_model(dense_model("llama"), plan(NSA)))
     assert "nsa cannot" in loss_problems(read_stage(full_ratio=0.1), methods)[0]
     assert not loss_problems(read_stage(full_ratio=0.0), methods)
+
+
+@pytest.mark.parametrize("method", ["xattention", "minference"])
+def test_a_selection_that_looks_ahead_is_not_trained(method: str) -> None:
+    methods = sparse_methods(patch_model(dense_model("llama"), plan({"method": method})))
+    assert f"{method} chooses keys by later tokens" in loss_problems(read_stage(), methods)[0]
+    assert not loss_problems(read_stage(full_ratio=1.0), methods)
