@@ -234,7 +234,8 @@ def _source_files(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     try:
         source = read_json_mapping(out / REPORT, code="SV17")["source"]
         shards = {name: dict(entry) for name, entry in source["files"].items()}
-        if all({"file", "sha256"} <= entry.keys() for entry in shards.values()):
+        names = [entry[key] for entry in shards.values() for key in ("file", "sha256")]
+        if all(isinstance(name, str) for name in [*names, *source["side_files"]]):
             return shards, list(source["side_files"])
     except (KeyError, TypeError, ValueError, AttributeError, OSError):
         pass
@@ -282,9 +283,7 @@ def _kept_tensors(out: Path, against: str | Path | None) -> str:
     """Compare the tensors of the source with those of OUT, by hash."""
     if against is None:
         files, _ = _source_files(out)
-        changed = [
-            entry["file"] for entry in files.values() if hash_file(out / entry["file"]) != entry["sha256"]
-        ]
+        changed = [entry["file"] for entry in files.values() if not _is_unchanged(out, entry)]
         if changed:
             raise CheckFailedError(f"weights changed since the conversion: {', '.join(changed[:5])}")
         return f"{len(files)} weight files have the hashes noted at conversion (--against compares tensors)"
@@ -299,6 +298,12 @@ def _kept_tensors(out: Path, against: str | Path | None) -> str:
     if extra:
         raise CheckFailedError(f"tensors that {against} does not have: {', '.join(extra[:5])}")
     return f"{len(there)} tensors are bit-equal to {against}"
+
+
+def _is_unchanged(out: Path, entry: dict[str, Any]) -> bool:
+    name = entry["file"]
+    path = out / name
+    return Path(name).name == name and path.is_file() and hash_file(path) == entry["sha256"]
 
 
 def _tensor_hashes(folder: Path) -> dict[str, str]:
