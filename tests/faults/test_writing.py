@@ -305,3 +305,17 @@ def test_sv01_killed_a_hundred_times(source, tmp_path):
 def test_ev09_killed_at_random_points(tmp_path):
     tally = kill_evaluations(save_pair(tmp_path)[1], tmp_path / "work", kills=30, seed=0)
     assert tally.lost == [], tally
+
+
+def test_sv03_a_report_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "new/report.json"
+    staging.write_whole(path, "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NsaConvertError, match="No space left"):
+        staging.write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
