@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from nsa_convert.convert import convert_checkpoint
+from nsa_convert.errors import NsaConvertError
 from nsa_convert.patch import staging
 from nsa_convert.patch.loading import load_causal_model
 from nsa_convert.patch.manifest import check_manifest
