@@ -13,10 +13,27 @@ from nsa_convert.errors import UsageError
 
 
 def recipe_folder() -> Path:
-    """Return the folder of the recipes that come with the project."""
+    """Return the folder of the recipes that come with the project: of the checkout, or where pip put them.
+
+    Raises:
+        UsageError: They are not installed.
+    """
+    import site
+    import sysconfig
+
     import nsa_convert
 
-    return Path(nsa_convert.__file__).parents[1] / "recipes"
+    root = Path(nsa_convert.__file__).parents[1]
+    prefixes = (root, Path(sysconfig.get_path("data")), Path(site.getuserbase()))
+    places = [root / "recipes", *(prefix / "share" / "nsa_convert" / "recipes" for prefix in prefixes)]
+    for place in places:
+        if (place / "tiny").is_dir():
+            return place
+    raise UsageError(
+        "the recipes of the project are not installed with it",
+        code="CL02",
+        hint="install nsa-convert with pip, or give the path of a recipe",
+    )
 
 
 def known_recipes() -> dict[str, Path]:

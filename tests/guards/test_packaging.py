@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -13,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import nsa_convert
+from nsa_convert.cli.training import known_recipes
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -94,6 +99,36 @@ def test_core_dependencies_are_used():
 def test_pin_exists_and_fits_the_bound(name):
     assert name in pins(), f"constraints.txt does not pin {name}"
     assert ALL[name].specifier.contains(pins()[name])
+
+
+def test_every_recipe_is_in_the_wheel():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = [name for names in tools["data-files"].values() for name in names]
+    packed = {path for name in patterns for path in ROOT.glob(name)}
+    there = {path for path in (ROOT / "recipes").rglob("*") if path.is_file() and path.name[0] != "."}
+    assert sorted(there - packed) == []
+    assert all(f"share/nsa_convert/{names[0]}" == f"{key}/*" for key, names in tools["data-files"].items())
+
+
+@pytest.mark.slow
+def test_recipes_are_found_where_the_wheel_is_installed(tmp_path):
+    source, wheels, place = tmp_path / "source", tmp_path / "wheels", tmp_path / "place"
+    source.mkdir()
+    for name in ("nsa_convert", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(wheels), str(source)]
+    subprocess.run([*pip, *build], check=True, timeout=300)
+    (wheel,) = wheels.glob("*.whl")
+    install = ["install", "--no-deps", "--no-index", "--target", str(place), str(wheel)]
+    subprocess.run([*pip, *install], check=True, timeout=300)
+    env = {**os.environ, "PYTHONPATH": str(place)}
+    command = [sys.executable, "-m", "nsa_convert.cli", "recipes", "--json"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recipes"].keys() == known_recipes().keys()
 
 
 def test_version_is_told_once():
