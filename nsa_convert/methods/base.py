@@ -120,11 +120,13 @@ class TrainingMode:
             mode, gates included) or ``"teacher"`` (dense attention as the dense model has it, no new weight).
         losses: Names of the auxiliary losses wanted, in this order.
         step: Number of the optimizer step; losses on a sample of the queries draw it from this.
+        teacher_kl: Whether the model also returns the divergence of its logits from those of dense attention.
     """
 
     stream: Literal["sparse", "full", "teacher"] = "sparse"
     losses: tuple[str, ...] = ()
     step: int = 0
+    teacher_kl: bool = False
 
 
 # A plain global, shared by threads: torch.compile cannot trace a ContextVar.

@@ -161,11 +161,41 @@ class TrainingOutput(ModelOutput):
         loss: Next-token loss, or None without labels.
         auxiliary: ``[layers, K]``, one column for each name of ``training_mode.losses``.
         hidden: ``[B, T, hidden]`` final hidden state.
+        teacher_kl: Divergence from dense attention over the same weights, or None when it was not asked for.
     """
 
     loss: Tensor | None = None
     auxiliary: Tensor | None = None
     hidden: Tensor | None = None
+    teacher_kl: Tensor | None = None
+
+
+def logit_kl(
+    teacher: Tensor,
+    student: Tensor,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **_: Any,
+) -> Tensor:
+    """Return ``KL(teacher || student)`` over the vocabulary, mean over the tokens whose next one has a label.
+
+    Args:
+        teacher: ``[B, T, V]`` logits, no gradient.
+        student: ``[B, T, V]`` logits.
+        labels: ``[B, T]``; -100 where there is none. All tokens count without them.
+        shift_labels: ``[B, T]`` labels of the tokens that follow, instead of ``labels``.
+        num_items_in_batch: Labels of the whole optimizer step, to divide by.
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    target = teacher.to(wide).log_softmax(-1)
+    kl = (target.exp() * (target - student.to(wide).log_softmax(-1))).sum(-1)  # [B, T]
+    if shift_labels is None and labels is not None:
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    if shift_labels is None:
+        return kl.mean()
+    counted = shift_labels != -100
+    return (kl * counted).sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class SparseCausalLMMixin(SparsePreTrainedMixin):
@@ -205,6 +235,13 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
             )
         hints = {key: kwargs[key] for key in PACKING_HINTS if key in kwargs}
         hidden, auxiliary = self.model(**inputs, training_mode=training_mode, **hints)
+        divergence = None
+        if training_mode.teacher_kl:
+            teacher = dataclasses.replace(training_mode, stream="teacher", losses=())
+            with torch.no_grad():
+                dense, _ = self.model(**inputs, training_mode=teacher, **hints)
+                dense = self.lm_head(dense)
+            divergence = logit_kl(dense, self.lm_head(hidden), labels, **kwargs)
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             rest = {key: value for key, value in kwargs.items() if key not in PACKING_HINTS}
@@ -212,7 +249,7 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **rest
             )
-        return TrainingOutput(loss=loss, auxiliary=auxiliary, hidden=hidden)
+        return TrainingOutput(loss=loss, auxiliary=auxiliary, hidden=hidden, teacher_kl=divergence)
 
     @staticmethod
     def create_masks_for_generate(

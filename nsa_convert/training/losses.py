@@ -27,6 +27,7 @@ class LossPlan:
         full_ratio: Share of the steps with the full stream.
         teacher: Whether the residual stream carries dense attention (``align``).
         seed: Of the draws.
+        teacher_kl: Weight of the divergence of the logits from dense attention over the same weights.
     """
 
     cross_entropy: float
@@ -37,6 +38,7 @@ class LossPlan:
     full_ratio: float
     teacher: bool
     seed: int
+    teacher_kl: float = 0.0
 
     def mode(self, step: int) -> TrainingMode:
         """Return what optimizer step ``step`` asks of the layers.
@@ -48,22 +50,28 @@ class LossPlan:
             stream = "teacher"
         elif self.dual_stream and uniform(self.seed, step) < self.full_ratio:
             stream = "full"
-        return TrainingMode(stream=stream, losses=self.names, step=step)
+        distil = self.teacher_kl > 0 and stream == "sparse"
+        return TrainingMode(stream=stream, losses=self.names, step=step, teacher_kl=distil)
 
     def means(self, auxiliary: Tensor) -> Tensor:
         """Return the mean of each loss over the layers that have it, ``[K]``, from ``[layers, K]``."""
         return auxiliary.sum(0) / auxiliary.new_tensor(self.layers or (), dtype=auxiliary.dtype).clamp(min=1)
 
-    def total(self, loss: Tensor | None, auxiliary: Tensor, share: float = 1.0) -> Tensor:
+    def total(
+        self, loss: Tensor | None, auxiliary: Tensor, share: float = 1.0, teacher_kl: Tensor | None = None
+    ) -> Tensor:
         """Return the loss of one forward pass.
 
         Args:
             loss: Next-token loss, already divided by the tokens of the whole step; None in ``align``.
             auxiliary: ``[layers, K]`` of this pass.
             share: What this pass contributes to the auxiliary means of the step.
+            teacher_kl: Divergence from the teacher, divided like ``loss``; None where it does not count.
         """
         weights = auxiliary.new_tensor(self.weights, dtype=auxiliary.dtype)
         extra = (self.means(auxiliary) * weights).sum() * share
+        if teacher_kl is not None:
+            extra = extra + self.teacher_kl * teacher_kl
         return extra if loss is None else self.cross_entropy * loss + extra
 
 
@@ -82,6 +90,7 @@ def loss_plan(stage: Stage, methods: Sequence[SparseMethod], seed: int, stage_in
         full_ratio=full_ratio(stage, methods),
         teacher=align,
         seed=mix(seed, stage_index),
+        teacher_kl=stage.teacher_kl,
     )
 
 
@@ -126,6 +135,8 @@ def loss_problems(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
             f"{', '.join(ahead)} chooses keys by later tokens, which a next-token loss would learn to read; "
             "train another method, or dense layers"
         )
+    if stage.teacher_kl and not methods:
+        problems.append("teacher_kl needs a sparse model: the recipe has no sparse_attention")
     if stage.kind == "align" and not problems and not stage_weights(stage, methods):
         problems.append("nothing to minimise: every loss has weight 0, or no layer is sparse")
     return problems

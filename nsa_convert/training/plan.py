@@ -263,6 +263,7 @@ def _resolve(
     default = 0.0 if stage.kind == "align" else 1.0
     cross_entropy = default if stage.cross_entropy is None else stage.cross_entropy
     losses = {"cross_entropy": cross_entropy} if cross_entropy else {}
+    losses |= {"teacher_kl": stage.teacher_kl} if stage.teacher_kl else {}
     return StagePlan(
         name=stage.name,
         kind=stage.kind,
@@ -309,4 +310,5 @@ def _memory(stage: Stage, recipe: Recipe, start: Start, total: int, trained: int
     layers = start.config["num_hidden_layers"]
     kept = layers * width + LAYER_WIDTHS * width if stage.checkpointing else layers * LAYER_WIDTHS * width
     logits = 0 if stage.kind == "align" else rows * start.config["vocab_size"] * 4 * 2
+    logits *= 3 if stage.teacher_kl else 1
     return static + kept + logits

@@ -50,6 +50,8 @@ class Stage:
         clip: Largest norm of the gradient; 0 for no limit.
         cross_entropy: Weight of the next-token loss; 1, or 0 in ``align``.
         losses: Weight of each auxiliary loss of the method, by name; the method's own when left out.
+        teacher_kl: Weight of the KL from the logits of dense attention over the same weights, which a second
+            forward pass computes; in steps with the sparse stream.
         full_ratio: Share of the steps whose residual stream carries dense attention; 0.5 where the method
             trains two streams (SSA), else 0. MoBA's published schedule is a last stage with 1.
         rope: RoPE scaling set at the start of the stage.
@@ -78,6 +80,7 @@ class Stage:
     clip: float = 1.0
     cross_entropy: float | None = None
     losses: Mapping[str, float] | None = None
+    teacher_kl: float = 0.0
     full_ratio: float | None = None
     rope: RopeScaling | None = None
     lora: Lora | None = None
@@ -125,7 +128,8 @@ class Stage:
             problems.append(f"betas must be two numbers from 0 and below 1, got {list(self.betas)}")
         if self.weight_decay < 0 or self.clip < 0:
             problems.append(f"weight_decay and clip must be >= 0, got {self.weight_decay} and {self.clip}")
-        weights = {"cross_entropy": self.cross_entropy or 0.0, **(self.losses or {})}
+        weights = {"cross_entropy": self.cross_entropy or 0.0, "teacher_kl": self.teacher_kl}
+        weights |= self.losses or {}
         problems += [
             f"the weight of {name} must be a number from 0, got {weight}"
             for name, weight in weights.items()
@@ -141,6 +145,8 @@ class Stage:
             problems.append(f"kind align trains new or attention, got {self.train}")
         if self.kind == "align" and self.cross_entropy:
             problems.append("kind align has no next-token loss; leave cross_entropy out")
+        if self.kind == "align" and self.teacher_kl:
+            problems.append("kind align has the dense model in its stream; leave teacher_kl out")
         if self.lora is not None and self.train != "lora":
             problems.append("lora has settings, but train is not lora")
         if self.kind == "sft" and any(source.kind in GENERATED for source in self.data):

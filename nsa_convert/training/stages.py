@@ -274,7 +274,7 @@ def _time_rows(model: nn.Module, losses: LossPlan, stage: Stage, rows: Any) -> f
     if methods_of(model):
         labels = batch.pop("labels")
         out = model(**batch, labels=labels if losses.cross_entropy else None, training_mode=losses.mode(0))
-        losses.total(out.loss, out.auxiliary).backward()
+        losses.total(out.loss, out.auxiliary, teacher_kl=out.teacher_kl).backward()
     else:
         model(**batch, use_cache=False).loss.backward()
     model.zero_grad()

@@ -134,8 +134,10 @@ class StageTrainer(Trainer):
         out = model(**rest, labels=labels, training_mode=mode, **(items if wants_text else {}))
         text = None if out.loss is None else out.loss * devices
         share = 1 / max(1, self.current_gradient_accumulation_steps)
-        loss = self.losses.total(text, out.auxiliary, share)
+        kl = None if out.teacher_kl is None else out.teacher_kl * devices
+        loss = self.losses.total(text, out.auxiliary, share, kl)
         values = dict(zip(self.losses.names, self.losses.means(out.auxiliary) * share, strict=True))
+        values |= {} if kl is None else {"teacher_kl": kl}
         self._note(values if text is None else {"cross_entropy": text, **values}, mode.stream)
         return (loss, out) if return_outputs else loss
 
