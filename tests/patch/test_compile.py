@@ -13,7 +13,7 @@ GREEDY = {"max_new_tokens": 14, "do_sample": False}
 
 
 NSA_AND_SSA = ["nsa-learned-before-rope", "nsa-independent", "ssa-gated"]
-OTHERS = ["moba", "infllm_v2", "dsa-shared", "msa", "hybrid"]
+OTHERS = ["moba", "moba-conv", "infllm_v2-coarse", "dsa-shared", "msa", "hybrid"]
 
 
 @pytest.mark.slow
