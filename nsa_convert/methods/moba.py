@@ -63,8 +63,8 @@ class MoBASettings(BlockBudget):
 class KeyConv(InitialisedModule):
     """A causal convolution over the keys of each head and coordinate, added to the key (arXiv:2511.11571).
 
-    ``k'_t = k_t + SiLU(sum_l w_l * k_{t - l})``. The weight starts at 0, so keys start unchanged; SiLU has slope
-    1/2 there.
+    ``k'_t = k_t + SiLU(sum_l w_l * k_{t - l})``. The weight starts at 0, so keys start unchanged; SiLU has
+    slope 1/2 there.
 
     Args:
         num_heads: H.

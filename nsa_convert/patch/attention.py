@@ -134,7 +134,7 @@ class SparseAttention(nn.Module):
         return self.o_proj(o.reshape(batch, length, -1)), values
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]`` before RoPE, extra heads of the method last."""
+        """Return q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]`` before RoPE, a method's extra heads last."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         q, k, v = (
             self.q_proj(hidden).view(shape),

@@ -19,6 +19,8 @@ from tests.checkpoints import tree_hash
 from tests.faults.runs import checkpoint, copied, goes_on, refuses, train
 from tests.training.recipes import run, stage
 
+SLOW = pytest.mark.slow
+
 
 def reseal(folder: Path) -> None:
     """Note the sizes of the files as they are now, as somebody would who wants them taken for whole."""
@@ -26,7 +28,7 @@ def reseal(folder: Path) -> None:
     seal(folder, {key: value for key, value in facts.items() if key != "files"})
 
 
-@pytest.mark.parametrize("damage", ["empty", "unsealed", "half"])
+@pytest.mark.parametrize("damage", ["empty", "half", pytest.param("unsealed", marks=SLOW)])
 def test_tr05_an_incomplete_checkpoint_is_passed_over(stopped, whole, damage):
     newest = checkpoint(stopped)
     if damage == "empty":
@@ -55,7 +57,12 @@ def test_tr06_a_missing_state_is_refused_unless_asked(stopped, whole, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["optimizer.pt", "trainer_state.json", "model.safetensors", "rng_state.pth", "data_state.json"]
+    "name",
+    [
+        "optimizer.pt",
+        "model.safetensors",
+        *(pytest.param(x, marks=SLOW) for x in ("trainer_state.json", "rng_state.pth", "data_state.json")),
+    ],
 )
 def test_tr07_a_file_cut_off_falls_back_to_the_checkpoint_before(stopped, whole, name):
     path = checkpoint(stopped) / name
@@ -68,7 +75,9 @@ def test_tr07_a_file_cut_off_falls_back_to_the_checkpoint_before(stopped, whole,
     assert any(f"{name} has {size // 2} bytes instead of {size}" in line for line in said)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "scheduler.pt"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "trainer_state.json", pytest.param("scheduler.pt", marks=SLOW)]
+)
 def test_tr07_bytes_of_the_right_number_that_mean_nothing(stopped, whole, name):
     path = checkpoint(stopped) / name
     path.write_bytes(b"\x00" * path.stat().st_size)
