@@ -230,9 +230,9 @@ class Densities:
         """Count a call of one layer (or of some of its heads); a cache that forgot counts what was seen."""
         new, place = record.q.shape[1], (record.layer_index, record.heads)
         kind = "prompt" if new > 16 else "steps"
-        seen = self.lengths.get(place, 0) if kind == "steps" else 0
-        self.lengths[place] = seen + new
         kept = record.layout.offset
+        seen = self.lengths.get(place, 0) if kind == "steps" else kept
+        self.lengths[place] = seen + new
         held = new * kept + new * (new + 1) / 2
         shares = [p.density(new, record.k.shape[1], record.layout) for p in record.patterns.values()]
         heads = record.q.shape[2]

@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import training_free
+from nsa_convert.config import AttentionGeometry, LayerRule
+from nsa_convert.methods.base import AttentionInputs, observe
+from nsa_convert.methods.registry import build_method
+from nsa_convert.patterns import SequenceLayout
 from tests.evaluation.tiny import save, tiny_dense
 
 LENGTH, PROMPT = 600, 344
@@ -50,3 +55,18 @@ def test_rows(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(training_free, "measure", lambda *args: pytest.fail("measured again"))
     again = run(model, tmp_path, monkeypatch)
     assert again == rows
+
+
+def test_a_prompt_read_in_two_parts_counts_once() -> None:
+    """Tri-shape: a band for the first 44 tokens, everything for the last 20; then a step that sees all."""
+    geometry = AttentionGeometry(hidden_size=8, num_query_heads=1, num_kv_heads=1, head_dim=8)
+    settings = {"num_sinks": 0, "window_size": 16, "num_last": 20}
+    layer = build_method(LayerRule(method="tri_shape", settings=settings), geometry, 0)
+    counted = training_free.Densities()
+    with observe(counted.add):
+        for new, offset in ((64, 0), (4, 64)):
+            q, k = torch.randn(1, new, 1, 8), torch.randn(1, new + offset, 1, 8)
+            layout = SequenceLayout(offset=offset)
+            layer(AttentionInputs(q=q, k=k, v=k, hidden=q[..., 0], pooled={}, layout=layout, scale=1.0))
+    pairs = sum(min(t, 16) for t in range(1, 45)) + sum(range(45, 65))
+    assert counted.means() == pytest.approx({"density_prompt": pairs / 2080, "density_steps": 1.0})

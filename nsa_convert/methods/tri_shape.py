@@ -96,6 +96,9 @@ class TriShape(PrefillMethod):
             self.record(head, head.k, {"window": band})
             parts.append(sparse_attention(head.q, head.k, head.v, band, layout=head.layout, scale=x.scale)[0])
         if s.num_last:
-            tail = SequenceLayout(offset=end)
-            parts.append(dense_attention(x.q[:, first:], x.k, x.v, layout=tail, scale=x.scale))
+            tail = dataclasses.replace(
+                x, q=x.q[:, first:], hidden=x.hidden[:, first:], layout=SequenceLayout(offset=end)
+            )
+            self.record(tail, tail.k, {})
+            parts.append(dense_attention(tail.q, tail.k, tail.v, layout=tail.layout, scale=x.scale))
         return torch.cat(parts, 1)
