@@ -7,7 +7,6 @@ SWALLOWED = {
     "cli/frame.py::_exit_on_terminate": "outside the main thread there are no signals to handle",
     "cli/frame.py::_traceback_file": "where no file can be written the error is told without one",
     "cli/options.py::parse_lengths": "what is no number is refused two lines further down",
-    "cli/training.py::recipe_folder": "a package that is not installed has no files; refused below",
     "doctor.py::_versions": "a missing package is what this report is there to show",
     "doctor.py::_memory": "without /proc the memory is not known, and the report says so",
     "evaluation/cells.py::CellStore._read": "a line cut off by a kill is a cell to compute again",
