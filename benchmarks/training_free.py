@@ -271,7 +271,6 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.annotate(row["method"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
     axis.set_xlabel("share of the pairs read, mean of prompt and steps")
     axis.set_ylabel(f"perplexity over dense, {column.removesuffix('_ratio')}, after the prompt")
-    axis.set_yscale("log")
     figure.savefig(path, dpi=150)
 
 
