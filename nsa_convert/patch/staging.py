@@ -44,6 +44,14 @@ def machine_errors() -> Iterator[None]:
             raise MachineError(
                 f"writing failed: {error}", code="SV03", hint="free space or quota and run again"
             ) from error
+        # torch.save writes through a zip library that only says where it stands.
+        zip_failed = any(word in str(error) for word in ("inline_container", "StreamWriter"))
+        if isinstance(error, RuntimeError) and zip_failed:
+            raise MachineError(
+                f"writing failed: {str(error).splitlines()[0]}",
+                code="SV03",
+                hint="free space or quota and run again",
+            ) from error
         raise
 
 
