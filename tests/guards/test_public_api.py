@@ -10,7 +10,7 @@ import pytest
 import nsa_convert
 
 FUNCTIONS = {
-    "block_topk": "(q, ck, *, width, stride, rule, layout=…, scale=…)",
+    "block_topk": "(q, ck, *, width, stride, rule, layout=…, scale=…, lse=…)",
     "compressed_attention": "(q, ck, cv, *, width, stride, rule=…, layout=…, scale=…)",
     "convert_checkpoint": (
         "(source, out, sparse, *, dry_run=…, overwrite=…, copy=…, allow_extra_tensors=…, allow_pickle=…, "
