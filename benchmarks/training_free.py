@@ -255,6 +255,15 @@ def write_csv(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> 
         writer.writerows(rows)
 
 
+def _look(method: str) -> tuple[str, str, str]:
+    """Return what a method is, its colour and its marker."""
+    if method == "dense":
+        return "dense", "black", "x"
+    if method in TRAINABLE:
+        return "can be trained, untrained here", "tab:blue", "o"
+    return "needs no training", "tab:orange", "s"
+
+
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draw density of prompt and steps together against the ratio of perplexities."""
     import matplotlib
@@ -264,11 +273,17 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
     column = next(key for key in rows[0] if key.endswith("_ratio"))
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for row in rows:
-        x, y = (row["density_prompt"] + row["density_steps"]) / 2, row[column]
-        color = "tab:blue" if row["method"] in TRAINABLE else "tab:orange"
-        axis.plot(x, y, "o", color=color) if row["method"] != "dense" else axis.plot(x, y, "kx")
-        axis.annotate(row["method"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    places = [((row["density_prompt"] + row["density_steps"]) / 2, row[column]) for row in rows]
+    for i, (row, (x, y)) in enumerate(zip(rows, places, strict=True)):
+        kind, color, marker = _look(row["method"])
+        axis.plot(x, y, linestyle="none", color=color, marker=marker, label=kind)
+        near = [a - x for a, b in places[:i] if abs(a - x) < 0.02 and abs(b - y) < 0.003]
+        ahead = [a - x for a, b in places if 0.02 < a - x < 0.12 and abs(b - y) < 0.002]
+        side = {"xytext": (-6, -4), "ha": "right"} if near or ahead else {"xytext": (6, -3), "ha": "left"}
+        axis.annotate(row["method"], (x, y), textcoords="offset points", fontsize=8, **side)
+    once = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    axis.legend(once.values(), once.keys(), fontsize=8)
+    axis.margins(x=0.12)
     axis.set_xlabel("share of the pairs read, mean of prompt and steps")
     axis.set_ylabel(f"perplexity over dense, {column.removesuffix('_ratio')}, after the prompt")
     figure.savefig(path, dpi=150)
