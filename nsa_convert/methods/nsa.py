@@ -24,7 +24,7 @@ from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.compressors import build_compressor
 from nsa_convert.methods.gates import BranchGate
 from nsa_convert.methods.losses import score_kl
-from nsa_convert.methods.scores import half_variance, second_order
+from nsa_convert.methods.scores import half_variance, scored
 from nsa_convert.patterns import BlockTopK, SinkWindow
 
 Compressor = Literal["mean", "weighted", "linear", "mlp"]
@@ -209,17 +209,11 @@ class NSA(SparseMethod):
         if "score_kl" in mode.losses:
             s, heads = self.settings, self.geometry.num_kv_heads
             grid = CellGrid(width=s.compression_block, stride=s.compression_stride)
-            scored = self._scored(x)
+            pair = scored(x, s.scorer)
             losses["score_kl"] = score_kl(
-                x.q, x.k[:, :, :heads], scored, grid, s.rule, x.layout, x.scale, mode.step
+                x.q, x.k[:, :, :heads], pair, grid, s.rule, x.layout, x.scale, mode.step
             )
         return losses
-
-    def _scored(self, x: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """Return the queries and cell keys whose product scores a cell."""
-        if self.settings.scorer == "first_order":
-            return x.q, x.pooled["key"]
-        return second_order(x.q, x.pooled["key"], x.pooled["half_variance"], x.scale)
 
     def _compressed(self, x: AttentionInputs, *, choose: bool) -> CompressedOutput:
         """Attend to the compressed cells and, unless everything is visible anyway, choose blocks."""
@@ -232,5 +226,5 @@ class NSA(SparseMethod):
         )
         if rule is None or first_order is not None:
             return out
-        selection = block_topk(*self._scored(x), rule=rule, layout=x.layout, scale=x.scale, **sizes)
+        selection = block_topk(*scored(x, s.scorer), rule=rule, layout=x.layout, scale=x.scale, **sizes)
         return dataclasses.replace(out, selection=selection)

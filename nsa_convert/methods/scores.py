@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa_convert.methods.base import AttentionInputs
+
 
 def half_variance(windows: Tensor) -> Tensor:
     """Return half the variance of each coordinate over the window.
@@ -40,3 +42,15 @@ def second_order(q: Tensor, ck: Tensor, half_var: Tensor, scale: float) -> tuple
         ``([B, TQ, HQ, 2 D], [B, C, H, 2 D])``.
     """
     return torch.cat([q, q * q], -1), torch.cat([ck, scale * half_var], -1)
+
+
+def scored(x: AttentionInputs, scorer: str) -> tuple[Tensor, Tensor]:
+    """Return the queries ``[B, TQ, HQ, E]`` and cell keys ``[B, C, H, E]`` whose product scores a cell.
+
+    Args:
+        x: With the pool ``"key"``, and ``"half_variance"`` for the second order.
+        scorer: ``"first_order"`` or ``"second_order"``.
+    """
+    if scorer == "first_order":
+        return x.q, x.pooled["key"]
+    return second_order(x.q, x.pooled["key"], x.pooled["half_variance"], x.scale)

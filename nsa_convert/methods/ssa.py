@@ -22,7 +22,7 @@ from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMe
 from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.gates import BranchGate
 from nsa_convert.methods.losses import bidirectional_alignment, score_kl
-from nsa_convert.methods.scores import half_variance, second_order
+from nsa_convert.methods.scores import half_variance, scored
 from nsa_convert.patterns import BlockSelection
 
 
@@ -148,19 +148,11 @@ class SSA(SparseMethod):
         if "score_kl" in mode.losses:
             rule, size = self.settings.rule, self.settings.block_size
             grid = CellGrid(width=size, stride=size)
-            losses["score_kl"] = score_kl(
-                x.q, x.k, self._scored(x), grid, rule, x.layout, x.scale, mode.step
-            )
+            pair = scored(x, self.settings.scorer)
+            losses["score_kl"] = score_kl(x.q, x.k, pair, grid, rule, x.layout, x.scale, mode.step)
         return losses
-
-    def _scored(self, x: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """Return the queries and block keys whose product scores a block."""
-        if self.settings.scorer == "first_order":
-            return x.q, x.pooled["key"]
-        return second_order(x.q, x.pooled["key"], x.pooled["half_variance"], x.scale)
 
     def _choose(self, x: AttentionInputs) -> BlockSelection:
         size, rule = self.settings.block_size, self.block_rule()
-        return block_topk(
-            *self._scored(x), width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale
-        )
+        pair = scored(x, self.settings.scorer)
+        return block_topk(*pair, width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale)
