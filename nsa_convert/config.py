@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from nsa_convert.errors import ConfigError
@@ -47,6 +47,21 @@ def raise_problems(problems: list[str], *, code: str = "CF13", hint: str | None 
     """Raise one ConfigError that lists every problem, or return when there is none."""
     if problems:
         raise ConfigError("; ".join(problems), code=code, hint=hint)
+
+
+def between(name: str, value: float, least: float, most: float) -> list[str]:
+    """Return the problem of a setting outside of a range, if it has one."""
+    return [] if least <= value <= most else [f"{name} must be between {least} and {most}, got {value}"]
+
+
+def at_least(least: int, **values: int) -> list[str]:
+    """Return the problems of settings below a limit."""
+    return [f"{name} must be >= {least}, got {x}" for name, x in values.items() if x < least]
+
+
+def one_or_more(names: Sequence[str], settings: object) -> list[str]:
+    """Return the problems of settings that must be at least 1."""
+    return at_least(1, **{name: getattr(settings, name) for name in names})
 
 
 def strict_dataclass(cls: type[T], values: Mapping[str, Any], where: str) -> T:

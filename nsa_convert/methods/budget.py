@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from nsa_convert.config import raise_problems
+from nsa_convert.config import at_least, raise_problems
 from nsa_convert.patterns import BlockTopK
 
 
@@ -33,11 +33,7 @@ class BlockBudget:
 
     def budget_problems(self) -> list[str]:
         """Return what is wrong with the budget."""
-        problems = []
-        if self.block_size < 1:
-            problems.append(f"block_size must be >= 1, got {self.block_size}")
-        if self.num_sink_blocks < 0:
-            problems.append(f"num_sink_blocks must be >= 0, got {self.num_sink_blocks}")
+        problems = at_least(1, block_size=self.block_size) + at_least(0, num_sink_blocks=self.num_sink_blocks)
         if self.num_local_blocks < 1:
             problems.append(
                 "num_local_blocks must be >= 1 (a query always sees its own block), "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -196,18 +195,3 @@ def compact_lists(keep: Tensor) -> Tensor:
 def fraction(part: float, whole: int) -> int:
     """Return a part of a number of blocks, at least one."""
     return max(1, math.ceil(part * whole))
-
-
-def between(name: str, value: float, least: float, most: float) -> list[str]:
-    """Return the problem of a setting outside of a range, if it has one."""
-    return [] if least <= value <= most else [f"{name} must be between {least} and {most}, got {value}"]
-
-
-def at_least(least: int, **values: int) -> list[str]:
-    """Return the problems of settings below a limit."""
-    return [f"{name} must be >= {least}, got {x}" for name, x in values.items() if x < least]
-
-
-def one_or_more(names: Sequence[str], settings: object) -> list[str]:
-    """Return the problems of settings that must be at least 1."""
-    return at_least(1, **{name: getattr(settings, name) for name in names})

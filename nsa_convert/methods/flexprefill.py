@@ -14,16 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import raise_problems
+from nsa_convert.config import at_least, between, one_or_more, raise_problems
 from nsa_convert.methods.base import AttentionInputs, MethodSpec
 from nsa_convert.methods.choosing import (
     BlockGrid,
-    at_least,
-    between,
     block_softmax,
     keep_mass,
     mean_rows,
-    one_or_more,
     sum_runs,
 )
 from nsa_convert.methods.last_queries import last_attention

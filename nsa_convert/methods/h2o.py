@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.config import AttentionGeometry, at_least, raise_problems
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
 from nsa_convert.methods.cache_policy import CachePolicy
@@ -68,11 +68,7 @@ class H2OSettings:
     num_recent: int = 1024
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.num_heavy < 0:
-            problems.append(f"num_heavy must be >= 0, got {self.num_heavy}")
-        if self.num_recent < 1:
-            problems.append(f"num_recent must be >= 1, got {self.num_recent}")
+        problems = at_least(0, num_heavy=self.num_heavy) + at_least(1, num_recent=self.num_recent)
         raise_problems(problems, code="CF22")
 
 

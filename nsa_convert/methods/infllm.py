@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.config import AttentionGeometry, at_least, one_or_more, raise_problems
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.dense.flash import attend_rows, plain_attention
 from nsa_convert.kernels.dense.segments import Segment, segments
@@ -48,11 +48,8 @@ class InfLLMSettings:
     query_block: int = 512
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be >= {int(name != 'num_sinks')}, got {value}"
-            for name, value in vars(self).items()
-            if value < int(name != "num_sinks")
-        ]
+        problems = at_least(0, num_sinks=self.num_sinks)
+        problems += one_or_more([name for name in vars(self) if name != "num_sinks"], self)
         if self.num_representatives > self.block_size:
             problems.append(
                 f"num_representatives {self.num_representatives} is larger than block_size {self.block_size}"

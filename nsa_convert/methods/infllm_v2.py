@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from nsa_convert.config import raise_problems, unknown_keys
+from nsa_convert.config import at_least, raise_problems, unknown_keys
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
@@ -72,8 +72,7 @@ class InfLLMv2Settings:
                 "init_blocks must be >= 0 and topk at least init_blocks and 1, "
                 f"got {self.init_blocks} and {self.topk}"
             )
-        if self.dense_len < 0:
-            problems.append(f"dense_len must be >= 0, got {self.dense_len}")
+        problems += at_least(0, dense_len=self.dense_len)
         raise_problems(problems, code="CF22")
 
     @property

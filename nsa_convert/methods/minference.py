@@ -17,17 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import raise_problems
+from nsa_convert.config import at_least, one_or_more, raise_problems
 from nsa_convert.methods.base import AttentionInputs, MethodSpec
 from nsa_convert.methods.choosing import (
     BlockGrid,
-    at_least,
     block_softmax,
     blocks_of,
     compact_lists,
     keep_top,
     mean_rows,
-    one_or_more,
 )
 from nsa_convert.methods.last_queries import last_attention
 from nsa_convert.methods.prefill import PrefillMethod

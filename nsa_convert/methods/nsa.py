@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from nsa_convert.config import AttentionGeometry
+from nsa_convert.config import AttentionGeometry, at_least
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.dense import dense_attention
@@ -76,9 +76,7 @@ class NSASettings(BlockBudget):
             problems.append(f"compression_block {l} must be a positive multiple of compression_stride {d}")
         elif self.block_size % d:
             problems.append(f"block_size {self.block_size} must be a multiple of compression_stride {d}")
-        if self.window_size < 1:
-            problems.append(f"window_size must be >= 1, got {self.window_size}")
-        return problems
+        return problems + at_least(1, window_size=self.window_size)
 
     @property
     def rule(self) -> BlockTopK:

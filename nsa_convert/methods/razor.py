@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.config import AttentionGeometry, at_least, raise_problems
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.merge import merge_lse
 from nsa_convert.kernels.selected import sparse_attention
@@ -70,11 +70,7 @@ class RazorSettings:
     comp_bias: Literal["log_count", "none"] = "log_count"
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.num_sinks < 0:
-            problems.append(f"num_sinks must be >= 0, got {self.num_sinks}")
-        if self.window_size < 1:
-            problems.append(f"window_size must be >= 1, got {self.window_size}")
+        problems = at_least(0, num_sinks=self.num_sinks) + at_least(1, window_size=self.window_size)
         if self.window_share < 0 or self.window_share == 1:
             problems.append(f"window_share must be 0 or at least 2, got {self.window_share}")
         raise_problems(problems, code="CF22")

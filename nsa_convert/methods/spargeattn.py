@@ -14,18 +14,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import raise_problems
+from nsa_convert.config import at_least, between, one_or_more, raise_problems
 from nsa_convert.methods.base import AttentionInputs, MethodSpec
 from nsa_convert.methods.choosing import (
     BlockGrid,
-    at_least,
-    between,
     block_softmax,
     fraction,
     keep_mass,
     keep_top,
     mean_rows,
-    one_or_more,
     share_in_group,
 )
 from nsa_convert.methods.prefill import BlockPrefillMethod

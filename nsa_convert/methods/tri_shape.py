@@ -12,11 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import raise_problems
+from nsa_convert.config import at_least, raise_problems
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.choosing import at_least
 from nsa_convert.methods.prefill import PrefillMethod
 from nsa_convert.patterns import SequenceLayout, SinkWindow
 
