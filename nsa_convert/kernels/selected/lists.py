@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -71,3 +71,23 @@ def runs(lists: Lists, width: int, step: int) -> Iterator[tuple[int, int, int]]:
     rest = begin + full * width
     if rest < total:
         yield rest, 1, total - rest
+
+
+def batches(sizes: Sequence[int], block_bytes: int, most: int) -> Iterator[tuple[slice, int]]:
+    """Group neighbouring tiles whose lists, padded to the longest of a group, fit a memory bound.
+
+    Args:
+        sizes: Blocks in the list of each tile.
+        block_bytes: Bytes that one block of one tile takes.
+        most: Bytes a group may take; a single tile may take more.
+
+    Yields:
+        The tiles of a group, and the length of its longest list, at least 1.
+    """
+    first = 0
+    while first < len(sizes):
+        largest, last = max(1, sizes[first]), first + 1
+        while last < len(sizes) and max(largest, sizes[last]) * block_bytes * (last + 1 - first) <= most:
+            largest, last = max(largest, sizes[last]), last + 1
+        yield slice(first, last), largest
+        first = last

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_convert.kernels.dense.tiles import Tiles
-from nsa_convert.kernels.selected.lists import Lists, runs
+from nsa_convert.kernels.selected.lists import Lists, batches, runs
 
 SHARED_QUERIES = 16
 """Lists of fewer queries are united with their neighbours."""
@@ -51,14 +51,9 @@ def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) 
     seen_by_all = positions[:, :1].clamp(max=lists.segment.num_keys - 1) + 1
     past = ((rows + 1) * lists.block_size <= seen_by_all).sum(-1).tolist()
     block_bytes = lists.block_size * (token_bytes + 3 * width)
-    i = 0
-    while i < count:
-        largest, end = max(1, sizes[i]), i + 1
-        while end < count and max(largest, sizes[end]) * block_bytes * (end + 1 - i) <= CHUNK_BYTES:
-            largest, end = max(largest, sizes[end]), end + 1
-        free = min(past[i:end]) * lists.block_size
-        yield _tiles(lists, begin + i * width, positions[i:end], rows[i:end, :largest], free)
-        i = end
+    for part, largest in batches(sizes, block_bytes, CHUNK_BYTES):
+        free = min(past[part]) * lists.block_size
+        yield _tiles(lists, begin + part.start * width, positions[part], rows[part, :largest], free)
 
 
 def _tiles(lists: Lists, begin: int, positions: Tensor, blocks: Tensor, free: int) -> Tiles:

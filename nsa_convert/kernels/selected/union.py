@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_convert.kernels.dense.causal import attend_causal
 from nsa_convert.kernels.dense.segments import Segment, segments
 from nsa_convert.kernels.dense.tiles import Tiles, attend_tiles
-from nsa_convert.kernels.selected.lists import CHUNK_BYTES, Lists, runs, segment_lists
+from nsa_convert.kernels.selected.lists import CHUNK_BYTES, Lists, batches, runs, segment_lists
 from nsa_convert.kernels.selected.shared import shared_tiles, tile_width
 from nsa_convert.patterns import BlockSelection, SequenceLayout, query_tiles
 
@@ -117,15 +117,9 @@ def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) 
         chosen = chosen.new_full((*chosen.shape[:2], 1), -1)
     blocks, member, sizes = union(chosen)  # [n, U], [n, W, U], n integers
     block_bytes = lists.block_size * (token_bytes + 3 * width)
-    first = 0
-    while first < count:
-        largest, last = max(1, sizes[first]), first + 1
-        while last < count and max(largest, sizes[last]) * block_bytes * (last + 1 - first) <= CHUNK_BYTES:
-            largest, last = max(largest, sizes[last]), last + 1
-        part = slice(first, last)
+    for part, largest in batches(sizes, block_bytes, CHUNK_BYTES):
         known = blocks[part, :largest], member[part, :, :largest]
-        yield _tiles(lists, begin + first * width, position[part], *known)
-        first = last
+        yield _tiles(lists, begin + part.start * width, position[part], *known)
 
 
 def _tiles(lists: Lists, begin: int, position: Tensor, blocks: Tensor, member: Tensor) -> Tiles:
