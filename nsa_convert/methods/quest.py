@@ -16,11 +16,9 @@ from torch import Tensor
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
 from nsa_convert.methods.budget import BlockBudget
+from nsa_convert.methods.prefill import STEP_TOKENS
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
-
-STEP_TOKENS = 16
-"""A call with at most this many tokens is a decoding step (drafted tokens included), not a prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
