@@ -14,7 +14,6 @@ of settings below does not know run with their defaults. A run that was killed g
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from torch import nn
 
 from benchmarks.ops_cpu import commit
 from benchmarks.prefill_methods import density_of
+from benchmarks.step0 import write_csv
 from nsa_convert import patch_model, unpatch_model
 from nsa_convert.config import FULL, LayerRule, SparseAttentionConfig
 from nsa_convert.evaluation.cases import Case, fit_needle, hash_of
@@ -242,17 +242,6 @@ class Densities:
     def means(self) -> dict[str, float]:
         """Return the density of prompts and of steps."""
         return {f"density_{k}": self.read[k] / self.whole[k] if self.whole[k] else 1.0 for k in self.read}
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write one line per method under the facts of the run."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write("".join(f"# {key}: {value}\n" for key, value in facts.items()))
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _look(method: str) -> tuple[str, str, str]:
