@@ -144,6 +144,11 @@ def observe(callback: Callable[[AttentionRecord], None]) -> Iterator[None]:
         _observer = before
 
 
+def is_observed() -> bool:
+    """Return whether anybody listens, so that a method may spare itself the work of a record."""
+    return _observer is not None
+
+
 class InitialisedModule(nn.Module):
     """A leaf module that states the initial value of each of its parameters."""
 

@@ -21,9 +21,10 @@ from nsa_convert.kernels.dense.flash import attend_rows, plain_attention
 from nsa_convert.kernels.dense.segments import Segment, segments
 from nsa_convert.kernels.merge import merge_lse
 from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod, is_observed
 from nsa_convert.methods.cache_policy import CachePolicy, KeepAll
 from nsa_convert.methods.column_sums import column_sums
+from nsa_convert.methods.infllm_patterns import Lookup, far_patterns
 from nsa_convert.patterns import SequenceLayout, SinkWindow
 
 
@@ -94,12 +95,14 @@ class _Text:
         v: ``[N, H, D]``.
         received: ``[N, HQ]`` attention each token received in the window; meaningless for tokens of blocks.
         keys: ``[blocks, HQ, D]`` what the blocks are known by, unrotated, at least float32.
+        found: What the tiles of this call looked up.
     """
 
     k: Tensor
     v: Tensor
     received: Tensor
     keys: Tensor
+    found: list[Lookup] = dataclasses.field(default_factory=list)
 
 
 class InfLLM(SparseMethod):
@@ -150,12 +153,12 @@ class InfLLM(SparseMethod):
         if x.memory is None and self.fits(x, s.window_size):
             self.record(x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
-        self.record(x, x.k, {"window": SinkWindow(num_sinks=s.num_sinks, window_size=self._window())})
         o, texts = torch.zeros_like(x.q), {}
         for part in segments(x.layout, *x.q.shape[:2], x.k.shape[1]):
             texts[part.row] = text = self._recall(x, part)
             own = slice(*part.queries)
             o[part.row, own] = self._read(x, x.q[part.row, own], text, part.offset)
+            self._record_text(x, x.q[part.row, own], text, part.offset)
         if x.memory is not None:
             x.memory.update(self._remember(x, texts))
         return o
@@ -166,6 +169,16 @@ class InfLLM(SparseMethod):
     def _blocks(self) -> KeepAllAndBlocks:
         s = self.settings
         return KeepAllAndBlocks(num_sinks=s.num_sinks, window_size=self._window(), block_size=s.block_size)
+
+    def _record_text(self, x: AttentionInputs, q: Tensor, text: _Text, first: int) -> None:
+        """Report what the queries ``[T, HQ, D]`` of one document have read."""
+        if not is_observed():
+            return
+        sizes = {"num_sinks": self.settings.num_sinks, "window_size": self._window()}
+        patterns = {"window": SinkWindow(**sizes)}
+        patterns |= far_patterns(text.found, block_size=self.settings.block_size, **sizes)
+        own = dataclasses.replace(x, q=q[None], layout=SequenceLayout(offset=first))
+        self.record(own, text.k[None], patterns)
 
     def _recall(self, x: AttentionInputs, part: Segment) -> _Text:
         """Return a document's keys and values, with what is remembered of the tokens before the call."""
@@ -208,8 +221,10 @@ class InfLLM(SparseMethod):
             parts = [
                 sparse_attention(tile, k, v, SinkWindow(window_size=window), layout=layout, scale=x.scale)
             ]
+            far = self._equally_far(x, tile, position)
+            text.found.append(self._look_up(far, text, position))
             if end > window:
-                parts.append(self._attend_far(x, tile, text, position))
+                parts.append(self._attend_far(x, far, text))
             o, lse = merge_lse(*zip(*parts, strict=True))
             received = column_sums(tile, k, layout=layout, scale=x.scale, lse=lse, window=window)
             text.received[low:end] += received[0]
@@ -232,24 +247,32 @@ class InfLLM(SparseMethod):
     def _turn_back(self, x: AttentionInputs, k: Tensor, positions: Tensor) -> Tensor:
         return x.move(k[None], positions[None], torch.zeros_like(positions)[None])[0]
 
-    def _attend_far(
-        self, x: AttentionInputs, tile: Tensor, text: _Text, position: int
-    ) -> tuple[Tensor, Tensor]:
-        """Attend to first tokens, looked-up blocks and the rest outside the window; ``(o, lse)``."""
-        s, window, device = self.settings, self._window(), tile.device
-        queries = torch.arange(position, position + tile.shape[1], device=device)
-        q = x.move(tile, queries[None], torch.full_like(queries, window - 1)[None])
+    def _look_up(self, q: Tensor, text: _Text, position: int) -> Lookup:
+        """Choose the blocks whose keys answer queries ``[1, T, HQ, D]`` best, the sum over all heads."""
+        s = self.settings
         score = torch.einsum("hd,nhd->n", q[0].to(text.keys.dtype).mean(0), text.keys)
-        chosen = score.topk(min(s.num_blocks, len(score))).indices.sort().values
+        blocks = score.topk(min(s.num_blocks, len(score))).indices.sort().values
+        behind = s.num_sinks + s.block_size * len(text.keys)
+        return Lookup(position=position, num_queries=q.shape[1], blocks=blocks, behind=behind)
+
+    def _equally_far(self, x: AttentionInputs, tile: Tensor, position: int) -> Tensor:
+        """Turn the queries of a tile to where every far key is ``window_size - 1`` away."""
+        queries = torch.arange(position, position + tile.shape[1], device=tile.device)
+        return x.move(tile, queries[None], torch.full_like(queries, self._window() - 1)[None])
+
+    def _attend_far(self, x: AttentionInputs, q: Tensor, text: _Text) -> tuple[Tensor, Tensor]:
+        """Attend with ``q [1, T, HQ, D]`` to first tokens, found blocks and the rest outside the window."""
+        s, window, device, found = self.settings, self._window(), q.device, text.found[-1]
+        end = found.position + found.num_queries
         inside = torch.arange(s.block_size, device=device)
-        left = s.num_sinks + s.block_size * len(text.keys)
         slots = torch.cat(
             [
-                torch.arange(min(s.num_sinks, position + tile.shape[1]), device=device),
-                (s.num_sinks + chosen[:, None] * s.block_size + inside).flatten(),
-                torch.arange(left, max(left, position + tile.shape[1] - window), device=device),
+                torch.arange(min(s.num_sinks, end), device=device),
+                (s.num_sinks + found.blocks[:, None] * s.block_size + inside).flatten(),
+                torch.arange(found.behind, max(found.behind, end - window), device=device),
             ]
         )
+        queries = torch.arange(found.position, end, device=device)
         visible = slots <= queries[:, None] - window  # [T, L]
         return _attend(q, self._turn_back(x, text.k[slots], slots), text.v[slots], visible, x.scale)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_convert.errors import ConfigError
+from nsa_convert.methods.base import AttentionRecord, observe
 from nsa_convert.methods.infllm import InfLLM
 from nsa_convert.patch.eviction import EvictingLayer
 from tests.methods import evicting
@@ -27,8 +28,12 @@ def oracle(
     block: int,
     blocks: int,
     few: int,
+    read: dict[int, list[int]] | None = None,
 ) -> Tensor:
-    """Keep unrotated keys; turn near ones to their positions and far queries to one position."""
+    """Keep unrotated keys; turn near ones to their positions and far queries to one position.
+
+    ``read`` is told the keys of each query.
+    """
     q, k, v = data.row(b)
     heads, group, scale = q.shape[1], q.shape[1] // k.shape[1], evicting.HEAD_DIM**-0.5
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -46,6 +51,8 @@ def oracle(
         for t, h in itertools.product(range(first, last), range(heads)):
             near = list(range(max(0, t - window + 1), t + 1))
             far = [j for j in [*range(sinks), *listed, *rest] if j <= t - window]
+            if read is not None:
+                read[t] = sorted(near + far)
             at = torch.tensor(near)
             scores = torch.cat(
                 [turn(k[near, h], at) @ turn(q[t, h], t), k[far, h] @ turn(q[t, h], window - 1)]
@@ -77,6 +84,39 @@ def test_equals_the_rules_written_out(group: int, calls: list[int], tile: int) -
     assert_rows_equal(run(method, data, calls), data, expected)
     if len(calls) == 1:
         assert_rows_equal(uncached(method, data), data, expected)
+
+
+@pytest.mark.parametrize(
+    ("calls", "tile"), [([70], 8), ([45, *[1] * 25], 16), ([23, 1, 1, 30, 15], 6), ([9, 61], 100)], ids=str
+)
+@pytest.mark.parametrize("changes", [{}, {"num_sinks": 5}, {"num_sinks": 0}, {"window_size": 40}], ids=str)
+def test_the_record_holds_what_is_read(changes: dict, calls: list[int], tile: int) -> None:
+    data = sequences(70, 2, starts=(0, 19))
+    settings = {**SETTINGS, **changes}
+    records: list[AttentionRecord] = []
+    with observe(records.append):
+        run(build(InfLLM, 2, **settings, query_block=tile), data, calls)
+    seen: list[dict[int, list[int]]] = [{}, {}]
+    for b in range(2):
+        oracle(data, b, calls, tile, *settings.values(), read=seen[b])
+    for record in records:
+        first, count, held = record.layout.offset, record.q.shape[1], record.k.shape[1]
+        masks = [p.to_dense_mask(count, held, 4, record.layout) for p in record.patterns.values()]
+        total = sum(mask.expand(1, 4, -1, -1).int() for mask in masks)
+        assert total.max() == 1, "a key is in two patterns"
+        row = 0 if torch.equal(record.k[0, -1], last_key(data, 0, held)) else 1
+        expected = torch.zeros(count, held, dtype=torch.int32)
+        for t in range(first, first + count):
+            expected[t - first, seen[row].pop(t)] = 1
+        assert torch.equal(total, expected.expand(1, 4, -1, -1))
+        density = sum(p.density(count, held, record.layout) for p in record.patterns.values())
+        assert density == pytest.approx(expected.sum().item() / sum(range(first + 1, first + count + 1)))
+    assert seen == [{}, {}]
+
+
+def last_key(data: Sequences, b: int, held: int) -> Tensor:
+    """Return the rotated key of a row's token ``held - 1``."""
+    return turn(data.row(b)[1][held - 1], held - 1)
 
 
 @pytest.mark.parametrize(
