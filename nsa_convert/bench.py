@@ -134,9 +134,11 @@ def run_bench(
     """
     sizes, kind = parse_geometry(geometry), parse_dtype(dtype)
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here", expected="device cpu", found=device)
+        raise ConfigError(
+            "there is no CUDA device here", code="CF22", expected="device cpu", found=device, hint="--device cpu"
+        )
     if not lengths or min(lengths) < 128:
-        raise ConfigError(f"lengths must be at least 128 tokens, got {list(lengths)}")
+        raise ConfigError(f"lengths must be at least 128 tokens, got {list(lengths)}", code="CF22")
     rows: list[BenchRow] = []
     checks = self_test(device) if check else ()
     layer = None if rule is None else build_method(rule, sizes, 0).to(device, kind)
@@ -154,7 +156,7 @@ def run_bench(
 def parse_geometry(text: str) -> AttentionGeometry:
     """Read ``"HQ/H/D"``."""
     if not re.fullmatch(r"\d+/\d+/\d+", text):
-        raise ConfigError(f"geometry must read HQ/H/D, for example 14/2/64, got {text!r}")
+        raise ConfigError(f"geometry must read HQ/H/D, for example 14/2/64, got {text!r}", code="CF22")
     heads, kv_heads, dim = (int(part) for part in text.split("/"))
     return AttentionGeometry(
         hidden_size=max(1, heads * dim), num_query_heads=heads, num_kv_heads=kv_heads, head_dim=dim
@@ -165,7 +167,7 @@ def parse_dtype(name: str) -> torch.dtype:
     """Read the name of a floating dtype."""
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if name not in known:
-        raise ConfigError(f"dtype must be one of {', '.join(known)}, got {name!r}")
+        raise ConfigError(f"dtype must be one of {', '.join(known)}, got {name!r}", code="CF22")
     return known[name]
 
 

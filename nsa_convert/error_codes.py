@@ -147,7 +147,7 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
     ("CF19", 3, "A JSON file lists a key twice, or holds NaN or Infinity.", _EDIT),
     ("CF20", 3, "A value has the wrong type.", _EDIT),
     ("CF21", 3, "The dtype in config.json is not known.", _EDIT),
-    ("CF22", 3, "Settings of a method do not fit together.", "Take values as the message asks."),
+    ("CF22", 3, "Settings have values they cannot have, or do not fit together.", "Take values as the message asks."),
     ("CF24", 3, "There is no checkpoint at this place.", "Check the path; a Hub id looks like ORG/NAME."),
     ("CF25", 3, "A method cannot read this prompt as it arrives.", "Read prompts whole and pad on the left."),
     (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert.config import LayerRule, SparseAttentionConfig
-from nsa_convert.errors import ConfigError
+from nsa_convert.errors import CheckpointError, ConfigError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.registry import METHODS, method_class
 from nsa_convert.patch.checkpoint import (
@@ -127,18 +127,23 @@ def inspect_checkpoint(
 
     Args:
         model: Folder or ``.gguf`` file.
-        method: Look at this method alone; all when left out. Ignored for a converted model.
+        method: Look at this method alone; all when left out. Not for a converted model, which has its own.
         contexts: Lengths for the cost tables.
 
     Raises:
         ConfigError: The method is not known, or the plan of a converted model is wrong.
         UnsupportedModelError: The architecture cannot be converted.
-        CheckpointError: The checkpoint is damaged; all problems in one message.
+        CheckpointError: The checkpoint is damaged; all problems in one message. Or it is converted, and a method
+            was asked for.
     """
     path = Path(model)
     if method is not None:
         method_class(method)
     converted = not is_gguf(path) and is_converted(path)
+    if converted and method is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is converted already", code="CK35", where=str(path), hint="leave out --method"
+        )
     if is_gguf(path):
         checkpoint = open_gguf(path, "float32")
     else:

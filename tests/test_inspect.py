@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
 from nsa_convert.convert import convert_checkpoint
-from nsa_convert.errors import ConfigError, NsaConvertError
+from nsa_convert.errors import CheckpointError, ConfigError, NsaConvertError
 from nsa_convert.inspection import inspect_checkpoint
 from nsa_convert.methods.registry import METHODS
+from nsa_convert.patch.estimate import context_costs
 from nsa_convert.patch.headers import TensorEntry
+from nsa_convert.patch.plan import resolve_plan
 from tests.checkpoints import FAMILY_OPTIONS, dense_model, edit_json, write_dense
 from tests.test_convert import NSA
 
@@ -51,6 +54,33 @@ def test_costs_by_hand(tmp_path):
     assert outlook.dense_until == 1024
 
 
+@pytest.mark.parametrize(
+    ("method", "adapts"),
+    [("xattention", True), ("flexprefill", True), ("spargeattn", True), ("minference", True), ("full", False),
+     ("tri_shape", False), ("h2o", False), ("quest", False), ("phases", False)],
+)  # fmt: skip
+def test_work_that_depends_on_the_text_is_said_to(tmp_path, method, adapts):
+    report = inspect_checkpoint(write_dense(tmp_path / "dense"), method, (8192,))
+    (cost,) = report.methods[0].costs
+    assert cost.prefill_depends_on_text == adapts
+    if adapts:
+        assert cost.sparse_prefill_flops == cost.dense_prefill_flops
+    assert ("<= 100.0%" in report.to_text()) == adapts
+    assert ("depends on its text" in report.to_text()) == adapts
+    assert (
+        json.loads(json.dumps(report.to_dict()))["methods"][0]["costs"][0]["prefill_depends_on_text"]
+        == adapts
+    )
+
+
+def test_one_adapting_layer_makes_the_work_a_bound(tmp_path):
+    adapting = {"method": "phases", "prefill": "xattention", "decode": "quest", "layers": [1]}
+    plan = SparseAttentionConfig.from_dict({"default": {"method": "full"}, "rules": [adapting]})
+    geometry = AttentionGeometry(hidden_size=32, num_query_heads=4, num_kv_heads=2, head_dim=8)
+    (cost,) = context_costs(resolve_plan(plan, 2, geometry), geometry, 4, [8192])
+    assert cost.prefill_depends_on_text
+
+
 def test_a_converted_model(tmp_path):
     source = write_dense(tmp_path / "dense")
     convert_checkpoint(source, tmp_path / "out", NSA)
@@ -60,6 +90,12 @@ def test_a_converted_model(tmp_path):
     (outlook,) = report.methods
     assert outlook.method == "as converted"
     assert outlook.dense_until == 32
+
+
+def test_a_converted_model_has_its_method_already(tmp_path):
+    convert_checkpoint(write_dense(tmp_path / "dense"), tmp_path / "out", NSA)
+    with pytest.raises(CheckpointError, match="converted already"):
+        inspect_checkpoint(tmp_path / "out", method="ssa")
 
 
 def test_unknown_method(tmp_path):

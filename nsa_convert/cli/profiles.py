@@ -97,7 +97,7 @@ def _checked(settings: dict[str, Any], kinds: dict[str, type]) -> dict[str, Any]
     for name, value in settings.items():
         if name in kinds and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
             problems.append(f"--set {name} must be {kinds[name].__name__}, got {value!r}")
-    raise_problems(problems)
+    raise_problems(problems, code="CF13" if settings.keys() - kinds.keys() else "CF22")
     return settings
 
 
