@@ -133,8 +133,8 @@ def inspect_checkpoint(
     Raises:
         ConfigError: The method is not known, or the plan of a converted model is wrong.
         UnsupportedModelError: The architecture cannot be converted.
-        CheckpointError: The checkpoint is damaged; all problems in one message. Or it is converted, and a method
-            was asked for.
+        CheckpointError: The checkpoint is damaged, all problems in one message; or it is converted and a
+            method was asked for.
     """
     path = Path(model)
     if method is not None:
