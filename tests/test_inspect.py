@@ -73,6 +73,16 @@ def test_work_that_depends_on_the_text_is_said_to(tmp_path, method, adapts):
     )
 
 
+def test_dense_decoding_leaves_the_prompt_sparse():
+    geometry = AttentionGeometry(hidden_size=32, num_query_heads=4, num_kv_heads=2, head_dim=8)
+    costs = []
+    for decode in ("dense", "sparse"):
+        plan = SparseAttentionConfig.from_dict({"default": {"method": "moba", "decode": decode}})
+        costs += context_costs(resolve_plan(plan, 2, geometry), geometry, 4, [65536])
+    assert costs[0].sparse_prefill_flops == costs[1].sparse_prefill_flops < costs[0].dense_prefill_flops / 2
+    assert costs[0].sparse_decode_bytes > costs[1].sparse_decode_bytes
+
+
 def test_one_adapting_layer_makes_the_work_a_bound(tmp_path):
     adapting = {"method": "phases", "prefill": "xattention", "decode": "quest", "layers": [1]}
     plan = SparseAttentionConfig.from_dict({"default": {"method": "full"}, "rules": [adapting]})

@@ -179,11 +179,12 @@ def _layer_row(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cost_row(row: Mapping[str, Any]) -> dict[str, str]:
+    bound = "at most " if row["prefill_depends_on_text"] else ""
     return {
         "context": f"{row['context']:,}",
         "dense": megabytes(row["dense_kv_bytes"]),
         "sparse": megabytes(row["sparse_kv_bytes"]),
-        "work": f"{row['sparse_prefill_flops'] / row['dense_prefill_flops']:.2f}",
+        "work": f"{bound}{row['sparse_prefill_flops'] / row['dense_prefill_flops']:.2f}",
     }
 
 

@@ -289,6 +289,10 @@ class SparseMethod(nn.Module):
         """Return what :meth:`keys_per_query` is while a prompt is read, where that differs."""
         return self.keys_per_query()
 
+    def adapts_to_prompt(self) -> bool:
+        """Return whether how much of a prompt is read depends on its text, so that none can say before."""
+        return False
+
     def index_size(self) -> IndexSize | None:
         """Return what choosing reads of every earlier token, or None for methods that read cells only."""
         return None

@@ -138,6 +138,10 @@ class MoBA(SelectingMethod):
         """Return num_blocks * block_size, or None where all keys are read."""
         return None if self.settings.decode == "dense" else super().keys_per_query()
 
+    def keys_per_prompt_query(self) -> int | None:
+        """Return num_blocks * block_size: dense decoding leaves the prompt sparse."""
+        return super().keys_per_query()
+
     def is_dense(self, x: AttentionInputs) -> bool:
         """Return whether this call attends to everything: also a step of one token if decoding is dense."""
         step = self.settings.decode == "dense" and x.q.shape[1] == 1 and self.cover is None

@@ -216,6 +216,10 @@ class Phases(SparseMethod):
         """Return what a query of a prompt reads."""
         return self.prefill.keys_per_prompt_query()
 
+    def adapts_to_prompt(self) -> bool:
+        """Return whether the method that reads prompts adapts to them."""
+        return self.prefill.adapts_to_prompt()
+
     def index_size(self) -> IndexSize | None:
         """Return what choosing reads, of both methods together."""
         sizes = [size for part in self._parts().values() if (size := part.index_size()) is not None]

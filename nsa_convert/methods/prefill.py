@@ -54,6 +54,10 @@ class PrefillMethod(SparseMethod):
         """Return None: decoding reads everything."""
         return None
 
+    def adapts_to_prompt(self) -> bool:
+        """Return whether no number of keys bounds what a query of a prompt reads."""
+        return self.keys_per_prompt_query() is None
+
     def is_dense(self, x: AttentionInputs) -> bool:
         """Return whether this call attends to everything."""
         return is_step(x) or self.fits(x, self.visible_budget())

@@ -2,7 +2,8 @@
 
 Counted: in the cache, raw keys and values that stay, compressed cells, and what a method remembers beside
 them; multiply-adds of attention scores and outputs (2 FLOPs each), not of projections or the MLP, which
-conversion does not change.
+conversion does not change. A method that reads as much of a prompt as the text demands counts as dense there,
+which bounds its attention from above; choosing is not counted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class ContextCost:
         sparse_kv_bytes: Size of the converted model's cache, compressed cells included.
         dense_prefill_flops: Attention FLOPs to read the whole sequence.
         sparse_prefill_flops: The same, converted.
+        prefill_depends_on_text: Whether that is a bound from above, since some layer adapts to the prompt.
         dense_decode_bytes: Cache bytes one new token reads.
         sparse_decode_bytes: The same, converted.
         density: Share of the raw keys that the last query reads, mean over layers.
@@ -38,6 +40,7 @@ class ContextCost:
     sparse_kv_bytes: int
     dense_prefill_flops: int
     sparse_prefill_flops: int
+    prefill_depends_on_text: bool
     dense_decode_bytes: int
     sparse_decode_bytes: int
     density: float
@@ -107,6 +110,7 @@ def _cost(
         sparse_kv_bytes=kv,
         dense_prefill_flops=dense_work * _sum_of_keys(length, None) * len(methods),
         sparse_prefill_flops=flops,
+        prefill_depends_on_text=any(leaf.adapts_to_prompt() for layer in methods for leaf in layer.leaves()),
         dense_decode_bytes=dense_entry * length * len(methods),
         sparse_decode_bytes=decode,
         density=density,
@@ -132,10 +136,14 @@ def cost_lines(costs: Sequence[ContextCost]) -> list[str]:
     """Return the costs as a table for people; percentages are sparse against dense."""
     lines = ["  context   dense cache   sparse cache   read per token   attention FLOPs"]
     for cost in costs:
+        work = cost.sparse_prefill_flops / cost.dense_prefill_flops
+        bound = "<= " if cost.prefill_depends_on_text else ""
         lines.append(
             f"{cost.context:>9,}  {cost.dense_kv_bytes / 1e6:>9,.1f} MB  "
             f"{cost.sparse_kv_bytes / 1e6:>10,.1f} MB  "
             f"{cost.sparse_decode_bytes / cost.dense_decode_bytes:>14.1%}  "
-            f"{cost.sparse_prefill_flops / cost.dense_prefill_flops:>16.1%}"
+            f"{f'{bound}{work:.1%}':>16}"
         )
+    if any(cost.prefill_depends_on_text for cost in costs):
+        lines.append("  <=: how much of a prompt is read depends on its text; `nsa-convert eval` counts it")
     return lines
