@@ -147,7 +147,12 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
     ("CF19", 3, "A JSON file lists a key twice, or holds NaN or Infinity.", _EDIT),
     ("CF20", 3, "A value has the wrong type.", _EDIT),
     ("CF21", 3, "The dtype in config.json is not known.", _EDIT),
-    ("CF22", 3, "Settings have values they cannot have, or do not fit together.", "Take values as the message asks."),
+    (
+        "CF22",
+        3,
+        "Settings have values they cannot have, or do not fit together.",
+        "Take values as the message asks.",
+    ),
     ("CF24", 3, "There is no checkpoint at this place.", "Check the path; a Hub id looks like ORG/NAME."),
     ("CF25", 3, "A method cannot read this prompt as it arrives.", "Read prompts whole and pad on the left."),
     (
@@ -195,6 +200,7 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
     ),
     ("RC01", 3, "A YAML file cannot be read.", "Correct the line that the message names."),
     ("RC02", 3, "A method is not known.", "`nsa-convert methods` lists them."),
+    ("RC05", 3, "Text in a YAML file needs quotes.", "Write it as the message shows."),
     ("RC10", 3, "Layers or settings of a plan are wrong.", "Take values as the message asks."),
     ("RC08", 3, "Keys or values of a recipe are wrong.", "docs/training.md lists all keys."),
     ("RC09", 3, "A recipe does not fit its model or its data.", "Correct what the message names."),

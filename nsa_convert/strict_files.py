@@ -136,21 +136,29 @@ def read_json_mapping(
     return value
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, *, quoted: bool = False) -> Any:
     """Parse YAML with typed scalars: ``1e-4`` is a float, only ``true``/``false`` are booleans, no dates.
 
+    Args:
+        text: YAML 1.2.
+        where: How messages call it.
+        quoted: Whether text must stand in quotes where YAML 1.1, which most programs read, takes it for
+            something else: ``no``, ``010``, ``2024-01-01``.
+
     Raises:
-        ConfigError: Syntax error, a key twice, an anchor, or a tag such as ``!!python/object``.
+        ConfigError: Syntax error, a key twice, an anchor, a tag such as ``!!python/object``, or such text
+            without quotes.
     """
     import yaml
 
     try:
-        return yaml.load(text, Loader=_strict_loader())
+        return yaml.load(text, Loader=_quoting_loader() if quoted else _strict_loader())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         problem = f"{at}: {error.problem}{_excerpt(text, mark)}"
-        raise ConfigError(problem, code="RC01", where=at) from error
+        code = "RC05" if error.context == _AMBIGUOUS else "RC01"
+        raise ConfigError(problem, code=code, where=at) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"{where}: {str(error) or 'nested too deeply'}", code="RC01", where=where
@@ -169,7 +177,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file that holds a mapping (YAML reads JSON).
 
     Raises:
-        ConfigError: The file is missing, too big, not text, or holds no mapping.
+        ConfigError: The file is missing, too big, not text, or holds no mapping; text needs quotes.
     """
     if not path.is_file():
         raise ConfigError(f"no such file: {path}", code="RC12", where=str(path))
@@ -179,12 +187,47 @@ def read_mapping(path: Path) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path.name} is not UTF-8 text", code="RC12", where=str(path)) from error
-    value = parse_yaml(text, path.name)
+    value = parse_yaml(text, path.name, quoted=True)
     if not isinstance(value, dict):
         raise ConfigError(
             f"{path.name} must hold a mapping, got {type(value).__name__}", code="RC01", where=path.name
         )
     return value
+
+
+_AMBIGUOUS = "while looking for text that needs quotes"
+
+
+def _quoting_loader() -> type:
+    """Return the strict loader, which here refuses text that YAML 1.1 takes for something else."""
+    import yaml
+
+    class QuotingLoader(_strict_loader()):
+        def compose_scalar_node(self, anchor: Any) -> Any:
+            event = self.peek_event()
+            node = super().compose_scalar_node(anchor)
+            plain_text = event.implicit[0] and node.tag == "tag:yaml.org,2002:str"
+            old = _in_yaml_1_1(node.value) if plain_text else None
+            if old is not None:
+                problem = f'{node.value} is text in YAML 1.2 and {old} in YAML 1.1; write "{node.value}"'
+                problem += "" if old.startswith("a ") else f" or {old}"
+                raise yaml.composer.ComposerError(_AMBIGUOUS, None, problem, event.start_mark)
+            return node
+
+    return QuotingLoader
+
+
+def _in_yaml_1_1(scalar: str) -> str | None:
+    """Return what an unquoted scalar is in YAML 1.1, as YAML 1.2 writes it if it can; None for text."""
+    import yaml
+
+    for tag, pattern in yaml.SafeLoader.yaml_implicit_resolvers.get(scalar[:1], []):
+        if pattern.match(scalar):
+            name = tag.rpartition(":")[2]
+            if name in ("bool", "int", "float"):
+                return json.dumps(yaml.safe_load(scalar))
+            return "a date" if name == "timestamp" else "a special word"
+    return None
 
 
 def _strict_loader() -> type:

@@ -7,6 +7,7 @@ import time
 import pytest
 import yaml
 
+from nsa_convert.cli.options import parse_settings
 from nsa_convert.training.recipe import SCHEMA, read_recipe
 from tests.checkpoints import tree_hash
 from tests.faults.runs import call, refused, write_tiny, write_yaml
@@ -69,19 +70,51 @@ def test_rc04_a_key_listed_twice_names_both_lines(tmp_path):
     dry(with_text(tmp_path, text), code="RC01", says=says)
 
 
-def test_rc05_words_and_dates_stay_what_they_look_like(tmp_path):
-    """A text stays the text that was written; where a number or a switch belongs, a text is refused."""
-    text = yaml.safe_dump(recipe_values(tmp_path / "run", NSA, stage()))
-    for name in ("no", "010", "2024-01-01"):
-        read = read_recipe(with_text(tmp_path, text.replace("name: pretrain", f"name: {name}")))
-        assert read.stages[0].name == name
-    path = with_text(tmp_path, f"{text}measure: no\nseed: 010\nrevision: 8\n")
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("no", 'false in YAML 1.1; write "no" or false'),
+        ("On", 'true in YAML 1.1; write "On" or true'),
+        ("010", '8 in YAML 1.1; write "010" or 8'),
+        ("0x1F", '31 in YAML 1.1; write "0x1F" or 31'),
+        ("1_000", '1000 in YAML 1.1; write "1_000" or 1000'),
+        ("1:30", '90 in YAML 1.1; write "1:30" or 90'),
+        ("2024-01-01", 'a date in YAML 1.1; write "2024-01-01"'),
+        ("2024-13-99", 'a date in YAML 1.1; write "2024-13-99"'),
+        ("<<", 'a special word in YAML 1.1; write "<<"'),
+    ],
+)
+def test_rc05_words_that_yaml_would_turn_into_something_else_need_quotes(tmp_path, word, meant):
+    text = write_tiny(tmp_path).read_text()
+    for line in (f"revision: {word}", f"measure: {word}", f"{word}: 1", f"x: [a, {word}]"):
+        path = with_text(tmp_path, f"{line}\n{text}")
+        place = f"recipe.yaml:1:{line.index(word) + 1}"
+        dry(path, code="RC05", says=(place, f"{word} is text in YAML 1.2 and {meant}"))
+    for quoted in (f"'{word}'", f'"{word}"'):
+        assert read_recipe(with_text(tmp_path, f"{text}revision: {quoted}\n")).revision == word
+
+
+def test_rc05_what_is_written_can_be_read_again(tmp_path):
+    """Whatever a text looks like; and numbers and switches do not become texts."""
+    values = recipe_values(tmp_path / "run", NSA, stage(name="010"), revision="2024-01-01")
+    recipe = read_recipe(with_text(tmp_path, yaml.safe_dump(values)))
+    assert (recipe.stages[0].name, recipe.revision) == ("010", "2024-01-01")
+    assert read_recipe(with_text(tmp_path, yaml.safe_dump(recipe.to_dict()))) == recipe
+    path = with_text(tmp_path, yaml.safe_dump({**values, "measure": "no", "seed": "010", "revision": 8}))
     says = (
         "measure must be true or false, got 'no'",
         "seed must be a whole number, got '010'",
         "revision must be a text, got 8",
     )
     dry(path, code="RC08", says=says)
+
+
+def test_rc05_the_command_line_and_cards_need_no_quotes(tmp_path):
+    """No other program reads a --set, and ``license: no`` in somebody's card is none of our business."""
+    assert parse_settings(["stages.0.name=no", "out=010"]) == {"stages.0.name": "no", "out": "010"}
+    path = write_tiny(tmp_path)
+    done = call("train", path, "--dry-run", "--set", "stages.0.name=010")
+    assert done.code == 0, done.err
 
 
 def test_rc06_tags_that_make_python_objects_are_refused(tmp_path):
