@@ -222,7 +222,8 @@ class SparseAttentionConfig:
         seen: dict[int, list[int]] = {}
         for index, rule in enumerate(self.rules):
             if rule.layers is None:
-                problems.append(f"rules[{index}]: 'layers' is missing")
+                given = ", ".join(rule.to_dict())
+                problems.append(f"rules[{index}]: 'layers' is missing, it has {given}")
                 continue
             for layer in rule.layers:
                 for other in seen.setdefault(layer, []):

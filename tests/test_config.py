@@ -53,7 +53,10 @@ def test_a_layer_named_from_both_ends_is_refused() -> None:
         ({"default": {"block_size": 64}}, "'method' is missing"),
         ({"default": {"method": 3}}, "method must be a name"),
         ({"default": {"method": "nsa", "layers": [1]}}, "belongs in a rule"),
-        ({"default": {"method": "nsa"}, "rules": [{"method": "full"}]}, "'layers' is missing"),
+        (
+            {"default": {"method": "nsa"}, "rules": [{"method": "full", "layer": 3}]},
+            "'layers' is missing, it has method, layer",
+        ),
         ({"default": {"method": "nsa"}, "rules": {"method": "full"}}, "expected a list"),
         ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": []}]}, "layers is empty"),
         ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": "0-3"}]}, "list of integers"),

@@ -63,7 +63,8 @@ def methods(as_json: bool) -> None:
         print_json({"ok": True, "methods": rows})
         return
     for row in rows:
-        click.echo(f"{row['name']:6} {row['title']} ({row['paper']}): {row['summary']}")
+        paper = f" ({row['paper']})" if row["paper"] else ""
+        click.echo(f"{row['name']:6} {row['title']}{paper}: {row['summary']}")
         for key, value in row["defaults"].items():
             click.echo(f"         --set {key}={value}  ({row['sources'].get(key, '')})")
 
