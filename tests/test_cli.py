@@ -257,7 +257,7 @@ def test_methods_and_explain():
     listed = json.loads(run("methods", "--json").stdout)["methods"]
     assert [method["name"] for method in listed] == list(METHODS)
     assert all(set(method["defaults"]) == set(method["sources"]) for method in listed)
-    assert "()" not in run("methods").stdout
+    assert "Phases ()" not in run("methods").stdout
     assert "exit status 3" in run("explain", "ck23").stdout
 
 
