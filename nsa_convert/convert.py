@@ -15,6 +15,7 @@ from nsa_convert.errors import UsageError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.registry import read_rule, settings_dict
 from nsa_convert.patch.checkpoint import Checkpoint, open_checkpoint
+from nsa_convert.patch.download_notes import compare_hashes
 from nsa_convert.patch.estimate import CONTEXTS, ContextCost, context_costs, cost_lines, dense_until
 from nsa_convert.patch.gguf import is_gguf, open_gguf, write_dense_folder
 from nsa_convert.patch.headers import WEIGHT_DTYPES
@@ -331,6 +332,7 @@ def _fill(
     checkpoint = job.checkpoint
     names = shard_names(checkpoint, job.new)
     scans, linked = place_shards(folder, checkpoint, names, copy, threads, progress)
+    notes = compare_hashes(checkpoint.folder, {scan.name: scan.sha256 for scan in scans})
     if job.new:
         write_new_shard(folder / SPARSE_SHARD, checkpoint, job.sparse)
     for name in checkpoint.side_files:
@@ -348,7 +350,7 @@ def _fill(
         report,
         source={**report.source, "files": files, "side_files": list(checkpoint.side_files)},
         placed=how if report.placed in {"linked", "copied"} else report.placed,
-        warnings=[*report.warnings, *(line for scan in scans for line in scan.warnings)],
+        warnings=[*report.warnings, *notes, *(line for scan in scans for line in scan.warnings)],
     )
     (folder / RECIPE).write_text(recipe_text(report, job.sparse), encoding="utf-8")
     stored = {"schema": 1, "versions": _versions(), **report.to_dict()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert.errors import CheckpointError
+from nsa_convert.patch.download_notes import compare_revisions
 from nsa_convert.patch.headers import (
     MAX_HEADER_BYTES,
     ShardHeader,
@@ -153,6 +154,7 @@ def find_weight_files(folder: Path, problems: Problems) -> WeightFiles:
     shards = _read_shards(folder, files, problems)
     if len(shards) == len(files):
         _compare_index(weight_map, shards, problems)
+        compare_revisions(folder, files, problems)
         warnings += _metadata_notes(index, shards)
     return WeightFiles(shards=shards, index=index, warnings=warnings)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub._local_folder import write_download_metadata
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import edit_json, shard_paths, write_dense
@@ -192,6 +195,54 @@ def test_ck30_shard_of_a_twin_in_the_hub_cache(source, tmp_path):
     blob = (cached / third(source).name).resolve()
     shutil.copy(shard_paths(twin)[2], blob)
     refused(cached, "CK30", third(source).name, blob.name, "download again", inspect=False)
+
+
+def note_download(folder: Path, old: int = 0) -> None:
+    """Note what ``hf download --local-dir`` notes; the first ``old`` shards are of an earlier revision."""
+    for i, path in enumerate(shard_paths(folder)):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        write_download_metadata(folder, path.name, ("a" if i < old else "b") * 40, digest)
+
+
+def test_ck30_shard_of_a_twin_in_a_downloaded_folder(source, tmp_path):
+    """Names, shapes and dtypes agree; the hash that ``hf download`` noted does not."""
+    note_download(source)
+    assert not any("CK30" in line for line in converted(source, out=tmp_path / "first")[1]["warnings"])
+    twin = write_dense(tmp_path / "other/model", seed=1)
+    shutil.copy2(shard_paths(twin)[2], third(source))
+    refused(source, "CK30", third(source).name, "download again", inspect=False)
+
+
+def test_ck30_shards_of_two_revisions(source):
+    """An update with ``hf download`` that was interrupted; a shard written since counts for nothing."""
+    note_download(source, old=2)
+    names = [path.name for path in shard_paths(source)]
+    refused(source, "CK30", f"{names[0]} at aaaa", f"{names[2]} at bbbb", "hf download")
+    for path in shard_paths(source)[2:]:
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 9))
+    converted(source)
+
+
+def test_ck30_files_rewritten_after_a_download(source):
+    note_download(source)
+    for note in (source / ".cache/huggingface/download").glob("*.metadata"):
+        revision, _, when = note.read_text().splitlines()
+        note.write_text(f"{revision}\n{'0' * 64}\n{when}\n")
+    warned(source, "were changed after they were downloaded")
+
+
+def test_ck30_a_shard_that_was_not_downloaded_with_the_others(source):
+    note_download(source)
+    (source / f".cache/huggingface/download/{third(source).name}.metadata").unlink()
+    warned(source, f"not downloaded with the other weight files: {third(source).name}")
+
+
+@pytest.mark.parametrize("note", ["", "x\ny\nz", "0" * 5000, f'{"a" * 40}\n"etag"\n1.0\n'])
+def test_ck30_notes_that_say_nothing(source, note):
+    note_download(source)
+    for path in (source / ".cache/huggingface/download").glob("*.metadata"):
+        path.write_text(note)
+    assert not any("CK30" in line for line in converted(source)[1]["warnings"])
 
 
 def test_ck30_shard_of_a_twin_in_a_converted_folder(source, tmp_path):
