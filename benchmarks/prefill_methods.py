@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from benchmarks.ops_cpu import RESULTS, commit, real
 from nsa_convert import bench
 from nsa_convert.config import AttentionGeometry, LayerRule
+from nsa_convert.evaluation.density import search_density
 from nsa_convert.methods.base import AttentionInputs
 from nsa_convert.methods.prefill import PrefillMethod
 from nsa_convert.methods.registry import build_method
@@ -102,22 +103,11 @@ def find(
     search: Search, sizes: AttentionGeometry, x: AttentionInputs, wanted: float
 ) -> tuple[PrefillMethod, float, dict[str, Any]]:
     """Return the method whose density is nearest to what is wanted, among those tried by halving."""
-    low, high, best = 0.0, 1.0, None
-    for _ in range(STEPS):
-        settings = search.settings((low + high) / 2, x.q.shape[1])
-        layer = build_method(LayerRule(method=search.method, settings=settings), sizes, 0)
-        density = density_of(layer, x)
-        if best is None or abs(density - wanted) < abs(best[1] - wanted):
-            best = layer, density, settings
-        low, high = ((low + high) / 2, high) if density < wanted else (low, (low + high) / 2)
-    assert best is not None
-    return best
-
-
-def density_of(layer: PrefillMethod, x: AttentionInputs) -> float:
-    """Return the share of the pairs of dense causal attention that the method computes."""
-    parts = layer.patterns(x).values()
-    return sum(part.density(x.q.shape[1], x.k.shape[1], x.layout) for part in parts)
+    length = x.q.shape[1]
+    settings, density = search_density(
+        search.method, lambda share: search.settings(share, length), [x], wanted, STEPS
+    )
+    return build_method(LayerRule(method=search.method, settings=settings), sizes, 0), density, settings
 
 
 if __name__ == "__main__":

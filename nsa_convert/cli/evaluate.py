@@ -14,8 +14,9 @@ import click
 
 from nsa_convert.cli.commands import main
 from nsa_convert.cli.frame import common, hint, print_json, show_tables, tell
+from nsa_convert.errors import UsageError
 
-SUITES = ("quick", "long", "full", "tasks")
+SUITES = ("quick", "long", "full", "tasks", "compare")
 
 
 @main.command(name="eval")
@@ -33,6 +34,13 @@ SUITES = ("quick", "long", "full", "tasks")
     help="A setting of the suite or of the --method, or text_file, length.",
 )
 @click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="A row of --suite compare: a file as convert --config takes it, or a head profile, FILE@SHARE.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder for the reports, tables and plots; a long suite that was killed resumes from it.",
@@ -44,39 +52,22 @@ def evaluate(
     against: str | None,
     suite: str,
     pairs: tuple[str, ...],
+    plans: tuple[str, ...],
     out: Path | None,
     as_json: bool,
 ) -> None:
     """Measure how far MODEL is from the dense model, what it still finds, how fast it is, and draw it."""
     from nsa_convert.cli.options import read_method
-    from nsa_convert.evaluation.lm_eval_adapter import run_tasks
-    from nsa_convert.evaluation.long import run_long
-    from nsa_convert.evaluation.quick import run_quick
     from nsa_convert.hub import dense_folder, resolve_model
 
     settings, plan = read_method(method, pairs, suite_settings(suite))
+    rows = _named_plans(suite, method, against, plans)
     folders = [
         None if name is None else dense_folder(resolve_model(name, tell=tell), tell)
         for name in (model, against)
     ]
-    if suite == "quick":
-        report: Any = run_quick(
-            folders[0], against=folders[1], out_dir=out, progress=tell, plan=plan, **settings
-        )
-    elif suite == "tasks":
-        report = run_tasks(folders[0], against=folders[1], out_dir=out, say=tell, plan=plan, **settings)
-    else:
-        with cell_progress() as progress:
-            report = run_long(
-                folders[0],
-                suite=suite,
-                against=folders[1],
-                out_dir=out,
-                say=tell,
-                progress=progress,
-                plan=plan,
-                **settings,
-            )
+    own: dict[str, Any] = {"plans": rows} if suite == "compare" else {"against": folders[1], "plan": plan}
+    report = _run(suite, folders[0], out, {**own, **settings})
     if as_json:
         print_json(report.to_dict())
         return
@@ -86,20 +77,61 @@ def evaluate(
     click.echo(report.headline())
     if out is not None:
         click.echo(f"written: {out / 'report.html'}")
-    elif suite in ("long", "full"):
+    elif suite in ("long", "full", "compare"):
         hint("--out DIR keeps the report, and lets a run that was killed go on")
+
+
+def _run(suite: str, folder: Path, out: Path | None, options: dict[str, Any]) -> Any:
+    """Return the report of a suite."""
+    if suite == "quick":
+        from nsa_convert.evaluation.quick import run_quick
+
+        return run_quick(folder, out_dir=out, progress=tell, **options)
+    if suite == "tasks":
+        from nsa_convert.evaluation.lm_eval_adapter import run_tasks
+
+        return run_tasks(folder, out_dir=out, say=tell, **options)
+    with cell_progress() as progress:
+        if suite == "compare":
+            from nsa_convert.evaluation.compare import run_compare
+
+            return run_compare(folder, out_dir=out, say=tell, progress=progress, **options)
+        from nsa_convert.evaluation.long import run_long
+
+        return run_long(folder, suite=suite, out_dir=out, say=tell, progress=progress, **options)
+
+
+def _named_plans(suite: str, method: str | None, against: str | None, plans: tuple[str, ...]) -> list[Any]:
+    """Return the rows that --plan adds.
+
+    Raises:
+        UsageError: An option that does not belong to the suite, or no NAME=FILE.
+    """
+    from nsa_convert.cli.options import read_named_plan
+
+    if suite != "compare" and plans:
+        raise UsageError(
+            "--plan belongs to --suite compare", code="CL02", hint="a single plan: convert --config"
+        )
+    if suite == "compare" and (method is not None or against is not None):
+        raise UsageError(
+            "--suite compare measures several methods against MODEL itself; leave out --method and --against",
+            code="CL02",
+            hint="--set methods=nsa,ssa chooses the methods",
+        )
+    return [read_named_plan(plan) for plan in plans]
 
 
 def suite_settings(suite: str) -> set[str]:
     """Return the names that --set takes for a suite."""
+    from nsa_convert.evaluation.compare_settings import CompareSettings
     from nsa_convert.evaluation.lm_eval_adapter import TaskSettings
     from nsa_convert.evaluation.long_settings import LongSettings
     from nsa_convert.evaluation.settings import QuickSettings
 
-    if suite == "tasks":
-        return {field.name for field in dataclasses.fields(TaskSettings)}
-    settings = QuickSettings if suite == "quick" else LongSettings
-    return {"text_file", "length", *(field.name for field in dataclasses.fields(settings))}
+    kinds: dict[str, type] = {"quick": QuickSettings, "tasks": TaskSettings, "compare": CompareSettings}
+    own = {"tasks": set(), "compare": {"text_file"}}.get(suite, {"text_file", "length"})
+    return own | {field.name for field in dataclasses.fields(kinds.get(suite, LongSettings))}
 
 
 @contextlib.contextmanager

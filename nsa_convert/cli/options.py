@@ -90,14 +90,7 @@ def read_plan(
     if config is not None:
         if method is not None or layers is not None:
             raise UsageError("--config holds the whole plan; leave out --method and --layers", code="CL02")
-        from nsa_convert.patch.head_patterns import is_head_file, read_head_file
-
-        if is_head_file(Path(config)):
-            return _with_settings(read_head_file(Path(config)), settings)
-        values = read_mapping(Path(config))
-        if "sparse_attention" not in values:
-            raise ConfigError(f"{config} has no key 'sparse_attention'", code="RC08", where=config)
-        return _with_settings(SparseAttentionConfig.from_dict(values["sparse_attention"]), settings)
+        return _with_settings(read_plan_file(Path(config)), settings)
     if method is None:
         raise UsageError(
             "name a --method, or a --config file", code="CL02", hint="`nsa-convert methods` lists them"
@@ -108,6 +101,58 @@ def read_plan(
     if rule.layers is None:
         return SparseAttentionConfig(default=rule)
     return SparseAttentionConfig(default=LayerRule(method=FULL), rules=(rule,))
+
+
+def read_plan_file(path: Path) -> SparseAttentionConfig:
+    """Return the plan of a YAML or JSON file with ``sparse_attention``, or of a MInference head file.
+
+    Raises:
+        ConfigError: There is no such file, or it holds no plan.
+    """
+    from nsa_convert.patch.head_patterns import is_head_file, read_head_file
+
+    if is_head_file(path):
+        return read_head_file(path)
+    values = read_mapping(path)
+    if "sparse_attention" not in values:
+        raise ConfigError(f"{path} has no key 'sparse_attention'", code="RC08", where=str(path))
+    return SparseAttentionConfig.from_dict(values["sparse_attention"])
+
+
+def read_named_plan(text: str) -> Any:
+    """Read ``NAME=FILE``, or ``NAME=PROFILE.safetensors@SHARE`` for a head profile.
+
+    Returns:
+        A :class:`~nsa_convert.evaluation.compare_plans.NamedPlan`.
+
+    Raises:
+        UsageError: The text has another form.
+        ConfigError: There is no such file, or it holds no plan.
+    """
+    from nsa_convert.evaluation.compare_plans import NamedPlan
+
+    name, equals, given = text.partition("=")
+    if not equals or not name.strip() or not given:
+        raise UsageError(f"--plan takes NAME=FILE, got '{text}'", code="CL03", found=text)
+    file, at, share = given.partition("@")
+    path = Path(file)
+    if path.suffix == ".safetensors":
+        plan = _profile_plan(file, _share(share) if at else None, None)
+    else:
+        path = Path(given)
+        plan = read_plan_file(path)
+    return NamedPlan(
+        name=name.strip(), source=path.name + (f"@{share}" if path == Path(file) and at else ""), plan=plan
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(
+            f"a head profile takes FILE@SHARE with a number, got '@{text}'", code="CL03"
+        ) from None
 
 
 def _profile_plan(profile: str | None, density: float | None, method: str | None) -> SparseAttentionConfig:

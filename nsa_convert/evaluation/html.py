@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert.errors import MachineError
-from nsa_convert.evaluation.plots import panel_svg, plots_of, require_matplotlib
+from nsa_convert.evaluation.compare_tables import tables as comparison_tables
+from nsa_convert.evaluation.drawing import panel_svg, require_matplotlib
+from nsa_convert.evaluation.plots import plots_of
 from nsa_convert.evaluation.verdict import benchmark_cells, processor, task_rows, verdict
 from nsa_convert.patch.staging import write_whole
 
@@ -74,6 +76,9 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
 
 
 def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    for table in comparison_tables(report):
+        rows = [[_cell(value) for value in row] for row in table.rows]
+        yield {"title": table.title, "header": table.header, "note": table.note, "rows": rows}
     yield {
         "title": "Scores by task", "header": ["task", "length", "dense", "sparse"],
         "note": "Share of right answers; in small type the cases and the 95 % interval.",

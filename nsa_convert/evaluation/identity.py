@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ def describe_model(facts: ModelFacts, *, same_weights: bool = False) -> dict[str
     return {**out, "attention": "dense, over the weights of the evaluated model"} if same_weights else out
 
 
+def fingerprint(model: ModelFacts) -> dict[str, Any]:
+    """Return what identifies a checkpoint without reading its weights."""
+    facts = describe_model(model)
+    if facts["manifest_sha256"] is None:
+        rows = sorted(path for path in model.path.iterdir() if path.suffix in {".safetensors", ".json"})
+        facts["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in rows]
+    return facts
+
+
 def manifest_hash(folder: Path) -> str | None:
     """Return the hash of a converted folder's manifest, which holds the hashes of all its files."""
     path = folder / MANIFEST
@@ -69,7 +78,11 @@ def processor_name() -> str:
 
 
 def command_line(
-    model: ModelFacts, against: ModelFacts | None, suite: str, settings: Mapping[str, Any]
+    model: ModelFacts,
+    against: ModelFacts | None,
+    suite: str,
+    settings: Mapping[str, Any],
+    plans: Sequence[str] = (),
 ) -> str:
     """Return the command that repeats an evaluation; models appear by name, files by file name.
 
@@ -78,6 +91,7 @@ def command_line(
         against: The dense checkpoint, or None.
         suite: Its name.
         settings: Settings that differ from the defaults.
+        plans: ``NAME=FILE`` of further rows.
     """
     words = ["nsa-convert", "eval", model.path.resolve().name]
     words += [] if against is None else ["--against", against.path.resolve().name]
@@ -86,7 +100,7 @@ def command_line(
         words += ["--method", rule.method]
         own = {key: json.dumps(x) if isinstance(x, dict) else x for key, x in rule.settings.items()}
         settings = {**own, **settings}
-    words += ["--suite", suite]
+    words += ["--suite", suite, *(word for plan in plans for word in ("--plan", plan))]
     for key, value in settings.items():
         if isinstance(value, (list, tuple)):
             value = ",".join(str(part) for part in value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nsa_convert.config import raise_problems
@@ -65,7 +66,7 @@ def prepare_inputs(
     tokenizer = load_tokenizer(models[0].path)
     sources = default_texts() if text_file is None else [file_text(text_file)]
     texts = tuple((text, first_tokens(tokenizer, text, wanted)) for text in sources)
-    _check_texts(texts, length)
+    check_texts(texts, length)
     if len(models) == 2:
         _check_same_tokens(models, texts, wanted)
     cases = build_cases(
@@ -75,6 +76,35 @@ def prepare_inputs(
     )
     warnings = [*_warnings(texts, budget, wanted), *seen_in_training(models[0].path, sources)]
     return Inputs(texts=texts, cases=tuple(cases), warnings=tuple(warnings))
+
+
+def check_positions(
+    models: Sequence[ModelFacts], asked: Mapping[str, Sequence[int]], beyond: bool = False
+) -> list[str]:
+    """Check lengths against the positions that models were made for.
+
+    Args:
+        models: Of one evaluation.
+        asked: Setting -> lengths.
+        beyond: Allow up to four times as many.
+
+    Returns:
+        A warning for lengths that are beyond, but allowed.
+
+    Raises:
+        ConfigError: A length is too long.
+    """
+    limit = min((model.max_positions for model in models if model.max_positions), default=None)
+    if limit is None:
+        return []
+    most, lines = (4 * limit if beyond else limit), []
+    for name, lengths in asked.items():
+        if too_long := sorted({n for n in lengths if n > most}):
+            lines.append(f"{name} {too_long} are beyond the model's {limit} positions")
+    hint = "give shorter lengths; --suite long takes beyond_positions=true for up to four times as many"
+    raise_problems(lines, code="EV01", hint=hint)
+    longer = sorted({n for lengths in asked.values() for n in lengths if n > limit})
+    return [f"lengths {longer} are beyond the {limit} positions the model was made for"] if longer else []
 
 
 def _check_lengths(length: int | None, limit: int | None, needle_lengths: tuple[int, ...]) -> None:
@@ -90,7 +120,8 @@ def _check_lengths(length: int | None, limit: int | None, needle_lengths: tuple[
     raise_problems(problems, code="EV01", hint="give shorter lengths")
 
 
-def _check_texts(texts: tuple[tuple[EvalText, list[int]], ...], length: int | None) -> None:
+def check_texts(texts: Sequence[tuple[EvalText, list[int]]], length: int | None) -> None:
+    """Raise ConfigError for a text with fewer tokens than a length that was asked for."""
     for text, ids in texts:
         if length is not None and len(ids) < length:
             raise ConfigError(

@@ -20,11 +20,17 @@ from torch import nn
 
 from nsa_convert.config import SparseAttentionConfig, raise_problems, unknown_keys
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, MachineError
-from nsa_convert.evaluation.html import require_html, write_html
-from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
+from nsa_convert.evaluation.envelope import envelope, finish
+from nsa_convert.evaluation.html import require_html
+from nsa_convert.evaluation.identity import choose_device
 from nsa_convert.evaluation.long_report import LongReport
-from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
-from nsa_convert.evaluation.report import SCHEMA
+from nsa_convert.evaluation.models import (
+    ModelFacts,
+    dense_attention_in,
+    load_model,
+    read_both_facts,
+    read_facts,
+)
 from nsa_convert.evaluation.settings import numbers
 from nsa_convert.evaluation.verdict import wilson
 from nsa_convert.patch.loading import load_tokenizer
@@ -185,7 +191,7 @@ def run_tasks(
     chosen, tell = TaskSettings.read(settings), say or (lambda line: None)
     if out_dir is not None:
         require_html()
-    models = [read_facts(model_path, plan), *([] if against is None else [read_facts(against)])]
+    models = read_both_facts(model_path, plan, against)
     require_one_pass(models[0])
     device = choose_device(chosen.device)
     adapter = register_adapter()
@@ -204,35 +210,14 @@ def run_tasks(
         )
         results[attention] = _evaluate(model, chosen)
         del model
-    given = {**settings, "include_path": _name(chosen.include_path)}
-    values = {
-        "schema": SCHEMA,
-        "ok": True,
-        "suite": "tasks",
-        "command": command_line(
-            models[0],
-            models[1] if len(models) == 2 else None,
-            "tasks",
-            {key: value for key, value in given.items() if value is not None},
-        ),
-        "model": describe_model(models[0]),
-        "against": describe_model(models[-1], same_weights=against is None),
-        "visible_budget": models[0].visible_budget,
-        "texts": [],
-        "needles": {},
-        "tasks": [],
-        "speed": [],
+    files = {"include_path": chosen.include_path}
+    values = envelope("tasks", models, given=settings, chosen=chosen, files=files, device=device, begin=begin)
+    values |= {
         "benchmarks": benchmark_rows(results),
         "warnings": [f"only {chosen.limit} samples per task"] if chosen.limit else [],
-        "settings": {**dataclasses.asdict(chosen), "include_path": _name(chosen.include_path)},
-        "environment": {**describe_machine(device), "lm_eval": _version()},
-        "seconds": round(time.perf_counter() - begin, 2),
-        "files": [],
+        "environment": {**values["environment"], "lm_eval": _version()},
     }
-    report = LongReport(values=values)
-    if out_dir is None:
-        return report
-    return report.write(Path(out_dir), [write_html(values, Path(out_dir))])
+    return finish(values, out_dir, tell)
 
 
 def benchmark_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -283,10 +268,6 @@ def _evaluate(model: Any, chosen: TaskSettings) -> Mapping[str, Any]:
         bootstrap_iters=0,
         **dict.fromkeys(seeds, chosen.seed),
     )
-
-
-def _name(path: str | None) -> str | None:
-    return None if path is None else Path(path).resolve().name
 
 
 def _version() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,21 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsa_convert.config import SparseAttentionConfig, raise_problems
+from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.evaluation.cases import Case, fit_needle, hash_of
 from nsa_convert.evaluation.cells import CellStore
-from nsa_convert.evaluation.html import require_html, write_html
-from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
-from nsa_convert.evaluation.inputs import Inputs, prepare_inputs
+from nsa_convert.evaluation.envelope import envelope, finish
+from nsa_convert.evaluation.html import require_html
+from nsa_convert.evaluation.identity import choose_device, describe_machine, fingerprint
+from nsa_convert.evaluation.inputs import Inputs, check_positions, prepare_inputs
 from nsa_convert.evaluation.long_report import LongReport, empty_warnings, speed_rows
 from nsa_convert.evaluation.long_settings import RECALL, LongSettings
 from nsa_convert.evaluation.mass import LayerMass, MassProbe
-from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
+from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_both_facts
 from nsa_convert.evaluation.perplexity import Readout, read_out
-from nsa_convert.evaluation.plots import write_plots
 from nsa_convert.evaluation.qa import build_qa, read_questions
 from nsa_convert.evaluation.recall import build_recall
-from nsa_convert.evaluation.report import SCHEMA, after_prompt_warnings
+from nsa_convert.evaluation.report import after_prompt_warnings
 from nsa_convert.evaluation.results import text_result
 from nsa_convert.evaluation.ruler import build_ruler
 from nsa_convert.evaluation.running import run_case
@@ -85,9 +84,11 @@ def run_long(
     begin = time.perf_counter()
     if out_dir is not None:
         require_html()
-    models = [read_facts(model_path, plan), *([] if against is None else [read_facts(against)])]
+    models = read_both_facts(model_path, plan, against)
     chosen = LongSettings.read(settings, suite, models[0])
-    warnings = _check_positions(models, chosen, length)
+    asked = {"lengths": chosen.lengths, "task_lengths": chosen.task_lengths}
+    asked["length"] = (length,) if isinstance(length, int) else ()
+    warnings = check_positions(models, asked, chosen.beyond_positions)
     device = choose_device(chosen.device)
     run = _Run(models, chosen, device, say or (lambda line: None), progress or (lambda *args: None))
     run.say("building the prompts")
@@ -100,18 +101,17 @@ def run_long(
     warnings += [*inputs.warnings, *after_prompt_warnings(not models[0].one_pass)]
     warnings += empty_warnings(outcomes)
     warnings += _few(speed) + busy_warnings() if speed else []
-    named = {"text_file": text_file, "qa_file": chosen.qa_file}
-    named = {key: None if value is None else Path(value).name for key, value in named.items()}
-    given = {"length": length, **settings, **named}
-    given = {key: value for key, value in given.items() if value is not None}
-    values = {
-        "schema": SCHEMA,
-        "ok": True,
-        "suite": suite,
-        "command": command_line(models[0], models[1] if len(models) == 2 else None, suite, given),
-        "model": describe_model(models[0]),
-        "against": describe_model(models[-1], same_weights=against is None),
-        "visible_budget": models[0].visible_budget,
+    files = {"text_file": text_file, "qa_file": chosen.qa_file}
+    values = envelope(
+        suite,
+        models,
+        given={"length": length, **settings},
+        chosen=chosen,
+        files=files,
+        device=device,
+        begin=begin,
+    )
+    values |= {
         "texts": texts,
         "needles": _needle_rows(outcomes),
         "tasks": _task_rows(outcomes),
@@ -119,17 +119,9 @@ def run_long(
         "prompts_sha256": hash_of(cases),
         "cells": {"total": len(store.values), "reused": store.reused},
         "warnings": warnings,
-        "settings": {"length": length, **dataclasses.asdict(chosen), **named},
-        "environment": describe_machine(device),
-        "seconds": round(time.perf_counter() - begin, 2),
-        "files": [],
+        "settings": {"length": length, **values["settings"]},
     }
-    report = LongReport(values=json.loads(json.dumps(values)))
-    if out_dir is None:
-        return report
-    run.say("drawing")
-    folder = Path(out_dir)
-    return report.write(folder, [*write_plots(values, folder), write_html(values, folder)])
+    return finish(values, out_dir, run.say)
 
 
 def build_cases(tokenizer: Any, chosen: LongSettings) -> list[Case]:
@@ -178,7 +170,7 @@ class _Run:
         names = ("dtype", "num_queries", "seed", "haystack")
         machine = describe_machine(self.device)
         return {
-            "models": [_fingerprint(model) for model in self.models],
+            "models": [fingerprint(model) for model in self.models],
             "settings": {name: getattr(self.chosen, name) for name in names},
             "texts": [text.sha256 for text, _ in inputs.texts],
             "machine": {key: value for key, value in machine.items() if key != "date"},
@@ -257,30 +249,6 @@ def _inputs(
             for m in models
         ]
     return prepare_inputs(models, text_file, length, QuickSettings(seed=chosen.seed))
-
-
-def _check_positions(models: list[ModelFacts], chosen: LongSettings, length: int | None) -> list[str]:
-    """Raise ConfigError for lengths the models have no positions for; return warnings."""
-    limit = min((model.max_positions for model in models if model.max_positions), default=None)
-    asked = {*chosen.lengths, *chosen.task_lengths, *([length] if isinstance(length, int) else [])}
-    beyond = sorted(n for n in asked if limit and n > limit)
-    if not beyond:
-        return []
-    most = 4 * limit if chosen.beyond_positions else limit
-    too_long = [n for n in beyond if n > most]
-    hint = "give shorter lengths, or beyond_positions=true for up to four times as many"
-    lines = [f"lengths {too_long} are beyond the model's {limit} positions"] if too_long else []
-    raise_problems(lines, code="EV01", hint=hint)
-    return [f"lengths {beyond} are beyond the {limit} positions the model was made for"]
-
-
-def _fingerprint(model: ModelFacts) -> dict[str, Any]:
-    """Return what identifies a checkpoint without reading its weights."""
-    facts = describe_model(model)
-    if facts["manifest_sha256"] is None:
-        rows = sorted(path for path in model.path.iterdir() if path.suffix in {".safetensors", ".json"})
-        facts["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in rows]
-    return facts
 
 
 def _needle_rows(outcomes: list[tuple[Case, str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

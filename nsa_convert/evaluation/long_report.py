@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nsa_convert.evaluation.compare_tables import Table as ComparisonTable
+from nsa_convert.evaluation.compare_tables import csv_rows
+from nsa_convert.evaluation.compare_tables import tables as comparison_tables
 from nsa_convert.evaluation.report import flat_layer, simple_table, write_csv
 from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
 from nsa_convert.patch.staging import write_whole
@@ -48,7 +51,7 @@ class LongReport:
 
     def tables(self) -> list[Table]:
         """Return rich tables: texts, tasks, times, lm-eval."""
-        tables = [*map(_text_table, self.values["texts"])]
+        tables = [*map(_text_table, self.values["texts"]), *map(_as_rich, comparison_tables(self.values))]
         tables += [_task_table(self.values), _speed_table(self.values), _benchmark_table(self.values)]
         return [table for table in tables if table.row_count]
 
@@ -115,8 +118,16 @@ def _csv_tables(values: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         "needles.csv": [{"model": who, **row} for who, rows in values["needles"].items() for row in rows],
         "tasks.csv": [dict(row) for row in values["tasks"]],
         "speed.csv": [dict(row) for row in values["speed"]],
+        "compare.csv": csv_rows(values),
         "benchmarks.csv": [dict(row) for row in values.get("benchmarks", [])],
     }
+
+
+def _as_rich(table: ComparisonTable) -> Table:
+    out = simple_table(table.title, table.header)
+    for row in table.rows:
+        out.add_row(*row)
+    return out
 
 
 def _text_table(text: Mapping[str, Any]) -> Table:

@@ -10,7 +10,14 @@ from nsa_convert.config import raise_problems, unknown_keys
 from nsa_convert.evaluation.mass import NUM_QUERIES
 from nsa_convert.evaluation.models import DTYPES, ModelFacts
 from nsa_convert.evaluation.ruler import RULER_TASKS
-from nsa_convert.evaluation.settings import DEVICES, HAYSTACKS, numbers
+from nsa_convert.evaluation.settings import (
+    DEVICES,
+    HAYSTACKS,
+    not_allowed,
+    not_counts,
+    not_flags,
+    read_lists,
+)
 
 RECALL = "recall"
 TASKS = (*RULER_TASKS, RECALL)
@@ -77,22 +84,10 @@ class LongSettings:
         )
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        for name, kind in (("lengths", int), ("task_lengths", int), ("depths", float), ("tasks", str)):
-            try:
-                object.__setattr__(self, name, numbers(getattr(self, name), kind))
-            except (TypeError, ValueError):
-                problems.append(f"{name} must be a list, got {getattr(self, name)!r}")
-        for name, allowed in (("dtype", tuple(DTYPES)), ("device", DEVICES), ("haystack", HAYSTACKS)):
-            if getattr(self, name) not in allowed:
-                problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, least in (("samples", 1), ("num_queries", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                problems.append(f"{name} must be a whole number >= {least}, got {value!r}")
-        for name in ("beyond_positions", "times"):
-            if not isinstance(getattr(self, name), bool):
-                problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
+        problems = read_lists(self, lengths=int, task_lengths=int, depths=float, tasks=str)
+        problems += not_allowed(self, dtype=tuple(DTYPES), device=DEVICES, haystack=HAYSTACKS)
+        problems += not_counts(self, samples=1, num_queries=1, seed=0)
+        problems += not_flags(self, "beyond_positions", "times")
         if not problems:
             problems += [
                 f"there is no task {name!r} (tasks: {', '.join(TASKS)})"

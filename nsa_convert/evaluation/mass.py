@@ -72,11 +72,12 @@ class MassProbe:
     @contextlib.contextmanager
     def watch(self) -> Iterator[MassProbe]:
         """Collect from every sparse layer that runs inside the block."""
-        with observe(self._add):
+        with observe(self.add):
             yield self
 
     @torch.inference_mode()
-    def _add(self, record: AttentionRecord) -> None:
+    def add(self, record: AttentionRecord) -> None:
+        """Collect from one call of a layer."""
         layout = record.layout
         assert record.q.shape[0] == 1, "the probe reads one sequence at a time"
         assert layout.start is None, "the probe reads unpadded sequences"

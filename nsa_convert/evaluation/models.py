@@ -18,7 +18,7 @@ from nsa_convert.methods.registry import build_method
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.families import FAMILIES, family_of_sparse, geometry_of
 from nsa_convert.patch.loading import load_causal_model
-from nsa_convert.patch.patching import patch_model
+from nsa_convert.patch.patching import patch_model, unpatch_model
 from nsa_convert.patch.plan import resolve_plan
 from nsa_convert.strict_files import read_json_mapping
 
@@ -56,7 +56,12 @@ class ModelFacts:
 
     def prompt_of(self, tokens: int) -> int:
         """Return how much of a text is read as a prompt before the rest is scored; 0 where all is scored."""
-        return 0 if self.one_pass else tokens - min(SCORED_TOKENS, tokens // 4)
+        return 0 if self.one_pass else prompt_tokens(tokens)
+
+
+def prompt_tokens(tokens: int) -> int:
+    """Return how much of a text is read as a prompt where only the rest is scored."""
+    return tokens - min(SCORED_TOKENS, tokens // 4)
 
 
 def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> ModelFacts:
@@ -99,6 +104,13 @@ def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> M
     )
 
 
+def read_both_facts(
+    path: str | Path, plan: SparseAttentionConfig | None, against: str | Path | None
+) -> list[ModelFacts]:
+    """Return the facts of a model, and of the dense checkpoint it is compared with where there is one."""
+    return [read_facts(path, plan), *([] if against is None else [read_facts(against)])]
+
+
 def reads_texts(method: SparseMethod) -> bool:
     """Return whether reading a text in one pass shows, causally, all that a method does."""
     in_prompts = "prefill" in method.spec.phases and not isinstance(method, Phases)
@@ -120,6 +132,19 @@ def load_model(
     """
     model = load_causal_model(Path(path), DTYPES[dtype]).to(device).eval()
     return model if plan is None else patch_model(model, plan)
+
+
+@contextlib.contextmanager
+def patched_in(model: nn.Module, plan: SparseAttentionConfig | None) -> Iterator[nn.Module]:
+    """Give a dense model a plan inside the block; None leaves it dense."""
+    if plan is None:
+        yield model
+        return
+    patch_model(model, plan)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ def read_out(
     input_ids: list[int],
     prompt: int = 0,
     watch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    whole: bool = False,
 ) -> Readout:
     """Read a sequence with a causal language model of transformers.
 
@@ -61,6 +62,7 @@ def read_out(
         prompt: 0 reads it in one pass without a cache. Else so many tokens are read as a prompt, and the
             others in decoding steps on its cache.
         watch: Entered around the pass, or around the reading of the prompt.
+        whole: Keep the states of the prompt too.
 
     Returns:
         The states of all positions, or of those from the prompt's last token on.
@@ -76,7 +78,7 @@ def read_out(
     cache = DynamicCache(config=model.config)
     with watch():
         out = model.base_model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
-    states = [out.last_hidden_state[0, -1:]]
+    states = [out.last_hidden_state[0] if whole else out.last_hidden_state[0, -1:]]
     for step in ids[:, prompt:].split(STEP_TOKENS, 1):
         out = model.base_model(input_ids=step, past_key_values=cache, use_cache=True)
         states.append(out.last_hidden_state[0])

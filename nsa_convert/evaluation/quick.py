@@ -16,7 +16,7 @@ from nsa_convert.evaluation.html import require_html, write_html
 from nsa_convert.evaluation.identity import choose_device, command_line, describe_machine, describe_model
 from nsa_convert.evaluation.inputs import Inputs, prepare_inputs
 from nsa_convert.evaluation.mass import LayerMass, MassProbe
-from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_facts
+from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_both_facts
 from nsa_convert.evaluation.needle import NeedleScore, score_case
 from nsa_convert.evaluation.perplexity import Readout, read_out
 from nsa_convert.evaluation.plots import write_plots
@@ -77,7 +77,7 @@ def run_quick(
     chosen = QuickSettings.read(settings)
     if out_dir is not None:
         require_html()
-    models = [read_facts(model_path, plan), *([] if against is None else [read_facts(against)])]
+    models = read_both_facts(model_path, plan, against)
     inputs = prepare_inputs(models, text_file, length, chosen)
     device = choose_device(chosen.device)
     sparse, dense = _read_both(models, inputs, chosen, device, say)

@@ -48,26 +48,55 @@ class QuickSettings:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        for name, kind in (("needle_lengths", int), ("needle_depths", float)):
-            try:
-                object.__setattr__(self, name, numbers(getattr(self, name), kind))
-            except (TypeError, ValueError):
-                problems.append(f"{name} must be a list of numbers, got {getattr(self, name)!r}")
-        for name, allowed in (("dtype", tuple(DTYPES)), ("device", DEVICES), ("needle_haystack", HAYSTACKS)):
-            if getattr(self, name) not in allowed:
-                problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, least in (("num_queries", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                problems.append(f"{name} must be a whole number >= {least}, got {value!r}")
-        if not isinstance(self.needle_chat, bool):
-            problems.append(f"needle_chat must be true or false, got {self.needle_chat!r}")
+        problems = read_lists(self, needle_lengths=int, needle_depths=float)
+        problems += not_allowed(self, dtype=tuple(DTYPES), device=DEVICES, needle_haystack=HAYSTACKS)
+        problems += not_counts(self, num_queries=1, seed=0) + not_flags(self, "needle_chat")
         if not problems and not all(0 <= depth <= 1 for depth in self.needle_depths):
             problems.append(f"needle_depths must be between 0 and 1, got {list(self.needle_depths)}")
         if not problems and self.needle_lengths and not self.needle_depths:
             problems.append("needle_depths is empty: leave it out for the default depths")
         raise_problems(problems, code="RC10")
+
+
+def read_lists(settings: Any, **kinds: type) -> list[str]:
+    """Read the named fields of a frozen dataclass as lists; return the problems."""
+    problems = []
+    for name, kind in kinds.items():
+        value = getattr(settings, name)
+        try:
+            object.__setattr__(settings, name, numbers(value, kind))
+        except (TypeError, ValueError):
+            problems.append(f"{name} must be a list{'' if kind is str else ' of numbers'}, got {value!r}")
+    return problems
+
+
+def not_allowed(settings: Any, **allowed: tuple[str, ...]) -> list[str]:
+    """Return the problems of fields that take one of a few words."""
+    return [
+        f"{name} must be one of {', '.join(words)}, got {getattr(settings, name)!r}"
+        for name, words in allowed.items()
+        if getattr(settings, name) not in words
+    ]
+
+
+def not_counts(settings: Any, **least: int) -> list[str]:
+    """Return the problems of fields that are whole numbers from a least one on."""
+    given = {name: getattr(settings, name) for name in least}
+    return [
+        f"{name} must be a whole number >= {least[name]}, got {value!r}"
+        for name, value in given.items()
+        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]
+    ]
+
+
+def not_flags(settings: Any, *names: str) -> list[str]:
+    """Return the problems of fields that are true or false."""
+    given = {name: getattr(settings, name) for name in names}
+    return [
+        f"{name} must be true or false, got {value!r}"
+        for name, value in given.items()
+        if not isinstance(value, bool)
+    ]
 
 
 def numbers(value: Any, kind: type) -> tuple[Any, ...]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nsa_convert.evaluation.compare_tables import comparison_verdict
+
 Z95 = 1.959964
 """Normal quantile of a two-sided 95 % interval."""
 
@@ -88,6 +90,8 @@ def verdict(report: Mapping[str, Any]) -> str:
 
     No loss is ever claimed to be absent: what is said is what was measured, with the number of cases.
     """
+    if report.get("rows"):
+        return comparison_verdict(report)
     budget = report.get("visible_budget")
     if not budget:
         return "No layer of this model is sparse. Dense and sparse attention are the same here."

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, MachineError
 from nsa_convert.evaluation import quick
-from nsa_convert.evaluation.models import load_model
+from nsa_convert.evaluation.models import load_model, read_facts
 from nsa_convert.evaluation.perplexity import read_out, token_nll
 from nsa_convert.evaluation.quick import run_quick
 from tests.evaluation.tiny import BUDGET, byte_tokenizer, save, save_pair, tiny_dense
@@ -211,4 +211,4 @@ def test_budget_of_a_mixed_plan_is_that_of_its_tightest_layer(tmp_path):
         {"layers": [0], "method": "full"}, {"layers": [1], **NSA, "num_blocks": 3},
     ]
     (sparse / "config.json").write_text(json.dumps(config))
-    assert quick.read_facts(sparse).visible_budget == 3 * NSA["block_size"]
+    assert read_facts(sparse).visible_budget == 3 * NSA["block_size"]

@@ -12,9 +12,8 @@ SWALLOWED = {
     "evaluation/cells.py::CellStore._read": "a line cut off by a kill is a cell to compute again",
     "evaluation/contamination.py::_sources": "without a readable recipe there is no training text to compare",
     "evaluation/identity.py::processor_name": "without /proc the architecture stands for the name",
-    "evaluation/long_settings.py::LongSettings.__post_init__": "collected with the value and raised together",
     "evaluation/qa.py::_row": "a line that is no JSON is refused by its number in the caller",
-    "evaluation/settings.py::QuickSettings.__post_init__": "collected with the value and raised together",
+    "evaluation/settings.py::read_lists": "collected with the value and raised together",
     "hub.py::_check_download": "without notes of earlier checks the files are hashed again",
     "patch/chat.py::_render_and_exit": "the parent takes an empty answer for too much memory",
     "patch/gguf.py::_dequantise": "older transformers have no such option and always dequantise",
@@ -53,7 +52,7 @@ BROAD = {
 }
 
 ASSERTS = {
-    "evaluation/mass.py::MassProbe._add": "our own evaluation reads one unpadded sequence at a time",
+    "evaluation/mass.py::MassProbe.add": "our own evaluation reads one unpadded sequence at a time",
     "evaluation/mass.py::_group_indices": "our own methods select per model, KV head or query head",
     "kernels/selected/triton_gather.py::_gradients": "the dispatch sends other shapes to other kernels",
     "kernels/selected/triton_plan.py::tile_table": "the columns of a table built three lines above",
@@ -73,7 +72,7 @@ WRITERS = {
     "convert.py": "inside the staging folder of patch/staging.py",
     "evaluation/cells.py": "finished cells, one synced line each, so that a kill loses none",
     "evaluation/long_report.py": "the folder of --out, made for tables and report",
-    "evaluation/plots.py": "plots in the folder of --out",
+    "evaluation/drawing.py": "plots in the folder of --out",
     "evaluation/report.py": "tables in the folder of --out; the report itself is renamed into place",
     "hub.py": "cache of the demo model and of checked hashes, renamed into place",
     "patch/equivalence.py": "logits of the bare process, in a temporary folder",

@@ -40,7 +40,7 @@ COMMANDS = {
         },
     ),
     "doctor": ([], set()),
-    "eval": (["MODEL"], {"--method", "--against", "--suite", "--set", "--out"}),
+    "eval": (["MODEL"], {"--method", "--against", "--suite", "--set", "--plan", "--out"}),
     "explain": (["CODE"], set()),
     "generate": (
         ["MODEL"],

@@ -1,0 +1,134 @@
+"""Panels and plots: what the drawings of all suites are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nsa_convert.errors import MachineError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe-Ito (the blue a little lighter, for dark pages), told apart by colour-blind readers too.
+DENSE, SPARSE, THIRD, FOURTH = "#1F83C6", "#D55E00", "#009E73", "#CC79A7"
+INK = "#010203"
+"""Stands for the colour of the surrounding text in an SVG."""
+
+PANEL = (3.9, 3.0)
+"""Inches: readable on a phone, where panels stand below each other."""
+ABREAST = 3
+"""Most panels beside each other in a PNG file."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One set of axes.
+
+    Attributes:
+        title: Above it.
+        draw: Draws on axes.
+        height: Inches.
+    """
+
+    title: str
+    draw: Callable[[Axes], None]
+    height: float = PANEL[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Panels that belong together.
+
+    Attributes:
+        name: Of the PNG file, without its ending.
+        title: What is shown.
+        note: How to read it.
+        table: The CSV file with the same numbers.
+        panels: Side by side.
+    """
+
+    name: str
+    title: str
+    note: str
+    table: str
+    panels: tuple[Panel, ...]
+
+
+def require_matplotlib() -> None:
+    """Raise MachineError when plots cannot be made."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MachineError(
+            "plots need matplotlib", code="CL11", hint="pip install 'nsa-convert[eval]'"
+        ) from error
+
+
+def save_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
+    """Write plots as PNG files.
+
+    Raises:
+        MachineError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for plot in plots:
+        height, lines = max(panel.height for panel in plot.panels), -(-len(plot.panels) // ABREAST)
+        size = (PANEL[0] * min(ABREAST, len(plot.panels)), height * lines + 0.4)
+        figure = Figure(figsize=size, layout="constrained")  # no pyplot, so no global state
+        figure.suptitle(plot.title, fontsize=11)
+        for number, panel in enumerate(plot.panels, 1):
+            axis = figure.add_subplot(lines, min(ABREAST, len(plot.panels)), number)
+            axis.set_title(panel.title, fontsize=10)
+            panel.draw(axis)
+        figure.savefig(folder / f"{plot.name}.png", dpi=120)
+        written.append(folder / f"{plot.name}.png")
+    return written
+
+
+def panel_svg(panel: Panel, name: str) -> str:
+    """Return a panel as inline SVG whose text takes the colour of the page.
+
+    Args:
+        panel: What to draw.
+        name: Unique in the page; keeps the ids of several drawings apart.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    ink = dict.fromkeys(keys, INK)
+    style = {**ink, "svg.fonttype": "none", "svg.hashsalt": name, "axes.facecolor": "none"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(PANEL[0], panel.height), layout="constrained")
+        figure.patch.set_alpha(0)
+        axis = figure.subplots()
+        panel.draw(axis)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
+    ids = set(re.findall(r'\bid="([^"]+)"', svg))
+    for found in sorted(ids, key=len, reverse=True):
+        svg = re.sub(rf'(id="|#){re.escape(found)}(?=["\)])', rf"\g<1>{name}-{found}", svg)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
+
+
+def legend(axis: Axes, **options: Any) -> None:
+    """Draw a legend that hides nothing behind it."""
+    axis.legend(fontsize=8, framealpha=0, **options)
+
+
+def plot_of(name: str, title: str, panels: Sequence[Panel], table: str, note: str) -> Plot | None:
+    """Return a plot, or None when there are no panels."""
+    return Plot(name=name, title=title, note=note, table=table, panels=tuple(panels)) if panels else None
