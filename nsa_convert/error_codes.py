@@ -249,7 +249,7 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
     ("HB21", 4, "There is no evaluation of these files.", "`nsa-convert eval MODEL --out MODEL/evaluation`."),
     ("HB22", 3, "A downloaded file is not what the Hub declared.", "Run again: it is fetched anew."),
     ("KN14", 5, "A kernel backend cannot run here.", "`nsa-convert doctor` shows what can."),
-    ("EV01", 3, "A length is beyond the model's positions.", "Give a shorter length."),
+    ("EV01", 3, "A length is too short, or beyond the model's positions.", "Give one as the message asks."),
     ("EV02", 3, "A prompt cannot be built at this length.", "Raise the length."),
     ("EV04", 4, "The model's logits are not finite.", "`nsa-convert verify` the model."),
     ("EV07", 3, "The models cannot be compared.", "Compare with the dense model it was converted from."),

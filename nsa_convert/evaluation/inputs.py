@@ -117,7 +117,8 @@ def _check_lengths(length: int | None, limit: int | None, needle_lengths: tuple[
     beyond = [n for n in needle_lengths if limit and n > limit]
     if beyond:
         problems.append(f"needle_lengths {beyond} are beyond the model's {limit} positions")
-    raise_problems(problems, code="EV01", hint="give shorter lengths")
+    hint = f"give lengths from {MIN_TOKENS} to the model's positions"
+    raise_problems(problems, code="EV01", hint=hint)
 
 
 def check_texts(texts: Sequence[tuple[EvalText, list[int]]], length: int | None) -> None:
