@@ -5,10 +5,73 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa_convert.kernels.backend import choose_backend
+from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.kernels.dense.segments import is_decode, segments
 from nsa_convert.patterns import SequenceLayout
 
 SCORES = 1 << 22
 """Scores computed at once."""
+
+MOST_ROWS = 128
+"""Queries of one head whose scores are computed at once; more fill no cache better."""
+
+
+def attend_and_sum(
+    q: Tensor, k: Tensor, v: Tensor, *, layout: SequenceLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend densely, and add up the probabilities each key received.
+
+    On the torch backend a prompt computes its scores once for both. Kernels keep no probabilities, and a
+    gradient needs an op that has one: then :func:`column_sums` computes the scores again.
+
+    Args:
+        q: ``[B, TQ, HQ, D]``.
+        k: ``[B, TK, H, D]``.
+        v: ``[B, TK, H, D]``.
+        layout: Position of the queries, padding and packing; the offset is an int.
+        scale: Factor on the scores.
+
+    Returns:
+        ``(o [B, TQ, HQ, D], sums [B, TK, HQ])``; the sums without gradient, at least float32.
+    """
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if tracked or is_decode(layout, q, k, v) or choose_backend(q, v.shape[-1]) != "torch":
+        o = dense_attention(q, k, v, layout=layout, scale=scale)
+        return o, column_sums(q, k, layout=layout, scale=scale)
+    group, wide = q.shape[2] // k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    o = torch.zeros_like(q)
+    sums = q.new_zeros(q.shape[0], q.shape[2], k.shape[1], dtype=wide)
+    for part in segments(layout, *q.shape[:2], k.shape[1]):
+        own, seen = slice(*part.queries), slice(*part.keys)
+        for head in range(q.shape[2]):
+            keys, values = (x[part.row, seen, head // group].to(wide) for x in (k, v))
+            queries = q[part.row, own, head].to(wide) * scale
+            out, received = _attend_head(queries, keys, values, part.offset)
+            o[part.row, own, head] = out
+            sums[part.row, head, seen] = received
+    return o, sums.transpose(1, 2)
+
+
+def _attend_head(q: Tensor, k: Tensor, v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """Attend causally with ``q [T, D]`` at positions ``offset ..`` to ``k, v [L, D]``; ``(o, sums [L])``.
+
+    The buffers are kept from tile to tile: fresh memory of this size costs as much as a pass over it.
+    """
+    rows = max(1, min(MOST_ROWS, SCORES // len(k)))
+    out, sums = q.new_empty(len(q), v.shape[1]), k.new_zeros(len(k))
+    scores, shares = q.new_empty(2, rows * len(k))
+    for begin in range(0, len(q), rows):
+        count = min(rows, len(q) - begin)
+        length = offset + begin + count
+        s, p = (x[: count * length].view(count, length) for x in (scores, shares))
+        torch.mm(q[begin : begin + count], k[:length].T, out=s)
+        future = torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1)
+        s[:, length - count :].masked_fill_(future, -torch.inf)
+        torch.softmax(s, -1, out=p)
+        sums[:length] += p.sum(0)
+        torch.mm(p, v[:length], out=out[begin : begin + count])
+    return out, sums
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from nsa_convert.config import AttentionGeometry, at_least, raise_problems
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
 from nsa_convert.methods.cache_policy import CachePolicy
-from nsa_convert.methods.column_sums import column_sums
+from nsa_convert.methods.column_sums import attend_and_sum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,10 +111,11 @@ class H2O(SparseMethod):
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to all that is left, and note who received how much; returns ``[B, TQ, HQ, D]``."""
         self.record(x, x.k, {})
-        if x.memory is not None:
-            received = column_sums(x.q, x.k, layout=x.layout, scale=x.scale)
-            mass = received.unflatten(2, (self.geometry.num_kv_heads, -1)).sum(3)  # [B, TK, H]
-            if "mass" in x.memory:
-                mass = mass + functional.pad(x.memory["mass"], (0, 0, 0, x.q.shape[1]))
-            x.memory["mass"] = mass
-        return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+        if x.memory is None:
+            return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+        o, received = attend_and_sum(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+        mass = received.unflatten(2, (self.geometry.num_kv_heads, -1)).sum(3)  # [B, TK, H]
+        if "mass" in x.memory:
+            mass = mass + functional.pad(x.memory["mass"], (0, 0, 0, x.q.shape[1]))
+        x.memory["mass"] = mass
+        return o

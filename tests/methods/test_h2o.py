@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_convert.methods.column_sums import column_sums
+from nsa_convert.kernels.backend import use_backend
+from nsa_convert.kernels.dense import dense_attention
+from nsa_convert.methods.column_sums import attend_and_sum, column_sums
 from nsa_convert.methods.h2o import H2O
 from nsa_convert.patch.eviction import EvictingLayer
 from nsa_convert.patterns import SequenceLayout
@@ -108,3 +110,63 @@ def test_column_sums(window: int | None, offset: int, monkeypatch: pytest.Monkey
             monkeypatch.setattr("nsa_convert.methods.column_sums.SCORES", size)
             sums = column_sums(q, k, layout=layout, scale=0.4, lse=given, window=window)
             assert (sums - p.sum(2).transpose(1, 2)).abs().max() < 1e-12
+
+
+LAYOUTS = {
+    "whole": SequenceLayout(),
+    "offset": SequenceLayout(offset=23),
+    "padded": SequenceLayout(offset=5, start=torch.tensor([0, 17])),
+    "packed": SequenceLayout(cu_seqlens=torch.tensor([0, 9, 9, 31, 40])),
+}
+
+
+@pytest.mark.parametrize("size", [1, 300, 1 << 22])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_one_pass_is_attention_and_its_sums(
+    layout: SequenceLayout, group: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In tiles of any size, with values that nobody sees in the padding."""
+    monkeypatch.setattr("nsa_convert.methods.column_sums.SCORES", size)
+    q, k, v = self_made(40, layout, group)
+    if layout.start is not None:
+        v[1, :17] = torch.nan
+    o, sums = attend_and_sum(q, k, v, layout=layout, scale=0.4)
+    with use_backend("reference"):
+        expected = dense_attention(q, k, v.nan_to_num(0.0), layout=layout, scale=0.4)
+    assert (o - expected).abs().max() < 1e-12
+    assert (sums - column_sums(q, k, layout=layout, scale=0.4)).abs().max() < 1e-12
+    rows = layout.visible(40, k.shape[1], q.device).any(-1).sum(1)  # queries that see anything
+    assert (sums.sum(1) - rows[:, None]).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 0.02)])
+def test_one_pass_is_as_exact_as_dense_attention(dtype: torch.dtype, bound: float) -> None:
+    q, k, v = (x.to(dtype) for x in self_made(200, SequenceLayout(), 3))
+    o, sums = attend_and_sum(q, k, v, layout=SequenceLayout(), scale=0.4)
+    wide = [x.double() for x in (q, k, v)]
+    exact, exact_sums = attend_and_sum(*wide, layout=SequenceLayout(), scale=0.4)
+    assert (o.dtype, sums.dtype) == (dtype, torch.float32)
+    assert (sums - exact_sums).abs().max() < 2e-5
+    plain = dense_attention(q, k, v, scale=0.4)
+    assert (o - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5
+    assert (o - exact).abs().max() < bound
+
+
+def test_a_gradient_reaches_what_is_attended_to() -> None:
+    q, k, v = self_made(40, SequenceLayout(), 2)
+    o, sums = attend_and_sum(q.requires_grad_(), k, v, layout=SequenceLayout(), scale=0.4)
+    assert o.requires_grad
+    assert not sums.requires_grad
+    with torch.no_grad():
+        again, same = attend_and_sum(q, k, v, layout=SequenceLayout(), scale=0.4)
+    assert (o - again).abs().max() < 1e-12
+    assert (sums - same).abs().max() < 1e-12
+
+
+def self_made(length: int, layout: SequenceLayout, group: int) -> list[Tensor]:
+    """Return ``length`` queries, and the keys and values up to the last of them."""
+    generator = torch.Generator().manual_seed(0)
+    batch = 1 if layout.start is None else len(layout.start)
+    sizes = ((length, 2 * group), (length + layout.offset, 2), (length + layout.offset, 2))
+    return [torch.randn(batch, n, h, 8, generator=generator).double() for n, h in sizes]
