@@ -25,16 +25,14 @@ from nsa_convert.evaluation.compare_plans import NamedPlan, Row, make_rows, name
 from nsa_convert.evaluation.compare_settings import CompareSettings
 from nsa_convert.evaluation.density import PairCounter, capture_inputs, search_density
 from nsa_convert.evaluation.divergence import Divergence, compare
-from nsa_convert.evaluation.envelope import envelope, finish
 from nsa_convert.evaluation.html import require_html
 from nsa_convert.evaluation.identity import choose_device, describe_machine, fingerprint
 from nsa_convert.evaluation.inputs import check_positions, check_texts
-from nsa_convert.evaluation.long_report import LongReport
 from nsa_convert.evaluation.mass import LayerMass, MassProbe
 from nsa_convert.evaluation.models import ModelFacts, load_model, patched_in, prompt_tokens, read_facts
 from nsa_convert.evaluation.perplexity import Bucket, Readout, read_out
-from nsa_convert.evaluation.report import mean_layers
 from nsa_convert.evaluation.running import run_case
+from nsa_convert.evaluation.suite_report import SuiteReport, envelope, finish
 from nsa_convert.evaluation.text import EvalText, code_text, file_text, first_tokens, prose_text
 from nsa_convert.methods.at_budget import SEARCHED
 from nsa_convert.methods.base import observe
@@ -55,7 +53,7 @@ def run_compare(
     say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
     **settings: Any,
-) -> LongReport:
+) -> SuiteReport:
     """Compare methods on a dense checkpoint that is patched in memory.
 
     Args:
@@ -237,7 +235,7 @@ class _Run:
             found = compare(after, readout, ids[prompt - 1 :])
         figures = text_figures(found, len(ids), prompt, seen, row.one_pass)
         return {
-            **figures, **_mass(probe.rows), "density": counter.densities(),
+            **figures, **mass_of(probe.rows), "density": counter.densities(),
             "seconds": time.perf_counter() - begin,
         }  # fmt: skip
 
@@ -281,11 +279,25 @@ def text_figures(found: Divergence, tokens: int, prompt: int, seen: int, whole: 
     return {**out, **{f"{own}_after": after[name] for own, name in names.items()}}
 
 
-def _mass(rows: Sequence[LayerMass]) -> dict[str, float | None]:
-    """Return captured mass and the best possible, mean over layers, where one pattern holds the choice."""
-    means = mean_layers(rows)
-    mean = means.get("selected") or (next(iter(means.values())) if len(means) == 1 else None)
-    return {"captured": mean and mean["captured"], "oracle": mean and mean["oracle"]}
+def mass_of(rows: Sequence[LayerMass]) -> dict[str, float | None]:
+    """Return captured mass, and the best possible where all of it was chosen; mean over heads that hide keys.
+
+    Patterns of a layer's heads share a softmax and are added; of gated branches only the chosen one counts.
+    """
+    groups: dict[tuple, list[LayerMass]] = {}
+    for row in rows:
+        if row.gates is None or len(row.gates) == 1 or row.pattern == "selected":
+            groups.setdefault((row.layer, row.heads), []).append(row)
+    captured, oracle, heads = 0.0, 0.0, 0
+    chosen = all(len(group) == 1 and group[0].oracle is not None for group in groups.values())
+    for group in groups.values():
+        weight = len(group[0].captured_by_head)
+        heads += weight
+        captured += weight * sum(row.captured for row in group)
+        oracle += weight * (group[0].oracle or 0.0)
+    if not heads:
+        return {"captured": None, "oracle": None}
+    return {"captured": captured / heads, "oracle": oracle / heads if chosen else None}
 
 
 def _hash(ids: Sequence[int]) -> str:

@@ -96,7 +96,7 @@ def _draw(
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axis.set_xlim(0, 1.05)
+        axis.set_xlim(-0.05, 1.05)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.tick_params(axis="x", labelsize=8)

@@ -20,10 +20,8 @@ from torch import nn
 
 from nsa_convert.config import SparseAttentionConfig, raise_problems, unknown_keys
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, MachineError
-from nsa_convert.evaluation.envelope import envelope, finish
 from nsa_convert.evaluation.html import require_html
 from nsa_convert.evaluation.identity import choose_device
-from nsa_convert.evaluation.long_report import LongReport
 from nsa_convert.evaluation.models import (
     ModelFacts,
     dense_attention_in,
@@ -32,6 +30,7 @@ from nsa_convert.evaluation.models import (
     read_facts,
 )
 from nsa_convert.evaluation.settings import numbers
+from nsa_convert.evaluation.suite_report import SuiteReport, envelope, finish
 from nsa_convert.evaluation.verdict import wilson
 from nsa_convert.patch.loading import load_tokenizer
 
@@ -168,7 +167,7 @@ def run_tasks(
     say: Callable[[str], None] | None = None,
     plan: SparseAttentionConfig | None = None,
     **settings: Any,
-) -> LongReport:
+) -> SuiteReport:
     """Run lm-eval tasks with sparse and with dense attention.
 
     Args:

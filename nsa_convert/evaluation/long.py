@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,20 @@ from torch import nn
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.evaluation.cases import Case, fit_needle, hash_of
 from nsa_convert.evaluation.cells import CellStore
-from nsa_convert.evaluation.envelope import envelope, finish
 from nsa_convert.evaluation.html import require_html
 from nsa_convert.evaluation.identity import choose_device, describe_machine, fingerprint
 from nsa_convert.evaluation.inputs import Inputs, check_positions, prepare_inputs
-from nsa_convert.evaluation.long_report import LongReport, empty_warnings, speed_rows
 from nsa_convert.evaluation.long_settings import RECALL, LongSettings
 from nsa_convert.evaluation.mass import LayerMass, MassProbe
 from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_both_facts
+from nsa_convert.evaluation.outcomes import (
+    busy_warnings,
+    empty_warnings,
+    few_repeats,
+    needle_rows,
+    prompt_rows,
+    speed_rows,
+)
 from nsa_convert.evaluation.perplexity import Readout, read_out
 from nsa_convert.evaluation.qa import build_qa, read_questions
 from nsa_convert.evaluation.recall import build_recall
@@ -36,6 +41,7 @@ from nsa_convert.evaluation.results import text_result
 from nsa_convert.evaluation.ruler import build_ruler
 from nsa_convert.evaluation.running import run_case
 from nsa_convert.evaluation.settings import QuickSettings
+from nsa_convert.evaluation.suite_report import SuiteReport, envelope, finish
 from nsa_convert.evaluation.text import prose_text
 from nsa_convert.patch.loading import load_tokenizer
 
@@ -44,7 +50,6 @@ Progress = Callable[[str, int, int], None]
 
 ATTENTIONS = ("sparse", "dense")
 WARM_UP = 64
-FEW_REPEATS = 3
 
 
 def run_long(
@@ -59,7 +64,7 @@ def run_long(
     progress: Progress | None = None,
     plan: SparseAttentionConfig | None = None,
     **settings: Any,
-) -> LongReport:
+) -> SuiteReport:
     """Run the long or the full suite.
 
     Args:
@@ -100,7 +105,7 @@ def run_long(
     speed = speed_rows(outcomes) if chosen.times else []
     warnings += [*inputs.warnings, *after_prompt_warnings(not models[0].one_pass)]
     warnings += empty_warnings(outcomes)
-    warnings += _few(speed) + busy_warnings() if speed else []
+    warnings += few_repeats(speed) + busy_warnings() if speed else []
     files = {"text_file": text_file, "qa_file": chosen.qa_file}
     values = envelope(
         suite,
@@ -113,8 +118,8 @@ def run_long(
     )
     values |= {
         "texts": texts,
-        "needles": _needle_rows(outcomes),
-        "tasks": _task_rows(outcomes),
+        "needles": needle_rows(outcomes),
+        "tasks": prompt_rows(outcomes),
         "speed": speed,
         "prompts_sha256": hash_of(cases),
         "cells": {"total": len(store.values), "reused": store.reused},
@@ -249,46 +254,3 @@ def _inputs(
             for m in models
         ]
     return prepare_inputs(models, text_file, length, QuickSettings(seed=chosen.seed))
-
-
-def _needle_rows(outcomes: list[tuple[Case, str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    rows: dict[str, list[dict[str, Any]]] = {"dense": [], "sparse": []}
-    for case, kind, value in outcomes:
-        if case.depth is not None:
-            row = {"length": case.length, "depth": case.depth, "tokens": value["tokens"]}
-            row |= {"hit": value["forced"] == 1, "nll": value["nll"], "generated": value["score"]}
-            rows[kind].append(row)
-    return rows
-
-
-def _task_rows(outcomes: list[tuple[Case, str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    keys = ("tokens", "score", "forced", "forced_tokens", "spans", "nll", "text")
-    return [
-        {
-            "task": case.task,
-            "length": case.length,
-            "index": case.index,
-            "attention": kind,
-            **_pick(value, keys),
-        }
-        for case, kind, value in outcomes
-        if case.depth is None
-    ]
-
-
-def _pick(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: values[key] for key in keys}
-
-
-def busy_warnings() -> list[str]:
-    """Return a warning when other processes want the processor too, so that times mean little."""
-    cores, own = os.cpu_count() or 1, min(torch.get_num_threads(), os.cpu_count() or 1)
-    others = os.getloadavg()[1] - own
-    if others <= max(0.5, 0.25 * cores):
-        return []
-    return [f"other processes kept {others:.1f} of {cores} cores busy: the times are not reliable"]
-
-
-def _few(speed: list[dict[str, Any]]) -> list[str]:
-    few = sorted({row["length"] for row in speed if row["repeats"] < FEW_REPEATS})
-    return [f"times at {few} rest on fewer than {FEW_REPEATS} prompts"] if few else []

@@ -14,10 +14,11 @@ from nsa_convert.cli import main
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.evaluation import compare
 from nsa_convert.evaluation.cells import CELLS
-from nsa_convert.evaluation.compare import run_compare
+from nsa_convert.evaluation.compare import mass_of, run_compare
 from nsa_convert.evaluation.compare_plans import beside_dense
 from nsa_convert.evaluation.compare_settings import CompareSettings, budget_at, budget_label
 from nsa_convert.evaluation.density import PairCounter
+from nsa_convert.evaluation.mass import LayerMass
 from nsa_convert.evaluation.models import load_model, patched_in
 from nsa_convert.evaluation.perplexity import perplexity, read_out, token_nll
 from nsa_convert.evaluation.plots import plots_of
@@ -225,6 +226,23 @@ def test_a_prompt_read_in_two_parts_counts_once() -> None:
             layer(AttentionInputs(q=q, k=k, v=k, hidden=q[..., 0], pooled={}, layout=layout, scale=1.0))
     pairs = sum(min(t, 16) for t in range(1, 45)) + sum(range(45, 65))
     assert counter.densities() == pytest.approx({"prompt": pairs / 2080, "steps": 1.0})
+
+
+def test_mass_is_that_of_the_heads_that_hide_keys() -> None:
+    def row(pattern: str, captured: float, oracle: float | None, count: int = 1, **more: object) -> LayerMass:
+        parts = {"layer": 0, "budget": 8, "density": 0.5, "gates": None, **more}
+        return LayerMass(
+            pattern=pattern, captured=captured, captured_by_head=(captured,) * count, oracle=oracle, **parts
+        )  # fmt: skip
+
+    gates = {"compressed": 0.0, "selected": 1.0, "window": 0.0}
+    nsa = [row("selected", 0.8, 0.9, gates=gates), row("window", 0.6, None, gates=gates)]
+    assert mass_of(nsa) == pytest.approx({"captured": 0.8, "oracle": 0.9})
+    disjoint = [row("selected", 0.5, 0.9), row("vertical", 0.25, 0.4)]  # one softmax
+    assert mass_of(disjoint) == {"captured": 0.75, "oracle": None}
+    parts = [row("selected", 0.9, 1.0, 2, heads=(0, 1)), row("window", 0.3, None, heads=(2,))]
+    assert mass_of(parts) == {"captured": pytest.approx(0.7), "oracle": None}
+    assert mass_of([]) == {"captured": None, "oracle": None}
 
 
 def test_a_head_profile_is_a_plan(pair: tuple[Path, Path], tmp_path: Path) -> None:

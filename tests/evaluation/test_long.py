@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.evaluation import long
+from nsa_convert.evaluation import long, outcomes
 from nsa_convert.evaluation.cells import CELLS
 from nsa_convert.evaluation.long import run_long
 from nsa_convert.evaluation.long_settings import TASKS, LongSettings
@@ -182,10 +182,10 @@ def test_defaults_follow_the_budget_and_the_positions(tmp_path):
 
 @pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1.2, False), (7.0, True)])
 def test_ev10_a_busy_machine_is_named(monkeypatch, load, warned):
-    monkeypatch.setattr(long.os, "getloadavg", lambda: (0.0, load, 0.0))
-    monkeypatch.setattr(long.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(long.torch, "get_num_threads", lambda: 1)
-    assert bool(long.busy_warnings()) is warned
+    monkeypatch.setattr(outcomes.os, "getloadavg", lambda: (0.0, load, 0.0))
+    monkeypatch.setattr(outcomes.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(outcomes.torch, "get_num_threads", lambda: 1)
+    assert bool(outcomes.busy_warnings()) is warned
 
 
 def test_questions_of_ones_own_are_a_task_and_their_place_is_not_told(pair, tmp_path):

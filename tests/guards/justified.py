@@ -71,7 +71,7 @@ WRITERS = {
     "cli/training.py": "recipes copy NAME: a new file in the working directory, never over another",
     "convert.py": "inside the staging folder of patch/staging.py",
     "evaluation/cells.py": "finished cells, one synced line each, so that a kill loses none",
-    "evaluation/long_report.py": "the folder of --out, made for tables and report",
+    "evaluation/suite_report.py": "the folder of --out, made for tables and report",
     "evaluation/drawing.py": "plots in the folder of --out",
     "evaluation/report.py": "tables in the folder of --out; the report itself is renamed into place",
     "hub.py": "cache of the demo model and of checked hashes, renamed into place",

@@ -1,37 +1,35 @@
-"""The result of the long and the full suite: its JSON, CSV files and tables."""
+"""The report of every suite but the quick one: a JSON object, its files and tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsa_convert.evaluation.compare_tables import Table as ComparisonTable
 from nsa_convert.evaluation.compare_tables import csv_rows
 from nsa_convert.evaluation.compare_tables import tables as comparison_tables
-from nsa_convert.evaluation.report import flat_layer, simple_table, write_csv
+from nsa_convert.evaluation.html import write_html
+from nsa_convert.evaluation.identity import command_line, describe_machine, describe_model
+from nsa_convert.evaluation.models import ModelFacts
+from nsa_convert.evaluation.plots import write_plots
+from nsa_convert.evaluation.report import SCHEMA, flat_layer, simple_table, write_csv
 from nsa_convert.evaluation.verdict import benchmark_cells, task_rows, verdict
 from nsa_convert.patch.staging import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from nsa_convert.evaluation.cases import Case
-
-NEAR = 0.75
-"""Prompts shorter than this share of their nominal length do not count for times."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LongReport:
-    """What ``eval --suite long`` or ``full`` found.
+class SuiteReport:
+    """What a suite found.
 
     Attributes:
-        values: The JSON object (``schema`` 1); the same keys as the quick suite's, and ``tasks`` and
-            ``speed``.
+        values: The JSON object (``schema`` 1): the keys of :func:`envelope`, and those of the suite.
     """
 
     values: dict[str, Any]
@@ -55,58 +53,72 @@ class LongReport:
         tables += [_task_table(self.values), _speed_table(self.values), _benchmark_table(self.values)]
         return [table for table in tables if table.row_count]
 
-    def write(self, folder: Path, files: Sequence[Path] = ()) -> LongReport:
+    def write(self, folder: Path, files: Sequence[Path] = ()) -> SuiteReport:
         """Write ``report.json`` and the CSV files; return the report that lists them and ``files``."""
         folder.mkdir(parents=True, exist_ok=True)
         tables = {name: rows for name, rows in _csv_tables(self.values).items() if rows}
         for name, rows in tables.items():
             write_csv(folder / name, rows)
         names = [*(path.name for path in files), *tables, "report.json"]
-        report = LongReport(values={**self.values, "files": names})
+        report = SuiteReport(values={**self.values, "files": names})
         write_whole(folder / "report.json", json.dumps(report.values, indent=2, allow_nan=False) + "\n")
         return report
 
 
-def empty_warnings(outcomes: Iterable[tuple[Case, str, Mapping[str, Any]]]) -> list[str]:
-    """Return how many free answers hold no text: a model that ends at once scores 0 for another reason."""
-    texts = [(kind, value["text"]) for _, kind, value in outcomes if value["text"] is not None]
-    lines = []
-    for kind in sorted({kind for kind, _ in texts}):
-        said = [text for which, text in texts if which == kind]
-        empty = sum(not text.strip() for text in said)
-        if empty:
-            lines.append(f"{empty} of {len(said)} free answers of {kind} attention are empty; they score 0")
-    return lines
-
-
-def speed_rows(outcomes: Iterable[tuple[Case, str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return medians over the prompts of each length: seconds to read, milliseconds per token, cache bytes.
+def envelope(
+    suite: str,
+    models: Sequence[ModelFacts],
+    *,
+    given: Mapping[str, Any],
+    chosen: Any,
+    device: str,
+    begin: float,
+    files: Mapping[str, str | Path | None] | None = None,
+    plans: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the keys that every report has, with nothing measured yet.
 
     Args:
-        outcomes: Cases with the attention they ran with and what came out.
+        suite: Its name.
+        models: The evaluated model, and the dense reference when it is another checkpoint.
+        given: Settings that were given, None where one was left out.
+        chosen: Dataclass of all settings.
+        device: ``cpu`` or ``cuda``.
+        begin: ``time.perf_counter()`` when the run began.
+        files: Settings that are files or folders; the report names them without the folders they lie in.
+        plans: ``NAME=FILE`` of further rows.
     """
-    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for case, kind, value in outcomes:
-        if value["tokens"] >= NEAR * case.length:
-            groups.setdefault((case.length, kind), []).append(value)
-    rows = []
-    for (length, kind), values in sorted(groups.items()):
-        prefill = [value["prefill_s"] for value in values]
-        decode = [value["decode_ms"] for value in values if value["decode_ms"] is not None]
-        if decode:
-            rows.append(
-                {
-                    "attention": kind,
-                    "length": length,
-                    "repeats": len(values),
-                    "prefill_s": statistics.median(prefill),
-                    "prefill_max_s": max(prefill),
-                    "decode_ms": statistics.median(decode),
-                    "decode_max_ms": max(decode),
-                    "cache_bytes": round(statistics.median(value["cache_bytes"] for value in values)),
-                }
-            )
-    return rows
+    named = {key: None if path is None else Path(path).resolve().name for key, path in (files or {}).items()}
+    shown = {key: value for key, value in {**given, **named}.items() if value is not None}
+    against = models[1] if len(models) == 2 else None
+    return {
+        "schema": SCHEMA,
+        "ok": True,
+        "suite": suite,
+        "command": command_line(models[0], against, suite, shown, plans),
+        "model": describe_model(models[0]),
+        "against": describe_model(models[-1], same_weights=against is None),
+        "visible_budget": models[0].visible_budget,
+        "texts": [],
+        "needles": {},
+        "tasks": [],
+        "speed": [],
+        "warnings": [],
+        "settings": {**dataclasses.asdict(chosen), **named},
+        "environment": describe_machine(device),
+        "seconds": round(time.perf_counter() - begin, 2),
+        "files": [],
+    }
+
+
+def finish(values: Mapping[str, Any], out_dir: str | Path | None, say: Callable[[str], None]) -> SuiteReport:
+    """Return the report, written with its plots, page and tables where there is a folder."""
+    report = SuiteReport(values=json.loads(json.dumps(values)))
+    if out_dir is None:
+        return report
+    say("drawing")
+    folder = Path(out_dir)
+    return report.write(folder, [*write_plots(values, folder), write_html(values, folder)])
 
 
 def _csv_tables(values: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
