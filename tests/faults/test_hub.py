@@ -291,7 +291,7 @@ def test_hb18_the_commit_is_pinned_and_recorded(hub, base, tmp_path):
 
 def test_hb19_hb20_the_command(model, hub, tmp_path):
     words, env = command(model, hub, "--json")
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     values = json.loads(done.stdout)
     assert (values["repo"], values["private"], values["removed"]) == (REPO, True, [])

@@ -109,7 +109,7 @@ def test_tr02_the_signal_of_another_process(tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     said = process.stderr.read()
-    assert process.wait(timeout=120) == 143, said
+    assert process.wait(timeout=600) == 143, said
     assert list((tmp_path / "run" / "pretrain").glob("checkpoint-*/complete.json"))
 
 

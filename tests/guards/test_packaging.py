@@ -126,7 +126,7 @@ def test_recipes_are_found_where_the_wheel_is_installed(tmp_path):
     subprocess.run([*pip, *install], check=True, timeout=300)
     env = {**os.environ, "PYTHONPATH": str(place)}
     command = [sys.executable, "-m", "nsa_convert.cli", "recipes", "--json"]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["recipes"].keys() == known_recipes().keys()
 
