@@ -25,8 +25,17 @@ def attention(record):
     return scores.masked_fill(future, -torch.inf).softmax(-1)
 
 
-@pytest.mark.parametrize("settings", [NSA, SSA, {**SSA, "gate": "sigmoid"}], ids=["nsa", "ssa", "ssa-gated"])
-def test_captured_mass_and_density_equal_the_dense_mask(settings):
+INFLLM = {
+    "method": "infllm", "num_sinks": 4, "window_size": 9, "block_size": 6, "num_blocks": 3, "query_block": 11,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "patterns"),
+    [(NSA, 2), (SSA, 1), ({**SSA, "gate": "sigmoid"}, 1), (INFLLM, 3)],
+    ids=["nsa", "ssa", "ssa-gated", "infllm"],
+)
+def test_captured_mass_and_density_equal_the_dense_mask(settings, patterns):
     model, ids = patch_model(tiny_dense(), plan(settings)), random_ids(LENGTH)
     records, probe = [], MassProbe(BUDGET, num_queries=10)
     with observe(records.append):
@@ -35,7 +44,7 @@ def test_captured_mass_and_density_equal_the_dense_mask(settings):
         read_out(model, ids)
     queries = sample_queries(LENGTH, BUDGET, 10)
     expected = [(record, name, pattern) for record in records for name, pattern in record.patterns.items()]
-    assert len(probe.rows) == len(expected) == 3 * (2 if settings is NSA else 1)
+    assert len(probe.rows) == len(expected) == 3 * patterns
     for row, (record, name, pattern) in zip(probe.rows, expected, strict=True):
         mask = pattern.to_dense_mask(LENGTH, LENGTH, 4)[0].expand(4, -1, -1)
         by_head = (attention(record) * mask).sum(-1)[:, queries].mean(1)
