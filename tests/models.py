@@ -71,6 +71,7 @@ VARIANTS = {
     "nsa-independent": {**NSA, "branch_kv": "independent", "key_compressor": "weighted", "gate": "sigmoid"},
     "nsa-second-order": {**NSA, "scorer": "second_order"},
     "ssa": SSA,
+    "ssa-learned": {**SSA, "key_compressor": "token_mlp"},
     "moba": MOBA,
     "moba-group": {**MOBA, "share": "group"},
     "moba-conv": {**MOBA, "key_conv": 3},

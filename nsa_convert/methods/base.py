@@ -209,6 +209,10 @@ class SparseMethod(nn.Module):
         """Return the streams of compressed cells the method needs."""
         return ()
 
+    def loss_pools(self) -> tuple[Pool, ...]:
+        """Return further cells that auxiliary losses read: made in training alone, never cached."""
+        return ()
+
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """Compress cells of pool ``name``.
 

@@ -6,10 +6,16 @@ All of them map windows ``[B, N, l, H, D]`` to cells ``[B, N, H, D]``, each head
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from nsa_convert.methods.base import InitialisedModule
+
+Compressor = Literal["mean", "weighted", "linear", "mlp", "token_mlp"]
+TOKEN_FEATURES = 4
+"""Hidden units of the perceptron of a single token, per coordinate of the head."""
 
 
 class MeanCompressor(nn.Module):
@@ -122,9 +128,59 @@ class MLPCompressor(InitialisedModule):
         return windows.mean(2) + torch.einsum("bnhd,hde->bnhe", inner, self.down)
 
 
-def build_compressor(kind: str, num_heads: int, width: int, head_dim: int) -> nn.Module:
-    """Return a compressor by its setting: ``mean``, ``weighted``, ``linear`` or ``mlp``."""
-    if kind == "mean":
-        return MeanCompressor()
-    classes = {"weighted": WeightedCompressor, "linear": LinearCompressor, "mlp": MLPCompressor}
-    return classes[kind](num_heads, width, head_dim)
+class TokenMLPCompressor(InitialisedModule):
+    """The mean of the tokens and of a two-layer perceptron of each token that starts at zero.
+
+    A query gives a block the mass ``sum_i exp(q k_i)``, a sum over tokens of what is not linear in the key,
+    and so not in the mean key. The perceptron does not grow with l.
+
+    | parameter | initial value | why |
+    |---|---|---|
+    | up ``[H, D, 4 D]`` (in, out) | normal, std D ** -1/2, fixed seed | unit-scale features |
+    | down ``[H, 4 D, D]`` (in, out) | 0 | the residual starts at zero, the cell at the mean |
+    | position ``[H, l, D]`` | 0 | as above |
+
+    Args:
+        num_heads: H.
+        width: l.
+        head_dim: D.
+    """
+
+    def __init__(self, num_heads: int, width: int, head_dim: int) -> None:
+        super().__init__()
+        features = TOKEN_FEATURES * head_dim
+        self.up = nn.Parameter(torch.empty(num_heads, head_dim, features))
+        self.down = nn.Parameter(torch.empty(num_heads, features, head_dim))
+        self.position = nn.Parameter(torch.empty(num_heads, width, head_dim))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Return the table in the class docstring as tensors."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.device("cpu"):
+            up = torch.randn(self.up.shape, generator=generator) * self.up.shape[1] ** -0.5
+        return {"up": up, "down": torch.zeros(self.down.shape), "position": torch.zeros(self.position.shape)}
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Return the mean plus the residual."""
+        placed = windows + self.position.transpose(0, 1)
+        inner = nn.functional.silu(torch.einsum("bnlhd,hde->bnlhe", placed, self.up)).mean(2)
+        return windows.mean(2) + torch.einsum("bnhe,hed->bnhd", inner, self.down)
+
+
+def has_weights(compressor: nn.Module) -> bool:
+    """Return whether a compressor has something to learn."""
+    return any(True for _ in compressor.parameters())
+
+
+_CLASSES = {
+    "weighted": WeightedCompressor,
+    "linear": LinearCompressor,
+    "mlp": MLPCompressor,
+    "token_mlp": TokenMLPCompressor,
+}
+
+
+def build_compressor(kind: Compressor, num_heads: int, width: int, head_dim: int) -> nn.Module:
+    """Return a compressor by its setting."""
+    return MeanCompressor() if kind == "mean" else _CLASSES[kind](num_heads, width, head_dim)

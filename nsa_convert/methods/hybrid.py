@@ -66,9 +66,7 @@ class HeadMix(SparseMethod):
         sources={},
     )
 
-    def __init__(
-        self, settings: tuple[HeadPart, ...], geometry: AttentionGeometry, layer_index: int
-    ) -> None:
+    def __init__(self, settings: tuple[HeadPart, ...], geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
         self.parts = nn.ModuleList(
             part.method(part.settings, _geometry_of(geometry, part.heads), layer_index) for part in settings
@@ -97,12 +95,20 @@ class HeadMix(SparseMethod):
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the pools of all parts, reading the part's heads."""
-        pools = []
-        for i, (method, heads) in enumerate(zip(self.parts, self.cached_heads(), strict=True)):
-            for pool in method.pools():
-                own = tuple(heads[head] for head in pool.heads)
-                pools.append(dataclasses.replace(pool, name=f"{i}.{pool.name}", heads=own))
-        return tuple(pools)
+        return self._own_pools([method.pools() for method in self.parts])
+
+    def loss_pools(self) -> tuple[Pool, ...]:
+        """Return the further pools of all parts that losses read."""
+        return self._own_pools([method.loss_pools() for method in self.parts])
+
+    def _own_pools(self, pools: Sequence[tuple[Pool, ...]]) -> tuple[Pool, ...]:
+        """Return the pools of each part under the part's number, reading the part's heads."""
+        renamed = []
+        for i, (own, heads) in enumerate(zip(pools, self.cached_heads(), strict=True)):
+            for pool in own:
+                places = tuple(heads[head] for head in pool.heads)
+                renamed.append(dataclasses.replace(pool, name=f"{i}.{pool.name}", heads=places))
+        return tuple(renamed)
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """Compress with the part that owns the pool."""

@@ -21,13 +21,14 @@ from nsa_convert.kernels.merge import gated_sum
 from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod, TrainingMode
 from nsa_convert.methods.budget import BlockBudget
-from nsa_convert.methods.compressors import build_compressor
+from nsa_convert.methods.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.gates import BranchGate
 from nsa_convert.methods.losses import score_kl
-from nsa_convert.methods.scores import half_variance, scored
+from nsa_convert.methods.scores import for_loss, half_variance, scored, with_scores
 from nsa_convert.patterns import BlockTopK, SinkWindow
 
-Compressor = Literal["mean", "weighted", "linear", "mlp"]
+TAUGHT = "taught key"
+"""Pool of compressed keys that pass no gradient on to the keys."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,8 @@ class NSA(SparseMethod):
         super().__init__(settings, geometry, layer_index)
         heads, dim, width = geometry.num_kv_heads, geometry.head_dim, settings.compression_block
         self.compress_key = build_compressor(settings.key_compressor, heads, width, dim)
+        if has_weights(self.compress_key):
+            self.stage_losses = with_scores(self.stage_losses)
         self.compress_value = build_compressor(settings.value_compressor, heads, width, dim)
         self.gate = BranchGate(
             geometry.hidden_size,
@@ -148,8 +151,16 @@ class NSA(SparseMethod):
             else (*pools, Pool(name="half_variance", source="key", **sizes))
         )
 
+    def loss_pools(self) -> tuple[Pool, ...]:
+        """Return the compressed keys once more, for a loss that teaches the compressor alone."""
+        if not has_weights(self.compress_key):
+            return ()
+        return (dataclasses.replace(self.pools()[0], name=TAUGHT),)
+
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """See the base class."""
+        if name == TAUGHT:
+            return self.compress_key(windows.detach())
         compressors = {"key": self.compress_key, "value": self.compress_value, "half_variance": half_variance}
         return compressors[name](windows)
 
@@ -202,12 +213,17 @@ class NSA(SparseMethod):
     def auxiliary_losses(
         self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
     ) -> dict[str, Tensor]:
-        """Add ``score_kl``: KL of the block scores (eqs. 8-10) to the dense attention mass of the blocks."""
+        """Add ``score_kl``: KL of the block scores (eqs. 8-10) to the dense attention mass of the blocks.
+
+        It teaches the key compressor alone, so that its weight costs the model nothing. ``mean`` has nothing
+        to learn: there it moves queries and keys.
+        """
         losses = super().auxiliary_losses(x, sparse, dense, mode)
         if "score_kl" in mode.losses:
             s, heads = self.settings, self.geometry.num_kv_heads
             grid = CellGrid(width=s.compression_block, stride=s.compression_stride)
-            pair = scored(x, s.scorer)
+            alone = TAUGHT in x.pooled
+            pair = scored(for_loss(x, TAUGHT if alone else "key", alone=alone), s.scorer)
             losses["score_kl"] = score_kl(
                 x.q, x.k[:, :, :heads], pair, grid, s.rule, x.layout, x.scale, mode.step
             )

@@ -154,13 +154,23 @@ class Phases(SparseMethod):
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the pools of both methods."""
-        pools = []
-        for name, part in self._parts().items():
-            heads = self._own_heads(name)
-            for pool in part.pools():
-                own = tuple(heads[head] for head in pool.heads)
-                pools.append(dataclasses.replace(pool, name=f"{name}.{pool.name}", heads=own))
-        return tuple(pools)
+        return tuple(
+            own for name, part in self._parts().items() for own in self._own_pools(name, part.pools())
+        )
+
+    def loss_pools(self) -> tuple[Pool, ...]:
+        """Return the further pools that the losses of the trained method read."""
+        return self._own_pools("prefill", self.prefill.loss_pools())
+
+    def _own_pools(self, name: str, pools: tuple[Pool, ...]) -> tuple[Pool, ...]:
+        """Return the pools of a method under its phase, reading its heads."""
+        heads = self._own_heads(name)
+        return tuple(
+            dataclasses.replace(
+                pool, name=f"{name}.{pool.name}", heads=tuple(heads[head] for head in pool.heads)
+            )
+            for pool in pools
+        )
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """Compress with the method that owns the pool."""

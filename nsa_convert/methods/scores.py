@@ -9,6 +9,9 @@ kernels score with both as with one key of 2 D numbers.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -54,3 +57,25 @@ def scored(x: AttentionInputs, scorer: str) -> tuple[Tensor, Tensor]:
     if scorer == "first_order":
         return x.q, x.pooled["key"]
     return second_order(x.q, x.pooled["key"], x.pooled["half_variance"], x.scale)
+
+
+def with_scores(losses: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return ``stage_losses`` with ``score_kl`` in every stage, for a method whose compressor has weights.
+
+    A compressor that learns in one stage alone is left behind by the keys that the next ones move.
+    """
+    return {
+        kind: {**losses.get(kind, {}), "score_kl": 1.0} for kind in ("align", "pretrain", "extend", "sft")
+    }
+
+
+def for_loss(x: AttentionInputs, cells: str, *, alone: bool) -> AttentionInputs:
+    """Return the inputs from which a loss on the scores takes queries and cell keys.
+
+    Args:
+        x: Inputs of the layer.
+        cells: The pool of cell keys that the loss reads.
+        alone: Whether the compressor is to learn alone, so that no gradient reaches the queries.
+    """
+    q = x.q.detach() if alone else x.q
+    return dataclasses.replace(x, q=q, pooled={**x.pooled, "key": x.pooled[cells]})

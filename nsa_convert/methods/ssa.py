@@ -20,9 +20,10 @@ from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod, TrainingMode
 from nsa_convert.methods.budget import BlockBudget
+from nsa_convert.methods.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.gates import BranchGate
 from nsa_convert.methods.losses import bidirectional_alignment, score_kl
-from nsa_convert.methods.scores import half_variance, scored
+from nsa_convert.methods.scores import for_loss, half_variance, scored, with_scores
 from nsa_convert.patterns import BlockSelection
 
 
@@ -37,6 +38,8 @@ class SSASettings(BlockBudget):
         num_local_blocks: Last blocks always selected, the query's own included.
         scorer: ``"first_order"`` scores a block by its mean key; ``"second_order"`` adds the spread of its
             keys, see :mod:`nsa_convert.methods.scores`.
+        key_compressor: How the keys of a block become the one that scores it. All but ``"mean"`` have
+            weights, which ``score_kl`` teaches.
         gate: ``"none"``, ``"signed"`` (``2 sigma(W x)``, starts at exactly 1) or the paper's ``"sigmoid"``
             (starts at sigma(4) = 0.982), on the output of each head.
         mode: ``"sparse"``, or ``"full"`` for dense attention with the same weights.
@@ -47,6 +50,7 @@ class SSASettings(BlockBudget):
     num_sink_blocks: int = 1
     num_local_blocks: int = 1
     scorer: Literal["first_order", "second_order"] = "first_order"
+    key_compressor: Compressor = "mean"
     gate: Literal["none", "signed", "sigmoid"] = "none"
     mode: Literal["sparse", "full"] = "sparse"
 
@@ -68,6 +72,7 @@ class SSA(SparseMethod):
             "num_sink_blocks": "added for conversion: a dense model needs its attention sink",
             "num_local_blocks": "the paper's code forces the current block",
             "scorer": "paper section 3 (mean-pooled keys)",
+            "key_compressor": "paper section 3 (mean-pooled keys)",
             "gate": "starts at the dense model; the paper gates every model it trains",
             "mode": "paper section 3 (inference mode)",
         },
@@ -84,6 +89,10 @@ class SSA(SparseMethod):
     def __init__(self, settings: SSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
         self.mode = settings.mode
+        sizes = geometry.num_kv_heads, settings.block_size, geometry.head_dim
+        self.compress_key = build_compressor(settings.key_compressor, *sizes)
+        if has_weights(self.compress_key):
+            self.stage_losses = with_scores(self.stage_losses)
         self.gate = None
         if settings.gate != "none":
             self.gate = BranchGate(
@@ -91,15 +100,20 @@ class SSA(SparseMethod):
             )
 
     def pools(self) -> tuple[Pool, ...]:
-        """Return the block means of the keys, and their spread where the scorer wants it."""
+        """Return the block keys, and the spread of the keys where the scorer wants it."""
         size = self.settings.block_size
         sizes = {"source": "key", "heads": range(self.geometry.num_kv_heads), "width": size, "stride": size}
         names = ("key",) if self.settings.scorer == "first_order" else ("key", "half_variance")
         return tuple(Pool(name=name, **sizes) for name in names)
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
-        """Return the mean key of each block, or half the variance of its keys."""
-        return windows.mean(2) if name == "key" else half_variance(windows)
+        """Return the key of each block, or half the variance of its keys.
+
+        A choice of blocks has no gradient; a loss on the scores teaches a compressor with weights alone.
+        """
+        if name != "key":
+            return half_variance(windows)
+        return self.compress_key(windows.detach() if has_weights(self.compress_key) else windows)
 
     def visible_budget(self) -> int:
         """Return num_blocks * block_size."""
@@ -143,12 +157,16 @@ class SSA(SparseMethod):
     def auxiliary_losses(
         self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
     ) -> dict[str, Tensor]:
-        """Add ``score_kl``, which the paper does not have: it teaches keys to be found by their block."""
+        """Add ``score_kl``, which the paper does not have: it teaches blocks to be found.
+
+        It teaches the key compressor alone; ``mean`` has nothing to learn, there it moves queries and keys.
+        """
         losses = super().auxiliary_losses(x, sparse, dense, mode)
         if "score_kl" in mode.losses:
             rule, size = self.settings.rule, self.settings.block_size
             grid = CellGrid(width=size, stride=size)
-            pair = scored(x, self.settings.scorer)
+            alone = has_weights(self.compress_key)
+            pair = scored(for_loss(x, "key", alone=alone), self.settings.scorer)
             losses["score_kl"] = score_kl(x.q, x.k, pair, grid, rule, x.layout, x.scale, mode.step)
         return losses
 

@@ -189,6 +189,8 @@ class SparseAttention(nn.Module):
         """
         pools = self.sparse.pools()
         if cache is None:
+            if context.training is not None and context.training.losses:
+                pools = (*pools, *self.sparse.loss_pools())
             cells = {p.name: pool_sequence(self.sparse, p, _source(p, k, v), context) for p in pools}
             return (CachedPart(k=k, v=v, layout=context.layout),), cells, streams
         new_tokens, offset = k.shape[1], context.layout.offset

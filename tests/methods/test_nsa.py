@@ -117,13 +117,13 @@ class TestInitialisation:
         values = gate(torch.randn(2, 5, 16))
         assert torch.allclose(values, torch.sigmoid(torch.tensor([-4.0, 4.0, -4.0])).expand(2, 5, 6, 3))
 
-    @pytest.mark.parametrize("kind", ["mean", "weighted", "linear", "mlp"])
+    @pytest.mark.parametrize("kind", ["mean", "weighted", "linear", "mlp", "token_mlp"])
     def test_compressors_start_as_the_mean(self, kind: str) -> None:
         windows = torch.randn(2, 5, 8, 3, 4, dtype=torch.float64)
         compressor = build_compressor(kind, 3, 8, 4).double()
         assert (compressor(windows) - windows.mean(2)).abs().max() < 1e-7
 
-    @pytest.mark.parametrize("kind", ["weighted", "linear", "mlp"])
+    @pytest.mark.parametrize("kind", ["weighted", "linear", "mlp", "token_mlp"])
     def test_compressors_keep_heads_and_places_apart(self, kind: str) -> None:
         compressor = build_compressor(kind, 3, 8, 4).double()
         for parameter in compressor.parameters():

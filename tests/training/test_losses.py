@@ -192,13 +192,16 @@ def test_packed_documents_are_separate_documents(variant):
 
 
 def brute_block_kl(q, k, settings, scale, queries, starts):
-    """KL of the block scores to the true mass over the blocks that are free to choose, in loops."""
+    """KL of the block scores to the true mass over the blocks that are free to choose, in loops.
+
+    A query counts by the mass of these blocks.
+    """
     width, stride, size = (
         settings["compression_block"],
         settings["compression_stride"],
         settings["block_size"],
     )
-    heads, group, total, counted = k.shape[1], q.shape[1] // k.shape[1], 0.0, 0
+    heads, group, totals, weights = k.shape[1], q.shape[1] // k.shape[1], {}, {}
     for t in queries:
         begin = starts[t]
         cells = [begin + c for c in range(0, t + 1 - begin - width + 1, stride)]
@@ -217,9 +220,10 @@ def brute_block_kl(q, k, settings, scale, queries, starts):
                     for part in range(0, width, stride):
                         score[(c - begin + part) // size] += value
             m, s = sum(mass[j] for j in free), sum(score[j] for j in free)
-            total += sum(mass[j] / m * math.log((mass[j] / m) / (score[j] / s)) for j in free)
-            counted += 1
-    return total / counted
+            kl = sum(mass[j] / m * math.log((mass[j] / m) / (score[j] / s)) for j in free)
+            totals[head] = totals.get(head, 0.0) + m * kl
+            weights[head] = weights.get(head, 0.0) + m
+    return sum(totals[head] / weights[head] for head in range(heads)) / heads
 
 
 @pytest.mark.parametrize("name", ["nsa", "ssa"])
@@ -244,6 +248,34 @@ def test_score_kl_is_that_of_the_formula(packed, name):
     want = brute_block_kl(x.q[0], x.k[0], settings, x.scale, range(101), starts)
     assert out.auxiliary[1, 0].item() == pytest.approx(want, rel=1e-6)
     assert want > 0.01
+
+
+@pytest.mark.parametrize(
+    "variant", ["ssa-learned", "nsa-learned-before-rope", "hybrid-learned", "phases-learned"]
+)
+def test_score_kl_teaches_the_compressor_alone(variant):
+    learned = {**NSA, "key_compressor": "token_mlp"}
+    more = {
+        "hybrid-learned": {**learned, "rules": [{**SSA, "layers": [0], "heads": [1]}]},
+        "phases-learned": {"method": "phases", "prefill": learned, "decode": {"method": "full"}},
+    }
+    model, ids = trained_model("llama", {**VARIANTS, **more}[variant]).train(), tokens(1, LENGTH)
+    out = model(input_ids=ids, training_mode=TrainingMode(losses=("score_kl",)))
+    last = gradients(model, out.auxiliary[-1, 0])
+    moved = {name for name, grad in last.items() if grad.abs().max() > 0}
+    assert moved
+    assert all(f"layers.{len(model.model.layers) - 1}." in name for name in moved)
+    assert all("compress_key" in name for name in moved)
+    wanted = {n for n, _ in model.model.layers[-1].self_attn.sparse.named_parameters() if "compress_key" in n}
+    assert len(moved) == len(wanted)
+
+
+def test_score_kl_moves_queries_and_keys_where_nothing_else_can_learn():
+    model, ids = trained_model("llama", VARIANTS["ssa"]).train(), tokens(1, LENGTH)
+    out = model(input_ids=ids, training_mode=TrainingMode(losses=("score_kl",)))
+    last = f"model.layers.{len(model.model.layers) - 1}.self_attn."
+    moved = gradients(model, out.auxiliary[-1, 0])
+    assert all(moved[f"{last}{name}_proj.weight"].abs().max() > 0 for name in "qk")
 
 
 def test_align_reaches_new_weights_only_and_layers_see_the_dense_model():
