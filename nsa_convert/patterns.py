@@ -30,7 +30,8 @@ class SequenceLayout:
             depend on its value (then TK is the capacity of a static cache).
         start: ``[B]`` int64, first real slot of each row (the number of left pads); None means 0.
         cu_seqlens: ``[N + 1]`` int64 on the same device, document boundaries packed into one row
-            (B = 1, offset 0, TQ = TK = cu_seqlens[-1]); excludes ``start``.
+            (B = 1, TK = cu_seqlens[-1]); excludes ``start``. The offset is an int then: the queries are a
+            run of the row's tokens, all of them where it is 0 and TQ = TK.
         max_seqlen: Length of the longest packed document, when the caller knows it.
     """
 
@@ -42,8 +43,8 @@ class SequenceLayout:
     def __post_init__(self) -> None:
         if self.cu_seqlens is not None and self.start is not None:
             raise ValueError("give either cu_seqlens (packed documents) or start (left padding), not both")
-        if self.cu_seqlens is not None and not isinstance(self.offset, Tensor) and self.offset != 0:
-            raise ValueError(f"packed documents have no past: offset must be 0, got {self.offset}")
+        if self.cu_seqlens is not None and isinstance(self.offset, Tensor):
+            raise ValueError("packed documents take an offset as an int, not as a tensor")
 
     def positions(self, num_queries: int, device: torch.device) -> Tensor:
         """Return the key slots of the queries, ``[TQ]`` int64."""
@@ -52,12 +53,20 @@ class SequenceLayout:
     def row_starts(self, num_queries: int, device: torch.device) -> Tensor:
         """Return the slot at which each query's document begins, ``[B or 1, TQ]`` int64."""
         if self.cu_seqlens is not None:
-            slots = torch.arange(num_queries, device=device)
-            document = torch.bucketize(slots, self.cu_seqlens[1:], right=True)
-            return self.cu_seqlens[document][None]
+            return self.cu_seqlens[self.document_of(num_queries, device)][None]
         if self.start is not None:
             return self.start[:, None].expand(-1, num_queries)
         return torch.zeros(1, num_queries, dtype=torch.long, device=device)
+
+    def document_of(self, num_queries: int, device: torch.device) -> Tensor:
+        """Return the number of the packed document of each query, ``[TQ]`` int64."""
+        assert self.cu_seqlens is not None
+        return torch.bucketize(self.positions(num_queries, device), self.cu_seqlens[1:], right=True)
+
+    def query_bounds(self, num_queries: int) -> Tensor:
+        """Return the packed document boundaries among the queries of the call, ``[N + 1]``, from 0 to TQ."""
+        assert self.cu_seqlens is not None
+        return (self.cu_seqlens - self.offset).clamp(min=0, max=num_queries)
 
     def documents(self) -> Iterator[tuple[int, int]]:
         """Yield ``(begin, end)`` slots of each non-empty packed document."""
@@ -292,11 +301,11 @@ def query_tiles(num_queries: int, query_block: int, layout: SequenceLayout, devi
     slots = torch.arange(num_queries, device=device)
     if layout.cu_seqlens is None or query_block == 1:
         return slots // query_block
-    lengths = layout.cu_seqlens.diff()
-    tiles = (lengths + query_block - 1) // query_block
+    bounds = layout.query_bounds(num_queries)
+    tiles = (bounds.diff() + query_block - 1) // query_block
     base = torch.cat([tiles.new_zeros(1), tiles.cumsum(0)])
-    document = torch.bucketize(slots, layout.cu_seqlens[1:], right=True)
-    return base[document] + (slots - layout.cu_seqlens[document]) // query_block
+    document = layout.document_of(num_queries, device)
+    return base[document] + (slots - bounds[document]) // query_block
 
 
 def _ages(num_queries: int, layout: SequenceLayout, device: torch.device) -> Tensor:

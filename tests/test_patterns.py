@@ -115,5 +115,5 @@ def test_bad_rules(values: dict, message: str) -> None:
 def test_bad_layouts() -> None:
     with pytest.raises(ValueError, match="not both"):
         SequenceLayout(start=torch.zeros(1), cu_seqlens=torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="no past"):
-        SequenceLayout(offset=3, cu_seqlens=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="as an int"):
+        SequenceLayout(offset=torch.tensor(3), cu_seqlens=torch.tensor([0, 1]))

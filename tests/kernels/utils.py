@@ -9,7 +9,7 @@ from nsa_convert.kernels import use_backend
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, SequenceLayout, query_tiles
 
-LAYOUTS = ("plain", "offset", "padded", "padded_offset", "packed")
+LAYOUTS = ("plain", "offset", "padded", "padded_offset", "packed", "packed_run")
 
 
 def make_layout(kind: str, num_queries: int) -> tuple[SequenceLayout, int, int]:
@@ -25,6 +25,10 @@ def make_layout(kind: str, num_queries: int) -> tuple[SequenceLayout, int, int]:
         bounds = sorted({0, num_queries // 7, num_queries // 3, num_queries})
         bounds.insert(1, bounds[1])  # an empty document
         return SequenceLayout(cu_seqlens=torch.tensor(bounds)), 1, num_queries
+    if kind == "packed_run":  # the queries are a part of the row, keys lie before and behind them
+        num_keys = num_queries + 50
+        bounds = torch.tensor([0, 13, 13, 24, 24 + num_queries // 2, num_keys - 9, num_keys])
+        return SequenceLayout(cu_seqlens=bounds, offset=20), 1, num_keys
     return DENSE_LAYOUT, 2, num_queries
 
 

@@ -47,6 +47,12 @@ class CellGrid:
         """Return how many cells are complete after ``length`` tokens of a document."""
         return max(0, (length - self.width) // self.stride + 1)
 
+    def first_cells(self, layout: SequenceLayout) -> Tensor:
+        """Return the number of each packed document's first cell among the cells of all, ``[N]``."""
+        assert layout.cu_seqlens is not None
+        counts = self.complete(layout.cu_seqlens.diff())
+        return counts.cumsum(0) - counts
+
     def visible_cells(self, num_queries: int, layout: SequenceLayout, device: torch.device) -> Tensor:
         """Return how many cells of its document each query sees, ``[B or 1, TQ]`` int64."""
         lengths = layout.positions(num_queries, device) - layout.row_starts(num_queries, device) + 1

@@ -66,13 +66,11 @@ class CompressedRun:
     ) -> None:
         self.grid, self.rule, self.scale = grid, rule, scale
         self.num_heads, self.num_kv_heads, self.device = q.shape[2], ck.shape[2], q.device
-        total = q.shape[1] + (0 if layout.cu_seqlens is not None else int(layout.offset))
+        first = [0] if layout.cu_seqlens is None else grid.first_cells(layout).tolist()
         self.parts: list[tuple[Segment, int, int]] = []  # segment, its first cell, its cells
-        cell = 0
-        for segment in segments(layout, q.shape[0], q.shape[1], total):
-            begin = cell if layout.cu_seqlens is not None else 0
-            cell = begin + grid.count(segment.num_keys)
-            self.parts.append((segment, begin, min(cell, ck.shape[1]) - begin))
+        for segment in segments(layout, q.shape[0], q.shape[1], q.shape[1] + int(layout.offset)):
+            begin = first[segment.document]
+            self.parts.append((segment, begin, min(grid.count(segment.num_keys), ck.shape[1] - begin)))
         longest = max((segment.num_keys for segment, _, _ in self.parts), default=1)
         self.size = 0 if rule is None else min(rule.num_blocks, -(-longest // rule.block_size))
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
 from nsa_convert.kernels.dense.reference import masked_softmax_attention
+from nsa_convert.kernels.dense.segments import segments
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
@@ -89,13 +90,14 @@ def _attend_documents(
     scale: float,
     normaliser: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    parts, cell = [], 0
-    for begin, end in layout.documents():
-        cells = slice(cell, cell + grid.count(end - begin))
-        cell = cells.stop
+    parts, first = [], grid.first_cells(layout).tolist()
+    for segment in segments(layout, 1, q.shape[1], q.shape[1] + int(layout.offset)):
+        queries, begin = slice(*segment.queries), first[segment.document]
+        cells = slice(begin, begin + grid.count(segment.num_keys))
         values = None if cv is None else cv[:, cells]
-        own = None if normaliser is None else normaliser[:, begin:end]
-        parts.append(attend(q[:, begin:end], ck[:, cells], values, grid, rule, SequenceLayout(), scale, own))
+        own = None if normaliser is None else normaliser[:, queries]
+        alone = SequenceLayout(offset=segment.offset)
+        parts.append(attend(q[:, queries], ck[:, cells], values, grid, rule, alone, scale, own))
     outputs, lses, indices = zip(*parts, strict=True)
     merged = None if rule is None else join_indices(indices)
     if cv is None:

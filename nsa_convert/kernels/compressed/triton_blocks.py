@@ -48,11 +48,7 @@ def cell_layout(
     starts = layout.row_starts(num_queries, device)  # [B or 1, TQ]
     age = layout.positions(num_queries, device) - starts + 1
     if layout.cu_seqlens is not None:
-        counts = grid.complete(layout.cu_seqlens.diff())
-        document = torch.bucketize(
-            torch.arange(num_queries, device=device), layout.cu_seqlens[1:], right=True
-        )
-        lo = (counts.cumsum(0) - counts)[document][None]
+        lo = grid.first_cells(layout)[layout.document_of(num_queries, device)][None]
         longest = layout.longest(num_queries)
     else:
         lo = torch.zeros_like(age)

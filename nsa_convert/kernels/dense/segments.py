@@ -46,10 +46,7 @@ class Segment:
 def segments(layout: SequenceLayout, batch: int, num_queries: int, num_keys: int) -> Iterator[Segment]:
     """Yield the non-empty segments of a batch; queries in the left padding belong to none."""
     if layout.cu_seqlens is not None:
-        bounds = layout.cu_seqlens.tolist()
-        for document, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if end > begin:
-                yield Segment(row=0, queries=(begin, end), keys=(begin, end), offset=0, document=document)
+        yield from _packed(layout, num_queries)
         return
     offset = int(layout.offset)
     starts = [0] * batch if layout.start is None else layout.start.tolist()
@@ -59,6 +56,21 @@ def segments(layout: SequenceLayout, batch: int, num_queries: int, num_keys: int
         if first < num_queries and end > start:
             yield Segment(
                 row=row, queries=(first, num_queries), keys=(start, end), offset=offset + first - start
+            )
+
+
+def _packed(layout: SequenceLayout, num_queries: int) -> Iterator[Segment]:
+    assert layout.cu_seqlens is not None
+    bounds, shift = layout.cu_seqlens.tolist(), int(layout.offset)
+    for document, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        begin, end = max(start, shift), min(stop, shift + num_queries)
+        if end > begin:
+            yield Segment(
+                row=0,
+                queries=(begin - shift, end - shift),
+                keys=(start, end),
+                offset=begin - start,
+                document=document,
             )
 
 

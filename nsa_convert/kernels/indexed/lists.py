@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa_convert.kernels.checks import accumulate_dtype
+from nsa_convert.kernels.dense.segments import segments
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 CHUNK_BYTES = 1 << 26
@@ -35,8 +36,13 @@ def choose(
     with torch.no_grad():
         if layout.cu_seqlens is not None:
             parts = [
-                choose(lists, tuple(x[:, begin:end] for x in rows), k[:, begin:end], SequenceLayout())
-                for begin, end in layout.documents()
+                choose(
+                    lists,
+                    tuple(x[:, slice(*part.queries)] for x in rows),
+                    k[:, slice(*part.keys)],
+                    SequenceLayout(offset=part.offset),
+                )
+                for part in segments(layout, 1, rows[0].shape[1], k.shape[1])
             ]
             return _join(parts)
         if layout.start is not None:  # slot 0 becomes the first real token of every row

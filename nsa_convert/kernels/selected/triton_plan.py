@@ -175,23 +175,21 @@ def tile_table(
             first // query_block, first % query_block,
         )  # fmt: skip
     else:
-        bounds = layout.cu_seqlens.long()
-        lengths = bounds.diff()
+        bounds, queries = layout.cu_seqlens.long(), layout.query_bounds(num_queries).long()
         tile_base, list_base, block_base = (
-            torch.nn.functional.pad(((lengths + n - 1) // n).cumsum(0), (1, 0))
-            for n in (width, query_block, block_size)
+            torch.nn.functional.pad(((x.diff() + n - 1) // n).cumsum(0), (1, 0))
+            for x, n in ((queries, width), (queries, query_block), (bounds, block_size))
         )
-        tile = torch.arange(num_queries // width + len(lengths), device=device)
+        tile = torch.arange(num_queries // width + len(bounds) - 1, device=device)
         document = torch.bucketize(tile, tile_base[1:], right=True)
-        real = document < len(lengths)
-        document = document.clamp(max=len(lengths) - 1)
+        real = document < len(bounds) - 1
+        document = document.clamp(max=len(bounds) - 2)
         inner = ((tile - tile_base[document]) * width).where(real, 0)
-        first = bounds[document] + inner
-        stop = bounds[document + 1]
-        count = (stop - first).clamp(max=width).where(real, 0)
+        first = queries[document] + inner
+        count = (queries[document + 1] - first).clamp(max=width).where(real, 0)
         columns = (
-            first, count, first, bounds[document], stop, block_base[document],
-            list_base[document] + inner // query_block, inner % query_block,
+            first, count, first + layout.offset, bounds[document], bounds[document + 1],
+            block_base[document], list_base[document] + inner // query_block, inner % query_block,
         )  # fmt: skip
     assert len(columns) == COLUMNS
     return torch.stack([x.expand(batch, len(first)) for x in columns], -1).to(torch.int32)
