@@ -4,8 +4,9 @@
 
 Runs a dense model over a text, scores blocks from its queries and keys as NSA, SSA and InfLLM-v2 do, and
 counts on the lists of the second half of the text: the blocks in the union over W neighbouring queries; the
-width the kernels choose; keys and values moved; rows of matrix products. The last two are over those of a
-kernel that loads the blocks of one query at a time and pads its heads to 16 rows. Nothing is timed.
+tiles the kernels choose; keys and values moved; rows of matrix products, those of steps that are not full
+included. The last two are over those of a kernel that loads the blocks of one query at a time and pads its
+heads to 16 rows. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from nsa_convert.evaluation.models import load_model
 from nsa_convert.evaluation.text import file_text, first_tokens, prose_text
 from nsa_convert.hub import dense_folder, resolve_model
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.kernels.selected.triton_plan import choose_rows, readers_of, tile_width
+from nsa_convert.kernels.selected.triton_plan import Shape, choose_shape, readers_of
+from nsa_convert.kernels.selected.triton_steps import key_steps
 from nsa_convert.kernels.selected.union import union_sizes
 from nsa_convert.methods.base import AttentionRecord, observe
 from nsa_convert.patch.loading import load_tokenizer
@@ -37,7 +39,10 @@ RESULTS = Path(__file__).parent / "results"
 
 WIDTHS = (1, 4, 8, 16, 32, 64)
 GROUPS = (3, 4, 7, 8, 16)
-FORMS = (".1f", ".1f", ".0f", ".0f", ".3f", ".2f")
+FORMS = (".1f", ".1f", ".0f", ".1f", ".0f", ".3f", ".2f")
+KEY_ROW = 256
+"""Bytes of a key: 128 dims in bfloat16."""
+
 PADDED_ROWS = 16
 """Rows that a kernel of one query pads its heads to."""
 
@@ -59,6 +64,7 @@ class Counts:
 
     Attributes:
         rows: Rows of a tile.
+        halves: 2 when it is walked in halves.
         width: Queries in a tile.
         union: Mean blocks in a tile.
         bytes_ratio: Keys and values moved, over those of the kernel of one query.
@@ -67,6 +73,7 @@ class Counts:
     """
 
     rows: int
+    halves: int
     width: int
     union: float
     bytes_ratio: float
@@ -74,26 +81,39 @@ class Counts:
     rows_per_useful: float
 
 
-def count(lists: Tensor, group: int, rows: int | None = None) -> Counts:
+def count(lists: Tensor, group: int, block_size: int = 64, shape: Shape | None = None) -> Counts:
     """Count loads and rows of a tile that walks the union of its lists.
 
     Args:
         lists: ``[H, T, S]`` block numbers, -1 where unused, one list for each query and KV head.
         group: Query heads that share a list.
-        rows: Rows of a tile; the kernels' own choice when None.
+        block_size: Keys in a block; small ones are taken together in steps.
+        shape: Shape of the tiles; the kernels' own choice when None.
     """
     readers = readers_of((group, 1), 1)
-    rows = choose_rows(lists[None], readers, 1) if rows is None else rows
-    width = tile_width(rows, readers)
-    whole = lists.shape[1] // width * width
-    sizes = union_sizes(lists[:, :whole].unflatten(1, (-1, width)).flatten(2).flatten(0, 1))
-    listed = int((lists[:, :whole] >= 0).sum())
-    blocks = int(sizes.sum())
+    shape = choose_shape(lists[None], readers, 1) if shape is None else shape
+    width = shape.width(readers)
+    lists = lists[:, : lists.shape[1] // width * width]
+    sizes = tile_unions(lists, width)
+    listed, blocks = int((lists >= 0).sum()), int(sizes.sum())
+    groups = [(shape.rows, sizes)]
+    if shape.halves == 2:
+        first, second = tile_unions(lists, width // 2).unflatten(0, (-1, 2)).unbind(1)
+        groups = [(shape.rows, first + second - sizes)]
+        groups += [(shape.rows // 2, sizes - second), (shape.rows // 2, sizes - first)]
+    join = key_steps(block_size, KEY_ROW)["JOIN"]
+    work = sum(rows * join * int(((n + join - 1) // join).sum()) for rows, n in groups)
     padded = -(-group // PADDED_ROWS) * PADDED_ROWS
     return Counts(
-        rows=rows, width=width, union=blocks / len(sizes), bytes_ratio=blocks / listed,
-        matrix_ratio=rows * blocks / (padded * listed), rows_per_useful=rows * blocks / (group * listed),
-    )
+        rows=shape.rows, halves=shape.halves, width=width, union=blocks / len(sizes),
+        bytes_ratio=blocks / listed, matrix_ratio=work / (padded * listed),
+        rows_per_useful=work / (group * listed),
+    )  # fmt: skip
+
+
+def tile_unions(lists: Tensor, width: int) -> Tensor:
+    """Return the blocks in the union of each run of ``width`` queries, for lists ``[H, T, S]``."""
+    return union_sizes(lists.unflatten(1, (-1, width)).flatten(2).flatten(0, 1))
 
 
 def union_means(lists: Tensor) -> dict[int, float]:
@@ -101,8 +121,7 @@ def union_means(lists: Tensor) -> dict[int, float]:
     means = {}
     for width in WIDTHS:
         whole = lists.shape[1] // width * width
-        tiles = lists[:, :whole].unflatten(1, (-1, width)).flatten(2).flatten(0, 1)
-        means[width] = union_sizes(tiles).double().mean().item()
+        means[width] = tile_unions(lists[:, :whole], width).double().mean().item()
     return means
 
 
@@ -181,7 +200,7 @@ def table_rows(common: dict, lists: Tensor) -> list[dict]:
     unions = {f"union_{w}": round(u, 2) for w, u in union_means(lists).items()}
     rows = []
     for group in GROUPS:
-        counts = dataclasses.asdict(count(lists, group))
+        counts = dataclasses.asdict(count(lists, group, common["block"]))
         rows.append(common | unions | {"group": group} | {n: round(x, 4) for n, x in counts.items()})
     return rows
 
@@ -189,9 +208,10 @@ def table_rows(common: dict, lists: Tensor) -> list[dict]:
 def summary(rows: list[dict]) -> str:
     """Return the means over the layers as a Markdown table."""
     lines = [
-        "| scores | G | union W=16 | W=32 | rows | width | bytes moved | matrix work |", "|" + "---|" * 8,
+        "| scores | G | union W=16 | W=32 | rows | halves | width | bytes moved | matrix work |",
+        "|" + "---|" * 9,
     ]
-    columns = ("union_16", "union_32", "rows", "width", "bytes_ratio", "matrix_ratio")
+    columns = ("union_16", "union_32", "rows", "halves", "width", "bytes_ratio", "matrix_ratio")
     for name in dict.fromkeys(row["scores"] for row in rows):
         for group in GROUPS:
             own = [row for row in rows if row["scores"] == name and row["group"] == group]

@@ -50,6 +50,36 @@ def dot(a, b, UPCAST: tl.constexpr):
     return tl.dot(a, b, input_precision="ieee")
 
 
+@triton.jit
+def is_finite(x):
+    """Return which elements of x are neither NaN nor infinite."""
+    return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def finite(x):
+    """Return x with 0 in place of what is not finite: ``0 * NaN`` is NaN."""
+    return tl.where(is_finite(x), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def finite_rows(x):
+    """Return which rows of ``x [N, D]`` are finite as a whole."""
+    return tl.min(is_finite(x).to(tl.int32), 1) != 0
+
+
+@triton.jit
+def clean_rows(x, good):
+    """Return ``x [N, D]`` with 0 in the rows that are not good: ``0 * NaN`` is NaN."""
+    return tl.where(good[:, None], x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def all_finite(x):
+    """Return whether the whole of ``x [N, D]`` is finite."""
+    return tl.min(tl.min(is_finite(x).to(tl.int32), 1), 0) != 0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Config:
     """One way to launch a kernel.

@@ -16,7 +16,7 @@ from nsa_convert.kernels.dense.triton_interval_fwd import (
     sink_range,
     tile_range,
 )
-from nsa_convert.kernels.toolchain import Config, declare, dot
+from nsa_convert.kernels.toolchain import Config, declare, dot, finite, finite_rows
 
 GRANULE = 16
 """Keys between two entries of ``bounds``; key tiles are multiples of it."""
@@ -24,12 +24,6 @@ GRANULE = 16
 KEY_CASES = tuple(
     {n: x for n, x in case.items() if n != "HAS_SINKS"} | {"GRANULE": GRANULE} for case in CASES
 )
-
-
-@triton.jit
-def finite(x):
-    """Return x with 0 in place of what is not finite: ``0 * NaN`` is NaN."""
-    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
 
 
 @triton.jit
@@ -130,11 +124,17 @@ def key_step(
         b_lse2 = tl.load(lse + o_m.to(tl.int64) * s_lt) * 1.4426950408889634
         b_delta = tl.load(delta + o_m.to(tl.int64) * s_lt)
     b_s = dot(b_k, tl.trans(b_q), UPCAST) * scale2 - b_lse2[None, :]  # [BN, BM]
+    b_dp = dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :]
     if MASKED:
+        # A query that is not finite must not reach the keys it does not see.
         m_s = sees(o_n[:, None], b_lo[None, :], b_hi[None, :], b_lo[None, :], 0, False)
-        b_s = tl.where(m_s, b_s, float("-inf"))
+        good = finite_rows(b_q) & finite_rows(b_do)
+        b_q = finite(b_q)
+        b_do = finite(b_do)
+        b_s = tl.where(m_s, tl.where(good[None, :], b_s, float("nan")), float("-inf"))
+        b_dp = tl.where(m_s, b_dp, 0.0)
     b_p = tl.exp2(b_s)
-    b_ds = b_p * (dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :])
+    b_ds = b_p * b_dp
     b_dv += dot(b_p.to(b_do.dtype), b_do, UPCAST)
     b_dk += dot(b_ds.to(b_q.dtype), b_q, UPCAST)
     return b_dk, b_dv

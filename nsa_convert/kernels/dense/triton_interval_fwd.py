@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa_convert.kernels.toolchain import Config, declare, dot
+from nsa_convert.kernels.toolchain import Config, declare, dot, finite, finite_rows
 
 FAR = tl.constexpr(1 << 30)
 """Key slot that no query sees."""
@@ -121,10 +121,8 @@ def attend_step(
         m_s = sees(o_n[None, :], b_lo[:, None], b_hi[:, None], b_first[:, None], num_sinks, HAS_SINKS)
         m_s = m_s & m_n[None, :]
         # A value that is not finite must not reach the queries that do not see it: 0 * NaN is NaN.
-        m_v = tl.abs(b_v.to(tl.float32)) < float("inf")
-        bad = tl.min(m_v.to(tl.int32), 1) == 0
-        b_v = tl.where(m_v, b_v, 0.0).to(b_v.dtype)
-        b_s = tl.where(bad[None, :], float("nan"), b_s)
+        b_s = tl.where(finite_rows(b_v)[None, :], b_s, float("nan"))
+        b_v = finite(b_v)
         b_s = tl.where(m_s, b_s, float("-inf"))
     b_max = tl.maximum(b_m, tl.max(b_s, 1))
     safe = tl.where(b_max == float("-inf"), 0.0, b_max) if MASKED else b_max

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_convert.kernels.selected.triton_forward import (
+from nsa_convert.kernels.selected.triton_plan import Plan
+from nsa_convert.kernels.selected.triton_steps import (
     CASES,
+    CLEANING,
     GEOMETRY,
     LARGE,
     SMALL,
-    key_steps,
+    gradient_rows,
+    load_heads,
+    load_step,
+    load_tile,
     row_bytes,
+    seen_by,
     step_keys,
     tile_arguments,
+    tile_rows,
+    two_halves,
+    union_arguments,
 )
-from nsa_convert.kernels.selected.triton_plan import Plan
-from nsa_convert.kernels.toolchain import Config, declare, dot, padded_dim
+from nsa_convert.kernels.toolchain import Config, all_finite, declare, padded_dim
 
 
 @declare(
@@ -51,6 +60,79 @@ def row_terms(
     tl.store(base + o_m, tl.where(unseen, float("inf"), b_lse * LOG2), mask=m_m)
 
 
+@triton.jit
+def walk(
+    b_dq, q, do, base, delta, k, v, begin, end, blocks, members, first, count, slot, start, from_w, i_p,
+    first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr,
+    CLEAN: tl.constexpr,
+):  # fmt: skip
+    """Add what the blocks ``begin .. end - 1`` give to dq of BM rows, along the walk of the forward."""
+    o_q, o_hq, m_m, o_w = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+    b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)
+    b_do = load_heads(do, o_q, o_hq, m_m, s_dt, s_dh, D, DP)
+    row = (first_row + o_q) * HQ + o_hq
+    b_base = tl.load(base + row, mask=m_m, other=float("inf"))
+    b_delta = tl.load(delta + row, mask=m_m, other=0.0)
+    for j in range(begin * PARTS, end * PARTS, JOIN):
+        o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, JOIN)
+        b_k, b_v = load_step(k, v, o_k, m_k, s_kt, s_vt, D, DP)
+        visible = seen_by(bits, o_k, m_k, o_w, slot, JOIN)
+        b_dq = gradient_rows(b_dq, b_q, b_do, b_base, b_delta, b_k, b_v, visible, scale, UPCAST, CLEAN)
+    return b_dq
+
+
+@triton.jit
+def store(
+    b_dq, dq, first_row, first, count, from_w, i_p, HQ, scale, D: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Store dq of BM rows."""
+    o_q, o_hq, m_m, _ = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+    LN2: tl.constexpr = 0.6931471805599453  # scale holds log2(e)
+    o_d = tl.arange(0, DP)
+    p_dq = dq + ((first_row + o_q) * HQ + o_hq)[:, None] * D + o_d[None, :]
+    b_dq = (b_dq * (scale * LN2)).to(dq.dtype.element_ty)
+    tl.store(p_dq, b_dq, mask=m_m[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def gradient_of_tile(
+    q, do, base, delta, dq, k, v, begin, own, own2, end, blocks, members, first, count, slot, start, i_p,
+    first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr,
+    CLEAN: tl.constexpr,
+):  # fmt: skip
+    """Compute and store dq of a tile, and return whether it is finite."""
+    b_dq = tl.zeros([BM, DP], tl.float32)
+    b_dq = walk(
+        b_dq, q, do, base, delta, k, v, begin, own, blocks, members, first, count, slot, start, 0, i_p,
+        first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN,
+        HALVES, UPCAST, CLEAN,
+    )  # fmt: skip
+    if HALVES == 1:
+        good = all_finite(b_dq)
+        store(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM, R, W, 1)
+    else:
+        b_dq, b_dq2 = two_halves(b_dq)
+        b_dq = walk(
+            b_dq, q, do, base, delta, k, v, own, own2, blocks, members, first, count, slot, start, 0, i_p,
+            first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN,
+            PARTS, JOIN, 1, UPCAST, CLEAN,
+        )  # fmt: skip
+        b_dq2 = walk(
+            b_dq2, q, do, base, delta, k, v, own2, end, blocks, members, first, count, slot, start, W // 2,
+            i_p, first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS,
+            BN, PARTS, JOIN, 1, UPCAST, CLEAN,
+        )  # fmt: skip
+        good = all_finite(b_dq) & all_finite(b_dq2)
+        store(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1)
+        store(b_dq2, dq, first_row, first, count, W // 2, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1)
+    return good
+
+
 @declare(
     types={**GEOMETRY, "q": "*T", "k": "*T", "v": "*T", "do": "*T", "base": "*fp32", "delta": "*fp32",
            "dq": "*T"},
@@ -59,61 +141,42 @@ def row_terms(
         Config(num_warps=4, num_stages=2, max_row=256, only=SMALL),
         Config(num_warps=4, num_stages=1, min_row=256, max_row=512),
         Config(num_warps=8, num_stages=1, min_row=512),
+        *CLEANING,
     ),
-    key=("DP", "BM", "BN", "R"),
+    key=("DP", "BM", "BN", "R", "HALVES"),
     cases=CASES,
 )  # fmt: skip
 def attend_backward_q(
-    q, k, v, do, base, delta, dq, tiles, bounds, blocks, members, scale, TQ, TK, HQ, HS,
+    q, k, v, do, base, delta, dq, broken, tiles, bounds, groups, blocks, members, scale, TQ, TK, HQ, HS,
     s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_db, s_dt, s_dh,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
-    BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, UPCAST: tl.constexpr,
+    BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr,
+    UPCAST: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one tile and R heads, along the walk of the forward. Programs: (tiles, HQ / R, B)."""
     i_t, i_p, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_tiles = tl.num_programs(0)
-    p_tile = tiles + (i_b * num_tiles + i_t) * 8
-    first, count, slot, start = (
-        tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3)
-    )  # fmt: skip
+    first, count, slot, start, begin, own, own2, end = load_tile(
+        tiles, bounds, groups, i_t, i_p, i_b, tl.num_programs(0), HQ, HS, R, HALVES
+    )
     i_h = ((i_p * R) // G).to(tl.int64)
-
-    o_m, o_d = tl.arange(0, BM), tl.arange(0, DP)
-    o_w = o_m // R
-    m_m = (o_w < count) & (o_m < W * R)
-    o_q = (first + o_w).to(tl.int64)
-    o_hq = i_p * R + o_m % R
-    m_d = o_d < D
-    m_md = m_m[:, None] & m_d[None, :]
-    b_q = tl.load(q + i_b * s_qb + (o_q * s_qt + o_hq * s_qh)[:, None] + o_d[None, :], mask=m_md, other=0.0)
-    b_do = tl.load(do + i_b * s_db + (o_q * s_dt + o_hq * s_dh)[:, None] + o_d[None, :], mask=m_md, other=0.0)
-    row = (i_b * TQ + o_q) * HQ + o_hq
-    b_base = tl.load(base + row, mask=m_m, other=float("inf"))
-    b_delta = tl.load(delta + row, mask=m_m, other=0.0)
-    position = slot + o_w
-    o_bit = o_w.to(tl.int64)
-
-    b_dq = tl.zeros([BM, DP], tl.float32)
+    q += i_b * s_qb
+    do += i_b * s_db
     k += i_b * s_kb + i_h * s_kh
     v += i_b * s_vb + i_h * s_vh
-    i_list = (i_b * HS + i_p * HS // (HQ // R)) * num_tiles + i_t
-    begin, end = tl.load(bounds + i_list).to(tl.int32), tl.load(bounds + i_list + 1).to(tl.int32)
-    for j in range(begin * PARTS, end * PARTS, JOIN):
-        o_k, m_k, listed = step_keys(j, end, blocks, members, start, o_bit, BS, BN, PARTS, JOIN)
-        m_k = m_k & (o_k < TK)
-        o_k64 = o_k.to(tl.int64)
-        m_kd = m_k[:, None] & m_d[None, :]
-        b_k = tl.load(k + (o_k64 * s_kt)[:, None] + o_d[None, :], mask=m_kd, other=0.0)  # [BN, DP]
-        b_v = tl.load(v + (o_k64 * s_vt)[:, None] + o_d[None, :], mask=m_kd, other=0.0)
-        visible = listed & m_k[None, :] & (o_k[None, :] <= position[:, None])
-        b_s = tl.where(visible, dot(b_q, tl.trans(b_k), UPCAST) * scale, float("-inf"))  # [BM, BN]
-        b_p = tl.exp2(b_s - b_base[:, None])
-        b_ds = b_p * (dot(b_do, tl.trans(b_v), UPCAST) - b_delta[:, None])
-        b_dq += dot(b_ds.to(b_k.dtype), b_k, UPCAST)
-
-    LN2: tl.constexpr = 0.6931471805599453  # scale holds log2(e)
-    p_dq = dq + row[:, None] * D + o_d[None, :]
-    tl.store(p_dq, (b_dq * (scale * LN2)).to(dq.dtype.element_ty), mask=m_md)
+    p_broken = broken + (i_b * tl.num_programs(1) + i_p) * tl.num_programs(0) + i_t
+    if not CLEAN:
+        good = gradient_of_tile(
+            q, do, base, delta, dq, k, v, begin, own, own2, end, blocks, members, first, count, slot, start,
+            i_p, i_b * TQ, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS,
+            JOIN, HALVES, UPCAST, False,
+        )  # fmt: skip
+        tl.store(p_broken, 1 - good.to(tl.int32))
+    elif tl.load(p_broken) != 0:  # as in the forward
+        gradient_of_tile(
+            q, do, base, delta, dq, k, v, begin, own, own2, end, blocks, members, first, count, slot, start,
+            i_p, i_b * TQ, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS,
+            JOIN, HALVES, UPCAST, True,
+        )  # fmt: skip
 
 
 def row_sums(o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,15 +204,13 @@ def backward_q(
 ) -> Tensor:
     """Return dq ``[B, TQ, HQ, D]`` in the dtype of q."""
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    attend_backward_q.launch(
-        (plan.tiles.shape[1], q.shape[2] // plan.readers, q.shape[0]),
-        q,
-        row_bytes(q),
-        q=q, k=k, v=v, do=do, base=base, delta=delta, dq=dq, bounds=plan.bounds, blocks=plan.blocks,
-        members=plan.members, HS=plan.lists, s_vb=v.stride(0), s_vt=v.stride(1), s_vh=v.stride(2),
-        s_db=do.stride(0), s_dt=do.stride(1), s_dh=do.stride(2),
-        **tile_arguments(q, k, plan, scale), **key_steps(plan.block_size, row_bytes(q)),
-    )  # fmt: skip
+    grid = (plan.tiles.shape[1], q.shape[2] // plan.readers, q.shape[0])
+    broken = torch.empty(grid, dtype=torch.int32, device=q.device)
+    for clean in (False, True):
+        attend_backward_q.launch(
+            grid, q, row_bytes(q), q=q, k=k, v=v, do=do, base=base, delta=delta, dq=dq, broken=broken,
+            CLEAN=clean, s_vb=v.stride(0), s_vt=v.stride(1), s_vh=v.stride(2),
+            s_db=do.stride(0), s_dt=do.stride(1), s_dh=do.stride(2),
+            **tile_arguments(q, k, plan, scale), **union_arguments(q, plan),
+        )  # fmt: skip
     return dq
-
-

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nsa_convert.kernels.selected.triton_backward_kv import backward_kv
 from nsa_convert.kernels.selected.triton_backward_q import backward_q, row_sums
-from nsa_convert.kernels.selected.triton_forward import ROW_BYTES, forward, row_bytes
-from nsa_convert.kernels.selected.triton_plan import ROWS, Plan, make_plan
+from nsa_convert.kernels.selected.triton_forward import forward
+from nsa_convert.kernels.selected.triton_plan import ROWS, Plan, Shape, make_plan
+from nsa_convert.kernels.selected.triton_steps import ROW_BYTES, row_bytes
 from nsa_convert.patterns import BlockSelection, SequenceLayout
 
 
@@ -58,9 +59,14 @@ def selected_attention_backward(
     if not q.numel() or not indices.numel():
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, k, v, do = (_rows(x) for x in (q, k, v, do))
-    plan = _plan(q, k, indices, block_size, query_block, _layout(offset_tensor, offset, start, cu_seqlens))
+    layout = _layout(offset_tensor, offset, start, cu_seqlens)
+    plan = _plan(q, k, indices, block_size, query_block, layout)
     delta, base = row_sums(o, lse, do, dlse.contiguous())
     dq = backward_q(q, k, v, do, delta, base, plan, scale)
+    if plan.halves == 2:  # keys walk the halves that list them
+        room, shape = plan.unions.of_halves, Shape(rows=plan.rows // 2)
+        del plan
+        plan = _plan(q, k, indices, block_size, query_block, layout, shape, room)
     return dq, *backward_kv(q, k, v, do, delta, base, plan, scale)
 
 
@@ -101,8 +107,9 @@ def _layout(
 
 
 def _plan(
-    q: Tensor, k: Tensor, indices: Tensor, block_size: int, query_block: int, layout: SequenceLayout
+    q: Tensor, k: Tensor, indices: Tensor, block_size: int, query_block: int, layout: SequenceLayout,
+    shape: Shape | None = None, room: int | None = None,
 ) -> Plan:
     heads, lengths = (q.shape[2], k.shape[2]), (q.shape[1], k.shape[1])
     most = min(ROWS[0], ROW_BYTES // row_bytes(q))
-    return make_plan(indices, block_size, query_block, layout, heads, lengths, max_rows=most)
+    return make_plan(indices, block_size, query_block, layout, heads, lengths, most, shape, room)

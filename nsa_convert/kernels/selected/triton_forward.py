@@ -8,69 +8,101 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_convert.kernels.selected.triton_plan import Plan
-from nsa_convert.kernels.toolchain import LOG2E, Config, declare, dot, padded_dim, upcast
-
-KEY_BYTES = 16384
-"""Keys of one step: part of a large block, or several small blocks together; 16 to 64 of them."""
-
-ROW_BYTES = 32768
-"""Queries of one tile."""
-
-LARGE, SMALL = {"BM": (128,)}, {"BM": (16, 32, 64)}
-
-GEOMETRY = {
-    "tiles": "*i32", "bounds": "*i64", "blocks": "*i32", "members": "*i64", "scale": "fp32", "TQ": "i32",
-    "TK": "i32", "HQ": "i32", "HS": "i32",
-}  # fmt: skip
-"""Types of the arguments that all kernels over tiles share."""
-
-LONG = {
-    "D": 256, "DP": 256, "row": 512, "BM": 64, "R": 4, "G": 4, "W": 16, "BS": 64, "BN": 32, "UPCAST": False,
-}  # fmt: skip
-EXACT = {**LONG, "D": 128, "DP": 128, "dtype": "fp32", "row": 1024, "BM": 32, "W": 8, "BN": 16, "slow": True}
-CASES = tuple(
-    {"D": 128, "DP": 128, "BM": rows, "R": readers, "G": readers, "W": min(64, rows // readers), "BS": size,
-     "BN": min(64, size * join), "PARTS": parts, "JOIN": join, "UPCAST": False}
-    for rows, readers, size, parts, join in (
-        (128, 4, 64, 1, 1), (64, 4, 64, 1, 1), (128, 7, 128, 2, 1), (128, 8, 16, 1, 4),
-    )
-) + ({**LONG, "PARTS": 2, "JOIN": 1}, {**EXACT, "PARTS": 4, "JOIN": 1})  # fmt: skip
-
-
-def key_steps(block_size: int, row: int) -> dict[str, int]:
-    """Return the constexprs that say which keys a step covers.
-
-    ``BN`` keys: one of ``PARTS`` parts of a block, or ``JOIN`` whole blocks, each padded to a power of two.
-    """
-    most = max(16, min(64, KEY_BYTES // row))
-    size = triton.next_power_of_2(block_size)
-    join = max(1, most // size)
-    keys = min(most, size * join)
-    return {"BS": block_size, "BN": keys, "PARTS": -(-block_size // keys) if join == 1 else 1, "JOIN": join}
+from nsa_convert.kernels.selected.triton_steps import (
+    CASES,
+    CLEANING,
+    GEOMETRY,
+    LARGE,
+    SMALL,
+    attend_rows,
+    load_heads,
+    load_step,
+    load_tile,
+    row_bytes,
+    seen_by,
+    step_keys,
+    tile_arguments,
+    tile_rows,
+    two_halves,
+    union_arguments,
+)
+from nsa_convert.kernels.toolchain import Config, all_finite, declare
 
 
 @triton.jit
-def step_keys(
-    j, end, blocks, members, start, o_w,
-    BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr,
+def walk(
+    b_m, b_l, b_o, q, k, v, begin, end, blocks, members, first, count, slot, start, from_w, i_p, TK, scale,
+    s_qt, s_qh, s_kt, s_vt,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Return the key slots ``[BN]`` of step j, which of them are keys, and which queries listed them."""
-    o_n = tl.arange(0, BN)
-    if JOIN == 1:
-        inside = (j % PARTS) * BN + o_n
-        bits = tl.load(members + j // PARTS)
-        o_k = start + tl.load(blocks + j // PARTS) * BS + inside
-        m_k = inside < BS
-        listed = ((bits >> o_w) & 1)[:, None] != 0
+    """Add the blocks ``begin .. end - 1`` to the running softmax of BM rows."""
+    o_q, o_hq, m_m, o_w = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+    b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)  # [BM, DP]
+    for j in range(begin * PARTS, end * PARTS, JOIN):
+        o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, JOIN)
+        b_k, b_v = load_step(k, v, o_k, m_k, s_kt, s_vt, D, DP)
+        visible = seen_by(bits, o_k, m_k, o_w, slot, JOIN)
+        b_m, b_l, b_o = attend_rows(b_q, b_m, b_l, b_o, b_k, b_v, visible, scale, UPCAST, CLEAN)
+    return b_m, b_l, b_o
+
+
+@triton.jit
+def store(
+    b_m, b_l, b_o, o, lse, first_row, first, count, from_w, i_p, HQ,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    """Store o and lse of BM rows."""
+    o_q, o_hq, m_m, _ = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+    blind = b_l == 0.0
+    b_l = tl.where(blind, 1.0, b_l)
+    o_d = tl.arange(0, DP)
+    row = (first_row + o_q) * HQ + o_hq
+    p_o = o + row[:, None] * D + o_d[None, :]
+    tl.store(p_o, (b_o / b_l[:, None]).to(o.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+    LN2: tl.constexpr = 0.6931471805599453
+    tl.store(lse + row, tl.where(blind, float("-inf"), (b_m + tl.log2(b_l)) * LN2), mask=m_m)
+
+
+@triton.jit
+def attend_tile(
+    q, k, v, o, lse, begin, own, own2, end, blocks, members, first, count, slot, start, i_p, first_row, TK,
+    HQ, scale, s_qt, s_qh, s_kt, s_vt,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr,
+    CLEAN: tl.constexpr,
+):  # fmt: skip
+    """Attend with a tile, store the result and return whether it is finite."""
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_o = tl.zeros([BM, DP], tl.float32)
+    b_m, b_l, b_o = walk(
+        b_m, b_l, b_o, q, k, v, begin, own, blocks, members, first, count, slot, start, 0, i_p, TK, scale,
+        s_qt, s_qh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN, HALVES, UPCAST, CLEAN,
+    )  # fmt: skip
+    if HALVES == 1:
+        good = all_finite(b_o)
+        store(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM, R, W, 1)
     else:
-        o_e = j + o_n // (BN // JOIN)
-        m_e = o_e < end
-        inside = o_n % (BN // JOIN)
-        bits = tl.load(members + o_e, mask=m_e, other=0)
-        o_k = start + tl.load(blocks + o_e, mask=m_e, other=0) * BS + inside
-        m_k = m_e & (inside < BS)
-        listed = ((bits[None, :] >> o_w[:, None]) & 1) != 0
-    return o_k, m_k, listed
+        b_m, b_m2 = two_halves(b_m)
+        b_l, b_l2 = two_halves(b_l)
+        b_o, b_o2 = two_halves(b_o)
+        b_m, b_l, b_o = walk(
+            b_m, b_l, b_o, q, k, v, own, own2, blocks, members, first, count, slot, start, 0, i_p, TK, scale,
+            s_qt, s_qh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN, PARTS, JOIN, 1, UPCAST, CLEAN,
+        )  # fmt: skip
+        b_m2, b_l2, b_o2 = walk(
+            b_m2, b_l2, b_o2, q, k, v, own2, end, blocks, members, first, count, slot, start, W // 2, i_p, TK,
+            scale, s_qt, s_qh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN, PARTS, JOIN, 1, UPCAST, CLEAN,
+        )  # fmt: skip
+        good = all_finite(b_o) & all_finite(b_o2)
+        store(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM // 2, R, W // 2, 1)
+        store(
+            b_m2, b_l2, b_o2, o, lse, first_row, first, count, W // 2, i_p, HQ, D, DP, BM // 2, R, W // 2, 1
+        )
+    return good
 
 
 @declare(
@@ -81,88 +113,45 @@ def step_keys(
         Config(num_warps=4, num_stages=2, max_row=256, only=SMALL),
         Config(num_warps=4, num_stages=3, max_row=256, only=SMALL),
         Config(num_warps=8, num_stages=1, min_row=256),
+        *CLEANING,
     ),
-    key=("DP", "BM", "BN", "R"),
+    key=("DP", "BM", "BN", "R", "HALVES"),
     cases=CASES,
 )
 def attend_forward(
-    q, k, v, o, lse, tiles, bounds, blocks, members, scale, TQ, TK, HQ, HS,
+    q, k, v, o, lse, broken, tiles, bounds, groups, blocks, members, scale, TQ, TK, HQ, HS,
     s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
-    BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, UPCAST: tl.constexpr,
+    BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr,
+    UPCAST: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Attend with one tile and R heads. Programs: (tiles, HQ / R, B); row r is query r // R, head r % R."""
-    i_t, i_p, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_tiles = tl.num_programs(0)
-    p_tile = tiles + (i_b * num_tiles + i_t) * 8
-    first, count, slot, start = (
-        tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3)
-    )  # fmt: skip
-    i_h = (i_p * R) // G
+    """Attend with one tile and R heads, with its halves one by one where only one listed a block.
 
-    o_m, o_d = tl.arange(0, BM), tl.arange(0, DP)
-    o_w = o_m // R
-    m_m = (o_w < count) & (o_m < W * R)
-    o_q = (first + o_w).to(tl.int64)
-    o_hq = i_p * R + o_m % R
-    m_d = o_d < D
-    p_q = q + i_b * s_qb + (o_q * s_qt + o_hq * s_qh)[:, None] + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BM, DP]
-    position = slot + o_w
-    o_bit = o_w.to(tl.int64)
-
-    b_m = tl.full([BM], float("-inf"), tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
-    b_o = tl.zeros([BM, DP], tl.float32)
-    k += i_b * s_kb + i_h.to(tl.int64) * s_kh
-    v += i_b * s_vb + i_h.to(tl.int64) * s_vh
-    i_list = (i_b * HS + i_p * HS // (HQ // R)) * num_tiles + i_t
-    begin, end = tl.load(bounds + i_list).to(tl.int32), tl.load(bounds + i_list + 1).to(tl.int32)
-    for j in range(begin * PARTS, end * PARTS, JOIN):
-        o_k, m_k, listed = step_keys(j, end, blocks, members, start, o_bit, BS, BN, PARTS, JOIN)
-        m_k = m_k & (o_k < TK)
-        o_k64 = o_k.to(tl.int64)
-        m_kd = m_k[:, None] & m_d[None, :]
-        b_k = tl.load(k + (o_k64 * s_kt)[:, None] + o_d[None, :], mask=m_kd, other=0.0)  # [BN, DP]
-        b_v = tl.load(v + (o_k64 * s_vt)[:, None] + o_d[None, :], mask=m_kd, other=0.0)
-        visible = listed & m_k[None, :] & (o_k[None, :] <= position[:, None])
-        b_s = tl.where(visible, dot(b_q, tl.trans(b_k), UPCAST) * scale, float("-inf"))  # [BM, BN]
-        b_new = tl.maximum(b_m, tl.max(b_s, 1))
-        safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s - safe[:, None])
-        shrink = tl.exp2(b_m - safe)
-        b_l = b_l * shrink + tl.sum(b_p, 1)
-        b_o = b_o * shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, UPCAST)
-        b_m = b_new
-
-    seen = b_l > 0.0
-    b_l = tl.where(seen, b_l, 1.0)
-    row = (i_b * TQ + o_q) * HQ + o_hq
-    p_o = o + row[:, None] * D + o_d[None, :]
-    tl.store(p_o, (b_o / b_l[:, None]).to(o.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
-    LN2: tl.constexpr = 0.6931471805599453
-    b_lse = tl.where(seen, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
-    tl.store(lse + row, b_lse, mask=m_m)
-
-
-def row_bytes(q: Tensor) -> int:
-    """Return the bytes that a padded row of q, k or v takes, at most 1024.
-
-    float32 counts twice: its exact products hold their operands in registers.
+    Programs: (tiles, HQ / R, B); row r of a half is query r // R of it, head r % R. A second launch
+    with CLEAN walks the tiles again whose output is not finite: values that are not finite then reach only
+    those queries that see them.
     """
-    size = 8 if q.dtype == torch.float32 else q.element_size()
-    return min(1024, padded_dim(q.shape[3]) * size)
-
-
-def tile_arguments(q: Tensor, k: Tensor, plan: Plan, scale: float) -> dict:
-    """Return the launch arguments that all kernels over tiles share."""
-    return {
-        "tiles": plan.tiles, "scale": scale * LOG2E, "TQ": q.shape[1], "TK": k.shape[1], "HQ": q.shape[2],
-        "s_qb": q.stride(0), "s_qt": q.stride(1), "s_qh": q.stride(2),
-        "s_kb": k.stride(0), "s_kt": k.stride(1), "s_kh": k.stride(2),
-        "D": q.shape[3], "DP": padded_dim(q.shape[3]), "BM": plan.rows, "R": plan.readers,
-        "G": q.shape[2] // k.shape[2], "W": plan.width, "UPCAST": upcast(q.dtype),
-    }  # fmt: skip
+    i_t, i_p, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first, count, slot, start, begin, own, own2, end = load_tile(
+        tiles, bounds, groups, i_t, i_p, i_b, tl.num_programs(0), HQ, HS, R, HALVES
+    )
+    i_h = ((i_p * R) // G).to(tl.int64)
+    q += i_b * s_qb
+    k += i_b * s_kb + i_h * s_kh
+    v += i_b * s_vb + i_h * s_vh
+    p_broken = broken + (i_b * tl.num_programs(1) + i_p) * tl.num_programs(0) + i_t
+    if not CLEAN:
+        good = attend_tile(
+            q, k, v, o, lse, begin, own, own2, end, blocks, members, first, count, slot, start, i_p, i_b * TQ,
+            TK, HQ, scale, s_qt, s_qh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN, HALVES, UPCAST,
+            False,
+        )  # fmt: skip
+        tl.store(p_broken, 1 - good.to(tl.int32))
+    elif tl.load(p_broken) != 0:
+        attend_tile(
+            q, k, v, o, lse, begin, own, own2, end, blocks, members, first, count, slot, start, i_p, i_b * TQ,
+            TK, HQ, scale, s_qt, s_qh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN, HALVES, UPCAST, True,
+        )  # fmt: skip
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
@@ -177,12 +166,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
     """
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    attend_forward.launch(
-        (plan.tiles.shape[1], q.shape[2] // plan.readers, q.shape[0]),
-        q,
-        row_bytes(q),
-        q=q, k=k, v=v, o=o, lse=lse, bounds=plan.bounds, blocks=plan.blocks, members=plan.members,
-        HS=plan.lists, s_vb=v.stride(0), s_vt=v.stride(1), s_vh=v.stride(2),
-        **tile_arguments(q, k, plan, scale), **key_steps(plan.block_size, row_bytes(q)),
-    )  # fmt: skip
+    grid = (plan.tiles.shape[1], q.shape[2] // plan.readers, q.shape[0])
+    broken = torch.empty(grid, dtype=torch.int32, device=q.device)
+    for clean in (False, True):
+        attend_forward.launch(
+            grid, q, row_bytes(q), q=q, k=k, v=v, o=o, lse=lse, broken=broken, CLEAN=clean,
+            s_vb=v.stride(0), s_vt=v.stride(1), s_vh=v.stride(2),
+            **tile_arguments(q, k, plan, scale), **union_arguments(q, plan),
+        )  # fmt: skip
     return o, lse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,8 @@ COLUMNS = 8
 
 @declare(
     types={
-        "indices": "*i64", "tiles": "*i32", "bounds": "*i64", "blocks": "*i32", "members": "*i64", "S": "i32",
+        "indices": "*i64", "tiles": "*i32", "bounds": "*i64", "groups": "*i32", "blocks": "*i32",
+        "members": "*i64", "S": "i32",
     },
     configs=(
         # One warp needs no barriers; long lists need more registers than one has.
@@ -23,20 +26,24 @@ COLUMNS = 8
         Config(num_warps=4, num_stages=1, only={"SP": tuple(1 << i for i in range(5, 24))}),
     ),
     cases=tuple(
-        {"WIDTH": width, "LISTS": lists, "SP": size, "BS": 64, "QB": block, "WRITE": True}
-        for width, lists, size, block in ((32, 32, 16, 1), (64, 64, 64, 1), (64, 2, 128, 64))
+        {"WIDTH": width, "LISTS": lists, "SP": size, "BS": 64, "QB": block, "HALF": half, "WRITE": True}
+        for width, lists, size, block, half in (
+            (32, 32, 16, 1, 0), (64, 64, 64, 1, 0), (64, 2, 128, 64, 0), (16, 16, 64, 1, 8)
+        )
     ),
 )  # fmt: skip
 def union_lists(
-    indices, tiles, bounds, blocks, members,
+    indices, tiles, bounds, groups, blocks, members,
     S, s_ib, s_il, s_iq, s_is,
     WIDTH: tl.constexpr, LISTS: tl.constexpr, SP: tl.constexpr, BS: tl.constexpr, QB: tl.constexpr,
-    WRITE: tl.constexpr,
+    HALF: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """Walk the lists of one tile in ascending order: ``bounds`` gets their number, or is where to write.
 
     Programs: (tiles, lists, batch). ``LISTS`` and ``WIDTH`` are powers of two that hold the lists and the
-    queries of a tile; bit w of a member is set when query w of the tile lists the block.
+    queries of a tile; bit w of a member is set when query w of the tile lists the block. With ``HALF``, the
+    blocks that queries before and after number HALF list are written first, then those of the first half
+    alone, then those of the second; ``groups`` has the sizes of the first two.
     """
     i_t, i_l, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_tiles = tl.num_programs(0)
@@ -64,17 +71,35 @@ def union_lists(
 
     i_row = (i_b * tl.num_programs(1) + i_l).to(tl.int64) * num_tiles + i_t
     at = tl.load(bounds + i_row) if WRITE else tl.full([], 0, tl.int64)
+    at_first, at_second = at, at
+    if HALF and WRITE:
+        at_first = at + tl.load(groups + i_row * 2)
+        at_second = at_first + tl.load(groups + i_row * 2 + 1)
     block = tl.min(tl.min(b_i, 1), 0)
     while block < NONE:
         here = b_i == block
+        listed = tl.max(here.to(tl.int32), 1) > 0
+        member = tl.sum(tl.where(listed, bits, 0), 0)
+        if HALF:
+            low = (member & ((1 << HALF) - 1)) != 0
+            high = (member >> HALF) != 0
+            place = tl.where(low & high, at, tl.where(low, at_first, at_second))
+            at += (low & high).to(tl.int64)
+            at_first += (low & (not high)).to(tl.int64)
+            at_second += ((not low) & high).to(tl.int64)
+        else:
+            place = at
+            at += 1
         if WRITE:
-            listed = tl.max(here.to(tl.int32), 1) > 0
-            tl.store(blocks + at, block)
-            tl.store(members + at, tl.sum(tl.where(listed, bits, 0), 0))
-        at += 1
+            tl.store(blocks + place, block)
+            tl.store(members + place, member)
         b_i = tl.where(here, NONE, b_i)
         block = tl.min(tl.min(b_i, 1), 0)
     if not WRITE:
+        if HALF:
+            tl.store(groups + i_row * 2, at.to(tl.int32))
+            tl.store(groups + i_row * 2 + 1, at_first.to(tl.int32))
+            at += at_first + at_second
         tl.store(bounds + i_row, at)
 
 
@@ -83,9 +108,31 @@ def lists_per_tile(width: int, query_block: int) -> int:
     return 1 if query_block % width == 0 else (width - 2) // query_block + 2
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unions:
+    """The blocks that tiles read.
+
+    Attributes:
+        bounds: ``[B * HS * NT + 1]`` int64: tile t of list head l of row b reads the entries ``bounds[i] ..
+            bounds[i + 1]`` with ``i = (b * HS + l) * NT + t``.
+        blocks: ``[E]`` int32, ascending in each tile, or in each of the three groups of one in halves.
+        members: ``[E]`` int64; bit w is set when query w of the tile lists the block.
+        groups: ``[B * HS * NT, 2]`` int32, how many blocks both halves of a tile list, and how many the first
+            alone; they are written in this order, those of the second half last. ``[0, 2]`` for whole tiles.
+        of_halves: Entries there would be if every half were a tile, where the device was read.
+    """
+
+    bounds: Tensor
+    blocks: Tensor
+    members: Tensor
+    groups: Tensor
+    of_halves: int | None = None
+
+
 def unite(
-    indices: Tensor, tiles: Tensor, width: int, block_size: int, query_block: int, room: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    indices: Tensor, tiles: Tensor, width: int, block_size: int, query_block: int, room: int | None = None,
+    halves: int = 1,
+) -> Unions:
     """Return the union of the lists of every tile.
 
     Args:
@@ -94,18 +141,17 @@ def unite(
         width: Queries in a tile, at most 64.
         block_size: Keys in a block.
         query_block: Queries that share one list.
-        room: E where the device may not be read to size it; the entries behind the last one are undefined.
-
-    Returns:
-        ``(bounds [B * HS * NT + 1] int64, blocks [E] int32, members [E] int64)``: tile t of list head l of
-        row b reads the entries ``bounds[i] .. bounds[i + 1]`` with ``i = (b * HS + l) * NT + t``, in
-        ascending order of blocks; bit w of a member is set when query w of the tile lists the block.
+        room: E where it is known, or the device may not be read to size it; the entries behind the last one
+            are undefined.
+        halves: 2 to tell apart what the first and the second half of a tile's queries list.
     """
     batch, lists, num_lists, size = indices.shape
     num_tiles = tiles.shape[1]
     per_tile = lists_per_tile(width, query_block)
     grid = (num_tiles, lists, batch)
-    bounds = torch.zeros(batch * lists * num_tiles + 1, dtype=torch.int64, device=indices.device)
+    rows = batch * lists * num_tiles
+    groups = torch.zeros(rows if halves == 2 else 0, 2, dtype=torch.int32, device=indices.device)
+    bounds = torch.zeros(rows + 1, dtype=torch.int64, device=indices.device)
     common = {
         "indices": indices, "tiles": tiles, "S": size,
         "s_ib": indices.stride(0), "s_il": indices.stride(1),
@@ -113,6 +159,7 @@ def unite(
         "WIDTH": triton.next_power_of_2(width),
         "LISTS": triton.next_power_of_2(min(per_tile, width, max(1, num_lists))),
         "SP": triton.next_power_of_2(max(1, size)), "BS": block_size, "QB": query_block,
+        "HALF": width // 2 if halves == 2 else 0, "groups": groups,
     }  # fmt: skip
     counts = bounds[1:]
     empty = bounds[:0]
@@ -120,8 +167,14 @@ def unite(
         grid, indices, 0, bounds=counts, blocks=empty, members=empty, WRITE=False, **common
     )
     counts.copy_(counts.cumsum(0))
-    total = int(bounds[-1]) if room is None else room
+    total, of_halves = room, None
+    if total is None and halves == 2:
+        total, of_halves = torch.stack([bounds[-1], bounds[-1] + groups[:, 0].sum()]).tolist()
+    elif total is None:
+        total = int(bounds[-1])
     blocks = torch.empty(total, dtype=torch.int32, device=indices.device)
     members = torch.empty(total, dtype=torch.int64, device=indices.device)
     union_lists.launch(grid, indices, 0, bounds=bounds, blocks=blocks, members=members, WRITE=True, **common)
-    return bounds, blocks, members
+    return Unions(
+        bounds=bounds, blocks=blocks, members=members, groups=groups, of_halves=of_halves
+    )

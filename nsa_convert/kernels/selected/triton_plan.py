@@ -7,12 +7,18 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.selected.triton_lists import COLUMNS, lists_per_tile, unite
+from nsa_convert.kernels.selected.triton_lists import COLUMNS, Unions, lists_per_tile, unite
 from nsa_convert.kernels.selected.union import union_sizes
 from nsa_convert.patterns import SequenceLayout
 
 ROWS = (128, 64, 32, 16)
 """Rows of the matrix products of a tile: its queries times the heads that share a list."""
+
+HALVED = 128
+"""Rows of a tile that may be walked in two halves."""
+
+HALVES_COST = 0.95
+"""Halves must cost less than this part of what whole tiles do: they fill the matrix units less well."""
 
 MAX_WIDTH = 64
 """Queries in a tile: one bit each in the member masks."""
@@ -30,35 +36,46 @@ class Plan:
     """Tiles of one call and the blocks they read.
 
     Attributes:
-        rows: Rows of a tile, a power of two; row r is query ``r // readers``, head ``r % readers``.
+        rows: Rows of a tile, a power of two.
+        halves: 2 when the first and the second half of a tile's queries skip blocks that only the other
+            listed, else 1. Row r of a half is query ``r // readers`` of it, head ``r % readers``.
         width: Queries in a tile.
         readers: Query heads that share a list and a key head.
         lists: HS, block lists per batch row; the same for all heads when 1.
         block_size: Keys in a block.
         tiles: ``[B, NT, 8]`` int32, see :func:`tile_table`.
         block_rows: Blocks in a batch row, those of all its documents together.
-        bounds: ``[B * HS * NT + 1]`` int64, see :func:`nsa_convert.kernels.selected.triton_lists.unite`.
-        blocks: ``[E]`` int32.
-        members: ``[E]`` int64.
+        unions: What the tiles read.
         exact: Whether E is the number of entries; otherwise more room than they need.
     """
 
     rows: int
+    halves: int
     width: int
     readers: int
     lists: int
     block_size: int
     tiles: Tensor
     block_rows: int
-    bounds: Tensor
-    blocks: Tensor
-    members: Tensor
+    unions: Unions
     exact: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The rows of a tile, and in how many parts they are walked."""
+
+    rows: int
+    halves: int = 1
+
+    def width(self, readers: int) -> int:
+        """Return how many queries fit a tile when ``readers`` heads share a list; even for two halves."""
+        return self.halves * max(1, min(MAX_WIDTH, self.rows // self.halves // readers))
 
 
 def make_plan(
     indices: Tensor, block_size: int, query_block: int, layout: SequenceLayout, heads: tuple[int, int],
-    lengths: tuple[int, int], max_rows: int = 128, rows: int | None = None,
+    lengths: tuple[int, int], max_rows: int = 128, shape: Shape | None = None, room: int | None = None,
 ) -> Plan:
     """Cut a call into tiles; reads the device twice, or not at all while a CUDA graph is captured.
 
@@ -72,7 +89,8 @@ def make_plan(
         heads: ``(HQ, H)``.
         lengths: ``(TQ, TK)``.
         max_rows: Rows that fit the memory of a program.
-        rows: Rows of a tile; chosen from the lists when None.
+        shape: Shape of the tiles; chosen from the lists when None.
+        room: Blocks that the tiles list together, where that is known.
     """
     readers = readers_of(heads, indices.shape[1], max_rows)
     if heads[1] < indices.shape[1] < heads[0] // readers:
@@ -80,26 +98,25 @@ def make_plan(
     if indices.shape[1] > 1 and indices.shape[1] < heads[0] // readers:  # more than 64 heads share a list
         indices = indices.repeat_interleave(heads[0] // readers // indices.shape[1], 1)
     blind, kind = capturing(indices), (readers, query_block, max_rows, indices.shape[3], block_size)
-    if rows is None and blind:
-        rows = _last_rows.get(kind) or row_options(indices, readers, query_block, max_rows)[0]
-    elif rows is None:
-        rows = _last_rows[kind] = choose_rows(indices, readers, query_block, max_rows)
-    width = tile_width(rows, readers)
+    if shape is None and blind:
+        shape = _last_shapes.get(kind) or shape_options(indices, readers, query_block, max_rows)[0]
+    elif shape is None:
+        shape = _last_shapes[kind] = choose_shape(indices, readers, query_block, max_rows)
+    width = shape.width(readers)
     tiles = tile_table(layout, indices.shape[0], *lengths, width, block_size, query_block, indices.device)
-    room = None
     if blind:
         most = min(lists_per_tile(width, query_block) * indices.shape[3], -(-lengths[1] // block_size))
         room = indices.shape[0] * indices.shape[1] * tiles.shape[1] * most
-    bounds, blocks, members = unite(indices, tiles, width, block_size, query_block, room)
+    unions = unite(indices, tiles, width, block_size, query_block, room, shape.halves)
     documents = 0 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0]
     return Plan(
-        rows=rows, width=width, readers=readers, lists=indices.shape[1], block_size=block_size, tiles=tiles,
-        block_rows=lengths[1] // block_size + 1 + documents, bounds=bounds, blocks=blocks, members=members,
-        exact=not blind,
-    )
+        rows=shape.rows, halves=shape.halves, width=width, readers=readers, lists=indices.shape[1],
+        block_size=block_size, tiles=tiles, block_rows=lengths[1] // block_size + 1 + documents,
+        unions=unions, exact=not blind,
+    )  # fmt: skip
 
 
-_last_rows: dict[tuple[int, ...], int] = {}
+_last_shapes: dict[tuple[int, ...], Shape] = {}
 
 
 def capturing(x: Tensor) -> bool:
@@ -113,45 +130,49 @@ def readers_of(heads: tuple[int, int], lists: int, most: int = 64) -> int:
     return max(n for n in range(1, min(group, most, 64) + 1) if group % n == 0)
 
 
-def tile_width(rows: int, readers: int) -> int:
-    """Return how many queries fit a tile."""
-    return max(1, min(MAX_WIDTH, rows // readers))
-
-
-def choose_rows(indices: Tensor, readers: int, query_block: int, max_rows: int = 128) -> int:
-    """Return the rows of a tile that cost least, from the unions of a sample of neighbouring lists.
+def choose_shape(indices: Tensor, readers: int, query_block: int, max_rows: int = 128) -> Shape:
+    """Return the shape of tiles that cost least, from the unions of a sample of neighbouring lists.
 
     A key of the union costs one load for the tile and one row of matrix products for each of its rows; the
     tiles serve ``width`` queries. Lists without locality end at small tiles.
     """
-    options = row_options(indices, readers, query_block, max_rows)
+    options = shape_options(indices, readers, query_block, max_rows)
     batch, heads, count, size = indices.shape
-    wide = min(count, max(1, tile_width(options[0], readers) // query_block))
+    wide = min(count, max(1, options[0].width(readers) // query_block))
     if len(options) == 1 or wide == 1 or not indices.numel():
         return options[0]
     steps = count // wide
     n = torch.arange(min(SAMPLES, steps * batch * heads), device=indices.device)
     begin = (n * steps // len(n) * wide)[:, None] + torch.arange(wide, device=n.device)
     sample = indices[(n % batch)[:, None], (n // batch % heads)[:, None], begin].long()  # [n, wide, S]
+    def union(queries: int) -> Tensor:
+        lists = min(wide, max(1, queries // query_block))
+        return union_sizes(sample[:, : wide // lists * lists].reshape(-1, lists * size)).double().mean()
+
     costs = []
-    for rows in options:
-        lists = min(wide, max(1, tile_width(rows, readers) // query_block))
-        whole = sample[:, : wide // lists * lists].reshape(-1, lists * size)
-        queries = max(1, tile_width(rows, readers))
-        costs.append(union_sizes(whole).double().mean() * (rows + LOAD_ROWS) / queries)
+    for shape in options:
+        width, blocks = shape.width(readers), union(shape.width(readers))
+        work = blocks if shape.halves == 1 else union(width // 2)
+        cost = (work * shape.rows + blocks * LOAD_ROWS) / width
+        costs.append(cost if shape.halves == 1 else cost / HALVES_COST)
     return options[int(torch.stack(costs).argmin())]
 
 
-def row_options(indices: Tensor, readers: int, query_block: int, max_rows: int) -> list[int]:
-    """Return the possible rows of a tile, most first."""
+def shape_options(indices: Tensor, readers: int, query_block: int, max_rows: int) -> list[Shape]:
+    """Return the possible shapes of tiles, most rows first and whole tiles before halves."""
     least = max(16, 1 << (readers - 1).bit_length())
-    options = [n for n in ROWS if least <= n <= max(least, max_rows)]
-    options = [n for n in options if 2 * tile_width(n, readers) * readers > n]
-    return [n for n in options if _listed(n, readers, query_block, indices) <= MAX_LISTED] or [least]
+    rows = [n for n in ROWS if least <= n <= max(least, max_rows)]
+    whole = [Shape(rows=n) for n in rows]
+    whole = [x for x in whole if 2 * x.width(readers) * readers > x.rows]
+    whole = [x for x in whole if _listed(x, readers, query_block, indices) <= MAX_LISTED]
+    half = Shape(rows=HALVED, halves=2)
+    if Shape(rows=HALVED) in whole and half.width(readers) > query_block:
+        whole.insert(1, half)
+    return whole or [Shape(rows=least)]
 
 
-def _listed(rows: int, readers: int, query_block: int, indices: Tensor) -> int:
-    lists = max(1, tile_width(rows, readers) // query_block)
+def _listed(shape: Shape, readers: int, query_block: int, indices: Tensor) -> int:
+    lists = max(1, shape.width(readers) // query_block)
     return (1 << (lists - 1).bit_length()) * (1 << (indices.shape[3] - 1).bit_length())
 
 
@@ -225,18 +246,18 @@ def invert(plan: Plan, num_kv_heads: int) -> Readers:
     the sizes alone, whose partial sums are added in a fixed order. Reads the device once, if the plan did.
     """
     batch, num_tiles = plan.tiles.shape[:2]
-    device = plan.blocks.device
-    total = plan.blocks.shape[0]
+    unions = plan.unions
+    device, total = unions.blocks.device, unions.blocks.shape[0]
     key_heads = min(plan.lists, num_kv_heads)
     per_key = plan.lists // key_heads
     entry = torch.arange(total, device=device)
-    lists = torch.searchsorted(plan.bounds[1:], entry, right=True).clamp(max=plan.bounds.shape[0] - 2)
+    lists = torch.searchsorted(unions.bounds[1:], entry, right=True).clamp(max=unions.bounds.shape[0] - 2)
     tile, head = lists % num_tiles, lists // num_tiles  # head = b * HS + l
     row = head // plan.lists
     base = plan.tiles[:, :, 5].flatten()[row * num_tiles + tile]
     num_rows = batch * key_heads * plan.block_rows
-    block_row = (head // per_key) * plan.block_rows + base + plan.blocks
-    block_row = block_row.where(entry < plan.bounds[-1], num_rows)  # room that is left goes last
+    block_row = (head // per_key) * plan.block_rows + base + unions.blocks
+    block_row = block_row.where(entry < unions.bounds[-1], num_rows)  # room that is left goes last
     order = block_row.sort(stable=True)
     first = torch.searchsorted(order.values, torch.arange(num_rows + 1, device=device))
     length = max(32, 1 << (4 * total // max(1, num_rows)).bit_length())
@@ -265,7 +286,7 @@ def invert(plan: Plan, num_kv_heads: int) -> Readers:
     return Readers(
         items=items,
         entry_tiles=((head % per_key)[order.indices] * num_tiles + tile[order.indices]).to(torch.int32),
-        entry_members=plan.members[order.indices],
+        entry_members=unions.members[order.indices],
         key_heads=key_heads,
         sums=sums,
         slots=slots,

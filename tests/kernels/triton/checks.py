@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from nsa_convert.kernels.dense.reference import masked_softmax_attention
 from nsa_convert.kernels.toolchain import Kernel
@@ -38,6 +41,20 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(self, grid, like, row, **arguments)
 
     monkeypatch.setattr(Kernel, "launch", strict)
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round float32 to the nearest bfloat16, as a GPU does; the interpreter cuts bits off."""
+    convert = interpreter._convert_float
+
+    def nearest(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(x, source, target, mode)
+        wide = torch.from_numpy(np.array(x, dtype=np.float32))
+        return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", nearest)
 
 
 class RoundedAttention(torch.autograd.Function):

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from nsa_convert.kernels import sparse_attention, use_backend
 from nsa_convert.kernels.selected import triton_plan
 from nsa_convert.kernels.selected.triton_lists import unite
-from nsa_convert.kernels.selected.triton_plan import choose_rows, invert, make_plan, tile_table, tile_width
+from nsa_convert.kernels.selected.triton_plan import Shape, choose_shape, invert, make_plan, tile_table
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, SequenceLayout
 from tests.kernels.triton.checks import check, poison, run
 from tests.kernels.utils import LAYOUTS, as_cache, make_blocks, make_layout, make_qkv
@@ -102,7 +102,7 @@ def test_long_reader_lists_are_added_piece_by_piece(monkeypatch: pytest.MonkeyPa
     made = []
     keep = lambda *a: made.append(invert(*a)) or made[-1]  # noqa: E731
     monkeypatch.setattr("nsa_convert.kernels.selected.triton_backward_kv.invert", keep)
-    monkeypatch.setattr(triton_plan, "choose_rows", lambda *_: 16)
+    monkeypatch.setattr(triton_plan, "choose_shape", lambda *_: Shape(rows=16))
     inputs = make_qkv(1, 140, 140, (4, 1), dtype=torch.float32)
     own = torch.arange(140)[:, None] // 4
     indices = torch.cat([own.clamp(max=1) * 0, (own > 0) * 2 - 1, own.where(own > 1, -1)], 1)[None, None]
@@ -118,14 +118,15 @@ def test_a_captured_call_reads_nothing_back(kind: str, lists: int, monkeypatch: 
     inputs = make_qkv(batch, 90, num_keys, (4, 2), dtype=torch.float32)
     pattern = make_blocks(batch, lists, 90, num_keys, 3, 8, 1, layout)
     monkeypatch.setattr(triton_plan, "capturing", lambda _: True)
-    monkeypatch.setattr(triton_plan, "_last_rows", {(2 if lists < 4 else 1, 1, 128, 3, 8): 16})
+    kind_of_call = (2 if lists < 4 else 1, 1, 128, 3, 8)
+    monkeypatch.setattr(triton_plan, "_last_shapes", {kind_of_call: Shape(rows=16)})
 
     def refuse(*_: object) -> None:
         raise AssertionError("the device was read")
 
     def op(q, k, v):
         with monkeypatch.context() as patch:
-            patch.setattr(triton_plan, "choose_rows", refuse)
+            patch.setattr(triton_plan, "choose_shape", refuse)
             return blocks_op(pattern, layout)(q, k, v)
 
     plans = []
@@ -135,7 +136,7 @@ def test_a_captured_call_reads_nothing_back(kind: str, lists: int, monkeypatch: 
     plan, readers = plans[0]
     assert not plan.exact
     assert plan.rows == 16
-    assert plan.blocks.shape[0] > int(plan.bounds[-1])
+    assert plan.unions.blocks.shape[0] > int(plan.unions.bounds[-1])
     assert readers.slots >= int((readers.items[:, 3] >= 0).sum())
 
 
@@ -173,6 +174,61 @@ def as_sets(pattern: BlockSelection, layout: SequenceLayout, num_queries: int, n
     return tiles, expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "num_queries", "heads", "lists", "block_size", "size", "query_block"),
+    [
+        ("plain", 45, (8, 1), 1, 16, 2, 1),
+        ("packed", 70, (4, 1), 1, 5, 4, 1),
+        ("padded_offset", 50, (7, 1), 1, 8, 3, 1),
+        ("plain", 41, (16, 1), 1, 64, 1, 1),
+        ("offset", 39, (6, 2), 2, 130, 1, 3),
+    ],
+)
+def test_tiles_in_halves(
+    kind, num_queries, heads, lists, block_size, size, query_block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, gradients and, with a broken value, that only those who see it are broken."""
+    monkeypatch.setattr(triton_plan, "choose_shape", lambda *_: Shape(rows=128, halves=2))
+    layout, batch, num_keys = make_layout(kind, num_queries)
+    q, k, v = make_qkv(batch, num_queries, num_keys, heads, 16, torch.float32)
+    pattern = make_blocks(batch, lists, num_queries, num_keys, size, block_size, query_block, layout)
+    mask = mask_of(pattern, q, k, layout)
+    o = check(blocks_op(pattern, layout), (q, k, v), mask)[0]
+    hidden = num_keys - 10
+    v[:, hidden, 0, 5] = torch.nan
+    sees = mask[..., hidden].transpose(1, 2)  # [B, TQ, HQ]
+    sees[:, :, heads[0] // heads[1] :] = False
+    broken = run(blocks_op(pattern, layout), (q, k, v))[0]
+    assert torch.equal(broken[~sees], o[~sees])
+    assert bool(broken[sees].isnan().any(-1).all())
+    assert bool(sees.any())
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (3, 1)])
+def test_halves_group_their_blocks(heads: tuple[int, int]) -> None:
+    """Those of both halves, of the first and of the second, each in ascending order."""
+    layout, batch, num_keys = make_layout("packed", 90)
+    pattern = make_blocks(batch, 1, 90, num_keys, 4, 4, 1, layout)
+    call = pattern.block_indices, 4, 1, layout, heads, (90, num_keys)
+    plan, whole = (make_plan(*call, 128, Shape(rows=128, halves=n)) for n in (2, 1))
+    half, of_halves = plan.width // 2, 0
+    assert plan.width == whole.width
+    assert torch.equal(plan.unions.bounds, whole.unions.bounds)
+    for i, (both, first) in enumerate(plan.unions.groups.tolist()):
+        at = slice(*plan.unions.bounds[i : i + 2].tolist())
+        blocks, members = (x[at].tolist() for x in (plan.unions.blocks, plan.unions.members))
+        for group, expected in (
+            (slice(0, both), (True, True)), (slice(both, both + first), (True, False)),
+            (slice(both + first, None), (False, True)),
+        ):  # fmt: skip
+            assert blocks[group] == sorted(blocks[group])
+            assert all((m % (1 << half) > 0, m >> half > 0) == expected for m in members[group])
+        expected = (x[at].tolist() for x in (whole.unions.blocks, whole.unions.members))
+        assert sorted(zip(blocks, members, strict=True)) == list(zip(*expected, strict=True))
+        of_halves += both + len(blocks)
+    assert plan.unions.of_halves == of_halves
+
+
 @settings(max_examples=6, deadline=None)
 @given(
     kind=st.sampled_from(LAYOUTS), num_queries=st.integers(1, 50), width=st.sampled_from([1, 3, 8, 64]),
@@ -182,10 +238,10 @@ def test_unions_are_exact(kind, num_queries, width, query_block, block_size) -> 
     layout, batch, num_keys = make_layout(kind, num_queries)
     pattern = make_blocks(batch, 1, num_queries, num_keys, 3, block_size, query_block, layout)
     tiles, expected = as_sets(pattern, layout, num_queries, num_keys, width)
-    bounds, blocks, members = unite(pattern.block_indices, tiles, width, block_size, query_block)
+    made = unite(pattern.block_indices, tiles, width, block_size, query_block)
     got = [
-        dict(zip(blocks[a:b].tolist(), (members[a:b] & (1 << 64) - 1).tolist(), strict=True))
-        for a, b in zip(bounds.tolist(), bounds[1:].tolist(), strict=False)
+        dict(zip(made.blocks[a:b].tolist(), (made.members[a:b] & (1 << 64) - 1).tolist(), strict=True))
+        for a, b in zip(made.bounds.tolist(), made.bounds[1:].tolist(), strict=False)
     ]
     assert [list(x) for x in got] == [list(x) for x in expected]
     assert got == [{b: m - (1 << 64 if m >> 63 else 0) for b, m in x.items()} for x in expected]
@@ -197,12 +253,13 @@ def test_unions_are_exact(kind, num_queries, width, query_block, block_size) -> 
 def test_every_entry_has_one_reader_item(kind: str, query_block: int, lists: int) -> None:
     layout, batch, num_keys = make_layout(kind, 70)
     pattern = make_blocks(batch, lists, 70, num_keys, 3, 8, query_block, layout)
-    plan = make_plan(pattern.block_indices, 8, query_block, layout, (4, 2), (70, num_keys), rows=16)
+    sizes = (4, 2), (70, num_keys)
+    plan = make_plan(pattern.block_indices, 8, query_block, layout, *sizes, shape=Shape(rows=16))
     readers = invert(plan, 2)
     real = readers.items[readers.items[:, 0] >= 0]
     covered = torch.cat([torch.arange(a, b) for _, a, b, _ in real.tolist()])
-    assert torch.equal(covered, torch.arange(plan.blocks.shape[0]))
-    assert sorted(readers.entry_members.tolist()) == sorted(plan.members.tolist())
+    assert torch.equal(covered, torch.arange(plan.unions.blocks.shape[0]))
+    assert sorted(readers.entry_members.tolist()) == sorted(plan.unions.members.tolist())
 
 
 def test_tiles_follow_the_locality_of_the_lists() -> None:
@@ -211,11 +268,11 @@ def test_tiles_follow_the_locality_of_the_lists() -> None:
     g = torch.Generator().manual_seed(0)
     far = torch.rand(1, 1, 4096, 512, generator=g).argsort(-1)[..., :8]
     for readers in (1, 3, 4, 7, 8, 16):
-        wide, small = choose_rows(near, readers, 1), choose_rows(far, readers, 1)
-        assert wide >= 64 > small
-        assert tile_width(wide, readers) * readers > wide / 2
-    assert choose_rows(far, 4, 64) == 128  # neighbours share a list
-    assert choose_rows(near, 16, 1, max_rows=64) == 64
+        wide, small = choose_shape(near, readers, 1), choose_shape(far, readers, 1)
+        assert wide.rows >= 64 > small.rows
+        assert wide.width(readers) * readers > wide.rows / 2
+    assert choose_shape(far, 4, 64) == Shape(rows=128)  # neighbours share a list
+    assert choose_shape(near, 16, 1, max_rows=64) == Shape(rows=64)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -244,7 +301,7 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
-def peaks_of_a_plan(length: int) -> tuple[int, int]:
+def peaks_of_a_plan(length: int, halves: int) -> tuple[int, int]:
     """Return the most bytes that the plans of forward and backward hold.
 
     The lists have 16 blocks; the union over 32 queries has about 30.
@@ -252,17 +309,24 @@ def peaks_of_a_plan(length: int) -> tuple[int, int]:
     token = torch.arange(length)[:, None]
     lists = token // 4 - torch.arange(16) * 3 // 2 - token // 2 % 2  # negative entries are unused ones
     indices = lists.expand(1, 2, -1, -1).int()
+    call = indices, 4, 1, DENSE_LAYOUT, (8, 2), (length, length), 128
     with PeakMemory() as memory:
-        plan = make_plan(indices, 4, 1, DENSE_LAYOUT, (8, 2), (length, length), rows=128)
+        plan = make_plan(*call, Shape(rows=128, halves=halves))
         forward = memory.peak
+        assert 20 < plan.unions.blocks.shape[0] / (length // 32 * 2) < 35
+        if halves == 2:
+            room = plan.unions.of_halves
+            del plan
+            plan = make_plan(*call, Shape(rows=64), room)
+            assert room == int(plan.unions.bounds[-1])
         invert(plan, 2)
-    assert 20 < plan.blocks.shape[0] / (length // 32 * 2) < 35
     return forward, memory.peak
 
 
-def test_side_memory_is_linear_and_small() -> None:
+@pytest.mark.parametrize("halves", [1, 2])
+def test_side_memory_is_linear_and_small(halves: int) -> None:
     """128k tokens, 4 KV heads, 16 blocks a query: lists and unions, by count of allocations."""
-    small, large = (peaks_of_a_plan(length) for length in (256, 512))
+    small, large = (peaks_of_a_plan(length, halves) for length in (256, 512))
     for_lists = 16 * 4  # int32, as the triton backend chooses them
     for i, allowed in enumerate((0.1, 0.2)):
         assert large[i] < 2.2 * small[i]
