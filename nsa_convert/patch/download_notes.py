@@ -7,6 +7,7 @@ downloaded that way has none, and such shards cannot be told apart in it.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,8 +37,11 @@ class DownloadNote:
 
 def read_note(folder: Path, name: str) -> DownloadNote | None:
     """Return the note of a file, None where there is none with a sha256."""
-    path = folder / FOLDER / f"{name}.metadata"
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > _NOTE_BYTES:
+    note = f"{name}.metadata"
+    if len(os.fsencode(note)) > 255:  # no file system has such a name
+        return None
+    path = folder.resolve() / FOLDER / note
+    if path.resolve() != path or not path.is_file() or path.stat().st_size > _NOTE_BYTES:
         return None
     match = _NOTE.fullmatch(path.read_text(encoding="utf-8", errors="replace"))
     if match is None:

@@ -223,6 +223,22 @@ def test_ck30_shards_of_two_revisions(source):
     converted(source)
 
 
+@pytest.mark.parametrize("place", [".cache", ".cache/huggingface", ".cache/huggingface/download"])
+def test_ck30_notes_outside_of_the_folder_are_not_read(source, tmp_path, place):
+    note_download(source, old=2)
+    elsewhere = (source / place).rename(tmp_path / "elsewhere")
+    (source / place).symlink_to(elsewhere)
+    converted(source)
+
+
+def test_ck30_a_name_that_leaves_no_room_for_a_note(source):
+    note_download(source)
+    old, new = third(source).name, "x" * 240 + ".safetensors"
+    third(source).rename(source / new)
+    edit_weight_map(source, lambda table: table.update({k: new for k, v in table.items() if v == old}))
+    converted(source)
+
+
 def test_ck30_files_rewritten_after_a_download(source):
     note_download(source)
     for note in (source / ".cache/huggingface/download").glob("*.metadata"):
