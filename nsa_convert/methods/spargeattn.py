@@ -3,7 +3,8 @@
 A tile of queries and a block of keys are each replaced by their mean. Blocks whose tokens resemble each other
 (mean cosine above a limit) are ranked by the product of the means; a block that does not is always read, and
 a tile that does not reads everything. Written for causal models: the first block and those the
-tile lies in are kept too. Nothing is quantised.
+tile lies in are kept too. Values of a kept block are left out where its scores lie far below what a tile has
+seen (``value_skip``). Nothing is quantised.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nsa_convert.config import at_least, between, one_or_more, raise_problems
+from nsa_convert.kernels.selected.skipping import LEAST_ROWS, skipping_attention
 from nsa_convert.methods.base import AttentionInputs, MethodSpec
 from nsa_convert.methods.choosing import (
     BlockGrid,
@@ -43,6 +45,9 @@ class SpargeAttnSettings:
         num_sink_blocks: First blocks always kept.
         share: ``"none"`` lets every query head choose (the paper); ``"group"`` sums the scores of the heads
             that share a key head.
+        value_skip: The paper's lambda: values of a block are left out for a tile when its largest score lies
+            further than this below the largest one before it, in every row. Negative; 0 leaves nothing out.
+            Rounding may decide where a block lies exactly at the limit.
     """
 
     query_block: int = 128
@@ -53,12 +58,19 @@ class SpargeAttnSettings:
     similarity: float = -0.1
     num_sink_blocks: int = 1
     share: Literal["none", "group"] = "none"
+    value_skip: float = 0.0
 
     def __post_init__(self) -> None:
         problems = one_or_more(("query_block", "block_size"), self)
         problems += at_least(0, num_sink_blocks=self.num_sink_blocks)
         problems += between("top", self.top, 0, 1) + between("mass", self.mass, 0, 1)
         problems += between("similarity", self.similarity, -1, 1)
+        if not self.value_skip <= 0:
+            problems.append(f"value_skip must be negative, or 0 to leave nothing out, got {self.value_skip}")
+        if self.value_skip and self.query_block % LEAST_ROWS:
+            problems.append(
+                f"value_skip needs query_block to be a multiple of {LEAST_ROWS}, got {self.query_block}"
+            )
         raise_problems(problems, code="CF22")
 
 
@@ -82,6 +94,7 @@ class SpargeAttn(BlockPrefillMethod):
             "similarity": "the released code's recommendation (simthreshd1); 0.6 with mass",
             "num_sink_blocks": "the released code's attention_sink",
             "share": "the paper selects per query head",
+            "value_skip": "off; the paper tunes it for each layer",
         },
         causal_selection=False,
     )
@@ -90,6 +103,18 @@ class SpargeAttn(BlockPrefillMethod):
     def visible_budget(self) -> int:
         """Return the blocks that are always kept."""
         return (self.settings.num_sink_blocks + 1) * self.settings.block_size
+
+    def attend(self, x: AttentionInputs) -> Tensor:
+        """Attend sparsely; with ``value_skip`` without values that can hardly count."""
+        skip = self.settings.value_skip
+        if not skip:
+            return super().attend(x)
+        patterns = self.patterns(x)
+        self.record(x, x.k, patterns)
+        (pattern,) = patterns.values()
+        return skipping_attention(
+            x.q, x.k, x.v, pattern, value_skip=skip, layout=x.layout, scale=x.scale
+        )[0]
 
     def keep(self, x: AttentionInputs, grid: BlockGrid) -> Tensor:
         """Return the chosen blocks, bool ``[B, Hs, NQ, NK]``."""

@@ -16,7 +16,7 @@ def test_every_op_and_kind_of_batch_is_checked() -> None:
     rows = self_test("cpu", **SMALL)
     assert {row.op.split(",")[0] for row in rows} == {
         "selected blocks", "block mask per head", "selected tokens", "window", "compressed", "block choice",
-        "dense", "gates",
+        "dense", "gates", "values left out",
     }
     assert {(row.dtype, row.group, row.layout) for row in rows} == {
         ("float16", 3, "plain"), ("float16", 4, "offset"), ("float16", 4, "padded"), ("float16", 4, "packed"),

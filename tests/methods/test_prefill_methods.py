@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -21,6 +22,7 @@ from nsa_convert.methods.choosing import (
 )
 from nsa_convert.methods.registry import build_method
 from nsa_convert.patterns import SequenceLayout
+from tests.kernels.skipping import walk
 from tests.methods.prefill_oracles import (
     flexprefill_blocks,
     minference_keys,
@@ -123,6 +125,24 @@ def test_spargeattn_ranks_blocks_that_resemble_their_mean(
 
 
 @pytest.mark.parametrize("heads", HEADS)
+def test_spargeattn_leaves_values_out(heads: tuple[int, int]) -> None:
+    """Off and so low a limit are the same; a higher one takes what the rule says from the same blocks."""
+    x = inputs_of(heads)
+    x = dataclasses.replace(x, q=x.q * 4)
+    plain, low, high = (
+        layer_of("spargeattn", {**SPARGEATTN, "value_skip": skip}, heads) for skip in (0.0, -1e4, -2.0)
+    )
+    (pattern,) = high.patterns(x).values()
+    ordered = pattern.block_indices.masked_fill(pattern.block_indices < 0, 1 << 20).sort(-1).values
+    pattern = dataclasses.replace(pattern, block_indices=ordered.masked_fill(ordered == 1 << 20, -1))
+    want, _, lost = walk(x.q, x.k, x.v, pattern, 0, x.scale, -2.0, 16)
+    assert bool((lost > 0).any())
+    torch.testing.assert_close(high(x), want)
+    torch.testing.assert_close(low(x), plain(x))
+    assert not torch.allclose(high(x), plain(x))
+
+
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("offset", [0, 32, 29])
 def test_flexprefill_takes_verticals_slashes_and_query_aware_blocks(
     heads: tuple[int, int], offset: int
@@ -151,6 +171,8 @@ def test_minference_reads_tokens_and_diagonals(heads: tuple[int, int], offset: i
         ("xattention", {"stride": 48}, "block_size 128 must be a multiple of stride 48"),
         ("xattention", {"threshold": 1.5, "stride": 0}, "(?s)stride must be >= 1.*threshold must be between"),
         ("spargeattn", {"top": -0.1, "similarity": 2}, "(?s)top must be between.*similarity must be between"),
+        ("spargeattn", {"value_skip": 0.5}, "value_skip must be negative, or 0 to leave nothing out"),
+        ("spargeattn", {"value_skip": -5.0, "query_block": 40}, "query_block to be a multiple of 16, got 40"),
         ("flexprefill", {"max_budget": 512}, "max_budget 512 is smaller than min_budget 1024"),
         ("flexprefill", {"chunks": "all"}, "one of refuse, own"),
         ("minference", {"vertical_size": 29}, "vertical_size must be >= 30"),

@@ -16,7 +16,7 @@ from nsa_convert.kernels.selected.triton_steps import (
     SMALL,
     gradient_rows,
     load_heads,
-    load_step,
+    load_keys,
     load_tile,
     row_bytes,
     seen_by,
@@ -77,7 +77,8 @@ def walk(
     b_delta = tl.load(delta + row, mask=m_m, other=0.0)
     for j in range(begin * PARTS, end * PARTS, JOIN):
         o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, JOIN)
-        b_k, b_v = load_step(k, v, o_k, m_k, s_kt, s_vt, D, DP)
+        b_k = load_keys(k, o_k, m_k, s_kt, D, DP)
+        b_v = load_keys(v, o_k, m_k, s_vt, D, DP)
         visible = seen_by(bits, o_k, m_k, o_w, slot, JOIN)
         b_dq = gradient_rows(b_dq, b_q, b_do, b_base, b_delta, b_k, b_v, visible, scale, UPCAST, CLEAN)
     return b_dq

@@ -16,7 +16,7 @@ from nsa_convert.kernels.selected.triton_steps import (
     SMALL,
     attend_rows,
     load_heads,
-    load_step,
+    load_keys,
     load_tile,
     row_bytes,
     seen_by,
@@ -42,7 +42,8 @@ def walk(
     b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)  # [BM, DP]
     for j in range(begin * PARTS, end * PARTS, JOIN):
         o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, JOIN)
-        b_k, b_v = load_step(k, v, o_k, m_k, s_kt, s_vt, D, DP)
+        b_k = load_keys(k, o_k, m_k, s_kt, D, DP)
+        b_v = load_keys(v, o_k, m_k, s_vt, D, DP)
         visible = seen_by(bits, o_k, m_k, o_w, slot, JOIN)
         b_m, b_l, b_o = attend_rows(b_q, b_m, b_l, b_o, b_k, b_v, visible, scale, UPCAST, CLEAN)
     return b_m, b_l, b_o

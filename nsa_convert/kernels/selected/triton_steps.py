@@ -149,14 +149,11 @@ def seen_by(bits, o_k, m_k, o_w, slot, JOIN: tl.constexpr):
 
 
 @triton.jit
-def load_step(k, v, o_k, m_k, s_kt, s_vt, D: tl.constexpr, DP: tl.constexpr):
-    """Return the keys and values ``[BN, DP]`` of a step."""
+def load_keys(p, o_k, m_k, s_t, D: tl.constexpr, DP: tl.constexpr):
+    """Return the keys or values ``[BN, DP]`` of a step."""
     o_d = tl.arange(0, DP)
-    m_kd = m_k[:, None] & (o_d < D)[None, :]
-    o_k64 = o_k.to(tl.int64)
-    b_k = tl.load(k + (o_k64 * s_kt)[:, None] + o_d[None, :], mask=m_kd, other=0.0)
-    b_v = tl.load(v + (o_k64 * s_vt)[:, None] + o_d[None, :], mask=m_kd, other=0.0)
-    return b_k, b_v
+    p_rows = p + (o_k.to(tl.int64) * s_t)[:, None] + o_d[None, :]
+    return tl.load(p_rows, mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from nsa_convert.patterns import SequenceLayout
 METHODS = {
     "xattention": {"block_size": 16, "stride": 4, "threshold": 0.5},
     "spargeattn": {"query_block": 32, "block_size": 16, "top": 0.2},
+    "spargeattn, values left out": {"query_block": 32, "block_size": 16, "top": 0.2, "value_skip": -0.7},
     "flexprefill": {"block_size": 16, "min_budget": 32, "gamma": 0.5},
     "minference": {"block_size": 16, "vertical_size": 40, "slash_size": 100},
     "tri_shape": {"num_sinks": 3, "window_size": 20, "num_last": 10},
@@ -29,7 +30,8 @@ METHODS = {
 )
 def test_the_kernels_agree_with_plain_torch(method: str) -> None:
     geometry = AttentionGeometry(hidden_size=64, num_query_heads=6, num_kv_heads=2, head_dim=16)
-    layer = build_method(LayerRule(method=method, settings=METHODS[method]), geometry, 0)
+    rule = LayerRule(method=method.partition(",")[0], settings=METHODS[method])
+    layer = build_method(rule, geometry, 0)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 150, heads, 16, generator=g) for heads in (6, 2, 2))
     layout = SequenceLayout(start=torch.tensor([0, 33]))
