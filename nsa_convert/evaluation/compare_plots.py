@@ -23,8 +23,10 @@ FIGURES = (
     ("cache_bytes", "cache, MiB", 2.0**-20, True),
 )
 """Figure, title, factor, whether on a logarithmic axis."""
-INCHES = 0.21
+INCHES = 0.25
 """Height of a line."""
+SPREAD = 0.22
+"""Part of a line between the marks of neighbouring groups."""
 
 
 def comparison(report: Mapping[str, Any]) -> Plot | None:
@@ -85,7 +87,8 @@ def _draw(
     for number, (label, rows) in enumerate(groups.items()):
         colour, marker = LOOKS[number % len(LOOKS)]
         places = [(summary(row)[key], names.index(row["name"])) for row in rows]
-        places = [(x * factor, y) for x, y in places if x is not None and (x > 0 or not log)]
+        off = SPREAD * ((len(groups) - 1) / 2 - number)  # so that equal figures do not hide each other
+        places = [(x * factor, y + off) for x, y in places if x is not None and (x > 0 or not log)]
         x, y = [a for a, _ in places], [b for _, b in places]
         axis.plot(x, y, linestyle="none", color=colour, marker=marker, markersize=5, alpha=0.85, label=label)
     if log:
