@@ -112,14 +112,19 @@ def test_long_reader_lists_are_added_piece_by_piece(monkeypatch: pytest.MonkeyPa
     assert made[0].sums[:, 3].tolist() == [2, 2]
 
 
-@pytest.mark.parametrize(("kind", "lists"), [("plain", 2), ("packed", 4), ("padded", 1)])
-def test_a_captured_call_reads_nothing_back(kind: str, lists: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "lists", "halves"), [("plain", 2, 1), ("packed", 4, 1), ("padded", 1, 1), ("packed", 2, 2)]
+)
+def test_a_captured_call_reads_nothing_back(
+    kind: str, lists: int, halves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout, batch, num_keys = make_layout(kind, 90)
     inputs = make_qkv(batch, 90, num_keys, (4, 2), dtype=torch.float32)
     pattern = make_blocks(batch, lists, 90, num_keys, 3, 8, 1, layout)
     monkeypatch.setattr(triton_plan, "capturing", lambda _: True)
     kind_of_call = (2 if lists < 4 else 1, 1, 128, 3, 8)
-    monkeypatch.setattr(triton_plan, "_last_shapes", {kind_of_call: Shape(rows=16)})
+    shape = Shape(rows=16) if halves == 1 else Shape(rows=128, halves=2)
+    monkeypatch.setattr(triton_plan, "_last_shapes", {kind_of_call: shape})
 
     def refuse(*_: object) -> None:
         raise AssertionError("the device was read")
@@ -135,7 +140,7 @@ def test_a_captured_call_reads_nothing_back(kind: str, lists: int, monkeypatch: 
     check(op, inputs, mask_of(pattern, *inputs[:2], layout))
     plan, readers = plans[0]
     assert not plan.exact
-    assert plan.rows == 16
+    assert plan.rows == (16 if halves == 1 else 64)  # keys walk the halves
     assert plan.unions.blocks.shape[0] > int(plan.unions.bounds[-1])
     assert readers.slots >= int((readers.items[:, 3] >= 0).sum())
 
