@@ -86,6 +86,7 @@ def train(
     """Convert and train by RECIPE: a YAML file, or a name that `nsa-convert recipes` lists."""
     from nsa_convert.cli.options import parse_settings
     from nsa_convert.training.models import read_start
+    from nsa_convert.training.parallel import planned
     from nsa_convert.training.plan import plan_recipe
     from nsa_convert.training.recipe import read_recipe
     from nsa_convert.training.resume import Allow
@@ -97,7 +98,7 @@ def train(
     folder = model_folder(read.model, read.revision, path.parent)
     if dry_run:
         start = read_start(read, folder)
-        plan = plan_recipe(read, start, path.parent, processes=int(os.environ.get("WORLD_SIZE", "1")))
+        plan = plan_recipe(read, start, path.parent, parallel=planned(read))
         show(measure_plan(read, start, path.parent, plan) if read.measure else plan, as_json)
         return
     is_main = int(os.environ.get("RANK", "0")) == 0

@@ -14,7 +14,7 @@ from nsa_convert.config import AttentionGeometry, strict_dataclass
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.methods.cache_policy import CachePolicy
 from nsa_convert.methods.inputs import AttentionInputs
-from nsa_convert.methods.losses import output_error
+from nsa_convert.methods.losses import Total, output_error, own
 from nsa_convert.patterns import BlockTopK, Pattern, SequenceLayout
 
 
@@ -121,12 +121,15 @@ class TrainingMode:
         losses: Names of the auxiliary losses wanted, in this order.
         step: Number of the optimizer step; losses on a sample of the queries draw it from this.
         teacher_kl: Whether the model also returns the divergence of its logits from those of dense attention.
+        total: Adds a tensor over the processes that share the queries of a row; losses are ratios of such
+            sums.
     """
 
     stream: Literal["sparse", "full", "teacher"] = "sparse"
     losses: tuple[str, ...] = ()
     step: int = 0
     teacher_kl: bool = False
+    total: Total = own
 
 
 # A plain global, shared by threads: torch.compile cannot trace a ContextVar.
@@ -355,7 +358,9 @@ class SparseMethod(nn.Module):
             dense: ``[B, TQ, HQ, D]`` dense attention.
             mode: What the step asks for.
         """
-        return {"output_error": output_error(sparse, dense)} if "output_error" in mode.losses else {}
+        return (
+            {"output_error": output_error(sparse, dense, mode.total)} if "output_error" in mode.losses else {}
+        )
 
     def fits(self, x: AttentionInputs, budget: int) -> bool:
         """Return whether no query can have more keys than ``budget``, so that dense attention is the same."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa_convert.methods.losses import Total, counted_mean, own
 from nsa_convert.patterns import SequenceLayout
 
 
-def index_kl(mass: Tensor, logits: Tensor, seen: Tensor) -> Tensor:
+def index_kl(mass: Tensor, logits: Tensor, seen: Tensor, total: Total = own) -> Tensor:
     """Return ``KL(mass || softmax(logits))`` over the tokens in ``seen``.
 
     Args:
         mass: ``[B, h, NQ, TK]`` true attention probabilities, no gradient; renormalised over ``seen``.
         logits: ``[B, h, NQ, TK]`` scores of the index.
         seen: bool, broadcasts to ``[B, h, NQ, TK]``.
+        total: Adds over the processes that share the row.
 
     Returns:
         Mean over the heads and the queries that see at least two tokens; 0 where there is none.
@@ -25,8 +27,7 @@ def index_kl(mass: Tensor, logits: Tensor, seen: Tensor) -> Tensor:
     p = p / p.sum(-1, keepdim=True).clamp(min=tiny)
     log_q = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).log_softmax(-1)
     kl = (p * (p.clamp(min=tiny).log() - log_q.masked_fill(~seen, 0.0))).sum(-1)
-    counted = seen.sum(-1) > 1
-    return (kl * counted).sum() / counted.sum().clamp(min=1)
+    return counted_mean(kl, seen.sum(-1) > 1, total)
 
 
 def visible_tokens(

@@ -1,16 +1,20 @@
 """Losses between a layer's sparse and dense attention, and between its block scores and the true mass.
 
 All of them are computed inside one layer from what it has at hand: the dense attention over the same queries,
-keys and values is the teacher, so no second model is needed.
+keys and values is the teacher, so no second model is needed. Each is a ratio of sums over queries, so that
+processes that hold a part of the queries each can add both (``total``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.methods.inputs import AttentionInputs
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 SAMPLED_QUERIES = 64
@@ -19,32 +23,54 @@ SAMPLED_PAIRS = 1 << 21
 """Pairs of a query and a key of each row up to which more are taken: all of 1448 tokens, 256 of 8192."""
 
 
-def output_error(sparse: Tensor, dense: Tensor) -> Tensor:
+Total = Callable[[Tensor], Tensor]
+"""Adds a tensor over the processes that share the queries of a row."""
+
+
+def own(x: Tensor) -> Tensor:
+    """Return ``x``: the :data:`Total` of a process that has all queries."""
+    return x
+
+
+def counted_mean(values: Tensor, counted: Tensor, total: Total) -> Tensor:
+    """Return the mean of the values that count over all processes; 0 where there is none."""
+    return total((values * counted).sum()) / total(counted.sum()).clamp(min=1)
+
+
+def output_error(sparse: Tensor, dense: Tensor, total: Total = own) -> Tensor:
     """Return ``|sparse - sg(dense)|^2 / |sg(dense)|^2`` of each head ``[B, T, HQ, D]``, mean over the heads.
 
     A scalar of at least float32. Heads count alike, so that a mean over processes that share them is right.
     """
     wide = torch.promote_types(sparse.dtype, torch.float32)
     target = dense.detach().to(wide)
-    error = (sparse.to(wide) - target).square().sum((0, 1, 3))
-    return (error / target.square().sum((0, 1, 3)).clamp(min=torch.finfo(wide).tiny)).mean()
+    error = total((sparse.to(wide) - target).square().sum((0, 1, 3)))
+    return (error / total(target.square().sum((0, 1, 3))).clamp(min=torch.finfo(wide).tiny)).mean()
 
 
-def bidirectional_alignment(full: Tensor, sparse: Tensor) -> Tensor:
+def bidirectional_alignment(full: Tensor, sparse: Tensor, total: Total = own) -> Tensor:
     """Return SSA's alignment (arXiv 2511.20102, Alg. 1): ``S(full, sg sparse) + S(sparse, sg full)``.
 
     S is SmoothL1 with beta 1 and mean reduction. Both halves are needed: one alone diverges (its table 3).
     """
     wide = torch.promote_types(sparse.dtype, torch.float32)
     full, sparse = full.to(wide), sparse.to(wide)
-    return functional.smooth_l1_loss(full, sparse.detach()) + functional.smooth_l1_loss(sparse, full.detach())
+    smooth = functional.smooth_l1_loss
+    halves = smooth(full, sparse.detach(), reduction="sum") + smooth(sparse, full.detach(), reduction="sum")
+    return total(halves) / total(full.new_tensor(full.numel()))
 
 
-def sample_queries(num_queries: int, step: int, device: torch.device) -> Tensor:
-    """Return a sample of the query slots, evenly spaced, shifted from step to step; int64."""
-    stride = max(1, num_queries // max(SAMPLED_QUERIES, SAMPLED_PAIRS // num_queries))
+def sample_queries(x: AttentionInputs, step: int) -> Tensor:
+    """Return a sample of the queries of the call, evenly spaced over the row, shifted by step; int64.
+
+    Processes that hold a run of the row's queries each draw one sample together.
+    """
+    row, begin = x.k.shape[1], int(x.layout.offset)
+    stride = max(1, row // max(SAMPLED_QUERIES, SAMPLED_PAIRS // row))
     # An odd multiplier visits every offset of a stride that is a power of two.
-    return torch.arange((step * 7919) % stride, num_queries, stride, device=device)
+    first = (step * 7919) % stride
+    first += max(0, -(-(begin - first) // stride)) * stride
+    return torch.arange(first, begin + x.q.shape[1], stride, device=x.q.device) - begin
 
 
 def attention_mass(q: Tensor, k: Tensor, queries: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
@@ -145,47 +171,46 @@ def _cell_slots(grid: CellGrid, layout: SequenceLayout, num_keys: int, device: t
 
 
 def score_kl(
-    q: Tensor,
+    x: AttentionInputs,
     k: Tensor,
     scored: tuple[Tensor, Tensor],
     grid: CellGrid,
     rule: BlockTopK,
-    layout: SequenceLayout,
-    scale: float,
     step: int,
+    total: Total = own,
 ) -> Tensor:
     """Return the KL of the block scores to the dense attention mass of the blocks, on sampled queries.
 
     Args:
-        q: ``[B, TQ, HQ, D]``.
-        k: ``[B, TK, H, D]``.
+        x: Inputs of the layer.
+        k: ``[B, TK, H, D]`` keys of the dense model.
         scored: Queries ``[B, TQ, HQ, E]`` and compressed keys ``[B, C, H, E]`` whose product is the score.
         grid: Cell sizes.
         rule: Block size and forced blocks.
-        layout: Position of the queries, padding and packing.
-        scale: Factor on the scores.
         step: Number of the optimizer step; the sample follows from it.
+        total: Adds over the processes that share the row.
     """
-    queries = sample_queries(q.shape[1], step, q.device)
-    mass = attention_mass(q, k, queries, layout, scale)
+    queries, layout = sample_queries(x, step), x.layout
+    mass = attention_mass(x.q, k, queries, layout, x.scale)
     size = rule.block_size
-    scores = block_scores(*scored, queries, grid, size, layout, scale, mass.shape[3])
-    starts = layout.row_starts(q.shape[1], q.device)[:, queries]
-    keys = torch.arange(mass.shape[3], device=q.device)
+    scores = block_scores(*scored, queries, grid, size, layout, x.scale, mass.shape[3])
+    starts = layout.row_starts(x.q.shape[1], k.device)[:, queries]
+    keys = torch.arange(mass.shape[3], device=k.device)
     mass = to_blocks(mass, keys, starts, size, scores.shape[3])
-    own = (queries + layout.offset - starts).div(size, rounding_mode="floor")[:, None, :, None]
-    block = torch.arange(scores.shape[3], device=q.device)
-    free = (block >= rule.num_sink_blocks) & (block <= own - rule.num_local_blocks)
-    return block_kl(mass, scores, free)
+    last = (queries + layout.offset - starts).div(size, rounding_mode="floor")[:, None, :, None]
+    block = torch.arange(scores.shape[3], device=k.device)
+    free = (block >= rule.num_sink_blocks) & (block <= last - rule.num_local_blocks)
+    return block_kl(mass, scores, free, total)
 
 
-def block_kl(mass: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:
+def block_kl(mass: Tensor, scores: Tensor, candidates: Tensor, total: Total = own) -> Tensor:
     """Return ``KL(mass || scores)`` over the blocks a method is free to choose.
 
     Args:
         mass: ``[B, H, NQ, NB]`` true attention mass, no gradient.
         scores: ``[B, H, NQ, NB]`` non-negative scores of the method, need not sum to 1.
         candidates: ``[B or 1, 1, NQ, NB]`` blocks that are neither forced nor in the future.
+        total: Adds over the processes that share the row.
 
     Returns:
         Mean over the heads of the mean over the queries with at least two candidates; 0 where there is none.
@@ -199,4 +224,4 @@ def block_kl(mass: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:
     p = p / p.sum(-1, keepdim=True).clamp(min=tiny)
     s = s / s.sum(-1, keepdim=True).clamp(min=tiny)
     kl = (p * (p.clamp(min=tiny).log() - s.clamp(min=tiny).log())).sum(-1)
-    return ((kl * weight).sum((0, 2)) / weight.sum((0, 2)).clamp(min=tiny)).mean()
+    return (total((kl * weight).sum((0, 2))) / total(weight.sum((0, 2))).clamp(min=tiny)).mean()

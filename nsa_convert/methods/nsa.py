@@ -224,9 +224,7 @@ class NSA(SparseMethod):
             grid = CellGrid(width=s.compression_block, stride=s.compression_stride)
             alone = TAUGHT in x.pooled
             pair = scored(for_loss(x, TAUGHT if alone else "key", alone=alone), s.scorer)
-            losses["score_kl"] = score_kl(
-                x.q, x.k[:, :, :heads], pair, grid, s.rule, x.layout, x.scale, mode.step
-            )
+            losses["score_kl"] = score_kl(x, x.k[:, :, :heads], pair, grid, s.rule, mode.step, mode.total)
         return losses
 
     def _compressed(self, x: AttentionInputs, *, choose: bool) -> CompressedOutput:

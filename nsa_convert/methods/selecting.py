@@ -124,7 +124,7 @@ class SelectingMethod(SparseMethod):
         losses = super().auxiliary_losses(x, sparse, dense, mode)
         if self.index is None or "index_kl" not in mode.losses:
             return losses
-        queries = sample_queries(x.q.shape[1], mode.step, x.q.device)
+        queries = sample_queries(x, mode.step)
         mass = attention_mass(x.q, x.k, queries, x.layout, x.scale)  # [B, H, NQ, TK]
         scores = self.index_scores(x, queries, mass.dtype)
         seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)
@@ -134,4 +134,4 @@ class SelectingMethod(SparseMethod):
             blocks = chosen.as_blocks() if isinstance(chosen, TokenSelection) else chosen
             seen = seen & listed_tokens(blocks.block_indices[:, :, queries], relative, blocks.block_size)
         mass = mass.unflatten(1, (scores.shape[1], -1)).mean(2)  # mean over the heads that share a list
-        return {**losses, "index_kl": index_kl(mass, scores, seen)}
+        return {**losses, "index_kl": index_kl(mass, scores, seen, mode.total)}

@@ -149,7 +149,7 @@ class SSA(SparseMethod):
             sparse, _ = sparse_attention(x.q, x.k, x.v, self._choose(x), layout=x.layout, scale=x.scale)
         losses = self.auxiliary_losses(x, sparse * gate, full, mode) if mode.losses else {}
         if "alignment" in mode.losses:
-            losses["alignment"] = bidirectional_alignment(full, sparse)
+            losses["alignment"] = bidirectional_alignment(full, sparse, mode.total)
         if mode.stream == "teacher":
             return full.detach(), losses
         return (sparse if mode.stream == "sparse" else full) * gate, losses
@@ -167,7 +167,7 @@ class SSA(SparseMethod):
             grid = CellGrid(width=size, stride=size)
             alone = has_weights(self.compress_key)
             pair = scored(for_loss(x, "key", alone=alone), self.settings.scorer)
-            losses["score_kl"] = score_kl(x.q, x.k, pair, grid, rule, x.layout, x.scale, mode.step)
+            losses["score_kl"] = score_kl(x, x.k, pair, grid, rule, mode.step, mode.total)
         return losses
 
     def _choose(self, x: AttentionInputs) -> BlockSelection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import AttentionInputs, Pool, SparseMethod
 from nsa_convert.methods.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import sparse_cache_layer
-from nsa_convert.patch.collectives import gather_tokens, mean_over
+from nsa_convert.patch.collectives import gather_tokens, mean_over, total_over
 from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.pooling import grow_cells, grow_stream, pool_sequence
@@ -42,7 +43,7 @@ class SparseAttention(nn.Module):
             self.add_module(name, child)
         self.sparse = method
         self.loss_group: Any = None
-        """Processes that share the heads or tokens of the layer: auxiliary losses are means over them."""
+        """Processes that share the heads of the layer: auxiliary losses are means over them."""
         self.context_group: Any = None
         """Processes that share each row: queries are local, keys and values are gathered."""
 
@@ -120,6 +121,8 @@ class SparseAttention(nn.Module):
             parts=parts if len(parts) > 1 else (),
         )
         mode = sparse_context.training
+        if mode is not None and self.context_group is not None:
+            mode = dataclasses.replace(mode, total=functools.partial(total_over, group=self.context_group))
         if mode is None:
             o = self.sparse(inputs)
             if past_key_values is not None and forgets(self.sparse):

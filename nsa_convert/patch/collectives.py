@@ -23,6 +23,21 @@ class _SumForward(torch.autograd.Function):
         return grad, None
 
 
+class _Total(torch.autograd.Function):
+    """Sum over the group; the gradient, the same in every process, counts once for each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.size = dist.get_world_size(group)
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.size, None
+
+
 class _SumBackward(torch.autograd.Function):
     """Pass the value; sum the gradient over the group, where each process knows a part of it."""
 
@@ -62,6 +77,11 @@ class _GatherTokens(torch.autograd.Function):
 def mean_over(values: Tensor, group: Any) -> Tensor:
     """Return the mean over the group; for losses that are means over equally many heads or tokens."""
     return _SumForward.apply(values, group) / dist.get_world_size(group)
+
+
+def total_over(x: Tensor, group: Any) -> Tensor:
+    """Return the sum over the group, for a loss whose gradients are averaged over the group afterwards."""
+    return _Total.apply(x, group)
 
 
 def sum_gradient(x: Tensor, group: Any) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.methods.base import TrainingMode
+from nsa_convert.patch.collectives import tokens_before
 from nsa_convert.patterns import SequenceLayout
 
 
@@ -82,6 +83,28 @@ def read_context(
         position_ids = positions.clamp(min=0).reshape(-1, length)
     context = SparseContext(layout=layout, starts=starts, rotary=rotary, right_padded=right_padded)
     return context, position_ids
+
+
+def shard_context(
+    position_ids: Tensor | None, cu_seqlens: Tensor | None, rotary: nn.Module, group: Any
+) -> SparseContext:
+    """Return the context of a process that holds a run of every row's tokens.
+
+    Args:
+        position_ids: ``[B, T]`` of these tokens in their documents.
+        cu_seqlens: ``[N + 1]`` document boundaries of the whole row, B = 1; None where a row is one document.
+        rotary: The model's rotary embedding.
+        group: The processes that share the rows.
+
+    Raises:
+        ValueError: There are no positions, which the tokens alone do not tell.
+    """
+    if position_ids is None:
+        raise ValueError("context parallelism needs the position_ids of this process's tokens")
+    offset = tokens_before(position_ids.shape[1], group)
+    longest = None if cu_seqlens is None else int(cu_seqlens.diff().max())
+    layout = SequenceLayout(offset=offset, cu_seqlens=cu_seqlens, max_seqlen=longest)
+    return SparseContext(layout=layout, starts=None, rotary=rotary)
 
 
 def _refuse_unsupported(attention_mask: Any, hints: Mapping[str, Any]) -> None:

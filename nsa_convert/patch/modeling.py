@@ -20,12 +20,10 @@ from nsa_convert.errors import BackendError, ConfigError
 from nsa_convert.methods.base import InitialisedModule, TrainingMode
 from nsa_convert.methods.registry import build_layer
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.collectives import tokens_before
 from nsa_convert.patch.families import ModelFamily, family_of_sparse, geometry_of
-from nsa_convert.patch.layout import SparseContext, read_context
+from nsa_convert.patch.layout import SparseContext, read_context, shard_context
 from nsa_convert.patch.own_code import write_own_code
 from nsa_convert.patch.plan import resolve_plan
-from nsa_convert.patterns import SequenceLayout
 
 try:  # transformers 5: does not touch parameters that were loaded
     from transformers.initialization import copy_ as init_copy_
@@ -86,7 +84,7 @@ class SparseModelMixin(SparsePreTrainedMixin):
     """The decoder: reads padding and packing once, for all layers."""
 
     context_group: Any = None
-    """Processes that share each row, each with a run of its tokens; then a row is one document, unpadded."""
+    """Processes that share each row, each with a run of its tokens; see :func:`shard_context`."""
 
     def forward(
         self,
@@ -107,21 +105,21 @@ class SparseModelMixin(SparsePreTrainedMixin):
         if isinstance(past, Tensor):
             # A static cache hands out the very tensor that it is about to change.
             past = past.clone() if torch.compiler.is_compiling() else int(past)
-        shard = position_ids if self.context_group is not None else None
-        context, position_ids = read_context(
-            tokens=input_ids if inputs_embeds is None else inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids if shard is None else None,
-            past=past,
-            has_cache=past_key_values is not None,
-            rotary=self.rotary_emb,
-            hints=kwargs,
-        )
+        if self.context_group is not None:
+            bounds = kwargs.get("cu_seq_lens_q")
+            context = shard_context(position_ids, bounds, self.rotary_emb, self.context_group)
+        else:
+            context, position_ids = read_context(
+                tokens=input_ids if inputs_embeds is None else inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past=past,
+                has_cache=past_key_values is not None,
+                rotary=self.rotary_emb,
+                hints=kwargs,
+            )
         if context.layout.cu_seqlens is not None:
             use_cache = False
-        if shard is not None:
-            layout = SequenceLayout(offset=tokens_before(shard.shape[1], self.context_group))
-            context, position_ids = dataclasses.replace(context, layout=layout), shard
         if training_mode is not None:
             hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             return self._train_layers(
@@ -137,7 +135,6 @@ class SparseModelMixin(SparsePreTrainedMixin):
             sparse_context=context,
             **kwargs,
         )
-
 
     def _train_layers(
         self, hidden: Tensor, position_ids: Tensor, context: SparseContext
@@ -246,9 +243,7 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
         if labels is not None or kwargs.get("shift_labels") is not None:
             rest = {key: value for key, value in kwargs.items() if key not in PACKING_HINTS}
             logits = self.lm_head(hidden)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **rest
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **rest)
         return TrainingOutput(loss=loss, auxiliary=auxiliary, hidden=hidden, teacher_kl=divergence)
 
     @staticmethod
@@ -345,8 +340,6 @@ def install_sparse_attention(decoder: nn.Module) -> None:
     geometry = geometry_of(config.to_dict(), family_of_sparse(config.model_type))
     resolve_plan(sparse, len(decoder.layers), geometry)
     for index, layer in enumerate(decoder.layers):
-        layer.self_attn = SparseAttention(
-            layer.self_attn, build_layer(sparse, geometry, index)
-        )
+        layer.self_attn = SparseAttention(layer.self_attn, build_layer(sparse, geometry, index))
         layer.__class__ = sparse_layer_class(type(layer))
     config._attn_implementation = ATTENTION_NAME

@@ -16,29 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsa_convert.errors import ConfigError, NsaConvertError
-from nsa_convert.methods.base import SparseMethod
+from nsa_convert.config import raise_problems
+from nsa_convert.errors import NsaConvertError
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.collectives import sum_gradient
 from nsa_convert.patch.loading import load_causal_model, safe_config
+from nsa_convert.patch.modeling import SparseModelMixin
+from nsa_convert.patch.patching import sparse_methods
+from nsa_convert.training.parallel import Parallel, tensor_problems
 
 T = TypeVar("T")
 
 HEAD_STYLE = "nsa_heads"
-TENSOR_PARALLEL_METHODS = ("nsa", "ssa", "full")
-
-
-def tensor_parallel_problems(methods: list[SparseMethod], size: int) -> list[str]:
-    """Return why these methods cannot share their heads among ``size`` processes."""
-    problems = []
-    for name in sorted({m.spec.name for m in methods} - set(TENSOR_PARALLEL_METHODS)):
-        problems.append(f"tensor_parallel knows {', '.join(TENSOR_PARALLEL_METHODS)}, not {name}")
-    if any(m.extra_head_sets() for m in methods):
-        problems.append("tensor_parallel needs branch_kv shared")
-    heads = {m.geometry.num_kv_heads for m in methods}
-    if any(count % size for count in heads):
-        problems.append(f"{sorted(heads)} key/value heads cannot be shared by {size} processes")
-    return problems
 
 
 def tensor_plan(model: nn.Module) -> dict[str, str]:
@@ -85,28 +74,25 @@ def register_head_style() -> None:
     engine.ALL_PARALLEL_STYLES.register(HEAD_STYLE, HeadParallel())
 
 
-def distributed_config(plain: nn.Module, *, fsdp: int = 1, tensor_parallel: int = 1) -> Any:
-    """Return transformers' DistributedConfig for a converted model.
+def distributed_config(plain: nn.Module, *, fsdp: int = 1, tensor: int = 1) -> Any:
+    """Return transformers' DistributedConfig for a dense or converted model.
 
     Args:
         plain: The model on the meta device, for the names of its new weights.
         fsdp: Processes that share each weight.
-        tensor_parallel: Processes that share each layer.
+        tensor: Processes that share each layer.
 
     Raises:
         ConfigError: A method cannot be shared that way.
     """
     from transformers.distributed import DistributedConfig
 
-    methods = [m.sparse for m in plain.modules() if isinstance(m, SparseAttention)]
-    values: dict[str, Any] = {"fsdp_size": fsdp, "tp_size": tensor_parallel}
-    if tensor_parallel > 1:
-        problems = tensor_parallel_problems(methods, tensor_parallel)
-        if problems:
-            raise ConfigError("; ".join(problems), code="RC09")
+    if tensor > 1:
+        raise_problems(tensor_problems(sparse_methods(plain), plain.config.to_dict(), tensor), code="RC09")
         register_head_style()
-        values["tp_plan"] = tensor_plan(plain)
-    return DistributedConfig(**values)
+    # An empty plan would take the family's own rules away.
+    plan = tensor_plan(plain) if tensor > 1 else None
+    return DistributedConfig(fsdp_size=fsdp, tp_size=tensor, tp_plan=plan or None)
 
 
 def join_processes() -> None:
@@ -131,13 +117,44 @@ def from_main(work: Callable[[], T]) -> T:
     return box[0]
 
 
-def load_sharded(folder: Path, dtype: torch.dtype, fsdp: int) -> nn.Module:
-    """Load a checkpoint with every weight shared by ``fsdp`` processes."""
+def load_sharded(folder: Path, dtype: torch.dtype, parallel: Parallel) -> nn.Module:
+    """Load a checkpoint with its weights cut among the processes as ``parallel`` says."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(safe_config(folder))
-    return load_causal_model(folder, dtype, distributed_config=distributed_config(plain, fsdp=fsdp))
+    config = distributed_config(plain, fsdp=parallel.fsdp, tensor=parallel.tensor)
+    model = load_causal_model(folder, dtype, distributed_config=config)
+    if parallel.tensor > 1:
+        share_heads(model, model._device_mesh.get_group("tp"))
+    _save_tied_once(model)
+    return model
+
+
+def _save_tied_once(model: nn.Module) -> None:
+    """Keep copies of tied weights out of what a cut model saves: gathered, they no longer share memory."""
+    gather = model.gather_sharded_state_dict_for_save
+
+    def gather_once(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = gather(*args, **kwargs)
+        return {name: x for name, x in state.items() if name not in model.all_tied_weights_keys}
+
+    model.gather_sharded_state_dict_for_save = gather_once
+
+
+def row_mesh(parallel: Parallel) -> Any:
+    """Return the mesh of the processes by the rows they read, or None where each reads its own.
+
+    Its dimensions have the names by which accelerate's data loader knows that processes read the same rows.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if parallel.data == parallel.processes:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shared = parallel.processes // parallel.data
+    names = ("dp_shard", "cp" if parallel.context > 1 else "tp")
+    return init_device_mesh(device, (parallel.data, shared), mesh_dim_names=names)
 
 
 def whole_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -165,33 +182,43 @@ def share_heads(model: nn.Module, group: Any) -> None:
 
 
 def share_tokens(model: nn.Module, group: Any) -> None:
-    """Let the layers of a model attend across the processes of a group, each with its run of every row."""
-    for layer in _layers(model):
-        layer.context_group = layer.loss_group = group
-    model.base_model.context_group = group
+    """Let the layers of a model attend across the processes of a group, each with its run of every row.
+
+    Auxiliary losses are those of the whole rows then; gradients have to be averaged over the group.
+    """
+    for module in model.modules():
+        if isinstance(module, (SparseAttention, SparseModelMixin)):
+            module.context_group = group
 
 
 def split_tokens(batch: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
     """Return this process's run of every row, with the labels of the tokens that follow.
 
     Args:
-        batch: ``input_ids`` and ``labels`` ``[B, T]``; one document a row.
+        batch: ``input_ids`` and ``labels`` ``[B, T]``, and ``position_ids`` that restart at 0 in each packed
+            document; without them a row is one document. Packed rows come one by one, B = 1.
         group: The context group; T must be a multiple of its size.
 
     Returns:
-        ``input_ids``, ``position_ids`` (of the whole row) and ``shift_labels`` of this process.
+        ``input_ids``, ``position_ids`` and ``shift_labels`` of this process; ``cu_seq_lens_q`` of the whole
+        row where it holds several documents.
     """
-    ids, labels = batch["input_ids"], batch["labels"]
+    ids, labels, positions = batch["input_ids"], batch["labels"], batch.get("position_ids")
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     length = ids.shape[1] // size
     here = slice(rank * length, (rank + 1) * length)
     following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return {
+    if positions is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    part = {
         "input_ids": ids[:, here],
         "position_ids": positions[:, here],
         "shift_labels": following[:, here].contiguous(),
     }
+    begins = (positions == 0).nonzero()[:, 1]
+    if len(begins) > len(ids):
+        part["cu_seq_lens_q"] = torch.cat([begins, begins.new_tensor([ids.shape[1]])])
+    return part
 
 
 def _layers(model: nn.Module) -> list[SparseAttention]:

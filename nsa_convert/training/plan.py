@@ -15,6 +15,8 @@ from nsa_convert.methods.base import SparseMethod
 from nsa_convert.patch.staging import gigabytes
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.models import Start, rope_parameters
+from nsa_convert.training.parallel import Parallel, method_problems, parallel_of, size_problems
+from nsa_convert.training.parallel import stage_problems as sharing_problems
 from nsa_convert.training.parts import Source
 from nsa_convert.training.recipe import Recipe, Stage
 from nsa_convert.training.sources import describe_source, held_out_overlap, open_source
@@ -69,6 +71,7 @@ class RecipePlan:
         out: Where it writes.
         parameters: Weights of the model in all.
         method: Sparse methods by name, or ``dense``.
+        parallel: How the processes share the work.
         stages: One plan per stage.
     """
 
@@ -76,6 +79,7 @@ class RecipePlan:
     out: str
     parameters: int
     method: str
+    parallel: Parallel
     stages: tuple[StagePlan, ...]
 
     @property
@@ -90,6 +94,7 @@ class RecipePlan:
     def to_text(self) -> str:
         """Return the plan for people."""
         lines = [f"{self.model} ({self.parameters:,} weights, {self.method}) -> {self.out}"]
+        lines.append(f"  {self.parallel.to_text()}")
         for stage in self.stages:
             losses = " + ".join(
                 name if weight == 1 else f"{weight:g} {name}" for name, weight in stage.losses.items()
@@ -111,14 +116,14 @@ class RecipePlan:
         return "\n".join(lines)
 
 
-def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1) -> RecipePlan:
+def plan_recipe(recipe: Recipe, start: Start, base: Path, *, parallel: Parallel | None = None) -> RecipePlan:
     """Check a recipe against its model and data, and resolve it.
 
     Args:
         recipe: The recipe.
         start: The model's config.
         base: Folder that relative data paths start from.
-        processes: Processes that will train.
+        parallel: How the processes will share the work; those of this run when left out.
 
     Raises:
         ConfigError: Every problem of every stage, in one message.
@@ -127,10 +132,12 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1)
     problems: list[str] = []
     plans = []
     config = dict(start.config)
-    if recipe.fsdp not in (1, processes) and processes > 1:
-        problems.append(f"fsdp {recipe.fsdp} must be the number of processes, {processes}, or 1")
+    parallel = parallel_of(recipe) if parallel is None else parallel
+    unfit = size_problems(parallel)
+    problems += unfit or method_problems(parallel, methods, config)
     for stage in recipe.stages:
-        found = stage_problems(stage, methods, config, processes)
+        found = stage_problems(stage, methods, config)
+        found += [] if unfit else sharing_problems(parallel, stage)
         notes: list[str] = []
         for source in stage.data:
             try:
@@ -143,7 +150,7 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1)
                 config["rope_parameters"], config["max_position_embeddings"] = rope_parameters(
                     config, stage.rope
                 )
-            resolved = _resolve(stage, recipe, start, methods, shapes, processes)
+            resolved = _resolve(stage, recipe, start, methods, shapes, parallel)
             data = tuple(f"{s.weight:g} {describe_source(s, base)}" for s in stage.data)
             plans.append(dataclasses.replace(resolved, data=data, warnings=(*resolved.warnings, *notes)))
     raise_problems(problems, code="RC09", hint="no weight was read; correct the recipe and run again")
@@ -153,6 +160,7 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, processes: int = 1)
         out=str(Path(recipe.out).resolve()),
         parameters=sum(shapes.values()),
         method=", ".join(names) or "dense",
+        parallel=parallel,
         stages=tuple(plans),
     )
 
@@ -174,9 +182,7 @@ def source_notes(source: Source, base: Path, *, chats: bool) -> list[str]:
     ]
 
 
-def stage_problems(
-    stage: Stage, methods: Sequence[SparseMethod], config: Mapping[str, Any], processes: int
-) -> list[str]:
+def stage_problems(stage: Stage, methods: Sequence[SparseMethod], config: Mapping[str, Any]) -> list[str]:
     """Return why a stage cannot run on this model."""
     problems = loss_problems(stage, methods)
     positions = config.get("max_position_embeddings")
@@ -199,11 +205,6 @@ def stage_problems(
         problems.append(f"train is new, but {what}; train attention or all, or leave the stage out")
     if stage.kind == "align" and not methods:
         problems.append("kind align needs a sparse model: the recipe has no sparse_attention")
-    if stage.rows_per_step % (stage.micro_batch * processes):
-        problems.append(
-            f"a step of {stage.rows_per_step} rows cannot be shared by {processes} processes with "
-            f"micro_batch {stage.micro_batch}"
-        )
     return problems
 
 
@@ -254,7 +255,7 @@ def _resolve(
     start: Start,
     methods: Sequence[SparseMethod],
     shapes: Mapping[str, int],
-    processes: int,
+    parallel: Parallel,
 ) -> StagePlan:
     trained = sum(size for name, size in shapes.items() if is_trained(name, stage.train))
     new = sum(size for name, size in shapes.items() if ".self_attn.sparse." in name)
@@ -274,7 +275,7 @@ def _resolve(
         trained=trained,
         trained_new=new,
         losses={**losses, **stage_weights(stage, methods)},
-        memory=_memory(stage, recipe, start, sum(shapes.values()), trained),
+        memory=_memory(stage, recipe, start, sum(shapes.values()), trained, parallel),
         warnings=tuple(stage_warnings(stage, methods)),
     )
 
@@ -295,17 +296,17 @@ def _adapter_size(stage: Stage, start: Start) -> int:
     return config["num_hidden_layers"] * lora.rank * sum(sizes.get(name, 0) for name in lora.targets)
 
 
-def _memory(stage: Stage, recipe: Recipe, start: Start, total: int, trained: int) -> int:
+def _memory(stage: Stage, recipe: Recipe, start: Start, total: int, trained: int, parallel: Parallel) -> int:
     """Estimate bytes on one device.
 
-    Weights, gradients and AdamW's moments, shared by the FSDP processes; per layer
+    Weights, gradients and AdamW's moments, shared by the processes of one copy; per layer
     ``LAYER_WIDTHS`` hidden widths of activations, or one with checkpointing plus one layer at work; logits
     and their gradient in float32.
     """
     weight = 2 if recipe.precision == "bf16" else 4
     number = 4 if recipe.precision == "fp32" else 2
-    static = (total * weight + trained * (weight + ADAM_BYTES)) // recipe.fsdp
-    rows = stage.micro_batch * stage.seq_len
+    static = (total * weight + trained * (weight + ADAM_BYTES)) // parallel.weight_parts
+    rows = stage.micro_batch * stage.seq_len // parallel.context
     width = start.config["hidden_size"] * number * rows
     layers = start.config["num_hidden_layers"]
     kept = layers * width + LAYER_WIDTHS * width if stage.checkpointing else layers * LAYER_WIDTHS * width

@@ -20,7 +20,7 @@ from nsa_convert.training.parts import GENERATED, FreshModel, Lora, RopeScaling,
 
 SCHEMA = 1
 """Version of the recipe format; a newer one is refused."""
-UNBOUND_KEYS = ("out", "schema", "report_to", "measure", "fsdp", "alarms")
+UNBOUND_KEYS = ("out", "schema", "report_to", "measure", "fsdp", "tensor", "context", "alarms")
 UNBOUND_STAGE_KEYS = ("save_every", "log_every", "keep", "checkpointing", "micro_batch")
 """Keys that decide no number of a run, so that a resume may change them."""
 
@@ -184,7 +184,9 @@ class Recipe:
         revision: Branch, tag or commit of a Hub model.
         report_to: Where curves go beside ``log.jsonl``; ``auto`` is tensorboard where it is installed.
         measure: Let ``--dry-run`` load the model and time two steps of each stage.
-        fsdp: Processes that share each weight (FSDP2); all of the run's, or 1.
+        fsdp: Processes that share each weight (FSDP2): all of them, over ``tensor``; or 1.
+        tensor: Processes that share the heads and the inner width of every layer.
+        context: Processes that share the tokens of every row.
         alarms: Whether a diverging loss or shut gates ``stop`` the run, or ``warn``.
     """
 
@@ -199,6 +201,8 @@ class Recipe:
     report_to: Literal["auto", "none", "tensorboard", "trackio", "wandb"] = "auto"
     measure: bool = False
     fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
     alarms: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
@@ -217,10 +221,9 @@ class Recipe:
             problems.append(f"stages share a name: {', '.join(twice)}")
         if self.seed < 0:
             problems.append(f"seed must be >= 0, got {self.seed}")
-        if self.fsdp < 1:
-            problems.append(f"fsdp counts processes, from 1, got {self.fsdp}")
-        if self.fsdp > 1 and any(stage.train == "lora" for stage in self.stages):
-            problems.append("fsdp cannot be combined with train: lora yet")
+        for key in ("fsdp", "tensor", "context"):
+            if getattr(self, key) < 1:
+                problems.append(f"{key} counts processes, from 1, got {getattr(self, key)}")
         if self.sparse_attention is not None:
             try:
                 SparseAttentionConfig.from_dict(self.sparse_attention)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from nsa_convert.errors import CheckpointError, NsaConvertError
 from nsa_convert.training.checkpoints import COMPLETE, checkpoints, damage
 from nsa_convert.training.losses import mix
 from nsa_convert.training.models import Start
+from nsa_convert.training.parallel import parallel_of
 from nsa_convert.training.recipe import UNBOUND_KEYS, UNBOUND_STAGE_KEYS, Recipe, read_recipe
 from nsa_convert.training.stages import MODEL, stage_folder
 
@@ -40,7 +40,7 @@ def stage_facts(recipe: Recipe, index: int, start: Start) -> dict[str, Any]:
     return {
         "recipe": recipe.fingerprint(index),
         "base": _base_facts(start),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        **dataclasses.asdict(parallel_of(recipe)),
     }
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from nsa_convert.errors import NsaConvertError, UsageError
 from nsa_convert.kernels.backend import use_backend
 from nsa_convert.patch.staging import exclusive, machine_errors, staged
@@ -22,6 +24,7 @@ from nsa_convert.training.distributed import from_main, join_processes
 from nsa_convert.training.failures import KernelFailure, explained
 from nsa_convert.training.logs import trim_log
 from nsa_convert.training.models import Start, quiet, read_start, save_model
+from nsa_convert.training.parallel import Parallel, world_size
 from nsa_convert.training.plan import plan_recipe
 from nsa_convert.training.recipe import Recipe
 from nsa_convert.training.resume import RUN_FILE, Allow, check_resume, stage_facts
@@ -29,6 +32,7 @@ from nsa_convert.training.stages import (
     MODEL,
     check_data,
     frozen_hash,
+    load_base,
     load_stage_model,
     make_trainer,
     stage_folder,
@@ -139,15 +143,15 @@ def train_recipe(
         Interrupted: A signal came; the state is saved.
     """
     start = read_start(recipe, folder)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for line in plan_recipe(recipe, start, base, processes=processes).warnings:
+    for line in plan_recipe(recipe, start, base).warnings:
         say(f"warning: {line}")
     check_data(recipe, start, base)
     out = Path(recipe.out)
-    _check_out(out, resume)
-    signals = Signals(say)
-    if processes > 1:
+    if world_size() > 1:
         join_processes()
+    # The main process alone: it writes there as soon as it may, which others must not mistake for an old run.
+    from_main(lambda: _check_out(out, resume))
+    signals = Signals(say)
     with exclusive(out), signals.caught():
         check_resume(recipe, start)
         if _is_main():
@@ -237,7 +241,8 @@ class _Run:
             "last": next((row for row in reversed(trainer.state.log_history) if "loss" in row), {}),
         }
         seal = lambda folder: _seal(folder, recipe, index, self.start, report)  # noqa: E731
-        finish_stage(trainer, tokenizer, place, report, seal)
+        whole = lambda: load_base(recipe, index, self.start, Parallel())  # noqa: E731
+        finish_stage(trainer, tokenizer, place, report, seal, whole)
         return report
 
     def _trainer(
@@ -280,10 +285,25 @@ def finish_stage(
     place: Path,
     report: dict[str, Any],
     seal: Callable[[Path], None],
+    whole: Callable[[], nn.Module],
 ) -> None:
-    """Write the trained model; the folder appears when it is complete."""
+    """Write the trained model; the folder appears when it is complete.
+
+    Args:
+        trainer: Of the stage.
+        tokenizer: Of the model.
+        place: Folder of the stage.
+        report: What ``stage.json`` holds.
+        seal: Adds what a trained folder needs.
+        whole: Returns the model the stage began with, uncut: an adapter is merged into it.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.adapts:
+        from nsa_convert.training.lora import merged, save_adapters
+
+        save_adapters(model, place / "adapter", is_main=trainer.is_world_process_zero())
     trainer.accelerator.wait_for_everyone()
-    if trainer.sharded:
+    if trainer.sharded and not trainer.adapts:
         # Every process takes part in gathering the weights; the main one writes.
         gathered = place / ".gathered"
         with quiet():
@@ -296,11 +316,8 @@ def finish_stage(
                 folder.rmdir()
                 gathered.rename(folder)
     elif trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if hasattr(model, "merge_and_unload"):
-            from nsa_convert.training.lora import save_adapters
-
-            model = save_adapters(model, place / "adapter")
+        if trainer.adapts:
+            model = merged(model, place / "adapter", whole() if trainer.sharded else None)
         with staged(place / MODEL) as folder:
             save_model(model, tokenizer, folder)
             (folder / "stage.json").write_text(json.dumps(report, indent=1))

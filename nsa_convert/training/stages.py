@@ -19,12 +19,15 @@ from nsa_convert.training.data import PackedRows, check_enough, collate
 from nsa_convert.training.distributed import load_sharded
 from nsa_convert.training.losses import LossPlan, loss_plan, mix
 from nsa_convert.training.models import DTYPES, Start, fresh_tokenizer, load_first, methods_of, set_rope
+from nsa_convert.training.parallel import Parallel, parallel_of
 from nsa_convert.training.plan import RecipePlan, is_trained
 from nsa_convert.training.recipe import Recipe, Stage
 from nsa_convert.training.trainer import Say, StageTrainer
 
 MODEL = "model"
 """Folder of a stage's trained model."""
+START = "start"
+"""Folder of the first model, where its weights have to be sharded."""
 
 
 def stage_folder(recipe: Recipe, index: int) -> Path:
@@ -58,19 +61,41 @@ def check_data(recipe: Recipe, start: Start, base: Path) -> None:
         check_enough(stage.data, tokenizer, stage.batch_tokens, base, chats=stage.kind == "sft")
 
 
-def is_sharded(recipe: Recipe) -> bool:
-    """Return whether several processes share each weight."""
-    return recipe.fsdp > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def write_start(recipe: Recipe, start: Start) -> Path:
     """Write the first model as a folder, in the main process: weights are sharded while they are loaded."""
-    folder = Path(recipe.out) / "start"
+    folder = Path(recipe.out) / START
     if int(os.environ.get("RANK", "0")) == 0 and not folder.is_dir():
         with staged(folder) as place, quiet():
             load_first(recipe, start).save_pretrained(place)
     torch.distributed.barrier()
     return folder
+
+
+def load_base(
+    recipe: Recipe, index: int, start: Start, parallel: Parallel, checkpoint: Path | None = None
+) -> nn.Module:
+    """Return the model a stage begins with, cut among the processes, with the RoPE of the stage.
+
+    Args:
+        recipe: The recipe.
+        index: Of the stage.
+        start: The first model.
+        parallel: How the processes share its weights.
+        checkpoint: Where to read it instead.
+    """
+    stage, dtype = recipe.stages[index], DTYPES[recipe.precision]
+    written = stage_folder(recipe, index - 1) / MODEL if index else Path(recipe.out) / START
+    if parallel.sharded:
+        model = load_sharded(
+            checkpoint or (written if index else write_start(recipe, start)), dtype, parallel
+        )
+    elif written.is_dir():
+        model = load_causal_model(written, dtype)
+    else:
+        model = load_first(recipe, start)
+    if stage.rope is not None:
+        set_rope(model, stage.rope)
+    return model
 
 
 def load_stage_model(recipe: Recipe, index: int, start: Start, checkpoint: Path | None = None) -> nn.Module:
@@ -82,18 +107,9 @@ def load_stage_model(recipe: Recipe, index: int, start: Start, checkpoint: Path 
         start: The first model.
         checkpoint: Where to go on; read here only for a sharded model, the Trainer loads others itself.
     """
-    stage, dtype = recipe.stages[index], DTYPES[recipe.precision]
-    before = stage_folder(recipe, index - 1) / MODEL
-    if is_sharded(recipe):
-        if checkpoint is None and index == 0:
-            before = write_start(recipe, start)
-        model = load_sharded(checkpoint or before, dtype, recipe.fsdp)
-    elif index == 0:
-        model = load_first(recipe, start)
-    else:
-        model = load_causal_model(before, dtype)
-    if stage.rope is not None:
-        set_rope(model, stage.rope)
+    stage, parallel = recipe.stages[index], parallel_of(recipe)
+    adapts = stage.train == "lora"
+    model = load_base(recipe, index, start, parallel, None if adapts else checkpoint)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, stage.train))
     if stage.checkpointing:
@@ -102,10 +118,13 @@ def load_stage_model(recipe: Recipe, index: int, start: Start, checkpoint: Path 
             getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         )
         enable({"use_reentrant": False})
-    if stage.train == "lora":
-        from nsa_convert.training.lora import add_adapters
+    if adapts:
+        from nsa_convert.training.lora import add_adapters, load_adapters
 
+        torch.manual_seed(mix(recipe.seed, stage.name, "adapters"))
         model = add_adapters(model, stage.adapters)
+        if parallel.sharded and checkpoint is not None:
+            load_adapters(model, checkpoint)
     return model
 
 
@@ -126,6 +145,7 @@ def make_trainer(
     args = training_arguments(recipe, index)
     common = {
         "stage": stage,
+        "parallel": parallel_of(recipe),
         "losses": plan,
         "sparse": bool(methods),
         "facts": facts,
@@ -157,12 +177,11 @@ def data_seed(recipe: Recipe, index: int) -> int:
 def argument_values(recipe: Recipe, index: int) -> dict[str, Any]:
     """Return the arguments of transformers' Trainer for a stage."""
     stage = recipe.stages[index]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     return {
         "output_dir": str(stage_folder(recipe, index)),
         "max_steps": stage.steps,
         "per_device_train_batch_size": stage.micro_batch,
-        "gradient_accumulation_steps": stage.rows_per_step // (stage.micro_batch * world),
+        "gradient_accumulation_steps": stage.rows_per_step // (stage.micro_batch * parallel_of(recipe).data),
         "learning_rate": stage.lr,
         "max_grad_norm": stage.clip,
         "logging_steps": stage.log_every,

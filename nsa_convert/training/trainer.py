@@ -22,9 +22,17 @@ from nsa_convert.training.alarms import GateMeter, Watch
 from nsa_convert.training.callbacks import guarded
 from nsa_convert.training.checkpoints import SAVING, checkpoints, publish, seal, step_of
 from nsa_convert.training.data import PackedRows, check_same_data
-from nsa_convert.training.distributed import load_optimizer_state, whole_optimizer_state
+from nsa_convert.training.distributed import (
+    load_optimizer_state,
+    row_mesh,
+    share_tokens,
+    split_tokens,
+    whole_optimizer_state,
+)
 from nsa_convert.training.logs import progress_line, read_log
 from nsa_convert.training.losses import LossPlan
+from nsa_convert.training.optimizer import parameter_groups, rate
+from nsa_convert.training.parallel import Parallel
 from nsa_convert.training.recipe import Stage
 from nsa_convert.training.states import OPTIMIZER, SCHEDULER, forward_schedule, load_state, state_bytes
 
@@ -36,6 +44,7 @@ class StageTrainer(Trainer):
 
     Args:
         stage: The stage.
+        parallel: How the processes share the work.
         losses: What it minimises.
         sparse: Whether the model is a converted one, whose layers return losses.
         facts: What a resumed run must agree with; noted in every checkpoint.
@@ -53,6 +62,7 @@ class StageTrainer(Trainer):
         self,
         *,
         stage: Stage,
+        parallel: Parallel,
         losses: LossPlan,
         sparse: bool,
         facts: Mapping[str, Any],
@@ -67,11 +77,16 @@ class StageTrainer(Trainer):
     ) -> None:
         # transformers refuses to save a model sharded at load time, because it cannot save such an optimizer;
         # this class can, see below.
+        self.parallel = parallel
         args = kwargs["args"]
         strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
         super().__init__(**kwargs)
         args.save_strategy = strategy
         self.remove_callback(PrinterCallback)
+        self.accelerator.state.device_mesh = mesh = row_mesh(parallel)
+        self.context_group = mesh.get_group("cp") if parallel.context > 1 else None
+        if self.context_group is not None:
+            share_tokens(self.model, self.context_group)
         self.stage = stage
         self.losses = losses
         self.sparse = sparse
@@ -90,10 +105,19 @@ class StageTrainer(Trainer):
         self.peak_flops = peak_flops
         self.loss_is_scaled_for_ga = True
         self.sharded = bool(getattr(self, "is_distributed_loading_by_transformers", False))
+        self.adapts = stage.train == "lora"  # what is trained then is whole in every process
         self._place: Path | None = None
         self._sums: dict[str, list[float]] = {}
         self._clock = (time.perf_counter(), 0)
         self._batch: dict[str, Tensor] = {}
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Keep the tensor parallel size from accelerate, which has nothing to do and refuses it on CPUs."""
+        return super()._build_accelerator_args(**kwargs) | {"parallelism_config": None}
+
+    def get_cp_size(self) -> int:
+        """Return how many processes read the same row and take a run of its tokens each."""
+        return self.parallel.context
 
     def _guard_callbacks(self) -> None:
         """Keep the errors of services that draw curves away from the run."""
@@ -120,7 +144,8 @@ class StageTrainer(Trainer):
     ) -> Any:
         """Return the loss of one micro-batch; the sum over those of a step is the loss of the step."""
         self._batch = inputs
-        devices = self.args.world_size if self.args.average_tokens_across_devices else 1
+        # Gradients are averaged over the processes; those that share heads have one loss.
+        devices = self.parallel.processes // self.parallel.tensor
         items = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         if not self.sparse:
             out = model(**inputs, **items, use_cache=False)
@@ -129,9 +154,11 @@ class StageTrainer(Trainer):
             return (loss, out) if return_outputs else loss
         mode = self.losses.mode(self.state.global_step)
         wants_text = self.losses.cross_entropy > 0
-        labels = inputs.get("labels") if wants_text else None
-        rest = {key: value for key, value in inputs.items() if key != "labels"}
-        out = model(**rest, labels=labels, training_mode=mode, **(items if wants_text else {}))
+        if self.context_group is not None:
+            inputs = split_tokens(inputs, self.context_group)
+        unused = () if wants_text else ("labels", "shift_labels")
+        rest = {key: value for key, value in inputs.items() if key not in unused}
+        out = model(**rest, training_mode=mode, **(items if wants_text else {}))
         text = None if out.loss is None else out.loss * devices
         share = 1 / max(1, self.current_gradient_accumulation_steps)
         kl = None if out.teacher_kl is None else out.teacher_kl * devices
@@ -281,7 +308,8 @@ class StageTrainer(Trainer):
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole_optimizer_state(self.model, self.optimizer)
+        cut = not self.adapts
+        state = whole_optimizer_state(self.model, self.optimizer) if cut else self.optimizer.state_dict()
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -294,7 +322,7 @@ class StageTrainer(Trainer):
         folder = Path(checkpoint)
         if OPTIMIZER not in self.lost:
             state = load_state(folder / OPTIMIZER)
-            if self.sharded:
+            if self.sharded and not self.adapts:
                 load_optimizer_state(self.model, self.optimizer, state)
             else:
                 self.optimizer.load_state_dict(state)
@@ -360,29 +388,3 @@ class StageTrainer(Trainer):
             where=str(stage),
             hint="free some space (or set a smaller keep), then --resume",
         )
-
-
-def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: dense matrices, dense vectors, and new weights with their own rate."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    new = [p for name, p in named if ".sparse." in name]
-    old = [p for name, p in named if ".sparse." not in name]
-    lr_new = stage.lr if stage.lr_new is None else stage.lr_new
-    groups = [
-        {"params": [p for p in old if p.dim() > 1], "lr": stage.lr, "weight_decay": stage.weight_decay},
-        {"params": [p for p in old if p.dim() < 2], "lr": stage.lr, "weight_decay": 0.0},
-        {"params": new, "lr": lr_new, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def rate(stage: Stage, step: int) -> float:
-    """Return the learning rate of optimizer step ``step`` (from 0), as a share of the peak."""
-    warmup = math.ceil(stage.warmup * stage.steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = min(1.0, (step - warmup) / max(1, stage.steps - warmup))
-    if stage.schedule == "constant":
-        return 1.0
-    fall = done if stage.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
-    return 1 - (1 - stage.min_lr) * fall

@@ -3,52 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.models import NSA, SSA, trained_model
+from tests.models import NSA, SSA, VARIANTS, trained_model
+from tests.training.processes import launch
 
-ROOT = Path(__file__).parents[2]
 METHODS = {
     "nsa": {**NSA, "key_compressor": "linear", "value_compressor": "weighted"},
     "ssa": {**SSA, "gate": "signed"},
 }
-CHECKS = [f"{kind} {method}" for kind in ("fsdp", "tensor", "context") for method in METHODS]
+CONTEXT = ("hybrid", "moba", "infllm_v2-coarse", "dsa-shared", "msa-reuse", "nsa-learned-before-rope")
+"""Further variants whose rows are shared."""
+CHECKS = [
+    *(f"{kind} {method}" for kind in ("fsdp", "tensor") for method in METHODS),
+    *(f"fsdp {method} tied" for method in METHODS),
+    *(f"context {method}, one document" for method in METHODS),
+    *(f"context {method}" for method in (*METHODS, *CONTEXT)),
+]
 LIMIT = 1e-5
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("models")
-    for method, settings in METHODS.items():
-        trained_model("qwen3", settings, initializer_range=0.1).save_pretrained(folder / method)
-    port = str(free_port())
-    processes = []
-    for rank in range(2):
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-        }
-        command = [sys.executable, "-m", "tests.training.worker", str(folder)]
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=400)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-4000:]
+    further = {name: VARIANTS[name] for name in CONTEXT}
+    tied = {f"{name} tied": settings for name, settings in METHODS.items()}
+    for name, settings in {**METHODS, **further, **tied}.items():
+        model = trained_model(
+            "qwen3", settings, initializer_range=0.1, tie_word_embeddings=name.endswith(" tied")
+        )
+        model.save_pretrained(folder / name)
+    launch(["-m", "tests.training.worker", str(folder)], 2)
     return json.loads((folder / "result.json").read_text())
 
 

@@ -13,6 +13,7 @@ from nsa_convert.cli.training import known_recipes, recipes
 from nsa_convert.errors import ConfigError, UsageError
 from nsa_convert.training.data import PackedRows, collate
 from nsa_convert.training.models import fresh_tokenizer, read_start
+from nsa_convert.training.parallel import planned
 from nsa_convert.training.parts import FreshModel
 from nsa_convert.training.plan import plan_recipe
 from nsa_convert.training.recipe import read_recipe, recipe_from_dict
@@ -84,7 +85,7 @@ def test_big_recipes_plan(name, tmp_path, monkeypatch):
     monkeypatch.setattr("nsa_convert.training.plan.source_notes", lambda *_, **__: [])
     read = read_recipe(ALL[name])
     start = read_start(read, write_config(tmp_path, read.model))
-    plan = plan_recipe(read, start, ROOT, processes=read.fsdp)
+    plan = plan_recipe(read, start, ROOT, parallel=planned(read))
     assert all(stage.steps >= 100 for stage in plan.stages)
     assert not any("fit the visible budget" in line for line in plan.warnings)
     assert plan.parameters > 1e8

@@ -1,0 +1,36 @@
+"""Start the processes of one distributed run, as torchrun does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def launch(words: list[str], count: int, timeout: float = 400) -> None:
+    """Run ``python WORDS`` in ``count`` processes that find each other; all of them have to succeed."""
+    port, processes = str(free_port()), []
+    for rank in range(count):
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+        }
+        command = [sys.executable, *words]
+        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(errors)[-4000:]

@@ -1,0 +1,241 @@
+"""Recipes trained by two processes: the losses and weights of one, exact resume, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from nsa_convert.errors import ConfigError
+from nsa_convert.patch.loading import load_causal_model
+from nsa_convert.training.parallel import Parallel, planned
+from nsa_convert.training.plan import plan_recipe
+from nsa_convert.training.recipe import recipe_from_dict
+from nsa_convert.training.run import train_recipe
+from tests.models import DSA, MOBA, tokens
+from tests.training.processes import launch
+from tests.training.recipes import ALIGN, FRESH, NSA, ROOT, SSA, losses, recipe_values, same_weights, stage
+
+SLOW = pytest.mark.slow
+MODEL = {
+    **FRESH,
+    "vocab": 258,
+    "config": {**FRESH["config"], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+}
+LORA = stage(train="lora", lora={"rank": 2, "alpha": 4.0, "targets": ["q_proj", "o_proj", "down_proj"]})
+STAGES = {
+    "nsa": (NSA, (ALIGN, stage())),
+    "ssa": (SSA, (stage(checkpointing=True, losses={"alignment": 10.0, "score_kl": 1.0}, teacher_kl=0.5),)),
+    "lora": (NSA, (LORA,)),
+}
+"""Name -> method and stages; each is trained by one process too."""
+RUNS = {
+    "context nsa": ("nsa", {"context": 2}),
+    "tensor nsa": ("nsa", {"tensor": 2}),
+    "fsdp nsa": ("nsa", {"fsdp": 2}),
+    "context ssa": ("ssa", {"context": 2}),
+    "tensor ssa": ("ssa", {"tensor": 2}),
+    "fsdp and context ssa": ("ssa", {"fsdp": 2, "context": 2}),
+    "fsdp lora": ("lora", {"fsdp": 2}),
+    "context lora": ("lora", {"context": 2}),
+}
+FAST = ("context nsa", "tensor nsa")
+LIMIT = 1e-5
+
+
+def values(out: Path, case: str, **keys: int) -> dict[str, Any]:
+    method, stages = STAGES[case]
+    return recipe_values(out, method, *copy.deepcopy(stages), model=copy.deepcopy(MODEL), **keys)
+
+
+def job(out: Path, name: str, stop_at: int | None = None, resume: bool = False) -> dict[str, Any]:
+    case, keys = RUNS[name]
+    return {"recipe": values(out / name, case, **keys), "stop_at": stop_at, "resume": resume}
+
+
+def train_together(folder: Path, jobs: list[dict[str, Any]], processes: int = 2) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    launch(["-m", "tests.training.run_worker", str(folder)], processes)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Return the folder of a run in one process; trained once."""
+    done: dict[str, Path] = {}
+
+    def get(case: str) -> Path:
+        if case not in done:
+            done[case] = tmp_path_factory.mktemp("one") / case
+            train_recipe(recipe_from_dict(values(done[case], case)), None, base=ROOT)
+        return done[case]
+
+    return get
+
+
+def together(names: tuple[str, ...], name: str):
+    """Return a fixture that trains these runs by two processes, one launch for all."""
+
+    @pytest.fixture(scope="module", name=name)
+    def fixture(tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("two")
+        train_together(folder, [job(folder, name) for name in names])
+        return folder
+
+    return fixture
+
+
+fast = together(FAST, "fast")
+slow = together(tuple(name for name in RUNS if name not in FAST), "slow")
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=SLOW) for name in RUNS])
+def test_two_processes_train_what_one_trains(name, one, request):
+    case = RUNS[name][0]
+    out = request.getfixturevalue("fast" if name in FAST else "slow") / name
+    found, want = losses(out), losses(one(case))
+    assert [row[:2] for row in found] == [row[:2] for row in want]
+    assert max(abs(x[2] - y[2]) for x, y in zip(found, want, strict=True)) < LIMIT
+    assert len({row[2] for row in want}) == len(want)
+    a, b = (load_file(folder / "pretrain" / "model" / "model.safetensors") for folder in (out, one(case)))
+    assert a.keys() == b.keys()
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < LIMIT
+    model = load_causal_model(out / "pretrain" / "model", torch.float32).eval()
+    with torch.no_grad():
+        assert model(tokens(1, 40)).logits.isfinite().all()
+
+
+@SLOW
+@pytest.mark.parametrize(
+    "name", ["context ssa", "tensor nsa", "fsdp nsa", "fsdp and context ssa", "fsdp lora"]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(name, request, tmp_path):
+    whole = request.getfixturevalue("fast" if name in FAST else "slow") / name
+    train_together(tmp_path / "a", [job(tmp_path, name, stop_at=2)])
+    assert len(losses(tmp_path / name)) < len(losses(whole))
+    train_together(tmp_path / "b", [job(tmp_path, name, resume=True)])
+    assert losses(tmp_path / name) == losses(whole)
+    assert same_weights(tmp_path / name / "pretrain", whole / "pretrain")
+
+
+@SLOW
+def test_four_processes_share_weights_and_heads(tmp_path, one):
+    recipe = values(tmp_path / "run", "nsa", fsdp=2, tensor=2)
+    train_together(tmp_path, [{"recipe": recipe, "stop_at": None, "resume": False}], processes=4)
+    pairs = zip(losses(tmp_path / "run"), losses(one("nsa")), strict=True)
+    assert max(abs(x[2] - y[2]) for x, y in pairs) < LIMIT
+
+
+@SLOW
+def test_an_adapter_of_a_cut_model_belongs_to_the_whole_one(slow, tmp_path):
+    from peft import PeftModel
+
+    out = slow / "fsdp lora"
+    base = load_causal_model(out / "start", torch.float32)
+    adapted = PeftModel.from_pretrained(base, out / "pretrain" / "adapter").eval()
+    merged = load_causal_model(out / "pretrain" / "model", torch.float32).eval()
+    with torch.no_grad():
+        want = adapted(tokens(2, 40)).logits
+        torch.testing.assert_close(merged(tokens(2, 40)).logits, want, rtol=1e-5, atol=1e-5)
+
+
+@SLOW
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_command_line_trains_with_two_processes(launcher, tmp_path, one):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values(tmp_path / "run", "nsa")))
+    preset = ROOT / "recipes" / "accelerate" / "cpu.yaml"
+    start = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
+        "accelerate": ["accelerate.commands.launch", "--config_file", str(preset)],
+    }[launcher]
+    words = ["-m", "nsa_convert.cli", "train", str(path), "--set", "context=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *start, *words],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the trained model" in done.stdout
+    pairs = zip(losses(tmp_path / "run"), losses(one("nsa")), strict=True)
+    assert max(abs(x[2] - y[2]) for x, y in pairs) < LIMIT
+
+
+def check(tmp_path: Path, parallel: Parallel | None = None, method: dict | None = NSA, **changes: Any) -> str:
+    """Return why a recipe is refused."""
+    stages = changes.pop("stages", (stage(),))
+    recipe = recipe_from_dict(recipe_values(tmp_path, method, *stages, model=copy.deepcopy(MODEL), **changes))
+    from nsa_convert.training.models import read_start
+
+    with pytest.raises(ConfigError) as refused:
+        plan_recipe(recipe, read_start(recipe, None), ROOT, parallel=parallel or planned(recipe))
+    assert refused.value.code == "RC09"
+    return refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("parallel", "says"),
+    [
+        ({"processes": 1, "context": 2}, "context 2 takes a multiple of 2 processes"),
+        ({"processes": 3, "tensor": 2}, "tensor 2 takes a multiple of 2 processes"),
+        ({"processes": 4, "tensor": 2}, "with 4 processes and tensor 2 it can be 2"),
+        ({"processes": 4, "fsdp": 2}, "with 4 processes and tensor 1 it can be 1 or 4"),
+        ({"processes": 1, "fsdp": 8}, "it can be 1; start it with torchrun"),
+        ({"processes": 4, "fsdp": 2, "tensor": 2, "context": 2}, "cannot be combined"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_processes_are_refused(parallel, says, tmp_path):
+    assert says in check(tmp_path, Parallel(**parallel))
+
+
+@pytest.mark.parametrize(
+    ("method", "stages", "keys", "says"),
+    [
+        (MOBA, (stage(),), {"tensor": 2}, "tensor knows nsa, ssa, full, not moba"),
+        (NSA, (stage(),), {"tensor": 4}, "tensor 4 cannot share 2 key/value heads"),
+        ({**NSA, "branch_kv": "independent"}, (stage(),), {"tensor": 2}, "branch_kv shared"),
+        ({**MOBA, "key_conv": 3}, (stage(),), {"context": 2}, "key_conv of moba needs tokens of other"),
+        ({"method": "streaming"}, (stage(),), {"context": 2}, "not streaming"),
+        (None, (stage(),), {"context": 2}, "context needs a sparse model"),
+        (
+            DSA,
+            (stage(seq_len=33, batch_tokens=66, tokens=330),),
+            {"context": 2},
+            "seq_len 33 is not a multiple",
+        ),
+        (NSA, (stage(micro_batch=2),), {"context": 2}, "micro_batch must be 1, got 2"),
+        (NSA, (LORA,), {"tensor": 2}, "tensor cannot be combined with train: lora"),
+        (NSA, (stage(),), {"fsdp": 8}, "a step of 2 rows cannot be shared by 8"),
+        (NSA, (stage(),), {"fsdp": 8}, "fsdp 8 has to divide the 258 rows of tied embeddings"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_by_name(method, stages, keys, says, tmp_path):
+    assert says in check(tmp_path, method=method, stages=stages, **keys)
+
+
+def test_a_dry_run_shows_how_the_processes_share_the_work(tmp_path):
+    from click.testing import CliRunner
+
+    from nsa_convert.cli import main
+
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        yaml.safe_dump(recipe_values(tmp_path / "run", NSA, model=copy.deepcopy(MODEL), context=2))
+    )
+    done = CliRunner().invoke(main, ["train", str(path), "--dry-run"], catch_exceptions=False)
+    assert "2 processes; a row by 2 (context)" in done.output
+    done = CliRunner().invoke(main, ["train", str(path), "--dry-run", "--json"], catch_exceptions=False)
+    assert json.loads(done.output)["parallel"] == {"processes": 2, "fsdp": 1, "tensor": 1, "context": 2}
