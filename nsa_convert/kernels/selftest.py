@@ -214,12 +214,12 @@ def ops(tensors: Sequence[Tensor], layout: SequenceLayout) -> dict[str, Op]:
 
     plain = layout.start is None and layout.cu_seqlens is None
     return {
-        **({"values left out": skipping} if plain else {}),
         "selected blocks": pattern_op(blocks), "block mask per head": pattern_op(per_head),
         "selected tokens": pattern_op(tokens), "window": pattern_op(window), "compressed": compressed,
         "block choice": lambda x, layout: compressed(x, layout, values=False),
         "dense": lambda x, layout: (dense_attention(*x[:3], layout=layout),),
         "gates": lambda x, layout: (gated_sum((x[0], x[0] * 2, x[0].flip(1)), x[0][..., :3]),),
+        **({"values left out": skipping} if plain else {}),
     }
 
 
