@@ -134,9 +134,7 @@ def run_bench(
     """
     sizes, kind = parse_geometry(geometry), parse_dtype(dtype)
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            "there is no CUDA device here", code="CF22", expected="device cpu", found=device
-        )
+        raise ConfigError("there is no CUDA device here", code="CF22", expected="cpu", found=device)
     if not lengths or min(lengths) < 128:
         raise ConfigError(f"lengths must be at least 128 tokens, got {list(lengths)}", code="CF22")
     rows: list[BenchRow] = []
