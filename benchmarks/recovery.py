@@ -33,7 +33,8 @@ from nsa_convert.training.sources import RECALL_VALUES, iterate, open_source, re
 RECIPES = Path(__file__).parents[1] / "recipes" / "recovery"
 LENGTH = 256
 TEXT_ROWS = 96
-RECALL_DOCUMENTS = 96
+RECALL_DOCUMENTS = 384
+RESAMPLES = 2000
 NEEDLES = 48
 NEEDLE_DEPTHS = (0.05, 0.3, 0.55, 0.8)
 HELD_OUT = 1 << 40
@@ -135,7 +136,9 @@ def measure(model, inputs: dict, dense: list[torch.Tensor] | None) -> tuple[dict
                 kl.append((dense[index].exp() * (dense[index] - lp)).sum(-1).mean().item())
     by_position = torch.stack(nll).mean(0)  # [T - 1]
     near, far, told = [0, 0], [0, 0], [0.0, 0]
+    wrong = []
     for ids, distance in inputs["recall"]:
+        before = near[1] + far[1] - near[0] - far[0]
         lp = log_probs(model, ids)
         for place, back in enumerate(distance):
             if back:
@@ -144,6 +147,7 @@ def measure(model, inputs: dict, dense: list[torch.Tensor] | None) -> tuple[dict
                 bucket[1] += 1
                 told[0] -= lp[place - 1, ids[place]].item()
                 told[1] += 1
+        wrong.append(near[1] + far[1] - near[0] - far[0] - before)
     hits = [int(log_probs(model, ids)[-2].argmax() == ids[-1]) for _, ids in inputs["needles"]]
     edges = [(0, inputs["budget"]), (inputs["budget"], LENGTH // 2), (LENGTH // 2, LENGTH)]
     facts = {
@@ -155,6 +159,9 @@ def measure(model, inputs: dict, dense: list[torch.Tensor] | None) -> tuple[dict
         "recall_far": far[0] / max(1, far[1]),
         "recall_nll": told[0] / max(1, told[1]),
         "recall_questions": near[1] + far[1],
+        "recall_far_questions": far[1],
+        "recall_errors": sum(wrong),
+        "recall_errors_by_document": wrong,
         "needles": sum(hits) / len(hits),
         "kl": sum(kl) / len(kl) if kl else 0.0,
         "density": sum(density) / len(density) if density else 1.0,
@@ -184,9 +191,12 @@ def measure_all(work: Path, budget: int) -> list[dict]:
         if not (work / method).is_dir():
             continue
         recipe = read_recipe(RECIPES / f"{method}.yaml", {"model": str(folder)})
-        plan = read_start(recipe, folder).plan
-        model = patch_model(load_causal_model(folder, torch.float32), plan)
-        rows.append({"method": method, "when": "step 0", **measure(model, inputs, kept)[0]})
+        for when, changes in (("paper's scorer", {"scorer": "first_order"}), ("step 0", {})):
+            values = {f"sparse_attention.default.{key}": value for key, value in changes.items()}
+            changed = read_recipe(RECIPES / f"{method}.yaml", {"model": str(folder), **values})
+            plan = read_start(changed, folder).plan
+            model = patch_model(load_causal_model(folder, torch.float32), plan)
+            rows.append({"method": method, "when": when, **measure(model, inputs, kept)[0]})
         for stage in recipe.stages:
             place = work / method / stage.name / "model"
             if not place.is_dir():
@@ -213,19 +223,49 @@ def measure_all(work: Path, budget: int) -> list[dict]:
     return rows
 
 
-def closed(rows: list[dict], method: str, key: str) -> float | None:
-    """Return the share of the gap to the control at step 0 that is closed after pretraining."""
+def closed(rows: list[dict], method: str, key: str, start: str = "step 0") -> float | None:
+    """Return the share of the gap to the control at ``start`` that is closed after pretraining."""
     value = {(row["method"], row["when"]): row[key] for row in rows}
     goal = value.get(("dense", "control"), value[("dense", "start")])
     if (method, "after pretrain") not in value:
         return None
-    gap = value[(method, "step 0")] - goal
+    gap = value[(method, start)] - goal
     return None if abs(gap) < 1e-9 else 1 - (value[(method, "after pretrain")] - goal) / gap
+
+
+def recall_interval(rows: list[dict], method: str, start: str) -> list[float] | None:
+    """Return the 95 % interval of the share of recall errors closed, documents drawn again and again."""
+    wrong = {(row["method"], row["when"]): row["recall_errors_by_document"] for row in rows}
+    if (method, "after pretrain") not in wrong or ("dense", "control") not in wrong:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(RECALL_DOCUMENTS, (RESAMPLES, RECALL_DOCUMENTS), generator=generator)
+    before, after, goal = (
+        torch.tensor(wrong[key])[picks].sum(1).double()
+        for key in ((method, start), (method, "after pretrain"), ("dense", "control"))
+    )
+    share = 1 - (after - goal) / (before - goal).clamp(min=1)
+    return share.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def shares_of(rows: list[dict]) -> dict:
+    """Return what each method closed, from its own step 0 and from that of the paper's scorer."""
+    shares: dict = {}
+    for method in ("nsa", "ssa"):
+        if not any(row["method"] == method for row in rows):
+            continue
+        for key in ("perplexity", "perplexity_beyond", "recall_nll", "needles"):
+            shares[f"{method} {key}"] = closed(rows, method, key)
+        for start in ("step 0", "paper's scorer"):
+            for key in ("recall", "recall_far"):
+                shares[f"{method} {key}, from {start}"] = closed(rows, method, key, start)
+            shares[f"{method} recall interval, from {start}"] = recall_interval(rows, method, start)
+    return shares
 
 
 def table(rows: list[dict]) -> str:
     """Return the rows as a Markdown table."""
-    head = ["method", "when", "ppl", "ppl beyond budget", "recall", "recall far", "needles", "KL", "density"]
+    head = ["method", "when", "ppl", "ppl beyond budget", "errors", "recall far", "needles", "KL", "density"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [
@@ -233,8 +273,8 @@ def table(rows: list[dict]) -> str:
             row["when"],
             f"{row['perplexity']:.3f}",
             f"{row['perplexity_beyond']:.3f}",
-            f"{100 * row['recall']:.1f} %",
-            f"{100 * row['recall_far']:.1f} %",
+            f"{row['recall_errors']}",
+            f"{100 * row['recall_far']:.2f} %",
             f"{100 * row['needles']:.0f} %",
             f"{row['kl']:.4f}",
             f"{row['density']:.2f}",
@@ -305,12 +345,7 @@ def main() -> None:
         return
     rows = measure_all(arguments.work, arguments.budget)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    shares = {
-        f"{method} {key}": closed(rows, method, key)
-        for method in ("nsa", "ssa")
-        for key in ("perplexity", "perplexity_beyond", "recall", "recall_far", "recall_nll", "needles")
-        if any(row["method"] == method for row in rows)
-    }
+    shares = shares_of(rows)
     facts = {
         "rows": rows,
         "closed": shares,
@@ -319,6 +354,8 @@ def main() -> None:
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
+    for row in rows:
+        del row["recall_errors_by_document"]
     (arguments.out / "recovery.json").write_text(json.dumps(facts, indent=1) + "\n")
     plot(rows, arguments.work, arguments.out)
     print(table(rows))
