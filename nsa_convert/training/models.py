@@ -160,7 +160,7 @@ def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
 
     def texts() -> Iterator[str]:
         for source in recipe.stages[0].data:
-            documents = open_source(source, base)
+            documents = open_source(source, base, chats=recipe.stages[0].kind == "sft")
             count = TOKENIZER_TEXTS if documents.count is None else min(documents.count, TOKENIZER_TEXTS)
             for i in range(count):
                 text = documents.read(i)

@@ -164,6 +164,15 @@ def test_rows_hold_whole_pieces_and_first_tokens_have_no_label(tmp_path):
     assert bool((batch["labels"][~begins] == batch["input_ids"][~begins]).all())
 
 
+def test_a_fresh_model_whose_first_stage_is_chats_has_a_tokenizer():
+    """Learned on what the turns say."""
+    recipe = read_recipe(ALL["tiny/sft"])
+    tokenizer = fresh_tokenizer(recipe, ALL["tiny/sft"].parent)
+    text = json.loads(ALL["tiny/sft"].with_name("chats.jsonl").read_text().splitlines()[0])["messages"][0]
+    assert 257 < len(tokenizer) <= recipe.model.vocab
+    assert len(tokenizer(text["content"])["input_ids"]) < len(text["content"].encode())
+
+
 def test_text_files_of_every_kind(tmp_path):
     datasets = pytest.importorskip("datasets")
     texts = [f"document {i} " * 9 for i in range(6)]
