@@ -13,19 +13,19 @@ class StopOnSignal(TrainerCallback):
     """Saves and ends the stage after the step in which a signal came.
 
     Args:
-        received: Returns the signal's number, or 0.
+        signals: Holds the ``number`` of the signal that came, or 0; gets that of another process too.
     """
 
-    def __init__(self, received: Callable[[], int]) -> None:
-        self.received = received
+    def __init__(self, signals: Any) -> None:
+        self.signals = signals
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Agree with the other processes on whether a signal came."""
-        number = self.received()
+        number = self.signals.number
         if args.world_size > 1:
             flag = torch.tensor([number], device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            number = int(flag)
+            number = self.signals.number = int(flag)
         if number:
             control.should_save = control.should_training_stop = True
 

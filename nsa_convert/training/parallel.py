@@ -82,7 +82,7 @@ def planned(recipe: Recipe) -> Parallel:
     """Return what ``--dry-run`` plans: the processes there are, or the fewest the recipe's keys take."""
     count = world_size()
     if count == 1:
-        count = recipe.tensor * max(recipe.fsdp, recipe.context)
+        count = max(recipe.tensor, recipe.fsdp, recipe.context)
     return parallel_of(recipe, count)
 
 
@@ -98,13 +98,11 @@ def size_problems(parallel: Parallel) -> list[str]:
             "fsdp and tensor need transformers {}.{} or newer, ".format(*SHARDING_SINCE)
             + f"whose Trainer takes models that are cut while they load; this is {transformers.__version__}"
         )
-    if tensor > 1 and count % tensor:
-        problems.append(f"tensor {tensor} takes a multiple of {tensor} processes; {how}")
-    elif fsdp != max(1, count // tensor) and (fsdp > 1 or tensor > 1):
-        allowed = f"{count // tensor}" if tensor > 1 else f"1 or {count}" if count > 1 else "1"
-        problems.append(
-            f"fsdp {fsdp} does not fit: with {count} processes and tensor {tensor} it can be {allowed}; {how}"
-        )
+    if tensor > 1 and (count != tensor or fsdp > 1):
+        problems.append(f"tensor {tensor} takes {tensor} processes and fsdp 1 (got fsdp {fsdp}); {how}")
+    elif fsdp not in (1, count):
+        allowed = f"1 or {count}" if count > 1 else "1"
+        problems.append(f"fsdp {fsdp} does not fit: with {count} processes it can be {allowed}; {how}")
     if context > 1 and count % context:
         problems.append(f"context {context} takes a multiple of {context} processes; {how}")
     return problems

@@ -184,8 +184,8 @@ class Recipe:
         revision: Branch, tag or commit of a Hub model.
         report_to: Where curves go beside ``log.jsonl``; ``auto`` is tensorboard where it is installed.
         measure: Let ``--dry-run`` load the model and time two steps of each stage.
-        fsdp: Processes that share each weight (FSDP2): all of them, over ``tensor``; or 1.
-        tensor: Processes that share the heads and the inner width of every layer.
+        fsdp: Processes that share each weight (FSDP2): all of them, or 1.
+        tensor: Processes that share the heads and the inner width of every layer: all of them, or 1.
         context: Processes that share the tokens of every row.
         alarms: Whether a diverging loss or shut gates ``stop`` the run, or ``warn``.
     """

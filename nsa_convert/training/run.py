@@ -256,7 +256,7 @@ class _Run:
             trim_log(Path(recipe.out) / "log.jsonl", stage.name, step)
         facts = stage_facts(recipe, index, self.start)
         trainer = make_trainer(recipe, index, model, tokenizer, self.base, facts, self.say, lost)
-        trainer.add_callback(StopOnSignal(lambda: self.signals.number))
+        trainer.add_callback(StopOnSignal(self.signals))
         if checkpoint is not None:
             trainer.restore_data(checkpoint, allow_change=self.allow.data_change)
             self.say(f"{stage.name}: going on after step {step_of(checkpoint)}")

@@ -25,11 +25,11 @@ ROOT = Path(__file__).parents[2]
 
 def stop_after(step: int | None) -> None:
     """Let the last process get a SIGTERM while it does the step after this one of a stage ``pretrain``."""
-    before = StageTrainer.training_step
+    before, waits = StageTrainer.training_step, [int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1]
 
     def step_and_stop(self: StageTrainer, *args: object, **kwargs: object) -> torch.Tensor:
-        last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-        if last and self.stage.name == "pretrain" and self.state.global_step == step:
+        if waits[0] and self.stage.name == "pretrain" and self.state.global_step == step:
+            waits[0] = False  # a second signal would end the process at once
             os.kill(os.getpid(), signal.SIGTERM)
         return before(self, *args, **kwargs)
 

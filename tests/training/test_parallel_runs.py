@@ -22,7 +22,7 @@ from nsa_convert.training.plan import plan_recipe
 from nsa_convert.training.recipe import recipe_from_dict
 from nsa_convert.training.run import train_recipe
 from tests.models import DSA, MOBA, tokens
-from tests.training.processes import launch
+from tests.training.processes import free_port, launch
 from tests.training.recipes import ALIGN, FRESH, NSA, ROOT, SSA, losses, recipe_values, same_weights, stage
 
 SLOW = pytest.mark.slow
@@ -128,14 +128,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, request, tmp_path):
 
 
 @SLOW
-def test_four_processes_share_weights_and_heads(tmp_path, one):
-    recipe = values(tmp_path / "run", "nsa", fsdp=2, tensor=2)
-    train_together(tmp_path, [{"recipe": recipe, "stop_at": None, "resume": False}], processes=4)
-    pairs = zip(losses(tmp_path / "run"), losses(one("nsa")), strict=True)
-    assert max(abs(x[2] - y[2]) for x, y in pairs) < LIMIT
-
-
-@SLOW
 def test_an_adapter_of_a_cut_model_belongs_to_the_whole_one(slow, tmp_path):
     from peft import PeftModel
 
@@ -149,25 +141,14 @@ def test_an_adapter_of_a_cut_model_belongs_to_the_whole_one(slow, tmp_path):
 
 
 @SLOW
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_the_command_line_trains_with_two_processes(launcher, tmp_path, one):
+def test_the_command_line_trains_with_two_processes(tmp_path, one):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(values(tmp_path / "run", "nsa")))
-    preset = ROOT / "recipes" / "accelerate" / "cpu.yaml"
-    start = {
-        "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
-        "accelerate": ["accelerate.commands.launch", "--config_file", str(preset)],
-    }[launcher]
+    start = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     words = ["-m", "nsa_convert.cli", "train", str(path), "--set", "context=2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *start, *words],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    command = [sys.executable, "-m", *start, *words]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the trained model" in done.stdout
     pairs = zip(losses(tmp_path / "run"), losses(one("nsa")), strict=True)
@@ -190,9 +171,9 @@ def check(tmp_path: Path, parallel: Parallel | None = None, method: dict | None 
     ("parallel", "says"),
     [
         ({"processes": 1, "context": 2}, "context 2 takes a multiple of 2 processes"),
-        ({"processes": 3, "tensor": 2}, "tensor 2 takes a multiple of 2 processes"),
-        ({"processes": 4, "tensor": 2}, "with 4 processes and tensor 2 it can be 2"),
-        ({"processes": 4, "fsdp": 2}, "with 4 processes and tensor 1 it can be 1 or 4"),
+        ({"processes": 3, "tensor": 2}, "tensor 2 takes 2 processes"),
+        ({"processes": 4, "tensor": 2, "fsdp": 2}, "tensor 2 takes 2 processes and fsdp 1 (got fsdp 2)"),
+        ({"processes": 4, "fsdp": 2}, "with 4 processes it can be 1 or 4"),
         ({"processes": 1, "fsdp": 8}, "it can be 1; start it with torchrun"),
         ({"processes": 4, "fsdp": 2, "tensor": 2, "context": 2}, "cannot be combined"),
     ],
