@@ -185,7 +185,7 @@ def test_rc10_layers_that_are_not_there(tmp_path, layers, says):
 
 def test_rc11_choices_that_contradict_each_other(tmp_path):
     path = write_tiny(tmp_path, {**SSA, "value_compressor": "linear"}, stage())
-    dry(path, code="CF22", says="default (ssa): unknown key 'value_compressor'; known: block_size, gate")
+    dry(path, code="CF22", says="(ssa): unknown key 'value_compressor'; did you mean 'key_compressor'?")
     path = write_tiny(tmp_path, NSA, stage(lora={"rank": 2}))
     dry(path, code="RC08", says="lora has settings, but train is not lora")
     path = write_tiny(tmp_path, NSA, stage(kind="align", train="all", cross_entropy=1.0))
