@@ -6,6 +6,7 @@ All of them map windows ``[B, N, l, H, D]`` to cells ``[B, N, H, D]``, each head
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -91,7 +92,32 @@ class LinearCompressor(InitialisedModule):
         return torch.einsum("bnlhd,hlde->bnhe", windows + self.position.transpose(0, 1), self.weight)
 
 
-class MLPCompressor(InitialisedModule):
+class _MeanAndPerceptron(InitialisedModule):
+    """The mean over the window plus a two-layer perceptron that starts at zero.
+
+    Args:
+        up: Shape of the first map, ``[H, *inputs, features]``.
+        down: Shape of the second map.
+        position: ``(H, l, D)``.
+    """
+
+    def __init__(self, up: tuple[int, ...], down: tuple[int, ...], position: tuple[int, ...]) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(up))
+        self.down = nn.Parameter(torch.empty(down))
+        self.position = nn.Parameter(torch.empty(position))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Return the table in the class docstring as tensors."""
+        generator = torch.Generator().manual_seed(0)
+        inputs = math.prod(self.up.shape[1:-1])
+        with torch.device("cpu"):
+            up = torch.randn(self.up.shape, generator=generator) * inputs**-0.5
+        return {"up": up, "down": torch.zeros(self.down.shape), "position": torch.zeros(self.position.shape)}
+
+
+class MLPCompressor(_MeanAndPerceptron):
     """Mean pooling plus a two-layer perceptron of the flattened window that starts at zero.
 
     | parameter | initial value | why |
@@ -107,19 +133,8 @@ class MLPCompressor(InitialisedModule):
     """
 
     def __init__(self, num_heads: int, width: int, head_dim: int) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.empty(num_heads, width, head_dim, head_dim))
-        self.down = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
-        self.position = nn.Parameter(torch.empty(num_heads, width, head_dim))
-        self.reset_parameters()
-
-    def initial_values(self) -> dict[str, Tensor]:
-        """Return the table in the class docstring as tensors."""
-        _, width, head_dim, _ = self.up.shape
-        generator = torch.Generator().manual_seed(0)
-        with torch.device("cpu"):
-            up = torch.randn(self.up.shape, generator=generator) * (width * head_dim) ** -0.5
-        return {"up": up, "down": torch.zeros(self.down.shape), "position": torch.zeros(self.position.shape)}
+        h, l, d = num_heads, width, head_dim
+        super().__init__(up=(h, l, d, d), down=(h, d, d), position=(h, l, d))
 
     def forward(self, windows: Tensor) -> Tensor:
         """Return the mean plus the perceptron's residual."""
@@ -128,7 +143,7 @@ class MLPCompressor(InitialisedModule):
         return windows.mean(2) + torch.einsum("bnhd,hde->bnhe", inner, self.down)
 
 
-class TokenMLPCompressor(InitialisedModule):
+class TokenMLPCompressor(_MeanAndPerceptron):
     """The mean of the tokens and of a two-layer perceptron of each token that starts at zero.
 
     A query gives a block the mass ``sum_i exp(q k_i)``, a sum over tokens of what is not linear in the key,
@@ -147,19 +162,8 @@ class TokenMLPCompressor(InitialisedModule):
     """
 
     def __init__(self, num_heads: int, width: int, head_dim: int) -> None:
-        super().__init__()
-        features = TOKEN_FEATURES * head_dim
-        self.up = nn.Parameter(torch.empty(num_heads, head_dim, features))
-        self.down = nn.Parameter(torch.empty(num_heads, features, head_dim))
-        self.position = nn.Parameter(torch.empty(num_heads, width, head_dim))
-        self.reset_parameters()
-
-    def initial_values(self) -> dict[str, Tensor]:
-        """Return the table in the class docstring as tensors."""
-        generator = torch.Generator().manual_seed(0)
-        with torch.device("cpu"):
-            up = torch.randn(self.up.shape, generator=generator) * self.up.shape[1] ** -0.5
-        return {"up": up, "down": torch.zeros(self.down.shape), "position": torch.zeros(self.position.shape)}
+        h, d, features = num_heads, head_dim, TOKEN_FEATURES * head_dim
+        super().__init__(up=(h, d, features), down=(h, features, d), position=(h, width, d))
 
     def forward(self, windows: Tensor) -> Tensor:
         """Return the mean plus the residual."""
