@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Report = Mapping[str, Any]
@@ -39,15 +39,15 @@ def summary(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "hits": sum(case["hit"] for case in needles) if needles else None,
         "cases": len(needles),
-        "found": _mean([float(case["hit"]) for case in needles]),
-        "nll": _mean([case["nll"] for case in needles]),
-        "cache_bytes": _mean([case["cache_bytes"] for case in needles]),
-        "kl": _mean([text["kl"] for text in texts]),
-        "kl_after": _mean([text["kl_after"] for text in texts]),
-        "captured": _mean([text["captured"] for text in texts]),
-        "oracle": _mean([text["oracle"] for text in texts]),
-        "density_prompt": _mean([value["density"]["prompt"] for value in measured]),
-        "density_steps": _mean([value["density"]["steps"] for value in measured]),
+        "found": known_mean([float(case["hit"]) for case in needles]),
+        "nll": known_mean([case["nll"] for case in needles]),
+        "cache_bytes": known_mean([case["cache_bytes"] for case in needles]),
+        "kl": known_mean([text["kl"] for text in texts]),
+        "kl_after": known_mean([text["kl_after"] for text in texts]),
+        "captured": known_mean([text["captured"] for text in texts]),
+        "oracle": known_mean([text["oracle"] for text in texts]),
+        "density_prompt": known_mean([value["density"]["prompt"] for value in measured]),
+        "density_steps": known_mean([value["density"]["steps"] for value in measured]),
         "seconds": sum(value["seconds"] for value in [*texts, *needles]),
     }
 
@@ -169,6 +169,7 @@ def _text_names(report: Report) -> list[str]:
     return list(dict.fromkeys(name for row in report.get("rows", []) for name in row["texts"]))
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known, None where none is."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

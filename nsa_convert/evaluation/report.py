@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nsa_convert.evaluation.compare_tables import known_mean
 from nsa_convert.evaluation.divergence import Divergence
 from nsa_convert.evaluation.mass import LayerMass
 from nsa_convert.evaluation.needle import NeedleScore, hits_by_length
@@ -80,11 +81,11 @@ def mean_layers(layers: Iterable[LayerMass]) -> dict[str, dict[str, float | None
         grouped.setdefault(row.pattern, []).append(row)
     return {
         name: {
-            "density": _mean(row.density for row in rows),
-            "captured": _mean(row.captured for row in rows),
+            "density": known_mean(row.density for row in rows),
+            "captured": known_mean(row.captured for row in rows),
             "captured_min": min(row.captured for row in rows),
-            "oracle": _mean(row.oracle for row in rows),
-            "recall": _mean(row.recall for row in rows),
+            "oracle": known_mean(row.oracle for row in rows),
+            "recall": known_mean(row.recall for row in rows),
         }
         for name, rows in grouped.items()
     }
@@ -213,11 +214,6 @@ def after_prompt_warnings(scores_after_prompt: bool) -> list[str]:
     ]
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def simple_table(title: str, columns: Sequence[str]) -> Table:
     """Return an empty rich table; the first column is text, the others are numbers."""
     from rich.box import SIMPLE_HEAD
@@ -267,7 +263,7 @@ def _needle_table(needles: Mapping[str, Sequence[NeedleScore]]) -> Table:
         cells = []
         for scores in needles.values():
             hits, cases = hits_by_length(scores)[length]
-            nll = _mean(score.nll for score in scores if score.length == length)
+            nll = known_mean(score.nll for score in scores if score.length == length)
             cells.append(f"{hits}/{cases}  {nll:.3f}")
         table.add_row(str(length), *cells)
     return table

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_convert.kernels.selected.skipping import RUN
 from nsa_convert.kernels.selected.triton_forward import store
 from nsa_convert.kernels.selected.triton_plan import Shape, make_plan
 from nsa_convert.kernels.selected.triton_steps import (
@@ -22,9 +23,6 @@ from nsa_convert.kernels.selected.triton_steps import (
 )
 from nsa_convert.kernels.toolchain import LOG2E, Config, declare, dot
 from nsa_convert.patterns import BlockSelection, SequenceLayout
-
-RUN = 64
-"""Keys that are left out together; :mod:`nsa_convert.kernels.selected.skipping` says what they are."""
 
 SHAPE = {"BM": 64, "R": 1, "G": 4, "W": 64, "BS": 64, "BN": 64, "PARTS": 1, "UPCAST": False}
 
