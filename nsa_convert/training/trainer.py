@@ -75,9 +75,9 @@ class StageTrainer(Trainer):
         peak_flops: float | None = None,
         **kwargs: Any,
     ) -> None:
+        self.parallel = parallel  # what the Trainer is made with asks for it
         # transformers refuses to save a model sharded at load time, because it cannot save such an optimizer;
         # this class can, see below.
-        self.parallel = parallel
         args = kwargs["args"]
         strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
         super().__init__(**kwargs)
