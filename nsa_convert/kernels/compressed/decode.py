@@ -12,10 +12,8 @@ from torch import Tensor
 from nsa_convert.kernels.checks import accumulate_dtype
 from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
+from nsa_convert.kernels.products import score_product
 from nsa_convert.patterns import BlockTopK, SequenceLayout
-
-CHUNK_ELEMENTS = 1 << 19
-"""Keys scored at once: their float32 copy should stay in the second-level cache."""
 
 
 def decode_cells(
@@ -50,13 +48,17 @@ def decode_cells(
         indices = top_blocks(score, own, size, rule)
     if cv is None:
         return None, None, indices
-    if visible is not None:
-        bad = ~cv.isfinite().all(-1)  # [B, C, H]; 0 * NaN is NaN
+    cv = cv.transpose(1, 2)  # as a cache holds it
+    if visible is not None and num_queries > 1:
+        bad = ~cv.isfinite().all(-1)  # [B, H, C]
         cv = cv.masked_fill(bad[..., None], 0.0)
-        sees = (visible[:, None] & bad.transpose(1, 2)[:, :, None]).any(-1)[..., None]  # [B, H, TQ, 1]
+        sees = (visible[:, None] & bad[:, :, None]).any(-1)[..., None]  # [B, H, TQ, 1]
         lse = lse.masked_fill(sees, torch.nan)
         p = p.masked_fill(sees[..., None], torch.nan)
-    o = torch.matmul(p.flatten(2, 3).to(q.dtype), cv.transpose(1, 2))
+    p_rows = p.flatten(2, 3).to(q.dtype)
+    o = torch.matmul(p_rows, cv)
+    if visible is not None and num_queries == 1:
+        o = _without_hidden(o, p_rows, cv, ~visible.mT[:, None])
     if num_queries == 1:
         return o.flatten(1, 2)[:, None], lse.flatten(1, 3)[:, None], indices
     o = o.unflatten(2, p.shape[2:4])
@@ -64,14 +66,13 @@ def decode_cells(
 
 
 def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    dtype = accumulate_dtype(q.dtype)
-    rows = q.to(dtype).mul(scale).unflatten(2, (ck.shape[2], -1)).permute(0, 2, 1, 3, 4)  # [B, H, TQ, g, D]
+    num_queries, dtype = q.shape[1], accumulate_dtype(q.dtype)
+    rows = q.unflatten(2, (ck.shape[2], -1)).transpose(1, 2)  # [B, H, TQ, g, D]
     if ck.shape[1] == 0:
-        return rows.new_zeros(*rows.shape[:4], 0), rows.new_full(rows.shape[:4], -torch.inf)
-    step = max(256, CHUNK_ELEMENTS // (ck.shape[0] * ck.shape[2] * ck.shape[3]))
-    rows, cells = rows.flatten(2, 3), ck.transpose(1, 2)  # a cache holds its cells head by head
-    parts = [torch.matmul(rows, x.to(dtype).mT) for x in cells.split(step, 2)]
-    scores = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).unflatten(2, (q.shape[1], -1))
+        shape = rows.shape[:4]
+        return q.new_zeros(*shape, 0, dtype=dtype), q.new_full(shape, -torch.inf, dtype=dtype)
+    # A cache holds its cells head by head.
+    scores = score_product(rows.flatten(2, 3), ck.transpose(1, 2), scale).unflatten(2, (num_queries, -1))
     if visible is None:
         p = scores.softmax(-1)
         return p, scores.amax(-1) - p.amax(-1).log()
@@ -81,3 +82,17 @@ def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) 
     blind = hidden.all(-1)
     lse = (scores.amax(-1) - p.amax(-1).log()).masked_fill(blind, -torch.inf)
     return p.masked_fill(blind[..., None], 0.0), lse
+
+
+def _without_hidden(o: Tensor, p: Tensor, cv: Tensor, hidden: Tensor) -> Tensor:
+    """Return o, computed again if a hidden value that is not finite spoilt it: 0 * NaN is NaN."""
+
+    def again(o: Tensor, p: Tensor, cv: Tensor, hidden: Tensor) -> Tensor:
+        return torch.matmul(p, cv.masked_fill(hidden, 0.0))
+
+    if o.device.type != "cpu":  # the host does not wait for a value there
+        return again(o, p, cv, hidden)
+    fine = o.isfinite().all()
+    if torch.compiler.is_compiling():
+        return torch.cond(fine, lambda o, *_: o.clone(), again, (o, p, cv, hidden))
+    return o if fine else again(o, p, cv, hidden)

@@ -70,7 +70,9 @@ def decode_window(
         index = torch.arange(k.shape[0], device=q.device)[:, None, None]
         heads = torch.arange(num_kv_heads, device=q.device)[:, None]
         k, v = (x.squeeze(3) for x in fetch_runs(k, v, index, heads, tokens[:, None], 1))  # [B, H, L, D]
-        visible = visible.repeat_interleave(group, 1)[:, None]  # [B or 1, 1, TQ * g, L]
+        if num_queries > 1:
+            visible = visible.repeat_interleave(group, 1)
+        visible = visible[:, None]  # [B or 1, 1, TQ * g or 1, L]
         o, lse = _attend_masked(rows.flatten(2, 3), k, v, visible, ~visible.any(-1), scale)
     o, lse = (x.unflatten(2, (num_queries, group)) for x in (o, lse))
     return o.permute(0, 2, 1, 3, 4).flatten(2, 3), lse.permute(0, 2, 1, 3).flatten(2, 3)
@@ -105,14 +107,18 @@ def _attend_masked(
     """Attend where ``visible`` (broadcasts to ``[N, H, R, L]``).
 
     Rows in ``blind`` (broadcasts to ``[N, H, R]``) see nothing: they get o = 0 and lse = -inf. ``clean`` says
-    that all keys are finite or visible to all; otherwise the rows that see one that is not get NaN.
+    that all keys are finite or visible to all; otherwise one that is not finite reaches the rows that see it
+    and no other.
     """
-    if not clean:
+    shared = visible.shape[2] == 1  # by all rows
+    if not clean and shared:
+        k, v = (x.masked_fill(~visible.mT, 0.0) for x in (k, v))  # 0 * NaN is NaN
+    elif not clean:
         bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))  # [N, H, L]
-        k, v = (x.masked_fill(bad[..., None], 0.0) for x in (k, v))  # 0 * NaN is NaN
+        k, v = (x.masked_fill(bad[..., None], 0.0) for x in (k, v))
     bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
     o, lse = attend_rows(q, k, v, bias.expand(*bias.shape[:2], q.shape[2], -1), scale)
-    if not clean:
+    if not clean and not shared:
         sees = (visible & bad[:, :, None]).any(-1)
         o, lse = o.masked_fill(sees[..., None], torch.nan), lse.masked_fill(sees, torch.nan)
     if clean and not torch.compiler.is_compiling() and not blind.any():
