@@ -17,6 +17,7 @@ from nsa_convert.patch.families import family_of, geometry_of
 from nsa_convert.patch.modeling import adopt_class, install_sparse_attention
 from nsa_convert.patch.models import classes_of
 from nsa_convert.patch.plan import copy_dense_rows, resolve_plan, sparse_config_dict
+from nsa_convert.patch.registration import register
 
 
 def patch_model(model: PreTrainedModel, sparse: SparseAttentionConfig) -> PreTrainedModel:
@@ -36,6 +37,7 @@ def patch_model(model: PreTrainedModel, sparse: SparseAttentionConfig) -> PreTra
         UnsupportedModelError: The architecture is not supported.
         ConfigError: The plan does not fit the model.
     """
+    register()  # so that the Auto classes know the config of the patched model
     family = family_of(model.config.to_dict())
     config_class, model_class, lm_class = classes_of(family)
     geometry = geometry_of(model.config.to_dict(), family)

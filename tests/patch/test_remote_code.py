@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nsa_convert.patch.remote_code import code_files
-from tests.models import FAMILIES, SSA, VARIANTS, tokens, trained_model
+from tests.models import FAMILIES, VARIANTS, tokens, trained_model
+
+ROOT = Path(__file__).parents[2]
 
 BARE = """
 import json, sys, torch
@@ -95,7 +97,15 @@ def test_code_files_stand_alone() -> None:
             assert not line.strip().startswith(("from nsa_convert", "import nsa_convert")), f"{name}: {line}"
 
 
-def test_reload_from_config_alone() -> None:
-    model = trained_model("qwen3", SSA)
-    again = AutoModelForCausalLM.from_config(model.config)
-    assert type(again) is type(model)
+FROM_CONFIG = """
+from tests.models import SSA, trained_model
+model = trained_model("qwen3", SSA)
+from transformers import AutoModelForCausalLM
+assert type(AutoModelForCausalLM.from_config(model.config)) is type(model)
+"""
+
+
+def test_reload_from_the_config_of_a_patched_model() -> None:
+    # In a new process: another test may have made the Auto classes know the models already.
+    done = subprocess.run([sys.executable, "-c", FROM_CONFIG], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
