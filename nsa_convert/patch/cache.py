@@ -113,7 +113,7 @@ def write_cells(
         layer.cells = {}
     buffer = layer.cells.get(name)
     if buffer is None or buffer.shape[2] < capacity:
-        size = capacity if layer.is_compileable else capacity + max(GROWTH // 16, capacity // 4)
+        size = capacity if layer.is_compileable else capacity + max(GROWTH // 16, capacity // 16)
         grown = cells.new_zeros(batch, heads, size, dim)
         if buffer is not None:
             grown[:, :, : buffer.shape[2]] = buffer

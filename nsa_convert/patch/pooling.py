@@ -45,7 +45,7 @@ def grow_cells(
     new_tokens: int,
     context: SparseContext,
 ) -> Tensor:
-    """Compress the cells that the new tokens complete, store them, and return all of them.
+    """Compress the cells that the new tokens complete, store them, and return the buffer.
 
     Args:
         method: Owner of the compressor.
@@ -57,7 +57,8 @@ def grow_cells(
         context: Offset and padding.
 
     Returns:
-        ``[B, C, H, D]``.
+        ``[B, C, H, D]``. C may exceed the complete cells: a product reads a whole buffer where it lies, of a
+        part it makes a copy first. With gradients C is exact.
     """
     grid = CellGrid(width=pool.width, stride=pool.stride)
     past, start = context.layout.offset, context.layout.start
@@ -83,7 +84,7 @@ def grow_cells(
                 "pass use_cache=False"
             )
         return torch.cat([buffer[:, :, : held[0]].transpose(1, 2), cells], dim=1)
-    return buffer[:, :, : max(done)].transpose(1, 2)
+    return buffer.transpose(1, 2)
 
 
 def grow_stream(layer: CacheLayerMixin, name: str, new: Tensor, past: int | Tensor) -> Tensor:

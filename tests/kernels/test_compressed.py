@@ -46,6 +46,22 @@ def test_output_and_selection(
     assert compressed_attention(q, ck, cv, **settings).selection is None
 
 
+@pytest.mark.parametrize("start", [None, torch.tensor([0, 9])])
+@pytest.mark.parametrize("offset", [3, 7, 8, 90])
+@pytest.mark.parametrize("num_queries", [1, 3, 40])
+def test_a_buffer_with_room_for_more_cells(num_queries: int, offset: int, start: torch.Tensor | None) -> None:
+    grid, layout = CellGrid(width=8, stride=4), SequenceLayout(offset=offset, start=start)
+    q, _, _ = make_qkv(2, num_queries, offset + num_queries, (6, 2))
+    ck, cv = make_cells(2, offset + num_queries, 2, grid, layout)
+    settings = {"width": 8, "stride": 4, "layout": layout, "rule": BlockTopK(block_size=8, num_blocks=3)}
+    truth = compressed_attention(q, ck, cv, **settings)
+    roomy = [torch.cat([x, x.new_full((2, 5, *x.shape[2:]), torch.nan)], 1) for x in (ck, cv)]
+    got = compressed_attention(q, *(as_cache(x) for x in roomy), **settings)
+    torch.testing.assert_close(got.o, truth.o, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.lse, truth.lse, rtol=0, atol=1e-12)
+    assert torch.equal(got.selection.block_indices, truth.selection.block_indices)
+
+
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("num_queries", [1, 2, 75, 300])
 def test_a_given_normaliser_weighs_the_heads(kind: str, num_queries: int) -> None:

@@ -23,15 +23,18 @@ def decode_cells(
     """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse."""
     num_queries, num_kv_heads = q.shape[1], ck.shape[2]
     capacity = (ck.shape[1] - 1) * grid.stride + grid.width + grid.stride - 1  # tokens these cells can cover
+    complete = ck.shape[1]
     if not isinstance(layout.offset, Tensor):
         capacity = layout.offset + num_queries - (0 if layout.start is None else int(layout.start.min()))
-        ck, cv = (None if x is None else x[:, : grid.count(capacity)] for x in (ck, cv))
+        complete = min(complete, grid.count(capacity))
+        if complete == 0:
+            ck, cv = (None if x is None else x[:, :0] for x in (ck, cv))
     visible = own = None
+    cells = torch.arange(ck.shape[1], device=q.device)
     if num_queries > 1 or layout.start is not None or isinstance(layout.offset, Tensor):
         ages = layout.positions(num_queries, q.device) - layout.row_starts(num_queries, q.device) + 1
-        cells = torch.arange(ck.shape[1], device=q.device)
         visible = cells < grid.complete(ages)[..., None]  # [B or 1, TQ, C]
-    p, lse = _probabilities(q, ck, visible, scale)  # [B, H, TQ, g, C], [B, H, TQ, g]
+    p, lse = _probabilities(q, ck, visible, complete, scale)  # [B, H, TQ, g, C], [B, H, TQ, g]
     indices = None
     if rule is not None:
         if visible is not None:
@@ -55,17 +58,21 @@ def decode_cells(
         sees = (visible[:, None] & bad[:, :, None]).any(-1)[..., None]  # [B, H, TQ, 1]
         lse = lse.masked_fill(sees, torch.nan)
         p = p.masked_fill(sees[..., None], torch.nan)
-    p_rows = p.flatten(2, 3).to(q.dtype)
-    o = torch.matmul(p_rows, cv)
-    if visible is not None and num_queries == 1:
-        o = _without_hidden(o, p_rows, cv, ~visible.mT[:, None])
+    p = p.flatten(2, 3).to(q.dtype)
+    o = torch.matmul(p, cv)
+    if num_queries == 1 and (visible is not None or complete < cv.shape[2]):
+        hidden = (cells >= complete)[None] if visible is None else ~visible[:, 0]
+        o = _without_hidden(o, p, cv, hidden[:, None, :, None])
     if num_queries == 1:
         return o.flatten(1, 2)[:, None], lse.flatten(1, 3)[:, None], indices
-    o = o.unflatten(2, p.shape[2:4])
+    o = o.unflatten(2, (num_queries, -1))
     return o.permute(0, 2, 1, 3, 4).flatten(2, 3), lse.permute(0, 2, 1, 3).flatten(2, 3), indices
 
 
-def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _probabilities(
+    q: Tensor, ck: Tensor, visible: Tensor | None, complete: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return p and lse over the whole buffer: a product with a part of it would copy that part first."""
     num_queries, dtype = q.shape[1], accumulate_dtype(q.dtype)
     rows = q.unflatten(2, (ck.shape[2], -1)).transpose(1, 2)  # [B, H, TQ, g, D]
     if ck.shape[1] == 0:
@@ -74,6 +81,7 @@ def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) 
     # A cache holds its cells head by head.
     scores = score_product(rows.flatten(2, 3), ck.transpose(1, 2), scale).unflatten(2, (num_queries, -1))
     if visible is None:
+        scores[..., complete:] = -torch.inf
         p = scores.softmax(-1)
         return p, scores.amax(-1) - p.amax(-1).log()
     hidden = ~visible[:, None, :, None]
@@ -85,7 +93,14 @@ def _probabilities(q: Tensor, ck: Tensor, visible: Tensor | None, scale: float) 
 
 
 def _without_hidden(o: Tensor, p: Tensor, cv: Tensor, hidden: Tensor) -> Tensor:
-    """Return o, computed again if a hidden value that is not finite spoilt it: 0 * NaN is NaN."""
+    """Return o, computed again if a hidden value that is not finite spoilt it: 0 * NaN is NaN.
+
+    Args:
+        o: ``[B, H, g, DV]``, p times the values of all cells.
+        p: ``[B, H, g, C]``, 0 for hidden cells.
+        cv: ``[B, H, C, DV]``.
+        hidden: ``[B or 1, 1, C, 1]``.
+    """
 
     def again(o: Tensor, p: Tensor, cv: Tensor, hidden: Tensor) -> Tensor:
         return torch.matmul(p, cv.masked_fill(hidden, 0.0))

@@ -31,6 +31,9 @@ def attend(
     """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse."""
     if is_decode(layout, q, cv):
         return decode_cells(q, ck, cv, grid, rule, layout, scale, normaliser)
+    if layout.cu_seqlens is None:
+        complete = grid.count(int(layout.offset) + q.shape[1])
+        ck, cv = (None if x is None else x[:, :complete] for x in (ck, cv))
     run = CompressedRun(q, ck, grid, rule, layout, scale)
     if cv is None:
         with torch.no_grad():
