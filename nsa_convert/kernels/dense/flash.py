@@ -13,6 +13,20 @@ FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", N
 None where this torch has no such operator: then :func:`plain_attention` does the work.
 """
 
+
+def _native(name: str) -> bool:
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+
+
+NATIVE = {
+    torch.bfloat16: _native("_is_mkldnn_bf16_supported"),
+    torch.float16: _native("_is_mkldnn_fp16_supported"),
+}
+"""Half-precision dtypes that the fused operator multiplies in; in others it is slower than in float32."""
+
+WIDE_ELEMENTS = 1 << 21
+"""Keys up to this many are copied to float32 where that is faster; larger copies are new memory each time."""
+
 GROUP_ON_ROWS = 32
 """Tiles with fewer queries put the query heads of a group on the rows of the matrix products."""
 
@@ -33,9 +47,22 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: flo
     """
     if FUSED is None or q.device.type != "cpu" or v.shape[-1] != q.shape[-1]:
         return plain_attention(q, k, v, bias, scale)
+    one_row = q.shape[2] == 1
+    if q.dtype in NATIVE and (one_row or not NATIVE[q.dtype]) and k.numel() <= WIDE_ELEMENTS:
+        bias = None if bias is None else bias.float()
+        o, lse = attend_rows(q.float(), _wide(k), _wide(v), bias, scale)
+        return o.to(q.dtype), lse
+    if q.dtype == torch.bfloat16 and one_row:  # misses the operator's fast path: two are faster
+        o, lse = attend_rows(q.expand(-1, -1, 2, -1), k, v, bias, scale)
+        return o[:, :, :1], lse[:, :, :1]
     # The operator reads heads as if they were contiguous, without checking.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     return FUSED(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in float32, heads that are one in memory once."""
+    return x[:, :1].float().expand_as(x) if x.stride(1) == 0 else x.float()
 
 
 def attend_group(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
