@@ -249,6 +249,8 @@ class BlockTopK:
         num_local_blocks: Last blocks that are always kept, the query's own block included (>= 1).
         reduce: How the cells that overlap a block become its score: ``"sum"`` weights each cell by its
             overlap in strides (NSA eq. 9), ``"max"`` takes the largest (InfLLM-v2).
+        per_head: Whether every query head chooses for itself; otherwise the query heads that share a key head
+            choose together, by the sum of their probabilities (eq. 10).
     """
 
     block_size: int
@@ -256,6 +258,7 @@ class BlockTopK:
     num_sink_blocks: int = 1
     num_local_blocks: int = 2
     reduce: str = "sum"
+    per_head: bool = False
 
     def __post_init__(self) -> None:
         problems = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,23 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
         problems.append("tensors are on different devices")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def check_parts(q: Tensor, parts: Sequence[Tensor]) -> None:
+    """Raise ValueError unless the parts, side by side along their last dimension, are keys for q.
+
+    Raises:
+        ValueError: There is no part, or :func:`check_qkv` finds a problem.
+    """
+    if not parts:
+        raise ValueError("expected at least one part of the cell keys, got none")
+    if len(parts) == 1 or any(x.dim() != 4 for x in parts):
+        return [check_qkv(q, x, None) for x in parts][0]
+    sizes = [x.shape[3] for x in parts]
+    if sum(sizes) != q.shape[-1]:
+        raise ValueError(f"head dims differ: q {q.shape[-1]}, k {' + '.join(map(str, sizes))}")
+    for x, part in zip(q.split(sizes, -1), parts, strict=True):
+        check_qkv(x, part, None)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

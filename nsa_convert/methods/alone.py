@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -65,4 +66,7 @@ def step_cases(
     """Yield name and run of a decoding step on cached cells; nothing for methods that forget."""
     if method.cache_policy() is None:
         x = inputs_alone(method, q, k, v)
+        # A cache holds its cells head by head.
+        pooled = {name: y.transpose(1, 2).contiguous().transpose(1, 2) for name, y in x.pooled.items()}
+        x = dataclasses.replace(x, pooled=pooled)
         yield method.spec.name, lambda: method(x)

@@ -52,12 +52,13 @@ class BlockBudget:
         """The block budget as the kernels take it."""
         return self.rule_with("sum")
 
-    def rule_with(self, reduce: str) -> BlockTopK:
-        """Return the block budget with a way to reduce cells to blocks; torch.compile traces it."""
+    def rule_with(self, reduce: str, per_head: bool = False) -> BlockTopK:
+        """Return the block budget as one way to choose by cells; torch.compile traces it."""
         return BlockTopK(
             block_size=self.block_size,
             num_blocks=self.num_blocks,
             num_sink_blocks=self.num_sink_blocks,
             num_local_blocks=self.num_local_blocks,
             reduce=reduce,
+            per_head=per_head,
         )

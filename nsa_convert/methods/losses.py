@@ -7,13 +7,13 @@ processes that hold a part of the queries each can add both (``total``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.compressed.cells import CellGrid, join_parts
 from nsa_convert.methods.inputs import AttentionInputs
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
@@ -173,7 +173,7 @@ def _cell_slots(grid: CellGrid, layout: SequenceLayout, num_keys: int, device: t
 def score_kl(
     x: AttentionInputs,
     k: Tensor,
-    scored: tuple[Tensor, Tensor],
+    scored: tuple[Tensor, Sequence[Tensor]],
     grid: CellGrid,
     rule: BlockTopK,
     step: int,
@@ -184,7 +184,8 @@ def score_kl(
     Args:
         x: Inputs of the layer.
         k: ``[B, TK, H, D]`` keys of the dense model.
-        scored: Queries ``[B, TQ, HQ, E]`` and compressed keys ``[B, C, H, E]`` whose product is the score.
+        scored: Queries ``[B, TQ, HQ, E]`` and the parts of the compressed keys whose product is the score,
+            ``[B, C, H, E]`` side by side.
         grid: Cell sizes.
         rule: Block size and forced blocks.
         step: Number of the optimizer step; the sample follows from it.
@@ -193,7 +194,8 @@ def score_kl(
     queries, layout = sample_queries(x, step), x.layout
     mass = attention_mass(x.q, k, queries, layout, x.scale)
     size = rule.block_size
-    scores = block_scores(*scored, queries, grid, size, layout, x.scale, mass.shape[3])
+    q, parts = scored
+    scores = block_scores(q, join_parts(parts), queries, grid, size, layout, x.scale, mass.shape[3])
     starts = layout.row_starts(x.q.shape[1], k.device)[:, queries]
     keys = torch.arange(mass.shape[3], device=k.device)
     mass = to_blocks(mass, keys, starts, size, scores.shape[3])

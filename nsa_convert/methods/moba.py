@@ -21,7 +21,7 @@ from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.methods.base import AttentionInputs, InitialisedModule, MethodSpec, Pool
 from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
-from nsa_convert.patterns import BlockSelection
+from nsa_convert.patterns import BlockSelection, BlockTopK
 
 MAX_TAPS = 16
 
@@ -58,6 +58,11 @@ class MoBASettings(BlockBudget):
         """Return what is wrong with the convolution."""
         allowed = self.key_conv == 0 or 2 <= self.key_conv <= MAX_TAPS
         return [] if allowed else [f"key_conv must be 0 or 2 to {MAX_TAPS}, got {self.key_conv}"]
+
+    @property
+    def rule(self) -> BlockTopK:
+        """The block budget as the kernels take it."""
+        return self.rule_with("sum", per_head=self.share == "none")
 
 
 class KeyConv(InitialisedModule):
@@ -150,8 +155,5 @@ class MoBA(SelectingMethod):
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Rank by softmax over the blocks: the order of the products, since the choice is per head."""
         ck, size = x.pooled["key"], self.settings.block_size
-        if self.settings.share == "none":
-            ck = ck.repeat_interleave(self.geometry.group_size, 2)
-        return block_topk(
-            x.q, ck, width=size, stride=size, rule=self.block_rule(), layout=x.layout, scale=x.scale
-        )
+        rule = self.block_rule()
+        return block_topk(x.q, ck, width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale)

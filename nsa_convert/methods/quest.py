@@ -18,7 +18,7 @@ from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
 from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.prefill import STEP_TOKENS
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
-from nsa_convert.patterns import BlockSelection
+from nsa_convert.patterns import BlockSelection, BlockTopK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,11 @@ class QuestSettings(BlockBudget):
     prefill: Literal["dense", "sparse"] = "dense"
     mode: Literal["sparse", "full"] = "sparse"
     reuse_from: int = NO_REUSE
+
+    @property
+    def rule(self) -> BlockTopK:
+        """The page budget as the kernels take it."""
+        return self.rule_with("sum", per_head=self.share == "none")
 
 
 class Quest(SelectingMethod):
@@ -101,10 +106,6 @@ class Quest(SelectingMethod):
         softmax over the pages is the ranking by bound while heads choose alone.
         """
         q = torch.cat([x.q.relu(), -(-x.q).relu()], -1)
-        ck = torch.cat([x.pooled["max"], x.pooled["min"]], -1)
-        if self.settings.share == "none":
-            ck = ck.repeat_interleave(self.geometry.group_size, 2)
-        size = self.settings.block_size
-        return block_topk(
-            q, ck, width=size, stride=size, rule=self.block_rule(), layout=x.layout, scale=x.scale
-        )
+        bounds, size = (x.pooled["max"], x.pooled["min"]), self.settings.block_size
+        rule = self.block_rule()
+        return block_topk(q, bounds, width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale)

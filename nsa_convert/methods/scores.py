@@ -32,31 +32,31 @@ def half_variance(windows: Tensor) -> Tensor:
         return (0.5 * wide.var(2, unbiased=False)).to(windows.dtype)
 
 
-def second_order(q: Tensor, ck: Tensor, half_var: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return queries and cell keys whose scaled product is the second-order score.
+def second_order(q: Tensor, scale: float) -> Tensor:
+    """Return the query that scores compressed keys and half variances side by side.
 
     Args:
         q: ``[B, TQ, HQ, D]``.
-        ck: ``[B, C, H, D]`` compressed keys.
-        half_var: ``[B, C, H, D]`` from :func:`half_variance`.
         scale: Factor on the scores.
 
     Returns:
-        ``([B, TQ, HQ, 2 D], [B, C, H, 2 D])``.
+        ``[B, TQ, HQ, 2 D]``: its scaled product with a cell's mean and :func:`half_variance` side by side is
+        the second-order score.
     """
-    return torch.cat([q, q * q], -1), torch.cat([ck, scale * half_var], -1)
+    wide = q if q.dtype == torch.float64 else q.float()
+    return torch.cat([q, (scale * wide.square()).to(q.dtype)], -1)
 
 
-def scored(x: AttentionInputs, scorer: str) -> tuple[Tensor, Tensor]:
-    """Return the queries ``[B, TQ, HQ, E]`` and cell keys ``[B, C, H, E]`` whose product scores a cell.
+def scored(x: AttentionInputs, scorer: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the queries ``[B, TQ, HQ, E]`` and the parts of the cell keys whose product scores a cell.
 
     Args:
         x: With the pool ``"key"``, and ``"half_variance"`` for the second order.
         scorer: ``"first_order"`` or ``"second_order"``.
     """
     if scorer == "first_order":
-        return x.q, x.pooled["key"]
-    return second_order(x.q, x.pooled["key"], x.pooled["half_variance"], x.scale)
+        return x.q, (x.pooled["key"],)
+    return second_order(x.q, x.scale), (x.pooled["key"], x.pooled["half_variance"])
 
 
 def with_scores(losses: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

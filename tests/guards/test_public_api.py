@@ -29,7 +29,7 @@ FUNCTIONS = {
 CLASSES = {
     "AttentionGeometry": ["hidden_size", "num_query_heads", "num_kv_heads", "head_dim", "qkv_bias"],
     "BlockSelection": ["block_indices", "block_size", "query_block"],
-    "BlockTopK": ["block_size", "num_blocks", "num_sink_blocks", "num_local_blocks", "reduce"],
+    "BlockTopK": ["block_size", "num_blocks", "num_sink_blocks", "num_local_blocks", "reduce", "per_head"],
     "LayerRule": ["method", "settings", "layers", "heads"],
     "SequenceLayout": ["offset", "start", "cu_seqlens", "max_seqlen"],
     "SinkWindow": ["num_sinks", "window_size"],

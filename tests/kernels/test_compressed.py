@@ -46,6 +46,43 @@ def test_output_and_selection(
     assert compressed_attention(q, ck, cv, **settings).selection is None
 
 
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("num_queries", [1, 2, 75])
+def test_every_query_head_chooses(kind: str, num_queries: int) -> None:
+    layout, batch, num_keys = make_layout(kind, num_queries)
+    q, _, _ = make_qkv(batch, num_queries, num_keys, (6, 2))
+    ck, _ = make_cells(batch, num_keys, 2, CellGrid(width=8, stride=4), layout)
+    settings = {"width": 8, "stride": 4, "layout": layout}
+    rule = BlockTopK(block_size=8, num_blocks=4, per_head=True)
+    fast, truth = both(block_topk, q, ck, rule=rule, **settings)
+    assert torch.equal(fast.block_indices, truth.block_indices)
+    alone = block_topk(q, ck.repeat_interleave(3, 2), rule=BlockTopK(block_size=8, num_blocks=4), **settings)
+    assert torch.equal(truth.block_indices, alone.block_indices)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("num_queries", [1, 2, 75])
+def test_cell_keys_in_parts(kind: str, num_queries: int) -> None:
+    layout, batch, num_keys = make_layout(kind, num_queries)
+    q, _, _ = make_qkv(batch, num_queries, num_keys, (6, 2))
+    ck, _ = make_cells(batch, num_keys, 2, CellGrid(width=8, stride=4), layout)
+    settings = {"width": 8, "stride": 4, "layout": layout, "rule": BlockTopK(block_size=8, num_blocks=4)}
+    whole = block_topk(q, ck, **settings)
+    for parts in both(block_topk, q, ck.split([10, 6], -1), **settings):
+        assert torch.equal(parts.block_indices, whole.block_indices)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [((), "at least one part"), ((9, 6), r"q 16, k 9 \+ 6"), ((16, 16), r"q 16, k 16 \+ 16")],
+)
+def test_parts_that_do_not_fit(parts: tuple[int, ...], message: str) -> None:
+    q, _, _ = make_qkv(1, 4, 40, (6, 2))
+    keys = [torch.zeros(1, 9, 2, size, dtype=q.dtype) for size in parts]
+    with pytest.raises(ValueError, match=message):
+        block_topk(q, keys, width=8, stride=4, rule=BlockTopK(block_size=8, num_blocks=4))
+
+
 @pytest.mark.parametrize("start", [None, torch.tensor([0, 9])])
 @pytest.mark.parametrize("offset", [3, 7, 8, 90])
 @pytest.mark.parametrize("num_queries", [1, 3, 40])

@@ -19,7 +19,8 @@ def test_score_is_mean_plus_half_variance() -> None:
     q = torch.randn(1, 5, 4, 6, dtype=torch.float64)
     windows = torch.randn(1, 7, 8, 2, 6, dtype=torch.float64)
     scale = 0.4
-    wide_q, wide_k = second_order(q, windows.mean(2), half_variance(windows), scale)
+    wide_q = second_order(q, scale)
+    wide_k = torch.cat([windows.mean(2), half_variance(windows)], -1)
     for t in range(5):
         for head in range(4):
             for cell in range(7):
@@ -64,7 +65,7 @@ def test_finds_a_needle_that_the_mean_hides() -> None:
 
 def test_no_spread_changes_nothing() -> None:
     q, ck = torch.randn(1, 40, 2, 4), torch.randn(1, 5, 1, 4)
-    wide_q, wide_k = second_order(q, ck, torch.zeros_like(ck), 0.5)
     sizes = {"width": 8, "stride": 8, "rule": BlockTopK(block_size=8, num_blocks=3)}
     plain = block_topk(q, ck, scale=0.5, **sizes).block_indices
-    assert torch.equal(block_topk(wide_q, wide_k, scale=0.5, **sizes).block_indices, plain)
+    wide = block_topk(second_order(q, 0.5), (ck, torch.zeros_like(ck)), scale=0.5, **sizes)
+    assert torch.equal(wide.block_indices, plain)

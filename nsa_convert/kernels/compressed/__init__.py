@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from nsa_convert.kernels.backend import implementation
-from nsa_convert.kernels.checks import check_qkv, default_scale
-from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.checks import check_parts, check_qkv, default_scale
+from nsa_convert.kernels.compressed.cells import CellGrid, join_parts
 from nsa_convert.kernels.compressed.gather import attend as gathered
 from nsa_convert.kernels.compressed.reference import attend as reference
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout
@@ -63,15 +64,16 @@ def compressed_attention(
 
     Returns:
         Output, lse and selection. ``selection.block_indices`` is ``[B, H, TQ, S]`` int64 (int32 on the triton
-        backend), ascending, -1 at the end where fewer blocks exist, with S = min(num_blocks, blocks of the
-        longest document); S may count left padding and spare cells as part of the document.
+        backend), or HQ lists where the rule is per head; ascending, -1 at the end where fewer blocks exist,
+        with S = min(num_blocks, blocks of the longest document); S may count left padding and spare cells as
+        part of the document.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not agree, or sizes do not divide.
     """
     check_qkv(q, ck, cv)
     grid = CellGrid(width=width, stride=stride)
-    o, lse, indices = _run(q, ck, cv, grid, rule, layout, scale, None)
+    o, lse, indices = _run(q, (ck,), cv, grid, rule, layout, scale, None)
     selection = None
     if rule is not None:
         selection = BlockSelection(block_indices=indices, block_size=rule.block_size)
@@ -80,7 +82,7 @@ def compressed_attention(
 
 def block_topk(
     q: Tensor,
-    ck: Tensor,
+    ck: Tensor | Sequence[Tensor],
     *,
     width: int,
     stride: int,
@@ -92,8 +94,9 @@ def block_topk(
     """Choose blocks from compressed keys without computing an output; see :func:`compressed_attention`.
 
     Args:
-        q: ``[B, TQ, HQ, D]``.
-        ck: ``[B, C, H, D]``.
+        q: ``[B, TQ, HQ, E]``.
+        ck: ``[B, C, H, E]``, or parts of it that would lie side by side along E. While decoding the torch
+            backend reads each where it lies; elsewhere they are joined.
         width: l, tokens in a cell.
         stride: d, tokens between cells.
         rule: How to choose.
@@ -106,18 +109,19 @@ def block_topk(
     Raises:
         ValueError: Shapes, dtypes or devices do not agree, or sizes do not divide.
     """
-    check_qkv(q, ck, None)
+    parts = (ck,) if isinstance(ck, Tensor) else tuple(ck)
+    check_parts(q, parts)
     if lse is not None:
         if lse.shape != q.shape[:3]:
             raise ValueError(f"lse must be {tuple(q.shape[:3])} like the queries, got {tuple(lse.shape)}")
         lse = lse.detach().masked_fill(lse == -torch.inf, torch.inf)
-    indices = _run(q, ck, None, CellGrid(width=width, stride=stride), rule, layout, scale, lse)[2]
+    indices = _run(q, parts, None, CellGrid(width=width, stride=stride), rule, layout, scale, lse)[2]
     return BlockSelection(block_indices=indices, block_size=rule.block_size)
 
 
 def _run(
     q: Tensor,
-    ck: Tensor,
+    ck: tuple[Tensor, ...],
     cv: Tensor | None,
     grid: CellGrid,
     rule: BlockTopK | None,
@@ -129,4 +133,5 @@ def _run(
     if rule is not None:
         grid.check_rule(rule)
     run = implementation("compressed", q, reference, gathered, None if cv is None else cv.shape[-1])
-    return run(q, ck, cv, grid, rule, layout, default_scale(q, scale), lse)
+    keys = ck if run is gathered else join_parts(ck)
+    return run(q, keys, cv, grid, rule, layout, default_scale(q, scale), lse)

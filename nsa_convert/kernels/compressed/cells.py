@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -68,3 +69,8 @@ def renormalise(p: Tensor, own: Tensor, lse: Tensor | None) -> Tensor:
         lse: ``[...]`` to normalise with, or None to return p.
     """
     return p if lse is None else p * (own - lse).clamp(max=MAX_EXPONENT).exp()[..., None]
+
+
+def join_parts(ck: Sequence[Tensor]) -> Tensor:
+    """Return the parts of the cell keys as one tensor ``[B, C, H, E]``."""
+    return ck[0] if len(ck) == 1 else torch.cat(list(ck), -1)

@@ -6,6 +6,8 @@ the cells are then the whole buffer of a static cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,20 +19,23 @@ from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
 def decode_cells(
-    q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
+    q: Tensor, ck: Sequence[Tensor], cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
     layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse."""
-    num_queries, num_kv_heads = q.shape[1], ck.shape[2]
-    capacity = (ck.shape[1] - 1) * grid.stride + grid.width + grid.stride - 1  # tokens these cells can cover
-    complete = ck.shape[1]
+    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse.
+
+    ``ck`` are the parts of the cell keys, which lie side by side along their last dimension.
+    """
+    num_queries, num_cells, num_kv_heads = q.shape[1], *ck[0].shape[1:3]
+    capacity = (num_cells - 1) * grid.stride + grid.width + grid.stride - 1  # tokens these cells can cover
+    complete = num_cells
     if not isinstance(layout.offset, Tensor):
         capacity = layout.offset + num_queries - (0 if layout.start is None else int(layout.start.min()))
         complete = min(complete, grid.count(capacity))
         if complete == 0:
-            ck, cv = (None if x is None else x[:, :0] for x in (ck, cv))
+            num_cells, ck, cv = 0, [x[:, :0] for x in ck], None if cv is None else cv[:, :0]
     visible = own = None
-    cells = torch.arange(ck.shape[1], device=q.device)
+    cells = torch.arange(num_cells, device=q.device)
     if num_queries > 1 or layout.start is not None or isinstance(layout.offset, Tensor):
         ages = layout.positions(num_queries, q.device) - layout.row_starts(num_queries, q.device) + 1
         visible = cells < grid.complete(ages)[..., None]  # [B or 1, TQ, C]
@@ -42,12 +47,14 @@ def decode_cells(
         num_blocks = max(1, -(-capacity // rule.block_size))
         size = min(rule.num_blocks, num_blocks)
         if size == num_blocks:
-            score = p.new_empty(q.shape[0], num_kv_heads, num_queries, num_blocks)
+            lists = q.shape[2] if rule.per_head else num_kv_heads
+            score = p.new_empty(q.shape[0], lists, num_queries, num_blocks)
         else:
             if normaliser is not None:
                 heads = normaliser.unflatten(2, (num_kv_heads, -1)).transpose(1, 2)  # [B, H, TQ, g]
                 p = renormalise(p, lse, heads)
-            score = block_scores(p.sum(3), num_blocks, grid, rule)
+            choosers = p.transpose(2, 3).flatten(1, 2) if rule.per_head else p.sum(3)
+            score = block_scores(choosers, num_blocks, grid, rule)
         indices = top_blocks(score, own, size, rule)
     if cv is None:
         return None, None, indices
@@ -70,16 +77,21 @@ def decode_cells(
 
 
 def _probabilities(
-    q: Tensor, ck: Tensor, visible: Tensor | None, complete: int, scale: float
+    q: Tensor, ck: Sequence[Tensor], visible: Tensor | None, complete: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return p and lse over the whole buffer: a product with a part of it would copy that part first."""
     num_queries, dtype = q.shape[1], accumulate_dtype(q.dtype)
-    rows = q.unflatten(2, (ck.shape[2], -1)).transpose(1, 2)  # [B, H, TQ, g, D]
-    if ck.shape[1] == 0:
+    rows = q.unflatten(2, (ck[0].shape[2], -1)).transpose(1, 2)  # [B, H, TQ, g, E]
+    if ck[0].shape[1] == 0:
         shape = rows.shape[:4]
         return q.new_zeros(*shape, 0, dtype=dtype), q.new_full(shape, -torch.inf, dtype=dtype)
-    # A cache holds its cells head by head.
-    scores = score_product(rows.flatten(2, 3), ck.transpose(1, 2), scale).unflatten(2, (num_queries, -1))
+    scores, begin = 0.0, 0
+    for part in ck:
+        end = begin + part.shape[3]
+        # A cache holds its cells head by head.
+        scores += score_product(rows[..., begin:end].flatten(2, 3), part.transpose(1, 2), scale)
+        begin = end
+    scores = scores.unflatten(2, (num_queries, -1))
     if visible is None:
         scores[..., complete:] = -torch.inf
         p = scores.softmax(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa_convert.kernels.checks import accumulate_dtype
-from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
+from nsa_convert.kernels.compressed.cells import CellGrid, join_parts, renormalise
 from nsa_convert.kernels.compressed.decode import decode_cells
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
 from nsa_convert.kernels.dense.segments import Segment, is_decode, segments
@@ -25,12 +25,13 @@ CELL_STEP = 128
 
 
 def attend(
-    q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
+    q: Tensor, ck: Sequence[Tensor], cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
     layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse."""
+    """See :func:`nsa_convert.kernels.compressed.decode.decode_cells`."""
     if is_decode(layout, q, cv):
         return decode_cells(q, ck, cv, grid, rule, layout, scale, normaliser)
+    ck = join_parts(ck)
     if layout.cu_seqlens is None:
         complete = grid.count(int(layout.offset) + q.shape[1])
         ck, cv = (None if x is None else x[:, :complete] for x in (ck, cv))
@@ -117,7 +118,8 @@ class CompressedRun:
         lse = None if cv is None else q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
         indices = None
         if self.rule is not None:
-            indices = torch.full((q.shape[0], ck.shape[2], q.shape[1], self.size), -1, device=q.device)
+            lists = q.shape[2] if self.rule.per_head else ck.shape[2]
+            indices = torch.full((q.shape[0], lists, q.shape[1], self.size), -1, device=q.device)
         ck, values, bad = split_non_finite(ck, ck if cv is None else cv)
         keys = ck.to(dtype)
         scratch = self.scratch(dtype)
@@ -168,16 +170,18 @@ class CompressedRun:
         return p, lse
 
     def choose(self, p: Tensor, ages: Tensor) -> Tensor:
-        """Return the blocks of one chunk, ``[H, W, S']``."""
+        """Return the blocks of one chunk, ``[H or HQ, W, S']``, from p ``[H, g, W, C]``."""
         rule = self.rule
         assert rule is not None
         own = (ages - 1).div(rule.block_size, rounding_mode="floor")[:, None]
         num_blocks = (int(ages[-1]) - 1) // rule.block_size + 1
         size = min(self.size, num_blocks)
         if size == num_blocks:
-            score = p.new_empty(p.shape[0], p.shape[2], num_blocks)
+            lists = p.shape[0] * p.shape[1] if rule.per_head else p.shape[0]
+            score = p.new_empty(lists, p.shape[2], num_blocks)
         else:
-            score = block_scores(p.sum(1), num_blocks, self.grid, rule)
+            choosers = p.flatten(0, 1) if rule.per_head else p.sum(1)
+            score = block_scores(choosers, num_blocks, self.grid, rule)
         return top_blocks(score, own, size, rule)
 
     def poison(self, o: Tensor, lse: Tensor, bad: Tensor, ages: Tensor) -> None:

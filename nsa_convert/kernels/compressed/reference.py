@@ -48,9 +48,9 @@ def choose_blocks(
         layout: Position of the queries and padding (not packed).
 
     Returns:
-        ``[B, H, TQ, S]`` int64, ascending, -1 at the end where fewer blocks exist.
+        ``[B, H, TQ, S]`` int64, ascending, -1 at the end where fewer blocks exist; HQ lists per head.
     """
-    group_p = p.unflatten(1, (num_kv_heads, -1)).sum(2)  # eq. 10, [B, H, TQ, C]
+    group_p = p if rule.per_head else p.unflatten(1, (num_kv_heads, -1)).sum(2)  # eq. 10, [B, H or HQ, TQ, C]
     ages = layout.positions(p.shape[2], p.device) - layout.row_starts(p.shape[2], p.device)  # [B or 1, TQ]
     own = ages.div(rule.block_size, rounding_mode="floor")[:, None, :, None]  # the query's own block
     num_blocks = max(1, int(own.max()) + 1 if own.numel() else 0)

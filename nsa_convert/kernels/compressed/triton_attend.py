@@ -29,5 +29,7 @@ def attend(
     if rule is not None:
         growing = layout.cu_seqlens is None and not isinstance(layout.offset, Tensor)
         given = lse if normaliser is None else normaliser.float()
+        if rule.per_head:  # the kernel sums over the heads that share a key
+            ck = ck.repeat_interleave(q.shape[2] // ck.shape[2], 2)
         indices = choose_blocks(q, ck, given, at, grid, rule, scale, growing)
     return o, lse, indices
