@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from nsa_convert import bench
 from nsa_convert.kernels import block_topk, sparse_attention
 from nsa_convert.kernels.selected.union import union_sizes
 from nsa_convert.methods.nsa import NSASettings
-from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection
+from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, SequenceLayout
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,7 +51,7 @@ def main() -> None:
                 rows += bench.time_cases("prefill", length, cases, options.repeats, "cpu")
             if "decode" in options.phases:
                 cases = list(bench.decode_cases(x, not options.no_dense))
-                cases += compiled(cases) if options.compile else []
+                cases += compiled(x, cases) if options.compile else []
                 rows += bench.time_cases("decode", length, cases, 30 * options.repeats, "cpu")
     kind = "drifting" if source is None else "real"
     place = bench.environment("cpu") | {"commit": commit(), "inputs": kind}
@@ -123,10 +123,20 @@ def list_cases(x: bench.Inputs) -> Iterator[bench.Case]:
     yield "selected, random lists", lambda: sparse_attention(x.q, x.k, x.v, random, layout=DENSE_LAYOUT)
 
 
-def compiled(cases: list[bench.Case]) -> list[bench.Case]:
-    """Return the whole decode steps through torch.compile, the grouped dense ones too."""
-    whole = ("nsa", "ssa", bench.DENSE + "SDPA, group as rows", bench.DENSE + "bmm, group as rows")
-    return [(f"{name}, compiled", torch.compile(run)) for name, run in cases if name in whole]
+def compiled(x: bench.Inputs, cases: list[bench.Case]) -> Iterator[bench.Case]:
+    """Yield decode steps through torch.compile: dense ones, and sparse ones in a graph for any position."""
+    for name, run in cases:
+        if name.startswith(bench.DENSE) and "rows" in name:
+            yield f"{name}, compiled", torch.compile(run)
+    cached, q, offset = x.as_cached(), x.q[:, -1:], torch.tensor(x.k.shape[1] - 1)
+    for name, step in (("nsa", bench.nsa), ("ssa", bench.ssa)):
+        yield f"{name}, compiled", any_position(step, cached, q, offset)
+
+
+def any_position(step: Callable, cached: bench.Inputs, q: torch.Tensor, offset: torch.Tensor) -> Callable:
+    """Return a compiled step that reads its position from a tensor, as with a static cache."""
+    graph = torch.compile(lambda q, offset: step(cached, q, SequenceLayout(offset=offset)))
+    return lambda: graph(q, offset)
 
 
 def commit() -> str:

@@ -189,6 +189,12 @@ class Inputs:
             q=q, k=k, v=v, cell_keys=cells[0], cell_values=cells[1], block_keys=mean_pool(k, size, size)
         )
 
+    def as_cached(self) -> Inputs:
+        """Return the same numbers with keys, values and cells head by head, as a cache holds them."""
+        parts = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        cached = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in parts if name != "q"}
+        return Inputs(q=self.q, **cached)
+
     @classmethod
     def drifting(cls, sizes: AttentionGeometry, length: int, dtype: torch.dtype, device: str) -> Inputs:
         """Make queries and keys that drift: neighbours select about as alike as in a language model.
@@ -270,11 +276,9 @@ def prefill_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = No
 
 
 def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
-    """Yield what one decode step is timed on; keys and cells lie head by head, as in a cache."""
-    parts = ((f.name, getattr(x, f.name)) for f in dataclasses.fields(Inputs))
-    cache = {name: y.transpose(1, 2).contiguous() for name, y in parts if name != "q"}
-    q = x.q[:, -1:]
-    k, v = cache["k"], cache["v"]
+    """Yield what one decode step is timed on."""
+    cached, q = x.as_cached(), x.q[:, -1:]
+    k, v = cached.k.transpose(1, 2), cached.v.transpose(1, 2)
     if dense:
         rows = q.view(1, k.shape[1], -1, q.shape[3])  # the group on the rows
         yield DENSE + "SDPA enable_gqa", lambda: scaled_dot_product_attention(
@@ -284,7 +288,6 @@ def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = Non
         yield DENSE + "bmm, group as rows", lambda: torch.bmm(
             torch.bmm(rows[0], k[0].mT).mul_(q.shape[3] ** -0.5).softmax(-1), v[0]
         )
-    cached = Inputs(q=x.q, **{name: y.transpose(1, 2) for name, y in cache.items()})
     if layer is not None:
         yield from step_cases(layer, q, cached.k, cached.v)
         return
