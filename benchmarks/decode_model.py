@@ -4,10 +4,10 @@
                                       [--methods nsa,ssa,...] [--repeats 20] [--csv FILE]
 
 A Qwen2 model with random weights and a small feed-forward part, bfloat16, transformers' own dynamic cache. It
-is filled with random keys and values, and with the cells and streams that the layers keep of them: no time here
-depends on what was said. `NAME:KEY=VALUE` gives a method a setting. Beside the dense model as transformers runs
-it stands one whose query heads of a group are the rows of one product. Times are those of a whole step over the
-number of layers.
+is filled with random keys and values, and with the cells and streams that layers keep of them: no time here
+depends on what was said. `NAME:KEY=VALUE` gives a method a setting. Beside the dense model as transformers
+runs it stands one whose query heads of a group are the rows of one product. Times are those of a whole step
+over the number of layers.
 """
 
 from __future__ import annotations

@@ -37,7 +37,18 @@ def score_product(q: Tensor, k: Tensor, scale: float) -> Tensor:
     ):
         dtype = accumulate_dtype(q.dtype)
         return torch.matmul(q.to(dtype).mul(scale), k.to(dtype).mT)
-    rows, columns = q.flatten(0, 1), k.flatten(0, 1).mT
-    rounded = torch.bmm(rows, columns)
-    rest = torch.baddbmm(rounded, rows, columns, beta=-1)
-    return rounded.float().add_(rest).mul_(scale).unflatten(0, q.shape[:2])
+    return _split(q.flatten(0, 1), k.flatten(0, 1).mT).mul_(scale).unflatten(0, q.shape[:2])
+
+
+def _split(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the exact product of ``[N, R, D]`` and ``[N, D, L]``."""
+    if columns.mT.is_contiguous():
+        rounded = torch.bmm(rows, columns)
+        rest = torch.baddbmm(rounded, rows, columns, beta=-1)
+        return rounded.float().add_(rest)
+    # A batched product would copy such a part of a buffer, the products of its heads do not.
+    heads = []
+    for row, column in zip(rows, columns, strict=True):
+        rounded = torch.mm(row, column)
+        heads.append(rounded.float().add_(torch.addmm(rounded, row, column, beta=-1)))
+    return torch.stack(heads)

@@ -21,8 +21,10 @@ def operands(size: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", SIZES)
-def test_scores_keep_float32(size: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("part", [True, False])
+def test_scores_keep_float32(part: bool, size: tuple[int, ...], dtype: torch.dtype) -> None:
     q, k = operands(size, dtype)
+    k = k if part else k.contiguous()
     scores = score_product(q, k, 0.3)
     truth = 0.3 * q.double() @ k.double().mT
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -51,5 +53,6 @@ def test_a_key_that_is_not_finite_stays_in_its_column() -> None:
 def test_a_compiled_graph_keeps_the_correction() -> None:
     q, k = operands(SIZES[0], torch.bfloat16)
     truth = q.double() @ k.double().mT
-    scores = torch.compile(score_product, fullgraph=True)(q, k, 1.0)
-    assert (scores - truth).abs().max() <= 2**-16 * truth.abs().max()
+    for keys in (k, k.contiguous()):
+        scores = torch.compile(score_product, fullgraph=True)(q, keys, 1.0)
+        assert (scores - truth).abs().max() <= 2**-16 * truth.abs().max()

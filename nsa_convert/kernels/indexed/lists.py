@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa_convert.kernels.checks import accumulate_dtype
-from nsa_convert.kernels.dense.segments import segments
+from nsa_convert.kernels.dense.segments import DECODE_QUERIES, segments
+from nsa_convert.kernels.products import score_product
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 CHUNK_BYTES = 1 << 26
@@ -90,6 +91,10 @@ def best_blocks(q: Tensor, k: Tensor, ages: Tensor, rule: BlockTopK, num_blocks:
 def _products(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Return ``scale q k`` ``[B, HI, W, N]`` in float32 or float64."""
     dtype = accumulate_dtype(q.dtype)
+    if q.shape[1] <= DECODE_QUERIES:
+        rows = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [B, HK, g, W, D]
+        s = score_product(rows.flatten(2, 3), k.transpose(1, 2), scale)
+        return s.unflatten(2, rows.shape[2:4]).flatten(1, 2)
     rows = q.to(dtype).mul(scale).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [B, HK, g, W, D]
     s = torch.matmul(rows.flatten(2, 3), k.to(dtype).permute(0, 2, 3, 1))
     return s.unflatten(2, rows.shape[2:4]).flatten(1, 2)
