@@ -51,7 +51,7 @@ def main() -> None:
                 rows += bench.time_cases("prefill", length, cases, options.repeats, "cpu")
             if "decode" in options.phases:
                 cases = list(bench.decode_cases(x, not options.no_dense))
-                cases += compiled(x, cases) if options.compile else []
+                cases += list(compiled(x, cases)) if options.compile else []
                 rows += bench.time_cases("decode", length, cases, 30 * options.repeats, "cpu")
     kind = "drifting" if source is None else "real"
     place = bench.environment("cpu") | {"commit": commit(), "inputs": kind}
