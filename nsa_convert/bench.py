@@ -288,10 +288,8 @@ def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = Non
         yield DENSE + "bmm, group as rows", lambda: torch.bmm(
             torch.bmm(rows[0], k[0].mT).mul_(q.shape[3] ** -0.5).softmax(-1), v[0]
         )
-    if layer is not None:
-        yield from step_cases(layer, q, cached.k, cached.v)
-        return
-    yield from sparse_cases(cached, q, SequenceLayout(offset=k.shape[2] - 1))
+    last = SequenceLayout(offset=k.shape[2] - 1)
+    yield from sparse_cases(cached, q, last) if layer is None else step_cases(layer, q, cached.k, cached.v)
 
 
 def time_cases(
