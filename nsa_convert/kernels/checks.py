@@ -44,12 +44,11 @@ def check_parts(q: Tensor, parts: Sequence[Tensor]) -> None:
     """
     if not parts:
         raise ValueError("expected at least one part of the cell keys, got none")
-    if len(parts) == 1 or any(x.dim() != 4 for x in parts):
-        return [check_qkv(q, x, None) for x in parts][0]
-    sizes = [x.shape[3] for x in parts]
-    if sum(sizes) != q.shape[-1]:
+    sizes = [x.shape[-1] for x in parts]
+    if len(parts) > 1 and sum(sizes) != q.shape[-1]:
         raise ValueError(f"head dims differ: q {q.shape[-1]}, k {' + '.join(map(str, sizes))}")
-    for x, part in zip(q.split(sizes, -1), parts, strict=True):
+    rows = [q] if len(parts) == 1 else q.split(sizes, -1)
+    for x, part in zip(rows, parts, strict=True):
         check_qkv(x, part, None)
 
 

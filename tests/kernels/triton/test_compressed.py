@@ -95,6 +95,21 @@ def test_a_given_normaliser_weighs_the_heads(kind: str, num_queries: int, reduce
         assert_same_lists(got, expected)
 
 
+@pytest.mark.parametrize(("kind", "num_queries"), [("padded", 40), ("packed", 40), ("offset", 1)])
+def test_every_query_head_chooses(kind: str, num_queries: int) -> None:
+    layout, batch, num_keys = make_layout(kind, num_queries)
+    q, _, _ = make_qkv(batch, num_queries, num_keys, (4, 2), dim=32, dtype=torch.float32)
+    ck, cv = make_cells(batch, num_keys, 2, CellGrid(width=8, stride=4), layout, dim=32, dtype=torch.float32)
+    rule = BlockTopK(block_size=8, num_blocks=3, per_head=True)
+    settings = {"width": 8, "stride": 4, "layout": layout, "rule": rule}
+    with use_backend("reference"):
+        expected = block_topk(q, ck, **settings).block_indices
+    assert expected.shape[1] == 4
+    with use_backend("triton"):
+        assert_same_lists(compressed_attention(q, ck, cv, **settings).selection.block_indices, expected)
+        assert_same_lists(block_topk(q, ck.split([8, 24], -1), **settings).block_indices, expected)
+
+
 @pytest.mark.parametrize("kind", ["padded_offset", "packed"])
 def test_scores_in_chunks_choose_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_blocks, "SCORE_BYTES", 1)
