@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from nsa_convert.config import at_least, raise_problems
 from nsa_convert.patterns import BlockTopK
@@ -62,3 +63,20 @@ class BlockBudget:
             reduce=reduce,
             per_head=per_head,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadBudget(BlockBudget):
+    """A block budget of each query head.
+
+    Attributes:
+        share: ``"none"`` lets every query head choose; ``"group"`` sums the scores of the heads that share
+            a key head, which costs one list per key head.
+    """
+
+    share: Literal["none", "group"] = "none"
+
+    @property
+    def rule(self) -> BlockTopK:
+        """The block budget as the kernels take it."""
+        return self.rule_with("sum", per_head=self.share == "none")

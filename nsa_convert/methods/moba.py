@@ -19,15 +19,15 @@ from torch.nn import functional
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.methods.base import AttentionInputs, InitialisedModule, MethodSpec, Pool
-from nsa_convert.methods.budget import BlockBudget
+from nsa_convert.methods.budget import HeadBudget
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
-from nsa_convert.patterns import BlockSelection, BlockTopK
+from nsa_convert.patterns import BlockSelection
 
 MAX_TAPS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoBASettings(BlockBudget):
+class MoBASettings(HeadBudget):
     """Settings of MoBA.
 
     Attributes:
@@ -48,7 +48,6 @@ class MoBASettings(BlockBudget):
     num_blocks: int = 16
     num_sink_blocks: int = 1
     num_local_blocks: int = 1
-    share: Literal["none", "group"] = "none"
     key_conv: int = 0
     decode: Literal["sparse", "dense"] = "sparse"
     mode: Literal["sparse", "full"] = "sparse"
@@ -58,11 +57,6 @@ class MoBASettings(BlockBudget):
         """Return what is wrong with the convolution."""
         allowed = self.key_conv == 0 or 2 <= self.key_conv <= MAX_TAPS
         return [] if allowed else [f"key_conv must be 0 or 2 to {MAX_TAPS}, got {self.key_conv}"]
-
-    @property
-    def rule(self) -> BlockTopK:
-        """The block budget as the kernels take it."""
-        return self.rule_with("sum", per_head=self.share == "none")
 
 
 class KeyConv(InitialisedModule):

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
-from nsa_convert.methods.budget import BlockBudget
+from nsa_convert.methods.budget import HeadBudget
 from nsa_convert.methods.prefill import STEP_TOKENS
 from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
-from nsa_convert.patterns import BlockSelection, BlockTopK
+from nsa_convert.patterns import BlockSelection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestSettings(BlockBudget):
+class QuestSettings(HeadBudget):
     """Settings of Quest.
 
     Attributes:
@@ -41,15 +41,9 @@ class QuestSettings(BlockBudget):
     num_blocks: int = 64
     num_sink_blocks: int = 0
     num_local_blocks: int = 1
-    share: Literal["none", "group"] = "none"
     prefill: Literal["dense", "sparse"] = "dense"
     mode: Literal["sparse", "full"] = "sparse"
     reuse_from: int = NO_REUSE
-
-    @property
-    def rule(self) -> BlockTopK:
-        """The page budget as the kernels take it."""
-        return self.rule_with("sum", per_head=self.share == "none")
 
 
 class Quest(SelectingMethod):
