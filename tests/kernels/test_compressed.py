@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -46,13 +48,18 @@ def test_output_and_selection(
     assert compressed_attention(q, ck, cv, **settings).selection is None
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("num_queries", [1, 2, 75])
-def test_every_query_head_chooses(kind: str, num_queries: int) -> None:
+def choice(kind: str, num_queries: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Return queries, cell keys and the sizes of the cells with their layout."""
     layout, batch, num_keys = make_layout(kind, num_queries)
     q, _, _ = make_qkv(batch, num_queries, num_keys, (6, 2))
     ck, _ = make_cells(batch, num_keys, 2, CellGrid(width=8, stride=4), layout)
-    settings = {"width": 8, "stride": 4, "layout": layout}
+    return q, ck, {"width": 8, "stride": 4, "layout": layout}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("num_queries", [1, 2, 75])
+def test_every_query_head_chooses(kind: str, num_queries: int) -> None:
+    q, ck, settings = choice(kind, num_queries)
     rule = BlockTopK(block_size=8, num_blocks=4, per_head=True)
     fast, truth = both(block_topk, q, ck, rule=rule, **settings)
     assert torch.equal(fast.block_indices, truth.block_indices)
@@ -63,10 +70,8 @@ def test_every_query_head_chooses(kind: str, num_queries: int) -> None:
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("num_queries", [1, 2, 75])
 def test_cell_keys_in_parts(kind: str, num_queries: int) -> None:
-    layout, batch, num_keys = make_layout(kind, num_queries)
-    q, _, _ = make_qkv(batch, num_queries, num_keys, (6, 2))
-    ck, _ = make_cells(batch, num_keys, 2, CellGrid(width=8, stride=4), layout)
-    settings = {"width": 8, "stride": 4, "layout": layout, "rule": BlockTopK(block_size=8, num_blocks=4)}
+    q, ck, settings = choice(kind, num_queries)
+    settings["rule"] = BlockTopK(block_size=8, num_blocks=4)
     whole = block_topk(q, ck, **settings)
     for parts in both(block_topk, q, ck.split([10, 6], -1), **settings):
         assert torch.equal(parts.block_indices, whole.block_indices)
