@@ -110,15 +110,15 @@ def _attend_masked(
     that all keys are finite or visible to all; otherwise one that is not finite reaches the rows that see it
     and no other.
     """
-    shared = visible.shape[2] == 1  # by all rows
-    if not clean and shared:
+    bad = None
+    if not clean and visible.shape[2] == 1:  # all rows see the same
         k, v = (x.masked_fill(~visible.mT, 0.0) for x in (k, v))  # 0 * NaN is NaN
     elif not clean:
         bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))  # [N, H, L]
         k, v = (x.masked_fill(bad[..., None], 0.0) for x in (k, v))
     bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
     o, lse = attend_rows(q, k, v, bias.expand(*bias.shape[:2], q.shape[2], -1), scale)
-    if not clean and not shared:
+    if bad is not None:
         sees = (visible & bad[:, :, None]).any(-1)
         o, lse = o.masked_fill(sees[..., None], torch.nan), lse.masked_fill(sees, torch.nan)
     if clean and not torch.compiler.is_compiling() and not blind.any():
