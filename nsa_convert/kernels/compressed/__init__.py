@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_convert.kernels.backend import implementation
 from nsa_convert.kernels.checks import check_parts, check_qkv, default_scale
-from nsa_convert.kernels.compressed.cells import CellGrid, join_parts
+from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.compressed.gather import attend as gathered
 from nsa_convert.kernels.compressed.reference import attend as reference
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout
@@ -133,5 +133,4 @@ def _run(
     if rule is not None:
         grid.check_rule(rule)
     run = implementation("compressed", q, reference, gathered, None if cv is None else cv.shape[-1])
-    keys = ck if run is gathered else join_parts(ck)
-    return run(q, keys, cv, grid, rule, layout, default_scale(q, scale), lse)
+    return run(q, ck, cv, grid, rule, layout, default_scale(q, scale), lse)

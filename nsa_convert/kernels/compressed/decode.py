@@ -85,13 +85,10 @@ def _probabilities(
     if ck[0].shape[1] == 0:
         shape = rows.shape[:4]
         return q.new_zeros(*shape, 0, dtype=dtype), q.new_full(shape, -torch.inf, dtype=dtype)
-    scores, begin = 0.0, 0
-    for part in ck:
-        end = begin + part.shape[3]
-        # A cache holds its cells head by head.
-        scores += score_product(rows[..., begin:end].flatten(2, 3), part.transpose(1, 2), scale)
-        begin = end
-    scores = scores.unflatten(2, (num_queries, -1))
+    pairs = zip(rows.flatten(2, 3).split([part.shape[3] for part in ck], -1), ck, strict=True)
+    # A cache holds its cells head by head.
+    first, *others = (score_product(row, part.transpose(1, 2), scale) for row, part in pairs)
+    scores = sum(others, first).unflatten(2, (num_queries, -1))
     if visible is None:
         scores[..., complete:] = -torch.inf
         p = scores.softmax(-1)

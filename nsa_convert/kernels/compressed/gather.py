@@ -25,13 +25,13 @@ CELL_STEP = 128
 
 
 def attend(
-    q: Tensor, ck: Sequence[Tensor], cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
+    q: Tensor, parts: Sequence[Tensor], cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
     layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :func:`nsa_convert.kernels.compressed.decode.decode_cells`."""
     if is_decode(layout, q, cv):
-        return decode_cells(q, ck, cv, grid, rule, layout, scale, normaliser)
-    ck = join_parts(ck)
+        return decode_cells(q, parts, cv, grid, rule, layout, scale, normaliser)
+    ck = join_parts(parts)
     if layout.cu_seqlens is None:
         complete = grid.count(int(layout.offset) + q.shape[1])
         ck, cv = (None if x is None else x[:, :complete] for x in (ck, cv))

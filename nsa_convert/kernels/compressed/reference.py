@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
+from nsa_convert.kernels.compressed.cells import CellGrid, join_parts, renormalise
 from nsa_convert.kernels.dense.reference import masked_softmax_attention
 from nsa_convert.kernels.dense.segments import segments
 from nsa_convert.patterns import BlockTopK, SequenceLayout
@@ -13,7 +15,7 @@ from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 def attend(
     q: Tensor,
-    ck: Tensor,
+    parts: Sequence[Tensor],
     cv: Tensor | None,
     grid: CellGrid,
     rule: BlockTopK | None,
@@ -21,7 +23,8 @@ def attend(
     scale: float,
     normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse."""
+    """See :func:`nsa_convert.kernels.compressed.decode.decode_cells`."""
+    ck = join_parts(parts)
     if layout.cu_seqlens is not None:
         return _attend_documents(q, ck, cv, grid, rule, layout, scale, normaliser)
     visible = grid.visible_cells(q.shape[1], layout, q.device)  # [B or 1, TQ]
@@ -97,7 +100,7 @@ def _attend_documents(
         values = None if cv is None else cv[:, cells]
         own = None if normaliser is None else normaliser[:, queries]
         alone = SequenceLayout(offset=segment.offset)
-        parts.append(attend(q[:, queries], ck[:, cells], values, grid, rule, alone, scale, own))
+        parts.append(attend(q[:, queries], (ck[:, cells],), values, grid, rule, alone, scale, own))
     outputs, lses, indices = zip(*parts, strict=True)
     merged = None if rule is None else join_indices(indices)
     if cv is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.compressed.cells import CellGrid, join_parts
 from nsa_convert.kernels.compressed.triton_blocks import cell_layout, choose_blocks
 from nsa_convert.kernels.dense.triton_attend import few_queries
 from nsa_convert.kernels.dense.triton_interval import interval_attention
@@ -13,13 +15,11 @@ from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
 def attend(
-    q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
+    q: Tensor, parts: Sequence[Tensor], cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
     layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; no score of a cell is stored.
-
-    ``normaliser`` is the lse of :func:`nsa_convert.kernels.compressed.block_topk`.
-    """
+    """See :func:`nsa_convert.kernels.compressed.decode.decode_cells`; no score of a cell is stored."""
+    ck = join_parts(parts)
     at = cell_layout(layout, grid, q.shape[1], ck.shape[1], q.device)
     o = lse = indices = None
     if cv is not None and few_queries(layout, q, ck, cv):
