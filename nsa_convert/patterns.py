@@ -58,6 +58,11 @@ class SequenceLayout:
             return self.start[:, None].expand(-1, num_queries)
         return torch.zeros(1, num_queries, dtype=torch.long, device=device)
 
+    def ages(self, num_queries: int, device: torch.device) -> Tensor:
+        """Return how many keys dense causal attention shows each query, ``[B or 1, TQ]`` int64."""
+        ages = self.positions(num_queries, device) - self.row_starts(num_queries, device) + 1
+        return ages.clamp(min=0)
+
     def document_of(self, num_queries: int, device: torch.device) -> Tensor:
         """Return the number of the packed document of each query, ``[TQ]`` int64."""
         assert self.cu_seqlens is not None
@@ -138,7 +143,7 @@ class SinkWindow:
     def density(self, num_queries: int, num_keys: int, layout: SequenceLayout = DENSE_LAYOUT) -> float:
         """Return visible pairs over the pairs dense causal attention computes."""
         device = layout.start.device if layout.start is not None else torch.device("cpu")
-        ages = _ages(num_queries, layout, device)
+        ages = layout.ages(num_queries, device)
         seen = torch.minimum(ages, torch.full_like(ages, self.budget))
         return _ratio(seen, ages)
 
@@ -191,7 +196,7 @@ class BlockSelection:
         device = self.block_indices.device
         tiles = query_tiles(num_queries, self.query_block, layout, device)
         indices = self.block_indices.long()[:, :, tiles]
-        ages = _ages(num_queries, layout, device)[:, None, :, None]  # [B or 1, 1, TQ, 1]
+        ages = layout.ages(num_queries, device)[:, None, :, None]  # [B or 1, 1, TQ, 1]
         left = ages - indices * self.block_size
         seen = left.clamp(min=0, max=self.block_size).where(indices >= 0, 0).sum(-1)
         return _ratio(seen, ages[..., 0].expand(seen.shape))
@@ -309,12 +314,6 @@ def query_tiles(num_queries: int, query_block: int, layout: SequenceLayout, devi
     base = torch.cat([tiles.new_zeros(1), tiles.cumsum(0)])
     document = layout.document_of(num_queries, device)
     return base[document] + (slots - bounds[document]) // query_block
-
-
-def _ages(num_queries: int, layout: SequenceLayout, device: torch.device) -> Tensor:
-    """Return how many keys dense causal attention shows each query, ``[B or 1, TQ]`` int64."""
-    ages = layout.positions(num_queries, device) - layout.row_starts(num_queries, device) + 1
-    return ages.clamp(min=0)
 
 
 def _ratio(seen: Tensor, ages: Tensor) -> float:

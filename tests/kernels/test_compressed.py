@@ -164,12 +164,12 @@ def test_equal_scores_go_to_the_lower_block(dtype: torch.dtype, num_queries: int
 def test_top_blocks_is_a_stable_sort(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     score = torch.randint(0, 4, (50, 40), generator=g).to(dtype) / 4
-    own = torch.full((50, 1), 39)
+    ages = torch.full((50, 1), 40)
     rule = BlockTopK(block_size=1, num_blocks=9)
     forced = score.clone()
     forced[:, 0] = forced[:, 38:] = torch.inf
     expected = forced.sort(dim=-1, descending=True, stable=True).indices[:, :9].sort(-1).values
-    assert torch.equal(top_blocks(score, own, 9, rule), expected)
+    assert torch.equal(top_blocks(score, ages, 9, rule), expected)
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, 40])

@@ -54,10 +54,11 @@ class CellGrid:
         counts = self.complete(layout.cu_seqlens.diff())
         return counts.cumsum(0) - counts
 
-    def visible_cells(self, num_queries: int, layout: SequenceLayout, device: torch.device) -> Tensor:
-        """Return how many cells of its document each query sees, ``[B or 1, TQ]`` int64."""
-        lengths = layout.positions(num_queries, device) - layout.row_starts(num_queries, device) + 1
-        return self.complete(lengths)
+    def visible(self, num_cells: int, ages: Tensor) -> Tensor:
+        """Return which cells are complete after ``ages [...]`` tokens of a document, ``[..., num_cells]``."""
+        # Tokens are compared, not cells: a division would run again for every element of a compiled loop.
+        ends = torch.arange(num_cells, device=ages.device) * self.stride + self.width
+        return ends <= ages[..., None]
 
 
 def renormalise(p: Tensor, own: Tensor, lse: Tensor | None) -> Tensor:

@@ -34,16 +34,12 @@ def decode_cells(
         complete = min(complete, grid.count(capacity))
         if complete == 0:
             num_cells, ck, cv = 0, [x[:, :0] for x in ck], None if cv is None else cv[:, :0]
-    visible = own = None
-    cells = torch.arange(num_cells, device=q.device)
+    ages = None  # [B or 1, TQ]; None where every query sees the complete cells
     if num_queries > 1 or layout.start is not None or isinstance(layout.offset, Tensor):
-        ages = layout.positions(num_queries, q.device) - layout.row_starts(num_queries, q.device) + 1
-        visible = cells < grid.complete(ages)[..., None]  # [B or 1, TQ, C]
-    p, lse = _probabilities(q, ck, visible, complete, scale)  # [B, H, TQ, g, C], [B, H, TQ, g]
+        ages = layout.ages(num_queries, q.device)
+    p, lse = _probabilities(q, ck, grid, ages, complete, scale)  # [B, H, TQ, g, C], [B, H, TQ, g]
     indices = None
     if rule is not None:
-        if visible is not None:
-            own = (ages - 1).div(rule.block_size, rounding_mode="floor")[:, None, :, None]
         num_blocks = max(1, -(-capacity // rule.block_size))
         size = min(rule.num_blocks, num_blocks)
         if size == num_blocks:
@@ -55,68 +51,71 @@ def decode_cells(
                 p = renormalise(p, lse, heads)
             choosers = p.transpose(2, 3).flatten(1, 2) if rule.per_head else p.sum(3)
             score = block_scores(choosers, num_blocks, grid, rule)
-        indices = top_blocks(score, own, size, rule)
+        indices = top_blocks(score, None if ages is None else ages[:, None, :, None], size, rule)
     if cv is None:
         return None, None, indices
     cv = cv.transpose(1, 2)  # as a cache holds it
-    if visible is not None and num_queries > 1:
+    if num_queries > 1:
         bad = ~cv.isfinite().all(-1)  # [B, H, C]
         cv = cv.masked_fill(bad[..., None], 0.0)
-        sees = (visible[:, None] & bad[:, :, None]).any(-1)[..., None]  # [B, H, TQ, 1]
+        sees = (grid.visible(num_cells, ages)[:, None] & bad[:, :, None]).any(-1)[..., None]  # [B, H, TQ, 1]
         lse = lse.masked_fill(sees, torch.nan)
         p = p.masked_fill(sees[..., None], torch.nan)
     p = p.flatten(2, 3).to(q.dtype)
     o = torch.matmul(p, cv)
-    if num_queries == 1 and (visible is not None or complete < cv.shape[2]):
-        hidden = (cells >= complete)[None] if visible is None else ~visible[:, 0]
-        o = _without_hidden(o, p, cv, hidden[:, None, :, None])
     if num_queries == 1:
+        if ages is not None or complete < num_cells:
+            ages = torch.full((1, 1), capacity, device=q.device) if ages is None else ages
+            o = _without_hidden(o, p, cv, grid, ages)
         return o.flatten(1, 2)[:, None], lse.flatten(1, 3)[:, None], indices
     o = o.unflatten(2, (num_queries, -1))
     return o.permute(0, 2, 1, 3, 4).flatten(2, 3), lse.permute(0, 2, 1, 3).flatten(2, 3), indices
 
 
 def _probabilities(
-    q: Tensor, ck: Sequence[Tensor], visible: Tensor | None, complete: int, scale: float
+    q: Tensor, ck: Sequence[Tensor], grid: CellGrid, ages: Tensor | None, complete: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return p and lse over the whole buffer: a product with a part of it would copy that part first."""
     num_queries, dtype = q.shape[1], accumulate_dtype(q.dtype)
     rows = q.unflatten(2, (ck[0].shape[2], -1)).transpose(1, 2)  # [B, H, TQ, g, E]
-    if ck[0].shape[1] == 0:
+    num_cells = ck[0].shape[1]
+    if num_cells == 0:
         shape = rows.shape[:4]
         return q.new_zeros(*shape, 0, dtype=dtype), q.new_full(shape, -torch.inf, dtype=dtype)
     pairs = zip(rows.flatten(2, 3).split([part.shape[3] for part in ck], -1), ck, strict=True)
     # A cache holds its cells head by head.
     first, *others = (score_product(row, part.transpose(1, 2), scale) for row, part in pairs)
     scores = sum(others, first).unflatten(2, (num_queries, -1))
-    if visible is None:
+    if ages is None:
         scores[..., complete:] = -torch.inf
         p = scores.softmax(-1)
         return p, scores.amax(-1) - p.amax(-1).log()
-    hidden = ~visible[:, None, :, None]
-    scores = scores.masked_fill(hidden, torch.finfo(dtype).min)
+    visible = grid.visible(num_cells, ages)[:, None, :, None]  # [B or 1, 1, TQ, 1, C]
+    scores = torch.where(visible, scores, torch.finfo(dtype).min)
     p = scores.softmax(-1)
-    blind = hidden.all(-1)
+    blind = (ages < grid.width)[:, None, :, None]
     lse = (scores.amax(-1) - p.amax(-1).log()).masked_fill(blind, -torch.inf)
     return p.masked_fill(blind[..., None], 0.0), lse
 
 
-def _without_hidden(o: Tensor, p: Tensor, cv: Tensor, hidden: Tensor) -> Tensor:
+def _without_hidden(o: Tensor, p: Tensor, cv: Tensor, grid: CellGrid, ages: Tensor) -> Tensor:
     """Return o, computed again if a hidden value that is not finite spoilt it: 0 * NaN is NaN.
 
     Args:
         o: ``[B, H, g, DV]``, p times the values of all cells.
         p: ``[B, H, g, C]``, 0 for hidden cells.
         cv: ``[B, H, C, DV]``.
-        hidden: ``[B or 1, 1, C, 1]``.
+        grid: Cell sizes.
+        ages: ``[B or 1, 1]``, tokens each query sees.
     """
 
-    def again(o: Tensor, p: Tensor, cv: Tensor, hidden: Tensor) -> Tensor:
+    def again(o: Tensor, p: Tensor, cv: Tensor, ages: Tensor) -> Tensor:
+        hidden = ~grid.visible(cv.shape[2], ages)[..., None]  # [B or 1, 1, C, 1]
         return torch.matmul(p, cv.masked_fill(hidden, 0.0))
 
     if o.device.type != "cpu":  # the host does not wait for a value there
-        return again(o, p, cv, hidden)
+        return again(o, p, cv, ages)
     fine = o.isfinite().all()
     if torch.compiler.is_compiling():
-        return torch.cond(fine, lambda o, *_: o.clone(), again, (o, p, cv, hidden))
-    return o if fine else again(o, p, cv, hidden)
+        return torch.cond(fine, lambda o, *_: o.clone(), again, (o, p, cv, ages))
+    return o if fine else again(o, p, cv, ages)

@@ -96,7 +96,7 @@ class CompressedRun:
         for segment, cell, slot, seen, ages in self.chunks():
             if not seen:
                 continue
-            visible = torch.arange(seen, device=self.device) < self.grid.complete(ages)[:, None]
+            visible = self.grid.visible(seen, ages)
             for head in range(self.num_kv_heads):
                 yield Tiles(
                     row=segment.row,
@@ -173,7 +173,6 @@ class CompressedRun:
         """Return the blocks of one chunk, ``[H or HQ, W, S']``, from p ``[H, g, W, C]``."""
         rule = self.rule
         assert rule is not None
-        own = (ages - 1).div(rule.block_size, rounding_mode="floor")[:, None]
         num_blocks = (int(ages[-1]) - 1) // rule.block_size + 1
         size = min(self.size, num_blocks)
         if size == num_blocks:
@@ -182,11 +181,11 @@ class CompressedRun:
         else:
             choosers = p.flatten(0, 1) if rule.per_head else p.sum(1)
             score = block_scores(choosers, num_blocks, self.grid, rule)
-        return top_blocks(score, own, size, rule)
+        return top_blocks(score, ages[:, None], size, rule)
 
     def poison(self, o: Tensor, lse: Tensor, bad: Tensor, ages: Tensor) -> None:
         """Set the queries that see a non-finite cell (``bad [C, H]``) to NaN."""
-        visible = torch.arange(bad.shape[0], device=bad.device) < self.grid.complete(ages)[:, None]
+        visible = self.grid.visible(bad.shape[0], ages)
         seen = (visible[..., None] & bad).any(1)  # [W, H]
         seen = seen.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
         o.masked_fill_(seen[..., None], torch.nan)

@@ -27,8 +27,7 @@ def attend(
     ck = join_parts(parts)
     if layout.cu_seqlens is not None:
         return _attend_documents(q, ck, cv, grid, rule, layout, scale, normaliser)
-    visible = grid.visible_cells(q.shape[1], layout, q.device)  # [B or 1, TQ]
-    mask = torch.arange(ck.shape[1], device=q.device) < visible[..., None]
+    mask = grid.visible(ck.shape[1], layout.ages(q.shape[1], q.device))  # [B or 1, TQ, C]
     o, lse, p = masked_softmax_attention(q, ck, ck if cv is None else cv, mask[:, None], scale)
     indices = None
     if rule is not None:
@@ -54,8 +53,8 @@ def choose_blocks(
         ``[B, H, TQ, S]`` int64, ascending, -1 at the end where fewer blocks exist; HQ lists per head.
     """
     group_p = p if rule.per_head else p.unflatten(1, (num_kv_heads, -1)).sum(2)  # eq. 10, [B, H or HQ, TQ, C]
-    ages = layout.positions(p.shape[2], p.device) - layout.row_starts(p.shape[2], p.device)  # [B or 1, TQ]
-    own = ages.div(rule.block_size, rounding_mode="floor")[:, None, :, None]  # the query's own block
+    last = layout.ages(p.shape[2], p.device) - 1  # [B or 1, TQ]
+    own = last.div(rule.block_size, rounding_mode="floor")[:, None, :, None]  # the query's own block
     num_blocks = max(1, int(own.max()) + 1 if own.numel() else 0)
     first, weights = rule.cell_weights(grid.width, grid.stride)
     per_block = rule.block_size // grid.stride

@@ -38,13 +38,13 @@ def block_scores(group_p: Tensor, num_blocks: int, grid: CellGrid, rule: BlockTo
     return score
 
 
-def top_blocks(score: Tensor, own: Tensor | None, size: int, rule: BlockTopK) -> Tensor:
+def top_blocks(score: Tensor, ages: Tensor | None, size: int, rule: BlockTopK) -> Tensor:
     """Pick the best blocks; forced ones come first, future ones never, equal scores go to the lower block.
 
     Args:
         score: ``[..., TQ, NB]``, not negative; overwritten.
-        own: Block of each query, broadcasts to ``[..., TQ, 1]``; negative for a query that sees nothing. None
-            when every query is in the last block.
+        ages: Tokens each query sees, broadcasts to ``[..., TQ, 1]``; not positive for a query that sees
+            nothing. None when every query is in the last block.
         size: Blocks in a list, at most NB.
         rule: Forced blocks.
 
@@ -53,23 +53,30 @@ def top_blocks(score: Tensor, own: Tensor | None, size: int, rule: BlockTopK) ->
     """
     num_blocks = score.shape[-1]
     block = torch.arange(num_blocks, device=score.device)
+    future = None if ages is None else block * rule.block_size >= ages
     if size == num_blocks:
-        return (block if own is None else block.where(block <= own, -1)).expand(score.shape)
-    if own is None:
+        return (block if future is None else block.masked_fill(future, -1)).expand(score.shape)
+    if future is None:
         score[..., : rule.num_sink_blocks] = torch.inf
         score[..., num_blocks - rule.num_local_blocks :] = torch.inf
     else:
-        forced = (block < rule.num_sink_blocks) | (block > own - rule.num_local_blocks)
-        score = score.masked_fill_(forced, torch.inf).masked_fill_(block > own, -1.0)
+        local = (block + rule.num_local_blocks) * rule.block_size >= ages
+        forced = (block < rule.num_sink_blocks) | local
+        score = score.masked_fill_(forced, torch.inf).masked_fill_(future, -1.0)
     if score.dtype == torch.float32:
         # Non-negative floats are ordered like their bits; the block number below them settles ties.
         key = score.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(_LOW - block)
         kept = key.topk(size, -1, sorted=False).values
-        if own is None:
-            return (_LOW - kept.bitwise_and_(_LOW)).sort(-1).values
+        if future is None:
+            return _ascending(_LOW - kept.bitwise_and_(_LOW))
         kept = torch.where(kept < 0, num_blocks, _LOW - kept.bitwise_and(_LOW))
     else:
         order = score.sort(dim=-1, descending=True, stable=True)
         kept = order.indices[..., :size].masked_fill(order.values[..., :size] < 0, num_blocks)
-    kept = kept.sort(-1).values
+    kept = _ascending(kept)
     return kept.masked_fill_(kept == num_blocks, -1)
+
+
+def _ascending(lists: Tensor) -> Tensor:
+    """Sort short lists along the last dimension; torch's sort would also carry their order along."""
+    return lists.topk(lists.shape[-1], -1, largest=False).values

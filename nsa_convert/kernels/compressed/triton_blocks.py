@@ -31,8 +31,8 @@ class CellLayout:
 
     Attributes:
         cells: Its run of cells, a run for :func:`interval_attention`.
-        age: ``[B or 1, TQ]`` int64, keys of its document up to the query, itself included; not positive in
-            the padding.
+        age: ``[B or 1, TQ]`` int64, keys of its document up to the query, itself included; 0 in the
+            padding.
         longest: Upper bound of ``age`` that is known without reading the device.
     """
 
@@ -45,8 +45,7 @@ def cell_layout(
     layout: SequenceLayout, grid: CellGrid, num_queries: int, num_cells: int, device: torch.device
 ) -> CellLayout:
     """Return the :class:`CellLayout` of TQ queries over ``num_cells`` cells."""
-    starts = layout.row_starts(num_queries, device)  # [B or 1, TQ]
-    age = layout.positions(num_queries, device) - starts + 1
+    age = layout.ages(num_queries, device)
     if layout.cu_seqlens is not None:
         lo = grid.first_cells(layout)[layout.document_of(num_queries, device)][None]
         longest = layout.longest(num_queries)

@@ -51,7 +51,7 @@ def choose(
             batch = torch.arange(k.shape[0], device=k.device)[:, None]
             k = k[batch, slots.clamp(max=k.shape[1] - 1)]
         num_queries = rows[0].shape[1]
-        ages = layout.positions(num_queries, k.device) - layout.row_starts(num_queries, k.device) + 1
+        ages = layout.ages(num_queries, k.device)
         fixed = not isinstance(layout.offset, Tensor)
         width = num_queries if not fixed else _chunk(rows[0], k)
         parts = []

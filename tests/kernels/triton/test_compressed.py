@@ -23,8 +23,7 @@ __all__ = ["poison"]
 
 def cell_mask(q: Tensor, ck: Tensor, grid: CellGrid, layout: SequenceLayout) -> Tensor:
     if layout.cu_seqlens is None:
-        seen = grid.visible_cells(q.shape[1], layout, q.device)
-        return (torch.arange(ck.shape[1]) < seen[..., None])[:, None]
+        return grid.visible(ck.shape[1], layout.ages(q.shape[1], q.device))[:, None]
     mask = torch.zeros(1, 1, q.shape[1], ck.shape[1], dtype=torch.bool)
     cell = 0
     for begin, end in layout.documents():
@@ -135,7 +134,7 @@ def test_best_blocks_are_those_of_a_stable_sort(
     score[0, 1] = 0
     own = torch.randint(-1, num_blocks, (1, 11), generator=g).sort(1).values
     rule = BlockTopK(block_size=1, num_blocks=size, num_local_blocks=3)
-    expected = top_blocks(score.clone(), own[:, None, :, None], size, rule)
+    expected = top_blocks(score.clone(), own[:, None, :, None] + 1, size, rule)
     got = torch.full((1, 2, 11, size), 1 << 29, dtype=torch.int32)
     triton_blocks.top_blocks(score, own.int(), got, 0, 9, 1, 3)
     triton_blocks.top_blocks(score[:, :, 9:], own.int(), got, 9, 11, 1, 3)
@@ -167,7 +166,7 @@ def test_best_blocks_of_any_size(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     if not seed % 2:
         kept = best.indices.masked_fill(best.values < 0, num_blocks).sort(-1).values
         assert torch.equal(got.long(), kept.masked_fill(kept == num_blocks, -1))
-    assert torch.equal(got.long(), top_blocks(score.clone(), own[:, None, :, None], size, rule))
+    assert torch.equal(got.long(), top_blocks(score.clone(), own[:, None, :, None] + 1, size, rule))
 
 
 def test_equal_scores_go_to_the_lower_block() -> None:
