@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def fetch_runs(
-    k: Tensor, v: Tensor, rows: Tensor | None, heads: Tensor, slots: Tensor, size: int
+    k: Tensor, v: Tensor, rows: Tensor | None, heads: Tensor, slots: Tensor, size: int,
+    visible: Tensor | None = None, own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Copy runs of ``size`` neighbouring tokens out of keys and values.
 
@@ -20,17 +21,25 @@ def fetch_runs(
         heads: Head of each run, broadcasts with ``slots``.
         slots: First token of each run, in ``0 .. T - size``; broadcasts with ``rows``.
         size: Tokens in a run.
+        visible: ``[..., size]`` bool, broadcasts to the result: the tokens that will have a weight. In place
+            of another, which may not be finite (0 * NaN is NaN), stands a zero or the token ``own``.
+        own: A token that every reader sees, broadcasts like ``visible``; goes with it.
 
     Returns:
         Two tensors ``[..., size, D]`` with the broadcast shape of the index tensors.
     """
     if torch.compiler.is_compiling() or k.device.type != "cpu" or k.stride(3) != 1 or v.stride(3) != 1:
         tokens = slots[..., None] + torch.arange(size, device=k.device)
+        tokens = tokens if visible is None else tokens.where(visible, own)
         rows = slots.new_zeros(1) if rows is None else rows
         index = (rows[..., None], tokens, heads[..., None])
         return k[index], v[index]
     addresses: dict[tuple[int, ...], Tensor] = {}
-    return _fetch(k, rows, heads, slots, size, addresses), _fetch(v, rows, heads, slots, size, addresses)
+    fetched = (_fetch(x, rows, heads, slots, size, addresses) for x in (k, v))
+    if visible is not None:
+        fetched = (x.masked_fill_(~visible[..., None], 0.0) for x in fetched)
+    k, v = fetched
+    return k, v
 
 
 def _fetch(

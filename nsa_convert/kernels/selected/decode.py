@@ -35,22 +35,21 @@ def decode_blocks(
     heads = torch.arange(num_kv_heads, device=q.device)[:, None]
     if lists > num_kv_heads:
         heads = heads.repeat_interleave(lists // num_kv_heads, 0)
-    k, v = (x.flatten(3, 4).flatten(0, 1) for x in fetch_runs(k, v, rows, heads, slots, size))
     lead = wanted.masked_fill(indices < 0, num_keys) - slots  # tokens of the run before the block
     token = torch.arange(size, device=q.device)
-    visible = token >= lead[..., None]
-    past = _only_past(layout, num_queries, num_keys)
-    if past:
-        blind = (lead >= size).all(-1)
-    else:
-        reach = layout.positions(num_queries, q.device)[:, None, None] - slots
+    visible, own = token >= lead[..., None], None
+    blind = lead >= size
+    if not _only_past(layout, num_queries, num_keys):
+        own = layout.positions(num_queries, q.device)[:, None, None, None]
+        reach = own[..., 0] - slots
         visible = visible & (token <= reach[..., None])
-        blind = ((lead >= size) | (lead > reach)).all(-1)
+        blind = blind | (lead > reach)
+    kept = None if own is None else visible
+    k, v = (x.flatten(3, 4).flatten(0, 1) for x in fetch_runs(k, v, rows, heads, slots, size, kept, own))
     shape = (batch * num_queries, lists, num_heads // lists, -1)  # the group is on the rows
     visible = visible.flatten(3, 4).flatten(0, 1)[:, :, None]
-    o, lse = _attend_masked(
-        q.reshape(shape), k, v, visible, blind.flatten(0, 1)[..., None], scale, clean=past
-    )
+    blind = blind.all(-1).flatten(0, 1)[..., None]
+    o, lse = _attend_masked(q.reshape(shape), k, v, visible, blind, scale)
     return o.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 
 
@@ -69,7 +68,11 @@ def decode_window(
         tokens, visible = _window_tokens(pattern, layout, num_queries, k.shape[1], q.device)
         index = torch.arange(k.shape[0], device=q.device)[:, None, None]
         heads = torch.arange(num_kv_heads, device=q.device)[:, None]
-        k, v = (x.squeeze(3) for x in fetch_runs(k, v, index, heads, tokens[:, None], 1))  # [B, H, L, D]
+        kept = own = None
+        if num_queries == 1:
+            kept, own = visible[..., None], layout.positions(1, q.device)
+        runs = fetch_runs(k, v, index, heads, tokens[:, None], 1, kept, own)
+        k, v = (x.squeeze(3) for x in runs)  # [B, H, L, D]
         if num_queries > 1:
             visible = visible.repeat_interleave(group, 1)
         visible = visible[:, None]  # [B or 1, 1, TQ * g or 1, L]
@@ -102,25 +105,23 @@ def _window_tokens(
 
 
 def _attend_masked(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, blind: Tensor, scale: float, clean: bool = False
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, blind: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend where ``visible`` (broadcasts to ``[N, H, R, L]``).
 
-    Rows in ``blind`` (broadcasts to ``[N, H, R]``) see nothing: they get o = 0 and lse = -inf. ``clean`` says
-    that all keys are finite or visible to all; otherwise one that is not finite reaches the rows that see it
-    and no other.
+    Rows in ``blind`` (broadcasts to ``[N, H, R]``) see nothing: they get o = 0 and lse = -inf. Where rows see
+    different keys, one that is not finite reaches those that see it and no other; where all see the same, the
+    others are finite already.
     """
     bad = None
-    if not clean and visible.shape[2] == 1:  # all rows see the same
-        k, v = (x.masked_fill(~visible.mT, 0.0) for x in (k, v))  # 0 * NaN is NaN
-    elif not clean:
+    if visible.shape[2] > 1:
         bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))  # [N, H, L]
         k, v = (x.masked_fill(bad[..., None], 0.0) for x in (k, v))
     bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
-    o, lse = attend_rows(q, k, v, bias.expand(*bias.shape[:2], q.shape[2], -1), scale)
+    o, lse = attend_rows(q, k, v, bias, scale)
     if bad is not None:
         sees = (visible & bad[:, :, None]).any(-1)
         o, lse = o.masked_fill(sees[..., None], torch.nan), lse.masked_fill(sees, torch.nan)
-    if clean and not torch.compiler.is_compiling() and not blind.any():
+    if not torch.compiler.is_compiling() and not blind.any():
         return o, lse
     return o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
