@@ -88,14 +88,24 @@ def _probabilities(
     scores = sum(others, first).unflatten(2, (num_queries, -1))
     if ages is None:
         scores[..., complete:] = -torch.inf
-        p = scores.softmax(-1)
-        return p, scores.amax(-1) - p.amax(-1).log()
+        return _softmax(scores)
     visible = grid.visible(num_cells, ages)[:, None, :, None]  # [B or 1, 1, TQ, 1, C]
     scores = torch.where(visible, scores, torch.finfo(dtype).min)
-    p = scores.softmax(-1)
+    p, lse = _softmax(scores)
     blind = (ages < grid.width)[:, None, :, None]
-    lse = (scores.amax(-1) - p.amax(-1).log()).masked_fill(blind, -torch.inf)
-    return p.masked_fill(blind[..., None], 0.0), lse
+    return p.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p and lse over the last dimension, which has a finite score."""
+    if not torch.compiler.is_compiling():
+        p = scores.softmax(-1)
+        return p, scores.amax(-1) - p.amax(-1).log()
+    # Torch's softmax divides every element, and a graph does so again wherever p is read.
+    most = scores.amax(-1, keepdim=True)
+    weights = (scores - most).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights * total.reciprocal(), (most + total.log()).squeeze(-1)
 
 
 def _without_hidden(o: Tensor, p: Tensor, cv: Tensor, grid: CellGrid, ages: Tensor) -> Tensor:
