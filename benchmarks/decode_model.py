@@ -1,13 +1,13 @@
 """One token through a whole model with a long cache: converted models beside the dense one.
 
     python -m benchmarks.decode_model [--geometry 14/2/64] [--length 65536] [--layers 4]
-                                      [--methods nsa,ssa,...] [--repeats 20] [--csv FILE]
+                                      [--methods nsa,ssa,...] [--repeats 20] [--compile] [--csv FILE]
 
-A Qwen2 model with random weights and a small feed-forward part, bfloat16, transformers' own dynamic cache. It
-is filled with random keys and values, and with the cells and streams that layers keep of them: no time here
-depends on what was said. `NAME:KEY=VALUE` gives a method a setting. Beside the dense model as transformers
-runs it stands one whose query heads of a group are the rows of one product. Times are those of a whole step
-over the number of layers.
+A Qwen2 model with random weights and a small feed-forward part, bfloat16, transformers' own dynamic cache, or
+with --compile its static one and one graph for all positions. It is filled with random keys and values, and
+with the cells and streams that layers keep of them: no time here depends on what was said. `NAME:KEY=VALUE`
+gives a method a setting. Beside the dense model as transformers runs it stands one whose query heads of a
+group are the rows of one product. Times are those of a whole step over the number of layers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel, Qwen2Config
+from transformers import Qwen2ForCausalLM, StaticCache
 
 from benchmarks.ops_cpu import RESULTS, commit
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
 from nsa_convert import bench
 from nsa_convert.cli.options import parse_settings
 from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
@@ -37,6 +40,8 @@ METHODS = (
     "dsa", "msa", "quest",
 )  # fmt: skip
 GROUPED = "group_on_rows"
+ROOM = 1024
+"""Tokens a static cache holds beyond the given ones."""
 
 
 def main() -> None:
@@ -47,7 +52,7 @@ def main() -> None:
     shape = (2, 1, sizes.num_kv_heads, options.length, sizes.head_dim)
     kv = [torch.randn(shape, generator=g).bfloat16() for _ in range(options.layers)]
     with torch.inference_mode():
-        cases = list(step_cases(sizes, kv, options.methods.split(",")))
+        cases = list(step_cases(sizes, kv, options.methods.split(","), options.compile))
         rows = bench.time_cases("decode", options.length, cases, options.repeats, "cpu")
     rows = [per_layer(row, options.layers) for row in rows]
     place = bench.environment("cpu") | {"commit": commit(), "layers": str(options.layers)}
@@ -55,7 +60,8 @@ def main() -> None:
         geometry=options.geometry, dtype="bfloat16", environment=place, rows=tuple(rows)
     )
     print(report.to_table())
-    report.write_csv(options.csv or RESULTS / f"decode_model_{options.geometry.replace('/', '-')}.csv")
+    kind = "compiled_" if options.compile else ""
+    report.write_csv(options.csv or RESULTS / f"decode_model_{kind}{options.geometry.replace('/', '-')}.csv")
 
 
 def per_layer(row: bench.BenchRow, layers: int) -> bench.BenchRow:
@@ -72,19 +78,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--compile", action="store_true", help="time compiled steps on a static cache")
     parser.add_argument("--csv", type=Path)
     return parser.parse_args()
 
 
-def step_cases(sizes: AttentionGeometry, kv: list[Tensor], methods: list[str]) -> Iterator[bench.Case]:
+def step_cases(
+    sizes: AttentionGeometry, kv: list[Tensor], methods: list[str], compiled: bool
+) -> Iterator[bench.Case]:
     """Yield name and run of a decoding step of the dense models and of each method."""
     AttentionInterface.register(GROUPED, group_on_rows)
+    AttentionMaskInterface.register(GROUPED, eager_mask)
     for name, attention in (("SDPA", "sdpa"), ("eager", "eager"), ("bmm, group as rows", GROUPED)):
-        yield bench.DENSE + name, step(dense_model(sizes, len(kv), attention), kv)
+        yield bench.DENSE + name, step(dense_model(sizes, len(kv), attention), kv, compiled)
     for text in methods:
         name, *pairs = text.split(":")
         plan = SparseAttentionConfig.from_dict({"default": {"method": name} | parse_settings(pairs)})
-        yield text, step(patch_model(dense_model(sizes, len(kv), "sdpa"), plan), kv)
+        yield text, step(patch_model(dense_model(sizes, len(kv), "sdpa"), plan), kv, compiled)
 
 
 def dense_model(sizes: AttentionGeometry, layers: int, attention: str) -> PreTrainedModel:
@@ -103,19 +113,23 @@ def group_on_rows(
 ) -> tuple[Tensor, None]:
     """Attend with one query ``[1, HQ, 1, D]`` to all keys ``[1, H, T, D]``, as bench's fastest dense case."""
     rows = q.view(k.shape[1], -1, q.shape[3])
-    p = torch.bmm(rows, k[0].mT).mul_(scaling).softmax(-1)
+    scores = torch.bmm(rows, k[0].mT).mul_(scaling)
+    p = (scores if mask is None else scores.add_(mask[0])).softmax(-1)
     return torch.bmm(p, v[0]).view(1, 1, q.shape[1], -1), None
 
 
-def step(model: PreTrainedModel, kv: list[Tensor]) -> Callable[[], object]:
+def step(model: PreTrainedModel, kv: list[Tensor], compiled: bool) -> Callable[[], object]:
     """Return a run of one token on a cache that holds ``kv``; the cache grows by it."""
-    cache, token = DynamicCache(), torch.tensor([[7]])
+    length = kv[0].shape[3]
+    cache = StaticCache(model.config, max_cache_len=length + ROOM) if compiled else DynamicCache()
+    token = torch.tensor([[7]])
     for index, (k, v) in enumerate(kv):
         remember(model, cache, index, k, v)
-    return lambda: model(token, past_key_values=cache, use_cache=True)
+    run = torch.compile(model.forward, options={"cpp_wrapper": True}) if compiled else model.forward
+    return lambda: run(token, past_key_values=cache, use_cache=True)
 
 
-def remember(model: PreTrainedModel, cache: DynamicCache, index: int, k: Tensor, v: Tensor) -> None:
+def remember(model: PreTrainedModel, cache: Cache, index: int, k: Tensor, v: Tensor) -> None:
     """Put keys and values ``[1, H, T, D]`` into a layer's cache, and what a sparse layer keeps of them."""
     sparse = getattr(model.model.layers[index].self_attn, "sparse", None)
     if sparse is not None:

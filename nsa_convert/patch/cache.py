@@ -120,12 +120,12 @@ def write_cells(
         buffer = layer.cells[name] = grown
     if count == 0:
         return buffer
-    new = cells.detach().transpose(1, 2)
     if isinstance(first, int):
-        buffer[:, :, first : first + count] = new
+        buffer[:, :, first : first + count] = cells.detach().transpose(1, 2)
     else:
         slots = first[:, None] + torch.arange(count, device=cells.device)
-        buffer.scatter_(2, slots[:, None, :, None].expand(-1, heads, -1, dim), new)
+        rows = torch.arange(batch, device=cells.device)[:, None]
+        buffer[rows, :, slots] = cells.detach()  # a compiled scatter_ would copy the whole buffer
     return buffer
 
 
