@@ -19,12 +19,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel, Qwen2Config
-from transformers import Qwen2ForCausalLM, StaticCache
-
-from benchmarks.ops_cpu import RESULTS, commit
+from transformers import (
+    AttentionInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+)
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from benchmarks.ops_cpu import RESULTS, commit
 from nsa_convert import bench
 from nsa_convert.cli.options import parse_settings
 from nsa_convert.config import AttentionGeometry, SparseAttentionConfig

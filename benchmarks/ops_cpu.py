@@ -125,17 +125,20 @@ def list_cases(x: bench.Inputs) -> Iterator[bench.Case]:
 
 def compiled(x: bench.Inputs, cases: list[bench.Case]) -> Iterator[bench.Case]:
     """Yield decode steps through torch.compile: dense ones, and sparse ones in a graph for any position."""
-    for name, run in cases:
-        if name.startswith(bench.DENSE) and "rows" in name:
-            yield f"{name}, compiled", torch.compile(run)
     cached, q, offset = x.as_cached(), x.q[:, -1:], torch.tensor(x.k.shape[1] - 1)
-    for name, step in (("nsa", bench.nsa), ("ssa", bench.ssa)):
-        yield f"{name}, compiled", any_position(step, cached, q, offset)
+    for name, options in (("compiled", {}), ("compiled, C++ wrapper", {"cpp_wrapper": True})):
+        for case, run in cases:
+            if case.startswith(bench.DENSE) and "rows" in case:
+                yield f"{case}, {name}", torch.compile(run, options=options)
+        for case, step in (("nsa", bench.nsa), ("ssa", bench.ssa)):
+            yield f"{case}, {name}", any_position(step, cached, q, offset, options)
 
 
-def any_position(step: Callable, cached: bench.Inputs, q: torch.Tensor, offset: torch.Tensor) -> Callable:
+def any_position(
+    step: Callable, cached: bench.Inputs, q: torch.Tensor, offset: torch.Tensor, options: dict[str, bool]
+) -> Callable:
     """Return a compiled step that reads its position from a tensor, as with a static cache."""
-    graph = torch.compile(lambda q, offset: step(cached, q, SequenceLayout(offset=offset)))
+    graph = torch.compile(lambda q, offset: step(cached, q, SequenceLayout(offset=offset)), options=options)
     return lambda: graph(q, offset)
 
 
