@@ -87,6 +87,8 @@ def together(names: tuple[str, ...], name: str):
 
     @pytest.fixture(scope="module", name=name)
     def fixture(tmp_path_factory) -> Path:
+        if any(RUNS[each][0] == "lora" for each in names):
+            pytest.importorskip("peft")
         folder = tmp_path_factory.mktemp("two")
         train_together(folder, [job(folder, name) for name in names])
         return folder
