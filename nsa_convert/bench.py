@@ -36,6 +36,7 @@ from nsa_convert.patterns import DENSE_LAYOUT, SequenceLayout, SinkWindow
 
 LENGTHS = (4096, 8192, 16384, 32768)
 DENSE = "dense: "
+WARM_MS = 20  # a decode step finds nothing of its own in the processor's caches at first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,9 +215,7 @@ class Inputs:
 
 def drift(length: int, step: int, size: int, generator: torch.Generator) -> Tensor:
     """Return ``[length, size]``: random vectors every ``step`` tokens with straight lines between them."""
-    knots = torch.randn(
-        1, size, -(-length // step) + 1, generator=generator, device=generator.device
-    )
+    knots = torch.randn(1, size, -(-length // step) + 1, generator=generator, device=generator.device)
     return interpolate(knots, size=knots.shape[2] * step, mode="linear")[0, :, :length].T
 
 
@@ -297,14 +296,17 @@ def time_cases(
 ) -> list[BenchRow]:
     """Time the cases in turn, round after round, so that all meet the same machine.
 
-    A decode step is repeated ten times before the next case takes its turn.
+    A decode step runs for ``WARM_MS``, then ten times more with the clock, before the next case has its turn.
     """
     runs = dict(cases)
     peaks = {name: peak_memory(run, device) for name, run in runs.items()}  # also the warm-up
     times: dict[str, list[float]] = {name: [] for name in runs}
-    burst = 10 if phase == "decode" else 1  # a single short step would mostly time the caches it finds cold
+    burst = 10 if phase == "decode" else 1
     for _ in range(-(-repeats // burst)):
         for name, run in runs.items():
+            warm = WARM_MS if phase == "decode" else 0
+            while warm > 0:
+                warm -= elapsed_ms(run, device)
             times[name] += [elapsed_ms(run, device) for _ in range(burst)]
     medians = {name: statistics.median(values) for name, values in times.items()}
     best = min((m for name, m in medians.items() if name.startswith(DENSE)), default=None)
@@ -384,11 +386,8 @@ def environment(device: str) -> dict[str, str]:
     """Return what a number needs beside it: device, versions, threads, date."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name()
     return {
-        "device": name,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
+        "device": name, "threads": str(torch.get_num_threads()), "torch": torch.__version__,
+        "python": platform.python_version(), "date": datetime.date.today().isoformat(),
     }
 
 
