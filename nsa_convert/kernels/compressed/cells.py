@@ -54,10 +54,10 @@ class CellGrid:
         counts = self.complete(layout.cu_seqlens.diff())
         return counts.cumsum(0) - counts
 
-    def visible(self, num_cells: int, ages: Tensor) -> Tensor:
-        """Return which cells are complete after ``ages [...]`` tokens of a document, ``[..., num_cells]``."""
+    def visible(self, num_cells: int, ages: Tensor, first: int = 0) -> Tensor:
+        """Return which cells from ``first`` on are complete after ``ages [...]`` tokens, ``[..., cells]``."""
         # Tokens are compared, not cells: a division would run again for every element of a compiled loop.
-        ends = torch.arange(num_cells, device=ages.device) * self.stride + self.width
+        ends = torch.arange(first, num_cells, device=ages.device) * self.stride + self.width
         return ends <= ages[..., None]
 
 

@@ -156,15 +156,13 @@ class CompressedRun:
         room = scratch[:, : self.num_heads * width * cells].view(2, self.num_kv_heads, -1, cells)
         torch.bmm(rows.flatten(1, 2), keys.permute(1, 2, 0), out=room[0])
         scores = room[0].unflatten(1, (-1, width))
-        complete = self.grid.complete(ages)
         # Only the last cells differ between the queries of a chunk.
         fewest = min(cells, self.grid.count(int(ages[0])))
-        hidden = torch.arange(fewest, cells, device=q.device) >= complete[:, None]
-        scores[..., fewest:].masked_fill_(hidden, -torch.inf)
+        scores[..., fewest:].masked_fill_(~self.grid.visible(cells, ages, fewest), -torch.inf)
         p = torch.softmax(scores, -1, out=room[1].view(scores.shape))
         lse = scores.amax(-1) - p.amax(-1).log()
         if fewest == 0:
-            blind = complete == 0
+            blind = ages < self.grid.width
             p.masked_fill_(blind[:, None], 0.0)
             lse.masked_fill_(blind, -torch.inf)
         return p, lse
