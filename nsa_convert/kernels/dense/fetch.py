@@ -21,25 +21,25 @@ def fetch_runs(
         heads: Head of each run, broadcasts with ``slots``.
         slots: First token of each run, in ``0 .. T - size``; broadcasts with ``rows``.
         size: Tokens in a run.
-        visible: ``[..., size]`` bool, broadcasts to the result: the tokens that will have a weight. In place
-            of another, which may not be finite (0 * NaN is NaN), stands a zero or the token ``own``.
-        own: A token that every reader sees, broadcasts like ``visible``; goes with it.
+        visible: ``[..., size]`` bool, broadcasts to the result: the tokens that will have a weight.
+        own: A token that every reader sees, broadcasts like ``visible``. It or a zero stands in place of what
+            is not visible and may not be finite (0 * NaN is NaN); None leaves that.
 
     Returns:
         Two tensors ``[..., size, D]`` with the broadcast shape of the index tensors.
     """
     if torch.compiler.is_compiling() or k.device.type != "cpu" or k.stride(3) != 1 or v.stride(3) != 1:
         tokens = slots[..., None] + torch.arange(size, device=k.device)
-        tokens = tokens if visible is None else tokens.where(visible, own)
+        tokens = tokens if own is None else tokens.where(visible, own)
         rows = slots.new_zeros(1) if rows is None else rows
         index = (rows[..., None], tokens, heads[..., None])
         return k[index], v[index]
     addresses: dict[tuple[int, ...], Tensor] = {}
-    fetched = (_fetch(x, rows, heads, slots, size, addresses) for x in (k, v))
-    if visible is not None:
-        fetched = (x.masked_fill_(~visible[..., None], 0.0) for x in fetched)
-    k, v = fetched
-    return k, v
+    k, v = (_fetch(x, rows, heads, slots, size, addresses) for x in (k, v))
+    if own is None:
+        return k, v
+    hidden = ~visible[..., None]
+    return k.masked_fill_(hidden, 0.0), v.masked_fill_(hidden, 0.0)
 
 
 def _fetch(

@@ -44,8 +44,8 @@ def decode_blocks(
         reach = own[..., 0] - slots
         visible = visible & (token <= reach[..., None])
         blind = blind | (lead > reach)
-    kept = None if own is None else visible
-    k, v = (x.flatten(3, 4).flatten(0, 1) for x in fetch_runs(k, v, rows, heads, slots, size, kept, own))
+    runs = fetch_runs(k, v, rows, heads, slots, size, visible, own)
+    k, v = (x.flatten(3, 4).flatten(0, 1) for x in runs)
     shape = (batch * num_queries, lists, num_heads // lists, -1)  # the group is on the rows
     visible = visible.flatten(3, 4).flatten(0, 1)[:, :, None]
     blind = blind.all(-1).flatten(0, 1)[..., None]
@@ -68,10 +68,8 @@ def decode_window(
         tokens, visible = _window_tokens(pattern, layout, num_queries, k.shape[1], q.device)
         index = torch.arange(k.shape[0], device=q.device)[:, None, None]
         heads = torch.arange(num_kv_heads, device=q.device)[:, None]
-        kept = own = None
-        if num_queries == 1:
-            kept, own = visible[..., None], layout.positions(1, q.device)
-        runs = fetch_runs(k, v, index, heads, tokens[:, None], 1, kept, own)
+        own = layout.positions(1, q.device) if num_queries == 1 else None
+        runs = fetch_runs(k, v, index, heads, tokens[:, None], 1, visible[..., None], own)
         k, v = (x.squeeze(3) for x in runs)  # [B, H, L, D]
         if num_queries > 1:
             visible = visible.repeat_interleave(group, 1)
@@ -122,6 +120,4 @@ def _attend_masked(
     if bad is not None:
         sees = (visible & bad[:, :, None]).any(-1)
         o, lse = o.masked_fill(sees[..., None], torch.nan), lse.masked_fill(sees, torch.nan)
-    if not torch.compiler.is_compiling() and not blind.any():
-        return o, lse
     return o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
