@@ -14,7 +14,8 @@ from nsa_convert.config import AttentionGeometry, strict_dataclass
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.methods.cache_policy import CachePolicy
 from nsa_convert.methods.inputs import AttentionInputs
-from nsa_convert.methods.losses import Total, output_error, own
+from nsa_convert.methods.losses import output_error
+from nsa_convert.methods.training_mode import CHOICE_LOSSES, TrainingMode
 from nsa_convert.patterns import BlockTopK, Pattern, SequenceLayout
 
 
@@ -108,30 +109,6 @@ class AttentionRecord:
     heads: tuple[int, ...] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingMode:
-    """What a training step asks of every layer.
-
-    It travels as an argument of the call, so a layer that gradient checkpointing runs a second time does the
-    same thing again, and every process of a step agrees.
-
-    Attributes:
-        stream: Which output the residual stream carries: ``"sparse"``, ``"full"`` (the method's own dense
-            mode, gates included) or ``"teacher"`` (dense attention as the dense model has it, no new weight).
-        losses: Names of the auxiliary losses wanted, in this order.
-        step: Number of the optimizer step; losses on a sample of the queries draw it from this.
-        teacher_kl: Whether the model also returns the divergence of its logits from those of dense attention.
-        total: Adds a tensor over the processes that share the queries of a row; losses are ratios of such
-            sums.
-    """
-
-    stream: Literal["sparse", "full", "teacher"] = "sparse"
-    losses: tuple[str, ...] = ()
-    step: int = 0
-    teacher_kl: bool = False
-    total: Total = own
-
-
 # A plain global, shared by threads: torch.compile cannot trace a ContextVar.
 _observer: Callable[[AttentionRecord], None] | None = None
 
@@ -207,6 +184,14 @@ class SparseMethod(nn.Module):
     def read_settings(cls, values: Mapping[str, Any], where: str) -> Any:
         """Return checked settings; raises ConfigError that lists every problem."""
         return strict_dataclass(cls.Settings, values, where)
+
+    def choice_losses(self) -> dict[str, float]:
+        """Return the auxiliary losses that teach the method to choose, with their usual weights.
+
+        An ordinary forward with labels adds them in training. Empty where nothing that chooses has weights.
+        """
+        usual = self.stage_losses.get("pretrain", {})
+        return {name: usual[name] for name in CHOICE_LOSSES if usual.get(name, 0.0) > 0}
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the streams of compressed cells the method needs."""
@@ -324,14 +309,15 @@ class SparseMethod(nn.Module):
         """
         if mode.stream == "full" and not self.runs_full:
             raise ValueError(f"{self.spec.name} cannot run as dense attention with its own weights")
-        if mode.stream == "full" and not mode.losses:
-            return self.dense(x), {}
-        sparse = self(x)
-        if mode.stream == "sparse" and not mode.losses:
-            return sparse, {}
-        dense = self.teacher(x)
-        full = self.dense(x) if mode.stream == "full" and x.plain_keys is not None else dense
-        o = {"sparse": sparse, "full": full, "teacher": dense.detach()}[mode.stream]
+        compared = "output_error" in mode.losses
+        sparse = self(x) if compared or mode.stream in ("ordinary", "sparse") else None
+        dense = self.teacher(x) if compared or mode.stream == "teacher" else None
+        if mode.stream == "teacher":
+            o = dense.detach()
+        elif mode.stream == "full":
+            o = self.dense(x) if dense is None or x.plain_keys is not None else dense
+        else:
+            o = sparse
         return o, self.auxiliary_losses(x, sparse, dense, mode)
 
     def teacher(self, x: AttentionInputs) -> Tensor:
@@ -348,14 +334,14 @@ class SparseMethod(nn.Module):
         return 0
 
     def auxiliary_losses(
-        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
+        self, x: AttentionInputs, sparse: Tensor | None, dense: Tensor | None, mode: TrainingMode
     ) -> dict[str, Tensor]:
         """Return the losses of ``mode.losses`` that the method has; a method with its own extends this.
 
         Args:
             x: Inputs of the layer.
-            sparse: ``[B, TQ, HQ, D]`` output of the method.
-            dense: ``[B, TQ, HQ, D]`` dense attention.
+            sparse: ``[B, TQ, HQ, D]`` output of the method; None where ``output_error`` is not wanted.
+            dense: ``[B, TQ, HQ, D]`` dense attention; None likewise.
             mode: What the step asks for.
         """
         return (

@@ -27,7 +27,22 @@ class MeanCompressor(nn.Module):
         return windows.mean(2)
 
 
-class WeightedCompressor(InitialisedModule):
+class _LearnedCompressor(InitialisedModule):
+    """A compressor with weights, computed in the wider dtype of weights and windows."""
+
+    position: nn.Parameter
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Return the cells in the dtype of the windows."""
+        wide = torch.promote_types(windows.dtype, self.position.dtype)
+        return self.pool(windows.to(wide)).to(windows.dtype)
+
+    def pool(self, windows: Tensor) -> Tensor:
+        """Return the cells of ``[B, N, l, H, D]`` windows."""
+        raise NotImplementedError
+
+
+class WeightedCompressor(_LearnedCompressor):
     """A weighted sum over the window, after adding an intra-block position vector.
 
     | parameter | initial value | why |
@@ -54,12 +69,12 @@ class WeightedCompressor(InitialisedModule):
             "position": torch.zeros(self.position.shape),
         }
 
-    def forward(self, windows: Tensor) -> Tensor:
+    def pool(self, windows: Tensor) -> Tensor:
         """Return ``sum_l weight (window + position)``."""
         return torch.einsum("bnlhd,hl->bnhd", windows + self.position.transpose(0, 1), self.weight)
 
 
-class LinearCompressor(InitialisedModule):
+class LinearCompressor(_LearnedCompressor):
     """A linear map of the flattened window, after adding an intra-block position vector.
 
     | parameter | initial value | why |
@@ -87,12 +102,12 @@ class LinearCompressor(InitialisedModule):
             "position": torch.zeros(self.position.shape),
         }
 
-    def forward(self, windows: Tensor) -> Tensor:
+    def pool(self, windows: Tensor) -> Tensor:
         """Return the linear map of each window."""
         return torch.einsum("bnlhd,hlde->bnhe", windows + self.position.transpose(0, 1), self.weight)
 
 
-class _MeanAndPerceptron(InitialisedModule):
+class _MeanAndPerceptron(_LearnedCompressor):
     """The mean over the window plus a two-layer perceptron that starts at zero.
 
     Args:
@@ -136,7 +151,7 @@ class MLPCompressor(_MeanAndPerceptron):
         h, l, d = num_heads, width, head_dim
         super().__init__(up=(h, l, d, d), down=(h, d, d), position=(h, l, d))
 
-    def forward(self, windows: Tensor) -> Tensor:
+    def pool(self, windows: Tensor) -> Tensor:
         """Return the mean plus the perceptron's residual."""
         placed = windows + self.position.transpose(0, 1)
         inner = nn.functional.silu(torch.einsum("bnlhd,hlde->bnhe", placed, self.up))
@@ -165,7 +180,7 @@ class TokenMLPCompressor(_MeanAndPerceptron):
         h, d, features = num_heads, head_dim, TOKEN_FEATURES * head_dim
         super().__init__(up=(h, d, features), down=(h, features, d), position=(h, width, d))
 
-    def forward(self, windows: Tensor) -> Tensor:
+    def pool(self, windows: Tensor) -> Tensor:
         """Return the mean plus the residual."""
         placed = windows + self.position.transpose(0, 1)
         inner = nn.functional.silu(torch.einsum("bnlhd,hde->bnlhe", placed, self.up)).mean(2)

@@ -114,7 +114,7 @@ class DSA(SelectingMethod):
         return token_topk(
             self.index.queries(x),
             self.index.keys(x),
-            self.index_weights(x.hidden.detach()),
+            self._weights(x.hidden),
             num_tokens=max(s.num_tokens, self.cover or 0),
             num_sinks=s.num_sinks,
             window_size=s.window_size,
@@ -125,5 +125,9 @@ class DSA(SelectingMethod):
     def index_scores(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``[B, 1, NQ, TK]``: one list serves all heads."""
         products = self.index.products(x, queries, dtype).relu()
-        weights = self.index_weights(x.hidden.detach()[:, queries]).to(dtype)
+        weights = self._weights(x.hidden[:, queries]).to(dtype)
         return torch.einsum("bhnt,bnh->bnt", products, weights)[:, None]
+
+    def _weights(self, hidden: Tensor) -> Tensor:
+        """Return the weights of the index heads ``[B, T, HI]``, in the dtype of the map."""
+        return self.index_weights(hidden.detach().to(self.index_weights.weight.dtype))

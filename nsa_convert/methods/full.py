@@ -8,7 +8,8 @@ import sys
 from torch import Tensor
 
 from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod, TrainingMode
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
+from nsa_convert.methods.training_mode import TrainingMode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,8 @@ class BranchGate(InitialisedModule):
         return values
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return gates ``[B, T, HQ, branches]`` for hidden ``[B, T, hidden]``, in its dtype."""
+        """Return gates ``[B, T, HQ, branches]`` for hidden ``[B, T, hidden]``, in the weights' dtype."""
+        hidden = hidden.to(self.weight.dtype)
         # Filled on the device: a copy from the host would break CUDA graph capture.
         is_open = torch.cat([hidden.new_full((1,), float(is_open)) for is_open in self.open_branches])
         if self.pass_through:

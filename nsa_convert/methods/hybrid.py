@@ -10,14 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry
-from nsa_convert.methods.base import (
-    AttentionInputs,
-    MethodSpec,
-    Pool,
-    SparseMethod,
-    TrainingMode,
-)
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
 from nsa_convert.methods.inputs import CachedPart, select_heads
+from nsa_convert.methods.training_mode import TrainingMode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

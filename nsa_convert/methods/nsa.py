@@ -19,12 +19,13 @@ from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.merge import gated_sum
 from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod, TrainingMode
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
 from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.gates import BranchGate
 from nsa_convert.methods.losses import score_kl
 from nsa_convert.methods.scores import for_loss, half_variance, scored, with_scores
+from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patterns import BlockTopK, SinkWindow
 
 TAUGHT = "taught key"
@@ -211,7 +212,7 @@ class NSA(SparseMethod):
         return gated_sum((compressed.o, selected, windowed), gates)
 
     def auxiliary_losses(
-        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
+        self, x: AttentionInputs, sparse: Tensor | None, dense: Tensor | None, mode: TrainingMode
     ) -> dict[str, Tensor]:
         """Add ``score_kl``: KL of the block scores (eqs. 8-10) to the dense attention mass of the blocks.
 

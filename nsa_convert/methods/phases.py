@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry, raise_problems
-from nsa_convert.methods.base import (
-    AttentionInputs,
-    IndexSize,
-    MethodSpec,
-    Pool,
-    SparseMethod,
-    TrainingMode,
-)
+from nsa_convert.methods.base import AttentionInputs, IndexSize, MethodSpec, Pool, SparseMethod
 from nsa_convert.methods.cache_policy import CachePolicy
 from nsa_convert.methods.inputs import select_heads
 from nsa_convert.methods.prefill import is_step
+from nsa_convert.methods.training_mode import TrainingMode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

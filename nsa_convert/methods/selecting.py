@@ -12,10 +12,11 @@ from torch import Tensor
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, IndexSize, SparseMethod, TrainingMode
+from nsa_convert.methods.base import AttentionInputs, IndexSize, SparseMethod
 from nsa_convert.methods.index_losses import index_kl, listed_tokens, visible_tokens
 from nsa_convert.methods.indexer import Index
 from nsa_convert.methods.losses import attention_mass, sample_queries
+from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patterns import Pattern, TokenSelection
 
 NO_REUSE = -1
@@ -118,7 +119,7 @@ class SelectingMethod(SparseMethod):
         raise NotImplementedError
 
     def auxiliary_losses(
-        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
+        self, x: AttentionInputs, sparse: Tensor | None, dense: Tensor | None, mode: TrainingMode
     ) -> dict[str, Tensor]:
         """Add ``index_kl``: over all tokens while the stream is dense, else over the selected ones."""
         losses = super().auxiliary_losses(x, sparse, dense, mode)
@@ -128,7 +129,7 @@ class SelectingMethod(SparseMethod):
         mass = attention_mass(x.q, x.k, queries, x.layout, x.scale)  # [B, H, NQ, TK]
         scores = self.index_scores(x, queries, mass.dtype)
         seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)
-        if mode.stream == "sparse":
+        if mode.stream in ("ordinary", "sparse") and not self.is_dense(x):
             chosen = x.shared.get((self.layer_index, self.heads))  # the forward of this call made it
             chosen = self.choose(x) if chosen is None else chosen
             blocks = chosen.as_blocks() if isinstance(chosen, TokenSelection) else chosen

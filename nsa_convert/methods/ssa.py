@@ -18,12 +18,13 @@ from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod, TrainingMode
+from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
 from nsa_convert.methods.budget import BlockBudget
 from nsa_convert.methods.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.gates import BranchGate
 from nsa_convert.methods.losses import bidirectional_alignment, score_kl
 from nsa_convert.methods.scores import for_loss, half_variance, scored, with_scores
+from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patterns import BlockSelection
 
 
@@ -142,20 +143,26 @@ class SSA(SparseMethod):
         cannot lower it.
         """
         gate = 1.0 if self.gate is None else self.gate(x.hidden).to(x.q.dtype)  # [B, TQ, HQ, 1]
+        stream = mode.stream
+        if stream == "ordinary":
+            stream = "full" if self.mode == "full" and self.cover is None else "sparse"
         fits = self.fits(x, self.settings.rule.budget)
-        full = self.teacher(x) if fits or mode.losses or mode.stream != "sparse" else None
+        compared = not {"output_error", "alignment"}.isdisjoint(mode.losses)
+        full = self.teacher(x) if fits or compared or stream != "sparse" else None
         sparse = full
-        if not fits and (mode.losses or mode.stream == "sparse"):
+        if not fits and (compared or stream == "sparse"):
             sparse, _ = sparse_attention(x.q, x.k, x.v, self._choose(x), layout=x.layout, scale=x.scale)
-        losses = self.auxiliary_losses(x, sparse * gate, full, mode) if mode.losses else {}
+
+        gated = None if sparse is None else sparse * gate
+        losses = self.auxiliary_losses(x, gated, full, mode)
         if "alignment" in mode.losses:
             losses["alignment"] = bidirectional_alignment(full, sparse, mode.total)
-        if mode.stream == "teacher":
+        if stream == "teacher":
             return full.detach(), losses
-        return (sparse if mode.stream == "sparse" else full) * gate, losses
+        return (gated if stream == "sparse" else full * gate), losses
 
     def auxiliary_losses(
-        self, x: AttentionInputs, sparse: Tensor, dense: Tensor, mode: TrainingMode
+        self, x: AttentionInputs, sparse: Tensor | None, dense: Tensor | None, mode: TrainingMode
     ) -> dict[str, Tensor]:
         """Add ``score_kl``, which the paper does not have: it teaches blocks to be found.
 

@@ -17,6 +17,7 @@ from nsa_convert.patch.collectives import gather_tokens, mean_over, total_over
 from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.pooling import grow_cells, grow_stream, pool_sequence
+from nsa_convert.patch.precision import attention_dtype, without_autocast
 from nsa_convert.patch.rope import mover, rotate
 
 
@@ -68,8 +69,8 @@ class SparseAttention(nn.Module):
             **kwargs: Other arguments of transformers' attention modules, not used.
 
         Returns:
-            ``([B, T, hidden], None)``; in training with auxiliary losses their values come second, one
-            number for each name of ``sparse_context.training.losses``, 0 where the method has no such loss.
+            ``([B, T, hidden], None)``. In training the layer's auxiliary losses go to
+            ``sparse_context.training``, one number for each of its names, 0 where the method has none.
 
         Raises:
             ValueError: The layer is called outside a sparse model.
@@ -97,6 +98,10 @@ class SparseAttention(nn.Module):
             k = self._mix_keys(k, past_key_values, sparse_context)
         k = rotate(k, *position_embeddings)
         streams = self.sparse.streams(hidden_states, lambda x: rotate(x, *position_embeddings))
+        dtype = attention_dtype(v)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        streams = {name: x.to(dtype) for name, x in streams.items()}
+        plain_keys = None if plain_keys is None else plain_keys.to(dtype)
         if sparse_context.layout.cu_seqlens is not None:
             q, k, v, hidden_states = (_one_row(x) for x in (q, k, v, hidden_states))
             streams = {name: _one_row(x) for name, x in streams.items()}
@@ -106,35 +111,57 @@ class SparseAttention(nn.Module):
             k, v = (gather_tokens(x, self.context_group) for x in (k, v))
             kept = self.sparse.cached_streams
             streams |= {name: gather_tokens(streams[name], self.context_group) for name in kept}
+        with without_autocast(q.device.type):
+            o, losses = self._attend(
+                q, k, v, streams, plain_keys, hidden_states, past_key_values, sparse_context
+            )
+        out = self.o_proj(o.reshape(batch, length, -1))
+        training = sparse_context.training
+        return (out if training is None else training.hand_in(self.layer_idx, out, losses)), None
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        streams: dict[str, Tensor],
+        plain_keys: Tensor | None,
+        hidden: Tensor,
+        cache: Any,
+        context: SparseContext,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Append to the cache and run the method.
+
+        Returns:
+            ``[B, TQ, HQ, D]``, and in training the auxiliary losses ``[K]`` in at least float32, else None.
+        """
         new_tokens = k.shape[1]
-        parts, pooled, streams = self._remember(k, v, streams, past_key_values, sparse_context)
+        parts, pooled, streams = self._remember(k, v, streams, cache, context)
         inputs = AttentionInputs(
             **vars(parts[0]),
             q=q,
-            hidden=hidden_states,
+            hidden=hidden,
             pooled=pooled,
             scale=self.scaling,
             streams=streams,
             plain_keys=plain_keys,
-            shared=sparse_context.shared,
-            move=mover(sparse_context.rotary),
+            shared=context.shared,
+            move=mover(context.rotary),
             parts=parts if len(parts) > 1 else (),
         )
-        mode = sparse_context.training
-        if mode is not None and self.context_group is not None:
-            mode = dataclasses.replace(mode, total=functools.partial(total_over, group=self.context_group))
-        if mode is None:
+        if context.training is None:
             o = self.sparse(inputs)
-            if past_key_values is not None and forgets(self.sparse):
-                layer = past_key_values.layers[self.layer_idx]
-                let_go(self.sparse, layer, parts, sparse_context, new_tokens)
-            return self.o_proj(o.reshape(batch, length, -1)), None
+            if cache is not None and forgets(self.sparse):
+                let_go(self.sparse, cache.layers[self.layer_idx], parts, context, new_tokens)
+            return o, None
+
+        mode = context.training.mode
+        if self.context_group is not None:
+            mode = dataclasses.replace(mode, total=functools.partial(total_over, group=self.context_group))
         o, losses = self.sparse.train_forward(inputs, mode)
         none = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
         values = torch.stack([none, *(losses.get(name, none) for name in mode.losses)])[1:]
-        if self.loss_group is not None:
-            values = mean_over(values, self.loss_group)
-        return self.o_proj(o.reshape(batch, length, -1)), values
+        return o, values if self.loss_group is None else mean_over(values, self.loss_group)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]`` before RoPE, a method's extra heads last."""
@@ -192,7 +219,7 @@ class SparseAttention(nn.Module):
         """
         pools = self.sparse.pools()
         if cache is None:
-            if context.training is not None and context.training.losses:
+            if context.training is not None and context.training.mode.losses:
                 pools = (*pools, *self.sparse.loss_pools())
             cells = {p.name: pool_sequence(self.sparse, p, _source(p, k, v), context) for p in pools}
             return (CachedPart(k=k, v=v, layout=context.layout),), cells, streams

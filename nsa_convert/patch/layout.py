@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_convert.methods.base import TrainingMode
 from nsa_convert.patch.collectives import tokens_before
+from nsa_convert.patch.training_pass import TrainingPass
 from nsa_convert.patterns import SequenceLayout
 
 
@@ -28,13 +28,13 @@ class SparseContext:
         right_padded: Whether some row ends before the others, where that is known.
         rotary: The model's rotary embedding, to place compressed keys.
         shared: Selections of this forward pass, for layers that reuse them.
-        training: What a training step asks of the layers; None outside training with auxiliary losses.
+        training: What a training step asks of the layers, and where their losses go; None elsewhere.
     """
 
     layout: SequenceLayout
     starts: tuple[int, ...] | None
     rotary: nn.Module
-    training: TrainingMode | None = None
+    training: TrainingPass | None = None
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     right_padded: bool = False
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import importlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import BackendError, ConfigError
-from nsa_convert.methods.base import InitialisedModule, TrainingMode
+from nsa_convert.methods.base import InitialisedModule
 from nsa_convert.methods.registry import build_layer
+from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.families import ModelFamily, family_of_sparse, geometry_of
-from nsa_convert.patch.layout import SparseContext, read_context, shard_context
+from nsa_convert.patch.layout import read_context, shard_context
 from nsa_convert.patch.own_code import write_own_code
 from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.patch.training_pass import LABELS, TrainingPass, count_labels, is_sharded, logit_kl
 
 try:  # transformers 5: does not touch parameters that were loaded
     from transformers.initialization import copy_ as init_copy_
@@ -36,10 +39,6 @@ except ImportError:
 
 ATTENTION_NAME = "nsa_convert"
 """``attn_implementation`` of converted models: no masks, and no use of transformers' attention functions."""
-
-
-PACKING_HINTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""Keyword arguments that describe packed documents; collators of transformers and TRL send them."""
 
 
 def _no_mask(**_: Any) -> None:
@@ -94,12 +93,12 @@ class SparseModelMixin(SparsePreTrainedMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        training_mode: TrainingMode | None = None,
+        training_pass: TrainingPass | None = None,
         **kwargs: Any,
     ) -> Any:
         """See the family's model; masks must be 2-D, see :func:`nsa_convert.patch.layout.read_context`.
 
-        With a ``training_mode`` the result is ``(last hidden state, losses [layers, K])``.
+        With a ``training_pass`` the layers hand their auxiliary losses to it.
         """
         past: int | Tensor = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(past, Tensor):
@@ -120,11 +119,8 @@ class SparseModelMixin(SparsePreTrainedMixin):
             )
         if context.layout.cu_seqlens is not None:
             use_cache = False
-        if training_mode is not None:
-            hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            return self._train_layers(
-                hidden, position_ids, dataclasses.replace(context, training=training_mode)
-            )
+        if training_pass is not None:
+            context = dataclasses.replace(context, training=training_pass)
         return super().forward(
             input_ids=input_ids,
             attention_mask=None,
@@ -136,68 +132,32 @@ class SparseModelMixin(SparsePreTrainedMixin):
             **kwargs,
         )
 
-    def _train_layers(
-        self, hidden: Tensor, position_ids: Tensor, context: SparseContext
-    ) -> tuple[Tensor, Tensor]:
-        """Run the layers; their losses are outputs, which checkpointing and FSDP keep in the graph."""
-        angles = self.rotary_emb(hidden, position_ids=position_ids)
-        losses = []
-        for layer in self.layers:
-            hidden, values = layer(
-                hidden, position_embeddings=angles, position_ids=position_ids, sparse_context=context
-            )
-            losses.append(values)
-        return self.norm(hidden), torch.stack(losses)
-
 
 @dataclasses.dataclass
-class TrainingOutput(ModelOutput):
-    """What a converted model returns in training.
+class SparseCausalLMOutput(CausalLMOutputWithPast):
+    """What a converted model returns from a forward that trains what chooses.
 
     Attributes:
-        loss: Next-token loss, or None without labels.
+        loss: The loss to minimise, auxiliary losses included; None where nothing is to be minimised.
+        aux_loss: What the auxiliary losses contribute to it, without gradient; None where nothing.
         auxiliary: ``[layers, K]``, one column for each name of ``training_mode.losses``.
-        hidden: ``[B, T, hidden]`` final hidden state.
-        teacher_kl: Divergence from dense attention over the same weights, or None when it was not asked for.
+        cross_entropy: Next-token loss, or None without labels.
+        teacher_kl: Divergence from dense attention over the same weights, or None where it was not asked for.
     """
 
-    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
     auxiliary: Tensor | None = None
-    hidden: Tensor | None = None
+    cross_entropy: Tensor | None = None
     teacher_kl: Tensor | None = None
-
-
-def logit_kl(
-    teacher: Tensor,
-    student: Tensor,
-    labels: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    **_: Any,
-) -> Tensor:
-    """Return ``KL(teacher || student)`` over the vocabulary, mean over the tokens whose next one has a label.
-
-    Args:
-        teacher: ``[B, T, V]`` logits, no gradient.
-        student: ``[B, T, V]`` logits.
-        labels: ``[B, T]``; -100 where there is none. All tokens count without them.
-        shift_labels: ``[B, T]`` labels of the tokens that follow, instead of ``labels``.
-        num_items_in_batch: Labels of the whole optimizer step, to divide by.
-    """
-    wide = torch.promote_types(student.dtype, torch.float32)
-    target = teacher.to(wide).log_softmax(-1)
-    kl = (target.exp() * (target - student.to(wide).log_softmax(-1))).sum(-1)  # [B, T]
-    if shift_labels is None and labels is not None:
-        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    if shift_labels is None:
-        return kl.mean()
-    counted = shift_labels != -100
-    return (kl * counted).sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class SparseCausalLMMixin(SparsePreTrainedMixin):
     """The language model around the decoder."""
 
+    auxiliary_step = 0
+    """Training forwards so far; losses on a sample of the queries draw it from this."""
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -211,40 +171,79 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
         training_mode: TrainingMode | None = None,
         **kwargs: Any,
     ) -> Any:
-        """See the family's language model; with a ``training_mode`` the result is a :class:`TrainingOutput`.
+        """See the family's language model, whose forward this runs.
 
-        The mode makes every layer return its auxiliary losses. Logits are computed only for ``labels``.
+        In training (``model.train()``) with ``labels`` the loss also holds, times
+        ``config.sparse_aux_loss_coef``, the auxiliary losses without which a method that learns to choose
+        would not learn it; the result is a :class:`SparseCausalLMOutput` then. A ``training_mode`` says
+        itself what the layers do and how the losses count.
         """
-        inputs = {
+        tokens = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
+        rest = {"labels": labels, "logits_to_keep": logits_to_keep, "return_dict": True, **kwargs}
+        if training_mode is None and past_key_values is None:
+            training_mode = self._ordinary_mode(labels, kwargs)
         if training_mode is None:
-            return super().forward(
-                **inputs,
-                past_key_values=past_key_values,
-                labels=labels,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
-        hints = {key: kwargs[key] for key in PACKING_HINTS if key in kwargs}
-        hidden, auxiliary = self.model(**inputs, training_mode=training_mode, **hints)
-        divergence = None
+            return super().forward(**tokens, past_key_values=past_key_values, use_cache=use_cache, **rest)
+        if labels is None:
+            rest["labels"] = kwargs.get("shift_labels")  # where both are there, the loss reads these alone
+
+        joined = torch.compiler.is_compiling() or (training_mode.stream == "teacher" and not is_sharded(self))
+        training = TrainingPass(training_mode, joined=joined)
+        out = super().forward(**tokens, use_cache=False, training_pass=training, **rest)
+        loss, divergence = out.loss, None
+        if loss is not None:
+            loss = training_mode.cross_entropy * loss
         if training_mode.teacher_kl:
-            teacher = dataclasses.replace(training_mode, stream="teacher", losses=())
-            with torch.no_grad():
-                dense, _ = self.model(**inputs, training_mode=teacher, **hints)
-                dense = self.lm_head(dense)
-            divergence = logit_kl(dense, self.lm_head(hidden), labels, **kwargs)
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            rest = {key: value for key, value in kwargs.items() if key not in PACKING_HINTS}
-            logits = self.lm_head(hidden)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **rest)
-        return TrainingOutput(loss=loss, auxiliary=auxiliary, hidden=hidden, teacher_kl=divergence)
+            divergence = self._teacher_kl(out.logits, tokens, training_mode, rest)
+            weighted = training_mode.teacher_kl * divergence
+            loss = weighted if loss is None else loss + weighted
+        loss, extra = training.total(loss, out.logits)
+        return SparseCausalLMOutput(
+            **{**out, "loss": loss},
+            aux_loss=extra,
+            auxiliary=training.auxiliary(),
+            cross_entropy=out.loss,
+            teacher_kl=divergence,
+        )
+
+    def _ordinary_mode(self, labels: Tensor | None, hints: Mapping[str, Any]) -> TrainingMode | None:
+        """Return what an ordinary forward asks of the layers so that they learn to choose; None for nothing.
+
+        The losses of a pass count by its share of the step's labels, as its next-token loss does.
+        """
+        coefficient = self.config.sparse_aux_loss_coef
+        if labels is None or not (self.training and torch.is_grad_enabled() and coefficient):
+            return None
+        layers = [layer.self_attn.sparse.choice_losses() for layer in self.model.layers]
+        names = sorted({name for losses in layers for name in losses})
+        if not names:
+            return None
+        total = hints.get("num_items_in_batch")
+        share = 1.0 if total is None else count_labels(labels, hints.get("shift_labels")) / total
+        weights = []
+        for name in names:
+            having = [losses[name] for losses in layers if name in losses]
+            weights.append(coefficient * share * sum(having) / len(having) ** 2)  # a mean over these layers
+        step = 0
+        if not torch.compiler.is_compiling():  # a graph for every number of a step would be compiled anew
+            step, self.auxiliary_step = self.auxiliary_step, self.auxiliary_step + 1
+        return TrainingMode(stream="ordinary", losses=tuple(names), weights=tuple(weights), step=step)
+
+    def _teacher_kl(
+        self, logits: Tensor, tokens: Mapping[str, Any], mode: TrainingMode, rest: Mapping[str, Any]
+    ) -> Tensor:
+        """Return the divergence of the logits from those of dense attention over the same weights."""
+        asked = dataclasses.replace(mode, stream="teacher", losses=(), weights=())
+        teacher = TrainingPass(asked, joined=True)
+        given = {name: value for name, value in rest.items() if name != "labels"}
+        with torch.no_grad():
+            dense = super().forward(**tokens, use_cache=False, training_pass=teacher, **given).logits
+        return logit_kl(dense, logits, **{name: rest.get(name) for name in LABELS})
 
     @staticmethod
     def create_masks_for_generate(
@@ -258,16 +257,21 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
 
 
 def sparse_config_class(family: ModelFamily, module: str) -> type:
-    """Make the config class of a converted family: the dense one plus the field ``sparse_attention``."""
+    """Make the config class of a converted family: the dense one plus two fields.
+
+    ``sparse_attention`` is the plan; ``sparse_aux_loss_coef`` weighs the losses that teach the methods to
+    choose when an ordinary trainer trains the model, 0 turns them off.
+    """
     library = importlib.import_module(
         f"transformers.models.{family.model_type}.configuration_{family.model_type}"
     )
     body = {
         "__module__": module,
         "__doc__": f"Configuration of a {family.title} model converted to sparse attention.",
-        "__annotations__": {"sparse_attention": dict | None},
+        "__annotations__": {"sparse_attention": dict | None, "sparse_aux_loss_coef": float},
         "model_type": family.sparse_model_type,
         "sparse_attention": None,
+        "sparse_aux_loss_coef": 1.0,
     }
     return type(f"NSA{family.class_prefix}Config", (getattr(library, f"{family.class_prefix}Config"),), body)
 
@@ -293,26 +297,6 @@ def sparse_model_classes(family: ModelFamily, config_class: type, module: str) -
     model = type(f"NSA{prefix}Model", (SparseModelMixin, dense_model), {**shared, "__init__": init_model})
     lm = type(f"NSA{prefix}ForCausalLM", (SparseCausalLMMixin, dense_lm), {**shared, "__init__": init_lm})
     return model, lm
-
-
-@functools.cache
-def sparse_layer_class(dense_layer: type[nn.Module]) -> type[nn.Module]:
-    """Make the decoder layer of a converted model: the family's, with auxiliary losses as a second output."""
-
-    class SparseLayer(dense_layer):
-        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
-            context = kwargs.get("sparse_context")
-            if context is None or context.training is None:
-                return super().forward(hidden_states, **kwargs)
-            out, losses = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = hidden_states + out
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), losses
-
-    # Other libraries find the layers to wrap by the name of their class.
-    SparseLayer.__name__ = dense_layer.__name__
-    SparseLayer.__qualname__ = dense_layer.__qualname__
-    SparseLayer.__doc__ = dense_layer.__doc__
-    return SparseLayer
 
 
 def adopt_class(instance: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
@@ -341,5 +325,4 @@ def install_sparse_attention(decoder: nn.Module) -> None:
     resolve_plan(sparse, len(decoder.layers), geometry)
     for index, layer in enumerate(decoder.layers):
         layer.self_attn = SparseAttention(layer.self_attn, build_layer(sparse, geometry, index))
-        layer.__class__ = sparse_layer_class(type(layer))
     config._attn_implementation = ATTENTION_NAME

@@ -48,14 +48,14 @@ def patch_model(model: PreTrainedModel, sparse: SparseAttentionConfig) -> PreTra
         model.config,
         type(model),
         type(model.model),
-        [(layer.self_attn, type(layer)) for layer in model.model.layers],
+        [layer.self_attn for layer in model.model.layers],
     )
     config.dtype = model.config.dtype
     model.config = model.model.config = config
     adopt_class(model, lm_class)
     adopt_class(model.model, model_class)
     install_sparse_attention(model.model)
-    for layer, (attention, _) in zip(model.model.layers, dense[3], strict=True):
+    for layer, attention in zip(model.model.layers, dense[3], strict=True):
         like = attention.q_proj.weight
         copy_dense_rows(layer.self_attn.sparse, attention.get_parameter)
         layer.self_attn.sparse.to(device=like.device, dtype=like.dtype)
@@ -76,10 +76,9 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
             "this model was not made by patch_model; load the dense checkpoint, or revert the converted one"
         )
     config, lm_class, model_class, layers = dense
-    for layer, (attention, layer_class) in zip(model.model.layers, layers, strict=True):
+    for layer, attention in zip(model.model.layers, layers, strict=True):
         attention.train(layer.training)
         layer.self_attn = attention
-        layer.__class__ = layer_class
     model.__class__, model.model.__class__ = lm_class, model_class
     model.config = model.model.config = config
     object.__delattr__(model, "_dense_state")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsa_convert.config import FULL
-from nsa_convert.methods.base import SparseMethod, TrainingMode
+from nsa_convert.methods.base import SparseMethod
+from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.patch.training_pass import LABELS
 from nsa_convert.training.recipe import Stage
 
 
@@ -20,7 +23,7 @@ class LossPlan:
 
     Attributes:
         cross_entropy: Weight of the next-token loss.
-        names: Auxiliary losses, in the order of the columns of ``TrainingOutput.auxiliary``.
+        names: Auxiliary losses, in the order of the columns of ``SparseCausalLMOutput.auxiliary``.
         weights: Weight of each.
         layers: For each loss, how many layers have it.
         dual_stream: Whether the stream is drawn step by step.
@@ -40,39 +43,45 @@ class LossPlan:
     seed: int
     teacher_kl: float = 0.0
 
-    def mode(self, step: int) -> TrainingMode:
+    def mode(self, step: int, *, share: float = 1.0, processes: int = 1) -> TrainingMode:
         """Return what optimizer step ``step`` asks of the layers.
 
         A pure function: the same in every process, for every micro-batch, and after a resume.
+
+        Args:
+            step: Number of the optimizer step.
+            share: What this pass contributes to the auxiliary means of the step.
+            processes: Over how many processes gradients are averaged; next-token losses are already divided
+                by the labels of all of them.
         """
         stream = "sparse"
         if self.teacher:
             stream = "teacher"
         elif self.dual_stream and uniform(self.seed, step) < self.full_ratio:
             stream = "full"
-        distil = self.teacher_kl > 0 and stream == "sparse"
-        return TrainingMode(stream=stream, losses=self.names, step=step, teacher_kl=distil)
+        pairs = zip(self.weights, self.layers, strict=True)
+        return TrainingMode(
+            stream=stream,
+            losses=self.names,
+            weights=tuple(share * weight / max(1, layers) for weight, layers in pairs),
+            cross_entropy=processes * self.cross_entropy,
+            teacher_kl=processes * self.teacher_kl if stream == "sparse" else 0.0,
+            step=step,
+        )
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any], mode: TrainingMode) -> Any:
+        """Return the :class:`SparseCausalLMOutput` of one pass; ``loss`` is what the pass minimises.
+
+        Without a next-token loss the logits of one token are enough: they are what the pass ends in.
+        """
+        if self.cross_entropy > 0:
+            return model(**inputs, training_mode=mode)
+        rest = {name: x for name, x in inputs.items() if name not in LABELS}
+        return model(**rest, training_mode=mode, logits_to_keep=1)
 
     def means(self, auxiliary: Tensor) -> Tensor:
         """Return the mean of each loss over the layers that have it, ``[K]``, from ``[layers, K]``."""
         return auxiliary.sum(0) / auxiliary.new_tensor(self.layers or (), dtype=auxiliary.dtype).clamp(min=1)
-
-    def total(
-        self, loss: Tensor | None, auxiliary: Tensor, share: float = 1.0, teacher_kl: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of one forward pass.
-
-        Args:
-            loss: Next-token loss, already divided by the tokens of the whole step; None in ``align``.
-            auxiliary: ``[layers, K]`` of this pass.
-            share: What this pass contributes to the auxiliary means of the step.
-            teacher_kl: Divergence from the teacher, divided like ``loss``; None where it does not count.
-        """
-        weights = auxiliary.new_tensor(self.weights, dtype=auxiliary.dtype)
-        extra = (self.means(auxiliary) * weights).sum() * share
-        if teacher_kl is not None:
-            extra = extra + self.teacher_kl * teacher_kl
-        return extra if loss is None else self.cross_entropy * loss + extra
 
 
 def loss_plan(stage: Stage, methods: Sequence[SparseMethod], seed: int, stage_index: int) -> LossPlan:

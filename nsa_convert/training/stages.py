@@ -291,9 +291,7 @@ def _time_rows(model: nn.Module, losses: LossPlan, stage: Stage, rows: Any) -> f
     batch = {key: x.to(device) for key, x in collate([next(rows) for _ in range(stage.micro_batch)]).items()}
     begin = time.perf_counter()
     if methods_of(model):
-        labels = batch.pop("labels")
-        out = model(**batch, labels=labels if losses.cross_entropy else None, training_mode=losses.mode(0))
-        losses.total(out.loss, out.auxiliary, teacher_kl=out.teacher_kl).backward()
+        losses.run(model, batch, losses.mode(0)).loss.backward()
     else:
         model(**batch, use_cache=False).loss.backward()
     model.zero_grad()

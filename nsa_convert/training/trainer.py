@@ -152,21 +152,18 @@ class StageTrainer(Trainer):
             loss = out.loss * devices
             self._note({"cross_entropy": out.loss * devices}, None)
             return (loss, out) if return_outputs else loss
-        mode = self.losses.mode(self.state.global_step)
-        wants_text = self.losses.cross_entropy > 0
         if self.context_group is not None:
             inputs = split_tokens(inputs, self.context_group)
-        unused = () if wants_text else ("labels", "shift_labels")
-        rest = {key: value for key, value in inputs.items() if key not in unused}
-        out = model(**rest, training_mode=mode, **(items if wants_text else {}))
-        text = None if out.loss is None else out.loss * devices
         share = 1 / max(1, self.current_gradient_accumulation_steps)
-        kl = None if out.teacher_kl is None else out.teacher_kl * devices
-        loss = self.losses.total(text, out.auxiliary, share, kl)
+        mode = self.losses.mode(self.state.global_step, share=share, processes=devices)
+        out = self.losses.run(model, inputs | items, mode)
         values = dict(zip(self.losses.names, self.losses.means(out.auxiliary) * share, strict=True))
-        values |= {} if kl is None else {"teacher_kl": kl}
-        self._note(values if text is None else {"cross_entropy": text, **values}, mode.stream)
-        return (loss, out) if return_outputs else loss
+        for name in ("cross_entropy", "teacher_kl"):
+            value = getattr(out, name)
+            if value is not None:
+                values[name] = value * devices
+        self._note(values, mode.stream)
+        return (out.loss, out) if return_outputs else out.loss
 
     def _note(self, values: Mapping[str, Tensor], stream: str | None) -> None:
         for name, value in values.items():

@@ -217,8 +217,9 @@ def test_moba_mixes_the_keys_of_the_tokens_before(taps: int) -> None:
 
 
 def test_the_teacher_of_mixed_keys_is_the_dense_model() -> None:
-    from nsa_convert.methods.base import TrainingMode
+    from nsa_convert.methods.training_mode import TrainingMode
     from nsa_convert.patch.patching import patch_model
+    from nsa_convert.patch.training_pass import TrainingPass
     from tests.models import MOBA, dense_model, plan, tokens
 
     model, ids = dense_model("llama"), tokens(1, 60)
@@ -228,7 +229,9 @@ def test_the_teacher_of_mixed_keys_is_the_dense_model() -> None:
         for layer in model.model.layers:
             layer.self_attn.sparse.key_conv.weight.normal_()
         outputs = {
-            stream: model.model(ids, training_mode=TrainingMode(stream=stream))[0]
+            stream: model.model(
+                ids, training_pass=TrainingPass(TrainingMode(stream=stream), joined=True), use_cache=False
+            )[0]
             for stream in ("teacher", "full", "sparse")
         }
     assert (outputs["teacher"] - dense).abs().max() < 1e-10

@@ -7,9 +7,9 @@ import torch
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.evaluation.mass import MassProbe
-from nsa_convert.methods.base import TrainingMode
 from nsa_convert.methods.hybrid import HeadMix, neighbours
 from nsa_convert.methods.registry import build_layer
+from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patch.estimate import context_costs
 from nsa_convert.patch.patching import patch_model, set_mode, sparse_methods, with_full_budget
 from tests.models import DSA, MOBA, MSA, NSA, SSA, VARIANTS, dense_model, plan, tokens

@@ -10,8 +10,9 @@ import torch
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.errors import ConfigError
 from nsa_convert.kernels.indexed import block_max_topk, token_topk
-from nsa_convert.methods.base import AttentionInputs, TrainingMode, observe
+from nsa_convert.methods.base import AttentionInputs, observe
 from nsa_convert.methods.registry import build_method
+from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 TOTAL, DIM = 83, 6

@@ -17,7 +17,7 @@ CONTEXT = ("hybrid", "moba", "infllm_v2-coarse", "dsa-shared", "msa-reuse", "nsa
 """Further variants whose rows are shared."""
 CHECKS = [
     *(f"{kind} {method}" for kind in ("fsdp", "tensor") for method in METHODS),
-    *(f"fsdp {method} tied" for method in METHODS),
+    *(f"fsdp {method}{how}" for method in METHODS for how in (" tied", ", aligned")),
     *(f"context {method}, one document" for method in METHODS),
     *(f"context {method}" for method in (*METHODS, *CONTEXT)),
 ]

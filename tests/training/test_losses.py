@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nsa_convert.methods.base import TrainingMode
+from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patch.patching import patch_model, sparse_methods
 from nsa_convert.training.fields import read_dataclass
 from nsa_convert.training.losses import LossPlan, loss_plan, loss_problems, uniform
 from nsa_convert.training.recipe import Stage
-from tests.models import MOBA, NSA, SSA, VARIANTS, dense_model, plan, tokens, trained_model
+from tests.models import FAMILIES, MOBA, NSA, SSA, VARIANTS, dense_model, plan, tokens, trained_model
 from tests.training.recipes import stage
 
 LENGTH = 53
@@ -97,21 +97,11 @@ def independent_loss(model, ids, settings, stream, alpha):
 
 
 def model_loss(model, ids, stream, alpha, **inputs):
-    plan = LossPlan(
-        cross_entropy=1.0,
-        names=("alignment",),
-        weights=(alpha,),
-        layers=(len(model.model.layers),),
-        dual_stream=True,
-        full_ratio=0.5,
-        teacher=False,
-        seed=0,
-    )
-    mode = TrainingMode(stream=stream, losses=("alignment",))
-    out = model(
+    weights = (alpha / len(model.model.layers),)
+    mode = TrainingMode(stream=stream, losses=("alignment",), weights=weights)
+    return model(
         input_ids=ids, labels=inputs.pop("labels", ids), training_mode=mode, use_cache=False, **inputs
-    )
-    return plan.total(out.loss, out.auxiliary)
+    ).loss
 
 
 def gradients(model, loss):
@@ -142,8 +132,10 @@ def test_checkpointing_keeps_the_auxiliary_losses(variant, reentrant):
     name = "alignment" if variant.startswith("ssa") else "output_error"
 
     def run():
-        out = model(input_ids=ids, labels=ids, training_mode=TrainingMode(losses=(name,)), use_cache=False)
-        return gradients(model, out.loss + 10 * out.auxiliary.mean())
+        mode = TrainingMode(losses=(name,), weights=(10 / len(model.model.layers),))
+        out = model(input_ids=ids, labels=ids, training_mode=mode, use_cache=False)
+        torch.testing.assert_close(out.loss, out.cross_entropy + 10 * out.auxiliary.mean())
+        return gradients(model, out.loss)
 
     plain = run()
     model.model.embed_tokens.register_forward_hook(lambda *a: a[2].requires_grad_())
@@ -154,7 +146,7 @@ def test_checkpointing_keeps_the_auxiliary_losses(variant, reentrant):
         torch.testing.assert_close(again[key], plain[key], rtol=1e-9, atol=1e-12, msg=key)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", ["ssa-gated", "nsa-independent"])
 def test_training_forward_is_the_ordinary_forward(family, variant):
     model, ids = trained_model(family, VARIANTS[variant]), tokens(2, 45)
@@ -176,7 +168,7 @@ def test_packed_documents_are_separate_documents(variant):
     def run(ids, label, **more):
         """Return the next-token loss in float64 (the model's own is float32) and the auxiliary losses."""
         out = model(input_ids=ids, training_mode=mode, use_cache=False, **more)
-        logits = model.lm_head(out.hidden)[0, :-1]
+        logits = out.logits[0, :-1]
         return functional.cross_entropy(logits, label[0, 1:], reduction="sum") / total, out.auxiliary
 
     alone = [run(*pair) for pair in zip(documents, labels, strict=True)]
@@ -293,7 +285,7 @@ def test_align_reaches_new_weights_only_and_layers_see_the_dense_model():
             for p in method.parameters():
                 p.add_(torch.randn_like(p))
         again = model(input_ids=tokens(1, LENGTH), training_mode=mode)
-    torch.testing.assert_close(again.hidden, out.hidden, rtol=0, atol=0)
+    torch.testing.assert_close(again.logits, out.logits, rtol=0, atol=0)
     assert not torch.equal(again.auxiliary, out.auxiliary)
 
 
@@ -325,10 +317,10 @@ def test_nsa_refuses_the_full_stream():
 
 def test_auxiliary_losses_compile():
     model = trained_model("llama", VARIANTS["ssa-gated"], num_hidden_layers=1).train()
-    ids, mode = tokens(1, LENGTH), TrainingMode(losses=("alignment",))
-    eager = gradients(model, model(input_ids=ids, labels=ids, training_mode=mode).auxiliary.sum())
+    ids, mode = tokens(1, LENGTH), TrainingMode(losses=("alignment",), weights=(3.0,))
+    eager = gradients(model, model(input_ids=ids, labels=ids, training_mode=mode).loss)
     compiled = torch.compile(model, backend="aot_eager")
-    got = gradients(model, compiled(input_ids=ids, labels=ids, training_mode=mode).auxiliary.sum())
+    got = gradients(model, compiled(input_ids=ids, labels=ids, training_mode=mode).loss)
     for key in eager:
         torch.testing.assert_close(got[key], eager[key], rtol=1e-9, atol=1e-12, msg=key)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_convert.evaluation.mass import MassProbe
-from nsa_convert.methods.base import TrainingMode
+from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patch.patching import patch_model
 from tests.models import dense_model, plan, tokens
 
@@ -41,12 +41,12 @@ def test_warm_up_finds_the_mass_and_leaves_the_base_alone(method: str) -> None:
     new = [p for name, p in model.named_parameters() if ".sparse." in name]
     optimizer = torch.optim.Adam(new, lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    mode = TrainingMode(stream="teacher", losses=("index_kl",))
+    mode = TrainingMode(stream="teacher", losses=("index_kl",), weights=(1.0,))
     model.train()
     for step in range(STEPS):
-        _, losses = model.model(input_ids=tokens(1, LENGTH, seed=step), training_mode=mode)[:2]
+        loss = model(input_ids=tokens(1, LENGTH, seed=step), training_mode=mode).loss
         optimizer.zero_grad()
-        losses.sum().backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
     model.eval()

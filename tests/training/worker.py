@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from nsa_convert.methods.base import TrainingMode
+from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patch.loading import load_causal_model
 from nsa_convert.training.distributed import distributed_config, share_heads, share_tokens, split_tokens
 from nsa_convert.training.losses import known_losses, loss_plan
@@ -31,8 +31,8 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def total(out, text: float = 1.0):
-    return text * out.loss + out.auxiliary.mean(0).sum()
+def asked(names: tuple[str, ...], **more) -> TrainingMode:
+    return TrainingMode(losses=names, weights=(1 / 3,) * len(names), step=1, **more)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -54,13 +54,13 @@ def compare(found: dict, wanted: dict) -> dict[str, float]:
 def reference(folder: Path, batch: dict, mode: TrainingMode):
     model = load_causal_model(folder, torch.float64).train()
     out = model(**batch, training_mode=mode)
-    total(out).backward()
+    out.loss.backward()
     return out, gradients(model)
 
 
 def check_tensor(folder: Path, method: str) -> dict[str, float]:
     ids = tokens(2, LENGTH)
-    mode = TrainingMode(losses=LOSSES[method], step=1)
+    mode = asked(LOSSES[method])
     want, grads = reference(folder, {"input_ids": ids, "labels": ids}, mode)
     with torch.device("meta"):
         plain = load_empty(folder)
@@ -70,7 +70,7 @@ def check_tensor(folder: Path, method: str) -> dict[str, float]:
     )
     share_heads(model, model._device_mesh.get_group("tp"))
     out = model.train()(input_ids=ids, labels=ids, training_mode=mode)
-    total(out).backward()
+    out.loss.backward()
     return {
         "loss": (out.loss - want.loss).abs().item(),
         "auxiliary": (out.auxiliary - want.auxiliary).abs().max().item(),
@@ -83,9 +83,9 @@ def load_empty(folder: Path):
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def check_sharded(folder: Path, method: str) -> dict[str, float]:
+def check_sharded(folder: Path, method: str, stream: str = "sparse") -> dict[str, float]:
     ids = tokens(2, LENGTH)
-    mode = TrainingMode(losses=LOSSES[method], step=1)
+    mode = asked(LOSSES[method], stream=stream)
     rows = [reference(folder, {"input_ids": row, "labels": row}, mode) for row in ids.split(1)]
     loss_wanted, auxiliary_wanted = (sum(out[name] for out, _ in rows) / 2 for name in ("loss", "auxiliary"))
     grads = {name: sum(found[name] for _, found in rows) / 2 for name in rows[0][1]}
@@ -97,7 +97,7 @@ def check_sharded(folder: Path, method: str) -> dict[str, float]:
         folder, dtype=torch.float64, distributed_config=config
     )
     out = model.train()(input_ids=mine, labels=mine, training_mode=mode)
-    total(out).backward()  # FSDP takes the mean over the processes
+    out.loss.backward()  # FSDP takes the mean over the processes
     loss, auxiliary = out.loss.detach().clone(), out.auxiliary.detach().clone()
     for value in (loss, auxiliary):
         dist.all_reduce(value)
@@ -118,19 +118,21 @@ def check_context(folder: Path, method: str, packed: bool = True) -> dict[str, f
     group = dist.new_group([0, 1])
     model = load_causal_model(folder, torch.float64).train()
     names = tuple(sorted({name for m in methods_of(model) for name in known_losses(m)}))
-    mode = TrainingMode(losses=names, step=1)
+    mode = asked(names)
     count = int((batch["labels"][:, 1:] != -100).sum())
     want, grads = reference(folder, batch, mode)
     share_tokens(model, group)
-    out = model(**split_tokens(batch, group), training_mode=mode, num_items_in_batch=count)
-    total(out, text=2.0).backward()
+    out = model(
+        **split_tokens(batch, group), training_mode=asked(names, cross_entropy=2.0), num_items_in_batch=count
+    )
+    out.loss.backward()
     found = {name: p.grad.clone() / 2 for name, p in model.named_parameters() if p.grad is not None}
     for grad in found.values():
         dist.all_reduce(grad)
-    loss = out.loss.detach().clone()
+    loss = out.cross_entropy.detach().clone()
     dist.all_reduce(loss)
     return {
-        "loss": (loss - want.loss).abs().item(),
+        "loss": (loss - want.cross_entropy).abs().item(),
         "auxiliary": (out.auxiliary - want.auxiliary).abs().max().item(),
         **compare(found, grads),
     }
@@ -167,6 +169,7 @@ def main() -> None:
         assert methods_of(load_empty(folder / method))
         for tied in ("", " tied"):
             result[f"fsdp {method}{tied}"] = check_sharded(folder / f"{method}{tied}", method)
+        result[f"fsdp {method}, aligned"] = check_sharded(folder / method, method, "teacher")
         result[f"tensor {method}"] = check_tensor(folder / method, method)
         result[f"context {method}, one document"] = check_context(folder / method, method, packed=False)
     for place in sorted(place for place in folder.iterdir() if " " not in place.name):

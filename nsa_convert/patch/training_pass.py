@@ -1,0 +1,148 @@
+"""One forward pass that trains: what it asks of the layers, and how their losses join the model's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_convert.methods.training_mode import TrainingMode
+
+LABELS = ("labels", "shift_labels", "num_items_in_batch")
+"""Arguments of a forward call that say which tokens count, and out of how many."""
+
+
+class TrainingPass:
+    """Travels with one forward pass to every sparse layer and gathers what they hand in.
+
+    A layer's losses are not outputs of the layer: the family's own forwards run unchanged. They are attached
+    to the layer's output by an identity whose backward hands them their gradient, as if they had been added
+    to the model's loss: the weight of each times the gradient that the model's loss itself receives. So the
+    scale of gradient accumulation or of a half-precision scaler reaches them, a layer that is computed again
+    (checkpointing) attaches them again, and a sharded layer (FSDP2) sees its gradients arrive with those of
+    its output.
+
+    Where no gradient runs along the layers anyway (``stream: teacher``), or the compiler has the whole pass
+    in one graph, the losses are added to the model's loss as they are: the same gradients for less work.
+
+    Args:
+        mode: What the step asks for.
+        joined: Whether the losses are added to the model's loss instead of attached to the outputs.
+    """
+
+    def __init__(self, mode: TrainingMode, *, joined: bool) -> None:
+        self.mode = mode
+        self.joined = joined
+        self.values: dict[int, Tensor] = {}
+        """Layer -> ``[K]``, one value for each name of ``mode.losses``."""
+        self.gradient: Tensor | None = None
+        """Gradient of the model's loss, known once its backward has begun."""
+
+    def hand_in(self, layer_index: int, output: Tensor, values: Tensor) -> Tensor:
+        """Note a layer's losses ``[K]`` and return its output, to which they are attached."""
+        self.values[layer_index] = values
+        if self.joined or not self.mode.weights or not values.requires_grad:
+            return output
+        return _Attach.apply(output, self._weighted(values), self)
+
+    def auxiliary(self) -> Tensor | None:
+        """Return the losses of all layers, ``[layers, K]``; None where no layer handed in any."""
+        rows = [values for _, values in sorted(self.values.items())]
+        return torch.stack(rows) if rows else None
+
+    def total(self, loss: Tensor | None, anchor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the loss of the pass with the weighted losses of the layers in it, and these alone.
+
+        Args:
+            loss: Scalar, the rest of the loss; None where there is no other.
+            anchor: A tensor at the end of the pass, through which a gradient reaches all layers.
+
+        Returns:
+            Two scalars; both None where there is nothing to minimise.
+        """
+        auxiliary = self.auxiliary() if self.mode.weights else None
+        if auxiliary is None:
+            return loss, None
+        extra = self._weighted(auxiliary.sum(0))
+        if self.joined:
+            return (extra if loss is None else loss + extra), extra.detach()
+        base = anchor.sum().to(extra.dtype) * 0.0 if loss is None else loss
+        return _Observe.apply(base, self) + extra.detach(), extra.detach()
+
+    def _weighted(self, values: Tensor) -> Tensor:
+        return sum(weight * values[k] for k, weight in enumerate(self.mode.weights))
+
+
+class _Attach(torch.autograd.Function):
+    """Pass the output of a layer; in backward, give its losses the gradient that the model's loss got."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor, owner: TrainingPass) -> Tensor:
+        ctx.owner, ctx.like = owner, (loss.dtype, loss.device)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        gradient = ctx.owner.gradient  # None: nothing was made of the model's loss
+        if gradient is not None:
+            dtype, device = ctx.like
+            gradient = gradient.to(device=device, dtype=dtype)
+        return grad, gradient, None
+
+
+class _Observe(torch.autograd.Function):
+    """Pass the model's loss; in backward, note its gradient before any layer's backward runs."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, owner: TrainingPass) -> Tensor:
+        ctx.owner = owner
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.owner.gradient = grad
+        return grad, None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether the weights of the layers are spread over processes (FSDP2, tensor parallel)."""
+    return any(hasattr(parameter, "_local_tensor") for parameter in model.parameters())
+
+
+def count_labels(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+    """Return how many tokens have a label to predict.
+
+    Args:
+        labels: ``[B, T]``; -100 where there is none.
+        shift_labels: ``[B, T]`` labels of the tokens that follow, instead of ``labels``.
+    """
+    following = labels[..., 1:] if shift_labels is None else shift_labels
+    return (following != -100).sum()
+
+
+def logit_kl(
+    teacher: Tensor,
+    student: Tensor,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Return ``KL(teacher || student)`` over the vocabulary, mean over the tokens whose next one has a label.
+
+    Args:
+        teacher: ``[B, T, V]`` logits, no gradient.
+        student: ``[B, T, V]`` logits.
+        labels: ``[B, T]``; -100 where there is none. All tokens count without them.
+        shift_labels: ``[B, T]`` labels of the tokens that follow, instead of ``labels``.
+        num_items_in_batch: Labels of the whole optimizer step, to divide by.
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    target = teacher.to(wide).log_softmax(-1)
+    kl = (target.exp() * (target - student.to(wide).log_softmax(-1))).sum(-1)  # [B, T]
+    if shift_labels is None and labels is not None:
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    if shift_labels is None:
+        return kl.mean()
+    counted = shift_labels != -100
+    return (kl * counted).sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
