@@ -9,10 +9,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from nsa_convert.config import SparseAttentionConfig
+from nsa_convert.patch.families import FAMILIES as TABLE
 from nsa_convert.patch.patching import patch_model
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-PREFIX = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+FAMILIES = tuple(TABLE)
+PREFIX = {name: family.class_prefix for name, family in TABLE.items()}
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -118,6 +119,24 @@ PREFILL = {
     "tri_shape": TRI_SHAPE,
 }
 """Variants that choose for tiles of a prompt and decode densely; vertical-slash sees at least 100 tokens."""
+
+EVICTING = {
+    "streaming-evict": {**STREAMING, "cache": "evict"},
+    "h2o": {"method": "h2o", "num_heavy": 8, "num_recent": 7},
+    "razor": {"method": "razor", "num_sinks": 2, "window_size": 9, "window_share": 0},
+    "infllm": {
+        "method": "infllm",
+        "num_sinks": 3,
+        "window_size": 12,
+        "block_size": 4,
+        "num_blocks": 2,
+        "num_representatives": 2,
+        "query_block": 1,
+    },
+}
+"""Variants whose cache forgets, or reads the past another way than one pass over the text does."""
+EVERY = {**VARIANTS, **PREFILL, **EVICTING}
+"""All variants; every method of the registry has one (tests/guards/test_variants.py)."""
 
 METHODS = ("nsa", "ssa", "moba", "infllm_v2", "dsa", "msa", "streaming", "quest", "hybrid")
 """Variants that are tested with every family; the others, which differ in an option, with one."""

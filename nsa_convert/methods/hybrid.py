@@ -123,9 +123,8 @@ class HeadMix(SparseMethod):
         mixed = taps[0].clone()
         for method, cached in zip(self.parts, self.cached_heads(), strict=True):
             if method.key_taps > 1:
-                mixed[:, :, list(cached)] = method.mix_keys(
-                    [select_heads(x, cached) for x in taps[: method.key_taps]]
-                )
+                own = method.mix_keys([select_heads(x, cached) for x in taps[: method.key_taps]])
+                mixed[:, :, list(cached)] = own.to(mixed.dtype)
         return mixed
 
     def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
