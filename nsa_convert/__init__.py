@@ -51,3 +51,8 @@ def __dir__() -> list[str]:
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register(auto: Any) -> None:
     importlib.import_module("nsa_convert.patch.registration").register_stand_ins(auto.CONFIG_MAPPING)
+
+
+@wrapt.when_imported("peft.utils.constants")
+def _register_adapters(constants: Any) -> None:
+    importlib.import_module("nsa_convert.patch.registration").register_adapter_targets(vars(constants))

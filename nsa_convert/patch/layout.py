@@ -16,6 +16,11 @@ from nsa_convert.patch.collectives import tokens_before
 from nsa_convert.patch.training_pass import TrainingPass
 from nsa_convert.patterns import SequenceLayout
 
+NO_CONTINUOUS_BATCHING = (
+    "continuous batching (generate_batch, transformers serve, cache_implementation='paged') is not supported "
+    "by sparse attention layers: their compressed keys do not live in its paged cache; use generate()"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseContext:
@@ -109,10 +114,7 @@ def shard_context(
 
 def _refuse_unsupported(attention_mask: Any, hints: Mapping[str, Any]) -> None:
     if hints.get("cache") is not None:
-        raise NotImplementedError(
-            "continuous batching (generate_batch, cache_implementation='paged') is not supported by sparse "
-            "attention layers: their compressed keys do not live in its paged cache; use generate()"
-        )
+        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
         found = (
             tuple(attention_mask.shape)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import importlib
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -22,11 +21,18 @@ from nsa_convert.methods.base import InitialisedModule
 from nsa_convert.methods.registry import build_layer
 from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.families import ModelFamily, family_of_sparse, geometry_of
-from nsa_convert.patch.layout import read_context, shard_context
+from nsa_convert.patch.families import family_of_sparse, geometry_of
+from nsa_convert.patch.layout import NO_CONTINUOUS_BATCHING, read_context, shard_context
 from nsa_convert.patch.own_code import write_own_code
 from nsa_convert.patch.plan import resolve_plan
-from nsa_convert.patch.training_pass import LABELS, TrainingPass, count_labels, is_sharded, logit_kl
+from nsa_convert.patch.training_pass import (
+    LABELS,
+    TrainingPass,
+    count_labels,
+    is_sharded,
+    logit_kl,
+    warn_of_silent_weights,
+)
 
 try:  # transformers 5: does not touch parameters that were loaded
     from transformers.initialization import copy_ as init_copy_
@@ -47,7 +53,8 @@ def _no_mask(**_: Any) -> None:
 
 def _no_dense_layer(*_: Any, **__: Any) -> None:
     raise BackendError(
-        f"attn_implementation='{ATTENTION_NAME}' belongs to converted models; use 'sdpa' or 'eager'"
+        f"attn_implementation='{ATTENTION_NAME}' is the name converted models have; a dense model takes "
+        "'sdpa' or 'eager'"
     )
 
 
@@ -60,6 +67,7 @@ class SparsePreTrainedMixin:
 
     _supports_flash_attn = False
     _supports_flex_attn = False
+    _supports_attention_backend = False  # layers do not call transformers' attention functions
     _can_compile_fullgraph = True
 
     @torch.no_grad()
@@ -70,6 +78,36 @@ class SparsePreTrainedMixin:
                 init_copy_(parameter, value.to(device=parameter.device, dtype=parameter.dtype))
         else:
             super()._init_weights(module)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        """Keep the layers' own attention, and say so where another one is asked for.
+
+        Raises:
+            ValueError: An attention other than transformers' plain ones is asked for.
+        """
+        if attn_implementation in ("sdpa", "eager"):
+            warnings.warn(
+                f"attn_implementation={attn_implementation!r} changes nothing in a converted model: its "
+                "layers compute sparse attention themselves (nsa_convert.use_backend chooses how)",
+                stacklevel=3,
+            )
+        elif attn_implementation not in (None, ATTENTION_NAME):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} cannot run in a converted model: its layers "
+                f"compute sparse attention themselves; leave it out, or give {ATTENTION_NAME!r}"
+            )
+        return ATTENTION_NAME
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """Say what holds: the layers' own attention stays.
+
+        Raises:
+            ValueError: An attention other than transformers' plain ones is asked for.
+        """
+        wanted = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        self._check_and_adjust_attn_implementation(wanted)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save as transformers does, with the code files that load the model where this package is absent."""
@@ -99,7 +137,16 @@ class SparseModelMixin(SparsePreTrainedMixin):
         """See the family's model; masks must be 2-D, see :func:`nsa_convert.patch.layout.read_context`.
 
         With a ``training_pass`` the layers hand their auxiliary losses to it.
+
+        Raises:
+            NotImplementedError: Attention weights are asked for.
         """
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise NotImplementedError(
+                "output_attentions: sparse layers never hold a matrix of attention weights; "
+                "`nsa_convert.methods.base.observe` reports what each layer attends to, and a dense model "
+                "(unpatch_model, nsa-convert revert) returns them"
+            )
         past: int | Tensor = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(past, Tensor):
             # A static cache hands out the very tensor that it is about to change.
@@ -151,11 +198,60 @@ class SparseCausalLMOutput(CausalLMOutputWithPast):
     teacher_kl: Tensor | None = None
 
 
-class SparseCausalLMMixin(SparsePreTrainedMixin):
-    """The language model around the decoder."""
+class SparseHeadMixin(SparsePreTrainedMixin):
+    """A head around the decoder: its loss also teaches the methods to choose."""
 
     auxiliary_step = 0
     """Training forwards so far; losses on a sample of the queries draw it from this."""
+    told = False
+    """Whether it was said which new weights learn nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See the family's class, whose forward this runs.
+
+        In training with labels the loss also holds the auxiliary losses without which a method that learns to
+        choose would not learn it, as in :class:`SparseCausalLMMixin`.
+        """
+        mode = self._ordinary_mode(kwargs.get("labels", kwargs.get("start_positions")), kwargs)
+        if mode is None:
+            return super().forward(*args, **kwargs)
+
+        training = TrainingPass(mode, joined=torch.compiler.is_compiling())
+        as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
+        out = super().forward(*args, training_pass=training, return_dict=True, **kwargs)
+        out["loss"], out["aux_loss"] = training.total(out.loss, out.loss)
+        return out.to_tuple() if as_tuple else out
+
+    def _ordinary_mode(self, labels: Tensor | None, hints: Mapping[str, Any]) -> TrainingMode | None:
+        """Return what an ordinary forward asks of the layers so that they learn to choose; None for nothing.
+
+        The losses of a pass count by its share of the step's labels, as its next-token loss does.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        coefficient = self.config.sparse_aux_loss_coef
+        layers = [layer.self_attn.sparse.choice_losses() for layer in self.base_model.layers]
+        names = sorted({name for losses in layers for name in losses})
+        if not self.told and not torch.compiler.is_compiling():
+            self.told = True
+            warn_of_silent_weights(self, names if labels is None and coefficient else [])
+        if not names or not coefficient or labels is None or hints.get("past_key_values") is not None:
+            return None
+
+        total = hints.get("num_items_in_batch")
+        share = 1.0 if total is None else count_labels(labels, hints.get("shift_labels")) / total
+        weights = []
+        for name in names:
+            having = [losses[name] for losses in layers if name in losses]
+            weights.append(coefficient * share * sum(having) / len(having) ** 2)  # a mean over these layers
+        step = 0
+        if not torch.compiler.is_compiling():  # a graph for every number of a step would be compiled anew
+            step, self.auxiliary_step = self.auxiliary_step, self.auxiliary_step + 1
+        return TrainingMode(stream="ordinary", losses=tuple(names), weights=tuple(weights), step=step)
+
+
+class SparseCausalLMMixin(SparseHeadMixin):
+    """The language model around the decoder."""
 
     @can_return_tuple
     def forward(
@@ -185,16 +281,18 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
             "inputs_embeds": inputs_embeds,
         }
         rest = {"labels": labels, "logits_to_keep": logits_to_keep, "return_dict": True, **kwargs}
-        if training_mode is None and past_key_values is None:
-            training_mode = self._ordinary_mode(labels, kwargs)
         if training_mode is None:
-            return super().forward(**tokens, past_key_values=past_key_values, use_cache=use_cache, **rest)
+            training_mode = self._ordinary_mode(labels, {"past_key_values": past_key_values, **kwargs})
+        if training_mode is None:
+            return super(SparseHeadMixin, self).forward(
+                **tokens, past_key_values=past_key_values, use_cache=use_cache, **rest
+            )
         if labels is None:
             rest["labels"] = kwargs.get("shift_labels")  # where both are there, the loss reads these alone
 
         joined = torch.compiler.is_compiling() or (training_mode.stream == "teacher" and not is_sharded(self))
         training = TrainingPass(training_mode, joined=joined)
-        out = super().forward(**tokens, use_cache=False, training_pass=training, **rest)
+        out = super(SparseHeadMixin, self).forward(**tokens, use_cache=False, training_pass=training, **rest)
         loss, divergence = out.loss, None
         if loss is not None:
             loss = training_mode.cross_entropy * loss
@@ -211,29 +309,6 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
             teacher_kl=divergence,
         )
 
-    def _ordinary_mode(self, labels: Tensor | None, hints: Mapping[str, Any]) -> TrainingMode | None:
-        """Return what an ordinary forward asks of the layers so that they learn to choose; None for nothing.
-
-        The losses of a pass count by its share of the step's labels, as its next-token loss does.
-        """
-        coefficient = self.config.sparse_aux_loss_coef
-        if labels is None or not (self.training and torch.is_grad_enabled() and coefficient):
-            return None
-        layers = [layer.self_attn.sparse.choice_losses() for layer in self.model.layers]
-        names = sorted({name for losses in layers for name in losses})
-        if not names:
-            return None
-        total = hints.get("num_items_in_batch")
-        share = 1.0 if total is None else count_labels(labels, hints.get("shift_labels")) / total
-        weights = []
-        for name in names:
-            having = [losses[name] for losses in layers if name in losses]
-            weights.append(coefficient * share * sum(having) / len(having) ** 2)  # a mean over these layers
-        step = 0
-        if not torch.compiler.is_compiling():  # a graph for every number of a step would be compiled anew
-            step, self.auxiliary_step = self.auxiliary_step, self.auxiliary_step + 1
-        return TrainingMode(stream="ordinary", losses=tuple(names), weights=tuple(weights), step=step)
-
     def _teacher_kl(
         self, logits: Tensor, tokens: Mapping[str, Any], mode: TrainingMode, rest: Mapping[str, Any]
     ) -> Tensor:
@@ -242,8 +317,19 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
         teacher = TrainingPass(asked, joined=True)
         given = {name: value for name, value in rest.items() if name != "labels"}
         with torch.no_grad():
-            dense = super().forward(**tokens, use_cache=False, training_pass=teacher, **given).logits
+            forward = super(SparseHeadMixin, self).forward
+            dense = forward(**tokens, use_cache=False, training_pass=teacher, **given).logits
         return logit_kl(dense, logits, **{name: rest.get(name) for name in LABELS})
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> None:
+        """Refuse before a paged cache is allocated.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     @staticmethod
     def create_masks_for_generate(
@@ -254,59 +340,6 @@ class SparseCausalLMMixin(SparsePreTrainedMixin):
         if attention_mask is None:
             return torch.ones(inputs_embeds.shape[0], capacity, dtype=torch.bool, device=inputs_embeds.device)
         return nn.functional.pad(attention_mask.bool(), (0, capacity - attention_mask.shape[1]), value=True)
-
-
-def sparse_config_class(family: ModelFamily, module: str) -> type:
-    """Make the config class of a converted family: the dense one plus two fields.
-
-    ``sparse_attention`` is the plan; ``sparse_aux_loss_coef`` weighs the losses that teach the methods to
-    choose when an ordinary trainer trains the model, 0 turns them off.
-    """
-    library = importlib.import_module(
-        f"transformers.models.{family.model_type}.configuration_{family.model_type}"
-    )
-    body = {
-        "__module__": module,
-        "__doc__": f"Configuration of a {family.title} model converted to sparse attention.",
-        "__annotations__": {"sparse_attention": dict | None, "sparse_aux_loss_coef": float},
-        "model_type": family.sparse_model_type,
-        "sparse_attention": None,
-        "sparse_aux_loss_coef": 1.0,
-    }
-    return type(f"NSA{family.class_prefix}Config", (getattr(library, f"{family.class_prefix}Config"),), body)
-
-
-def sparse_model_classes(family: ModelFamily, config_class: type, module: str) -> tuple[type, type]:
-    """Make the decoder and the causal language model class of a converted family."""
-    prefix = family.class_prefix
-    library = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
-    dense_model, dense_lm = getattr(library, f"{prefix}Model"), getattr(library, f"{prefix}ForCausalLM")
-
-    def init_model(self: Any, config: Any) -> None:
-        dense_model.__init__(self, config)
-        install_sparse_attention(self)
-        self.post_init()
-
-    def init_lm(self: Any, config: Any) -> None:
-        dense_lm.__init__(self, config)
-        adopt_class(self.model, model)
-        install_sparse_attention(self.model)
-        self.post_init()
-
-    shared = {"__module__": module, "config_class": config_class}
-    model = type(f"NSA{prefix}Model", (SparseModelMixin, dense_model), {**shared, "__init__": init_model})
-    lm = type(f"NSA{prefix}ForCausalLM", (SparseCausalLMMixin, dense_lm), {**shared, "__init__": init_lm})
-    return model, lm
-
-
-def adopt_class(instance: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
-    """Make an existing model object an instance of a class that was never constructed itself.
-
-    The base initialiser notes for each class which outputs it can record (``output_hidden_states``); it runs
-    here on an empty object, because ``instance`` keeps its weights.
-    """
-    PreTrainedModel.__init__(cls.__new__(cls), copy.copy(instance.config))
-    instance.__class__ = cls
 
 
 def install_sparse_attention(decoder: nn.Module) -> None:
@@ -325,4 +358,4 @@ def install_sparse_attention(decoder: nn.Module) -> None:
     resolve_plan(sparse, len(decoder.layers), geometry)
     for index, layer in enumerate(decoder.layers):
         layer.self_attn = SparseAttention(layer.self_attn, build_layer(sparse, geometry, index))
-    config._attn_implementation = ATTENTION_NAME
+    config._attn_implementation_internal = ATTENTION_NAME

@@ -3,59 +3,68 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from nsa_convert.config import SparseAttentionConfig
+from nsa_convert.errors import ConfigError, UnsupportedModelError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.gates import BranchGate
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.families import family_of, geometry_of
-from nsa_convert.patch.modeling import adopt_class, install_sparse_attention
-from nsa_convert.patch.models import classes_of
+from nsa_convert.patch.families import ModelFamily, family_of, geometry_of
+from nsa_convert.patch.model_classes import adopt_class
+from nsa_convert.patch.modeling import install_sparse_attention
+from nsa_convert.patch.models import config_class, model_classes
 from nsa_convert.patch.plan import copy_dense_rows, resolve_plan, sparse_config_dict
-from nsa_convert.patch.registration import register
 
 
-def patch_model(model: PreTrainedModel, sparse: SparseAttentionConfig) -> PreTrainedModel:
-    """Turn a dense causal model in memory into the converted model, in place; the inverse is unpatch_model.
+def patch_model(
+    model: PreTrainedModel,
+    sparse: str | Mapping[str, Any] | SparseAttentionConfig,
+    **settings: Any,
+) -> PreTrainedModel:
+    """Turn a dense model in memory into the converted model, in place; the inverse is unpatch_model.
 
     The dense weights stay the same tensors; new parameters get their initial values, in the dtype and on the
     device of the layer they join.
 
     Args:
-        model: A dense causal language model of a supported family.
-        sparse: The plan.
+        model: A dense model of a supported family: the causal language model, the decoder alone, or one with
+            another head.
+        sparse: The plan, a :class:`SparseAttentionConfig` or the mapping that it is read from
+            (``{"default": {...}, "rules": [...]}``); or one method for all layers, by name or as a mapping
+            with ``method`` and its settings.
+        **settings: Settings of a method given by name.
 
     Returns:
         The same object, now of the converted class.
 
     Raises:
-        UnsupportedModelError: The architecture is not supported.
+        UnsupportedModelError: The architecture is not supported, or the weights are quantised.
         ConfigError: The plan does not fit the model.
     """
-    register()  # so that the Auto classes know the config of the patched model
+    plan = _read_plan(sparse, settings)
     family = family_of(model.config.to_dict())
-    config_class, model_class, lm_class = classes_of(family)
+    _refuse_quantised(model)
+    model_class = _class_for(model, family)
+    decoder = model.base_model
     geometry = geometry_of(model.config.to_dict(), family)
-    resolve_plan(sparse, len(model.model.layers), geometry)
-    sparse = sparse.resolved(len(model.model.layers), geometry.num_kv_heads)
-    config = config_class(**_without_identity(sparse_config_dict(model.config.to_dict(), sparse)))
-    dense = (
-        model.config,
-        type(model),
-        type(model.model),
-        [layer.self_attn for layer in model.model.layers],
-    )
+    resolve_plan(plan, len(decoder.layers), geometry)
+    plan = plan.resolved(len(decoder.layers), geometry.num_kv_heads)
+    config = config_class(family)(**_without_identity(sparse_config_dict(model.config.to_dict(), plan)))
     config.dtype = model.config.dtype
-    model.config = model.model.config = config
-    adopt_class(model, lm_class)
-    adopt_class(model.model, model_class)
-    install_sparse_attention(model.model)
-    for layer, attention in zip(model.model.layers, dense[3], strict=True):
+    attentions = [layer.self_attn for layer in decoder.layers]
+    dense = (model.config, type(model), type(decoder), attentions)
+
+    model.config = decoder.config = config
+    adopt_class(model, model_class)
+    if decoder is not model:
+        adopt_class(decoder, model_classes(family)["Model"])
+    install_sparse_attention(decoder)
+    for layer, attention in zip(decoder.layers, attentions, strict=True):
         like = attention.q_proj.weight
         copy_dense_rows(layer.self_attn.sparse, attention.get_parameter)
         layer.self_attn.sparse.to(device=like.device, dtype=like.dtype)
@@ -75,14 +84,69 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             "this model was not made by patch_model; load the dense checkpoint, or revert the converted one"
         )
-    config, lm_class, model_class, layers = dense
-    for layer, attention in zip(model.model.layers, layers, strict=True):
+    config, model_class, decoder_class, attentions = dense
+    decoder = model.base_model
+    for layer, attention in zip(decoder.layers, attentions, strict=True):
         attention.train(layer.training)
         layer.self_attn = attention
-    model.__class__, model.model.__class__ = lm_class, model_class
-    model.config = model.model.config = config
+    decoder.__class__ = decoder_class
+    model.__class__ = model_class
+    model.config = decoder.config = config
     object.__delattr__(model, "_dense_state")
     return model
+
+
+def _read_plan(
+    sparse: str | Mapping[str, Any] | SparseAttentionConfig, settings: Mapping[str, Any]
+) -> SparseAttentionConfig:
+    """Return the plan that a call of :func:`patch_model` names."""
+    if isinstance(sparse, str):
+        return SparseAttentionConfig.from_dict({"default": {**settings, "method": sparse}})
+    if settings:
+        raise ConfigError(
+            f"settings ({', '.join(settings)}) go with the name of a method, as in patch_model(model, 'nsa', "
+            "num_blocks=32); a plan holds its own",
+            code="CF20",
+        )
+    if isinstance(sparse, Mapping):
+        return SparseAttentionConfig.from_dict({"default": sparse} if "method" in sparse else sparse)
+    if not isinstance(sparse, SparseAttentionConfig):
+        raise ConfigError(
+            "the plan must be the name of a method, a mapping or a SparseAttentionConfig, "
+            f"got {type(sparse).__name__}",
+            code="CF20",
+        )
+    return sparse
+
+
+def _refuse_quantised(model: PreTrainedModel) -> None:
+    """Refuse weights that are no floating-point numbers, before anything is changed."""
+    weights = model.named_parameters()
+    packed = [name for name, p in weights if not p.is_floating_point() or p.element_size() < 2]
+    if packed or getattr(model, "hf_quantizer", None) is not None:
+        what = packed[0] if packed else type(model.hf_quantizer).__name__
+        raise UnsupportedModelError(
+            f"the weights of this model are quantised ({what}), and its layers cannot be replaced",
+            code="CK36",
+            where="model",
+            hint="load it without quantization_config, patch it, and train or quantise it afterwards",
+        )
+
+
+def _class_for(model: PreTrainedModel, family: ModelFamily) -> type:
+    """Return the converted class that takes the place of a model's own."""
+    for ending, converted in model_classes(family).items():
+        if type(model).__name__ == f"{family.class_prefix}{ending}":
+            return converted
+    known = ", ".join(f"{family.class_prefix}{ending}" for ending in model_classes(family))
+    raise UnsupportedModelError(
+        f"a {type(model).__name__} cannot be patched",
+        code="CF12",
+        where="model",
+        expected=known,
+        found=type(model).__name__,
+        hint="patch the model inside a wrapper (PEFT, DDP, torch.compile) before it is wrapped",
+    )
 
 
 def sparse_methods(model: nn.Module) -> list[SparseMethod]:

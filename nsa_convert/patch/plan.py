@@ -17,7 +17,14 @@ from nsa_convert.methods.registry import build_layer, read_rule
 from nsa_convert.methods.selecting import NO_REUSE
 from nsa_convert.patch.families import family_of, geometry_of
 
-AUTO_CLASSES = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+AUTO_CLASSES = {
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+}
+"""transformers' Auto class -> ending of the names of a family's classes."""
 
 
 def resolve_plan(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from nsa_convert.patch.families import FAMILIES, ModelFamily
+
+MODELS = "nsa_convert.patch.models"
+"""Importing it makes the classes of all families, which takes the families' own modules."""
 
 
 def register_stand_ins(config_mapping: Any) -> None:
@@ -17,27 +22,30 @@ def register_stand_ins(config_mapping: Any) -> None:
         config_mapping.register(family.sparse_model_type, _stand_in(family), exist_ok=True)
 
 
+def register_adapter_targets(constants: Mapping[str, Any]) -> None:
+    """Give converted types the layers that peft adapts by default in their dense family (LoRA, IA3, ...).
+
+    Args:
+        constants: What ``peft.utils.constants`` holds; its tables are filled in place.
+    """
+    for name, table in constants.items():
+        if not (name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict)):
+            continue
+        for family in FAMILIES.values():
+            if family.model_type in table:
+                table.setdefault(family.sparse_model_type, table[family.model_type])
+
+
 def register() -> None:
-    """Register the converted classes of every family with AutoConfig, AutoModel and AutoModelForCausalLM."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    from nsa_convert.patch.models import classes_of
-
-    for family in FAMILIES.values():
-        config, model, lm = classes_of(family)
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, lm, exist_ok=True)
+    """Make the converted classes of every family known to the Auto classes."""
+    importlib.import_module(MODELS)
 
 
 def _stand_in(family: ModelFamily) -> type:
     """Return a class that becomes the real config class at its first use."""
 
     def real() -> Any:
-        from nsa_convert.patch.models import classes_of
-
-        register()
-        return classes_of(family)[0]
+        return importlib.import_module(MODELS).config_class(family)
 
     body = {
         "model_type": family.sparse_model_type,

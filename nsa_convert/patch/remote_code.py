@@ -13,13 +13,13 @@ from pathlib import Path
 
 from nsa_convert.patch.families import family_of_sparse
 
-ENTRY = "nsa_convert.patch.modeling"
+ENTRY = "nsa_convert.patch.model_classes"
 _IMPORT = re.compile(r"^(\s*)from (nsa_convert(?:\.\w+)*) import ", re.MULTILINE)
 
 _CONFIGURATION = '''"""Configuration of a {title} model converted to sparse attention by nsa_convert."""
 
 from .nsa_patch_families import FAMILIES
-from .nsa_patch_modeling import sparse_config_class
+from .nsa_patch_model_classes import sparse_config_class
 
 {prefix}Config = sparse_config_class(FAMILIES["{dense}"], __name__)
 '''
@@ -28,9 +28,10 @@ _MODELING = '''"""A {title} model converted to sparse attention by nsa_convert."
 
 from .configuration_{sparse} import {prefix}Config
 from .nsa_patch_families import FAMILIES
-from .nsa_patch_modeling import sparse_model_classes
+from .nsa_patch_model_classes import sparse_model_classes
 
-{prefix}Model, {prefix}ForCausalLM = sparse_model_classes(FAMILIES["{dense}"], {prefix}Config, __name__)
+_classes = sparse_model_classes(FAMILIES["{dense}"], {prefix}Config, __name__)
+globals().update({{cls.__name__: cls for cls in _classes.values()}})
 '''
 
 

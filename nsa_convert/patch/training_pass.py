@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,6 +105,37 @@ class _Observe(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.owner.gradient = grad
         return grad, None
+
+
+def warn_of_silent_weights(model: nn.Module, unlabelled: Sequence[str]) -> None:
+    """Warn where a trainer leaves new weights out: frozen beside weights that are trained, or without a loss.
+
+    Args:
+        model: A converted model in training.
+        unlabelled: Losses that teach what chooses and that this call, having no labels, does not compute.
+    """
+    named = list(model.named_parameters())
+    new = [(name, p) for name, p in named if ".self_attn.sparse." in name and ".base_layer." not in name]
+    frozen = sorted({name.split(".sparse.")[1] for name, p in new if not p.requires_grad})
+    if frozen and any(p.requires_grad for _, p in named):
+        modules = sorted({_module_of(name) for name in frozen})
+        warnings.warn(
+            f"these weights that conversion added are frozen and learn nothing: {', '.join(frozen)}. With "
+            f"PEFT, name their modules in modules_to_save, as in {modules}",
+            stacklevel=5,
+        )
+    learns = [name for name, p in new if p.requires_grad and (".index" in name or "compress_key" in name)]
+    if unlabelled and learns:
+        warnings.warn(
+            f"this training forward has no labels, so {', '.join(unlabelled)} is not computed and what "
+            "chooses the keys learns nothing from it; pass labels, or train it with `nsa-convert train`",
+            stacklevel=5,
+        )
+
+
+def _module_of(parameter: str) -> str:
+    """Return the name by which PEFT finds the module of a parameter: ``sparse.gate`` of ``gate.weight``."""
+    return f"sparse.{parameter.rpartition('.')[0]}"
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -227,7 +227,7 @@ def weight_shapes(start: Start) -> dict[str, int]:
     """Return parameter name -> numbers in it, of the model that will be trained; nothing is allocated."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from nsa_convert.patch.models import classes_of
+    from nsa_convert.patch.models import config_class, model_classes
 
     values = dict(start.config)
     model_type = values.pop("model_type")
@@ -237,8 +237,8 @@ def weight_shapes(start: Start) -> dict[str, int]:
         if start.plan is None:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
         else:
-            config_class, _, lm_class = classes_of(start.family)
-            model = lm_class(config_class(**{**values, "sparse_attention": start.plan.to_dict()}))
+            config = config_class(start.family)(**{**values, "sparse_attention": start.plan.to_dict()})
+            model = model_classes(start.family)["ForCausalLM"](config)
     return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
 

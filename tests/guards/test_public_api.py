@@ -17,7 +17,7 @@ FUNCTIONS = {
         "dtype=…, source_id=…, revision=…, contexts=…, threads=…, progress=…)"
     ),
     "merge_lse": "(outputs, lses)",
-    "patch_model": "(model, sparse)",
+    "patch_model": "(model, sparse, **settings)",
     "revert_checkpoint": "(out, dense, *, overwrite=…, copy=…)",
     "set_mode": "(model, mode)",
     "sparse_attention": "(q, k, v, pattern, *, layout=…, scale=…)",
