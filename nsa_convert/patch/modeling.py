@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ class SparseModelMixin(SparsePreTrainedMixin):
         if context.layout.cu_seqlens is not None:
             use_cache = False
         if training_pass is not None:
-            context = dataclasses.replace(context, training=training_pass)
+            context, use_cache = dataclasses.replace(context, training=training_pass), False
         return super().forward(
             input_ids=input_ids,
             attention_mask=None,
@@ -182,7 +183,9 @@ class SparseModelMixin(SparsePreTrainedMixin):
 
 @dataclasses.dataclass
 class SparseCausalLMOutput(CausalLMOutputWithPast):
-    """What a converted model returns from a forward that trains what chooses.
+    """What a converted model returns from a call with a ``training_mode``.
+
+    An ordinary call in training with labels returns the family's output, with ``aux_loss`` and ``auxiliary``.
 
     Attributes:
         loss: The loss to minimise, auxiliary losses included; None where nothing is to be minimised.
@@ -206,21 +209,37 @@ class SparseHeadMixin(SparsePreTrainedMixin):
     told = False
     """Whether it was said which new weights learn nothing."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Trainers put forwards of their own on an instance: TRL's fused head, Liger's loss, casts.
+        if name == "forward":
+            value = self._teaching(value)
+        super().__setattr__(name, value)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the family's class, whose forward this runs.
 
         In training with labels the loss also holds the auxiliary losses without which a method that learns to
         choose would not learn it, as in :class:`SparseCausalLMMixin`.
         """
-        mode = self._ordinary_mode(kwargs.get("labels", kwargs.get("start_positions")), kwargs)
-        if mode is None:
-            return super().forward(*args, **kwargs)
+        return self._teaching(super().forward)(*args, **kwargs)
 
-        training = TrainingPass(mode, joined=torch.compiler.is_compiling())
-        as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
-        out = super().forward(*args, training_pass=training, return_dict=True, **kwargs)
-        out["loss"], out["aux_loss"] = training.total(out.loss, out.loss)
-        return out.to_tuple() if as_tuple else out
+    def _teaching(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward that also teaches the methods to choose, in training with labels."""
+
+        @functools.wraps(forward)
+        def taught(*args: Any, **kwargs: Any) -> Any:
+            mode = None
+            if "training_pass" not in kwargs and kwargs.get("training_mode") is None:
+                mode = self._ordinary_mode(kwargs.get("labels", kwargs.get("start_positions")), kwargs)
+            if mode is None:
+                return forward(*args, **kwargs)
+
+            training = TrainingPass(mode, joined=torch.compiler.is_compiling())
+            as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
+            out = training.join(forward(*args, training_pass=training, return_dict=True, **kwargs))
+            return out.to_tuple() if as_tuple else out
+
+        return taught
 
     def _ordinary_mode(self, labels: Tensor | None, hints: Mapping[str, Any]) -> TrainingMode | None:
         """Return what an ordinary forward asks of the layers so that they learn to choose; None for nothing.
@@ -271,8 +290,8 @@ class SparseCausalLMMixin(SparseHeadMixin):
 
         In training (``model.train()``) with ``labels`` the loss also holds, times
         ``config.sparse_aux_loss_coef``, the auxiliary losses without which a method that learns to choose
-        would not learn it; the result is a :class:`SparseCausalLMOutput` then. A ``training_mode`` says
-        itself what the layers do and how the losses count.
+        would not learn it, and the output has ``aux_loss``. A ``training_mode`` says itself what the layers
+        do and how the losses count; the result is a :class:`SparseCausalLMOutput` then.
         """
         tokens = {
             "input_ids": input_ids,
@@ -282,32 +301,22 @@ class SparseCausalLMMixin(SparseHeadMixin):
         }
         rest = {"labels": labels, "logits_to_keep": logits_to_keep, "return_dict": True, **kwargs}
         if training_mode is None:
-            training_mode = self._ordinary_mode(labels, {"past_key_values": past_key_values, **kwargs})
-        if training_mode is None:
-            return super(SparseHeadMixin, self).forward(
-                **tokens, past_key_values=past_key_values, use_cache=use_cache, **rest
-            )
+            cache = {"past_key_values": past_key_values, "use_cache": use_cache}
+            return self._teaching(super(SparseHeadMixin, self).forward)(**tokens, **cache, **rest)
         if labels is None:
             rest["labels"] = kwargs.get("shift_labels")  # where both are there, the loss reads these alone
 
         joined = torch.compiler.is_compiling() or (training_mode.stream == "teacher" and not is_sharded(self))
         training = TrainingPass(training_mode, joined=joined)
-        out = super(SparseHeadMixin, self).forward(**tokens, use_cache=False, training_pass=training, **rest)
-        loss, divergence = out.loss, None
-        if loss is not None:
-            loss = training_mode.cross_entropy * loss
+        out = super(SparseHeadMixin, self).forward(**tokens, training_pass=training, **rest)
+        out = SparseCausalLMOutput(**out, cross_entropy=out.loss)
+        if out.loss is not None:
+            out.loss = training_mode.cross_entropy * out.loss
         if training_mode.teacher_kl:
-            divergence = self._teacher_kl(out.logits, tokens, training_mode, rest)
-            weighted = training_mode.teacher_kl * divergence
-            loss = weighted if loss is None else loss + weighted
-        loss, extra = training.total(loss, out.logits)
-        return SparseCausalLMOutput(
-            **{**out, "loss": loss},
-            aux_loss=extra,
-            auxiliary=training.auxiliary(),
-            cross_entropy=out.loss,
-            teacher_kl=divergence,
-        )
+            out.teacher_kl = self._teacher_kl(out.logits, tokens, training_mode, rest)
+            weighted = training_mode.teacher_kl * out.teacher_kl
+            out.loss = weighted if out.loss is None else out.loss + weighted
+        return training.join(out)
 
     def _teacher_kl(
         self, logits: Tensor, tokens: Mapping[str, Any], mode: TrainingMode, rest: Mapping[str, Any]
@@ -318,7 +327,7 @@ class SparseCausalLMMixin(SparseHeadMixin):
         given = {name: value for name, value in rest.items() if name != "labels"}
         with torch.no_grad():
             forward = super(SparseHeadMixin, self).forward
-            dense = forward(**tokens, use_cache=False, training_pass=teacher, **given).logits
+            dense = forward(**tokens, training_pass=teacher, **given).logits
         return logit_kl(dense, logits, **{name: rest.get(name) for name in LABELS})
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> None:

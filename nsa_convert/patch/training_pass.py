@@ -38,8 +38,8 @@ class TrainingPass:
         self.joined = joined
         self.values: dict[int, Tensor] = {}
         """Layer -> ``[K]``, one value for each name of ``mode.losses``."""
-        self.gradient: Tensor | None = None
-        """Gradient of the model's loss, known once its backward has begun."""
+        self.seen: dict[str, Tensor] = {}
+        """Field of the output -> how much of the model's loss its gradient stands for, known in backward."""
 
     def hand_in(self, layer_index: int, output: Tensor, values: Tensor) -> Tensor:
         """Note a layer's losses ``[K]`` and return its output, to which they are attached."""
@@ -53,24 +53,32 @@ class TrainingPass:
         rows = [values for _, values in sorted(self.values.items())]
         return torch.stack(rows) if rows else None
 
-    def total(self, loss: Tensor | None, anchor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the loss of the pass with the weighted losses of the layers in it, and these alone.
+    def join(self, out: Any) -> Any:
+        """Return the output of a model with the weighted losses of the layers in its loss.
+
+        What a trainer makes its own loss of is followed too: per-token ``log_probs`` (TRL's fused head), as
+        long as it only raises them, as a likelihood does; then the losses count by the sum of their weights.
 
         Args:
-            loss: Scalar, the rest of the loss; None where there is no other.
-            anchor: A tensor at the end of the pass, through which a gradient reaches all layers.
-
-        Returns:
-            Two scalars; both None where there is nothing to minimise.
+            out: Output of transformers or TRL; ``loss`` may be None. It gets ``aux_loss``, what the losses
+                contribute, and ``auxiliary``, see :meth:`auxiliary`.
         """
-        auxiliary = self.auxiliary() if self.mode.weights else None
-        if auxiliary is None:
-            return loss, None
-        extra = self._weighted(auxiliary.sum(0))
-        if self.joined:
-            return (extra if loss is None else loss + extra), extra.detach()
-        base = anchor.sum().to(extra.dtype) * 0.0 if loss is None else loss
-        return _Observe.apply(base, self) + extra.detach(), extra.detach()
+        auxiliary = self.auxiliary()
+        extra = None if auxiliary is None or not self.mode.weights else self._weighted(auxiliary.sum(0))
+        if extra is not None and self.joined:
+            out.loss = extra if out.loss is None else out.loss + extra
+        elif extra is not None:
+            if getattr(out, "log_probs", None) is not None:
+                out.log_probs = _Observe.apply(out.log_probs, self, "log_probs")
+            base = out.logits.sum().to(extra.dtype) * 0.0 if out.loss is None else out.loss
+            out.loss = _Observe.apply(base, self, "loss") + extra.detach()
+        out["aux_loss"], out["auxiliary"] = None if extra is None else extra.detach(), auxiliary
+        return out
+
+    def gradient(self) -> Tensor | None:
+        """Return the gradient of the model's loss once its backward has begun; None where nothing used it."""
+        found = list(self.seen.values())
+        return sum(found[1:], start=found[0]) if found else None
 
     def _weighted(self, values: Tensor) -> Tensor:
         return sum(weight * values[k] for k, weight in enumerate(self.mode.weights))
@@ -86,7 +94,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        gradient = ctx.owner.gradient  # None: nothing was made of the model's loss
+        gradient = ctx.owner.gradient()
         if gradient is not None:
             dtype, device = ctx.like
             gradient = gradient.to(device=device, dtype=dtype)
@@ -94,17 +102,20 @@ class _Attach(torch.autograd.Function):
 
 
 class _Observe(torch.autograd.Function):
-    """Pass the model's loss; in backward, note its gradient before any layer's backward runs."""
+    """Pass a field of the output; in backward, note its gradient before any layer's backward runs."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, owner: TrainingPass) -> Tensor:
-        ctx.owner = owner
-        return loss.view_as(loss)
+    def forward(ctx: Any, x: Tensor, owner: TrainingPass, field: str) -> Tensor:
+        ctx.owner, ctx.field = owner, field
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.owner.gradient = grad
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        seen = grad
+        if ctx.field == "log_probs":  # of a likelihood, minus its weights; of a preference, of either sign
+            seen = torch.where((grad <= 0).all(), -grad.sum(), grad.new_zeros(()))
+        ctx.owner.seen[ctx.field] = seen
+        return grad, None, None
 
 
 def warn_of_silent_weights(model: nn.Module, unlabelled: Sequence[str]) -> None:

@@ -28,7 +28,12 @@ CHOOSERS = {
     "nsa": {**NSA, "key_compressor": "token_mlp"},
 }
 """Plans in which something that chooses has weights."""
-TRAINABLE = [n for n, s in VARIANTS.items() if METHODS[s["method"]].spec.trainable]
+TRAINABLE = [
+    pytest.param(name, marks=pytest.mark.slow) if "-" in name else name
+    for name, settings in VARIANTS.items()
+    if METHODS[settings["method"]].spec.trainable
+]
+"""The options of a method are tested in the slow run."""
 
 
 class Rows(Dataset):
@@ -112,7 +117,7 @@ def test_trainer_trains_every_method_in_mixed_precision(
     assert len(losses) == 3
     assert all(map(math.isfinite, losses))
     learned = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    # A position vector or an inner map that starts behind a zero one gets its gradient from the second step on.
+    # An inner map that starts behind a zero one gets its gradient from the second step on.
     assert learned == set(before), set(before) - learned
 
 
