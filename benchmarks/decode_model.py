@@ -140,7 +140,7 @@ def remember(model: PreTrainedModel, cache: Cache, index: int, k: Tensor, v: Ten
     """Put keys and values ``[1, H, T, D]`` into a layer's cache, and what a sparse layer keeps of them."""
     sparse = getattr(model.model.layers[index].self_attn, "sparse", None)
     if sparse is not None:
-        sparse_cache_layer(cache, index)
+        sparse_cache_layer(cache, index).open(sparse, None, 0)
     cache.update(k, v, index)
     if sparse is None:
         return
@@ -153,6 +153,7 @@ def remember(model: PreTrainedModel, cache: Cache, index: int, k: Tensor, v: Ten
     streams = sparse.streams(hidden, lambda x: x)
     for name in sparse.cached_streams:
         grow_stream(cache.layers[index], name, streams[name], 0)
+    cache.layers[index].settle()
 
 
 if __name__ == "__main__":

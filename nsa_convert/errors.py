@@ -76,6 +76,13 @@ class CheckFailedError(NsaConvertError):
     default_code = "CK29"
 
 
+class CacheError(NsaConvertError, ValueError):
+    """A key/value cache cannot be continued by this model without being wrong (exit 3)."""
+
+    exit_status = 3
+    default_code = "CA01"
+
+
 class BackendError(NsaConvertError):
     """A kernel backend cannot run here (exit 5)."""
 

@@ -30,6 +30,8 @@ class CachePolicy:
     """
 
     per_token: ClassVar[tuple[str, ...]] = ()
+    asks_attention: ClassVar[bool] = False
+    """Whether what is remembered comes from attention, so that cached keys and values do not tell it."""
 
     def size(self, seen: int) -> int:
         """Return how many of ``seen`` tokens stay; it never falls, and rises by at most one per token."""
@@ -84,6 +86,8 @@ class KeepRecent(CachePolicy):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepAll(CachePolicy):
     """Keeps every token, for a method that remembers more than keys and values."""
+
+    asks_attention: ClassVar[bool] = True
 
     def size(self, seen: int) -> int:
         """Return ``seen``."""

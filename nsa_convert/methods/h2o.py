@@ -35,6 +35,7 @@ class HeavyHitters(CachePolicy):
     num_heavy: int
     num_recent: int
     per_token: ClassVar[tuple[str, ...]] = ("mass",)
+    asks_attention: ClassVar[bool] = True
 
     def size(self, seen: int) -> int:
         """Return ``num_heavy + num_recent``, or all tokens while there are fewer."""

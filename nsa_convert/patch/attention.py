@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import AttentionInputs, Pool, SparseMethod
 from nsa_convert.methods.inputs import CachedPart, select_heads
-from nsa_convert.patch.cache import sparse_cache_layer
+from nsa_convert.patch.cache import held_tokens, sparse_cache_layer
 from nsa_convert.patch.collectives import gather_tokens, mean_over, total_over
 from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads
 from nsa_convert.patch.layout import SparseContext
@@ -200,6 +200,7 @@ class SparseAttention(nn.Module):
         own = known = _one_row(k) if packed else k
         if cache is not None and not packed:
             layer = sparse_cache_layer(cache, self.layer_idx)
+            layer.open(self.sparse, context.starts, layout.offset)
             known = grow_stream(layer, "plain keys", k, layout.offset)
         slots = layout.positions(own.shape[1], k.device)  # [T]
         starts = layout.row_starts(own.shape[1], k.device)  # [B or 1, T]
@@ -225,22 +226,24 @@ class SparseAttention(nn.Module):
             return (CachedPart(k=k, v=v, layout=context.layout),), cells, streams
         new_tokens, offset = k.shape[1], context.layout.offset
         if forgets(self.sparse):
-            layer = evicting_cache_layer(cache, self.layer_idx)
+            layer = evicting_cache_layer(cache, self.layer_idx, self.sparse, k, context)
             parts = recall(self.sparse, layer, k, v, context)
             place = whole_heads(self.sparse)
             pools = tuple(dataclasses.replace(p, heads=[place[head] for head in p.heads]) for p in pools)
-            k, v = (x.transpose(1, 2) if place else x for x in (layer.keys, layer.values))
+            if place:
+                k, v = held_tokens((layer.keys, layer.values), offset, k, v)
         else:
             layer = sparse_cache_layer(cache, self.layer_idx)
-            keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-            k, v = keys.transpose(1, 2), values.transpose(1, 2)
-            if not isinstance(offset, Tensor):  # a static cache hands out its whole capacity
-                k, v = k[:, : offset + new_tokens], v[:, : offset + new_tokens]
+            layer.open(self.sparse, context.starts, offset)
+            cached = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            k, v = held_tokens(cached, offset, k, v)
             parts = (CachedPart(k=k, v=v, layout=context.layout),)
         cells = {
             p.name: grow_cells(self.sparse, p, layer, _source(p, k, v), new_tokens, context) for p in pools
         }
         kept = {name: grow_stream(layer, name, streams[name], offset) for name in self.sparse.cached_streams}
+        if not forgets(self.sparse):  # else when it has forgotten
+            layer.settle()
         return parts, cells, {**streams, **kept}
 
 

@@ -1,102 +1,337 @@
 """The KV cache of a sparse layer: any transformers cache layer, retyped in place to hold cells too.
 
+What lies beside keys and values (compressed cells, per-token streams) covers all the tokens the layer holds,
+or is not there. A layer remembers how a call of its method left it: by which method, that the call came to
+its end, which tensors keys and values were. What happened since (another model appended, keys were replaced
+or edited, a call broke off) shows as a difference, and what lies beside is dropped: cells are pooled again
+from the cached keys, and what is no function of them is asked for by an error.
+
 The cells are a pure function of the cached keys and values; which of them count follows from the length of
 the sequence. So cropping needs no bookkeeping, and a cell that was written too early is written again when
-its last token arrives.
+its last token arrives. None of this is a number that grows with every token: a compiled step stays the same.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
-GROWTH = 256
-"""A growing buffer gets room for at least this many tokens more, and for a 64th more than it holds."""
+from nsa_convert.errors import CacheError
+from nsa_convert.methods.base import SparseMethod
+from nsa_convert.patch.cache_storage import (
+    GROWTH,
+    append_tokens,
+    may_be_written,
+    may_write_in_place,
+    version,
+)
+from nsa_convert.patch.cache_writer import Writer, fingerprint, writes_alike
+
+STREAM = "stream "
+"""Names of per-token vectors begin with this among the names of what lies beside the keys."""
+AGAIN = "read the prompt again with this model, from an empty cache"
 
 
-@functools.cache
-def sparse_cache_class(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
-    """Return the subclass of a cache layer class that also keeps compressed cells."""
-    # One base class only: an object can be retyped to it in place.
+class SparseCacheLayer:
+    """What a cache layer does differently once a sparse layer has used it; see :func:`sparse_cache_class`.
 
-    class SparseLayer(base):
-        is_sparse = True
-        cells: dict[str, Tensor] | None = None  # pool name -> [B, H, capacity, D]
-        buffers: tuple[Tensor | None, Tensor | None] = (None, None)  # room behind keys and values
+    Its members go into subclasses of cache layer classes one by one: an object can be retyped in place to a
+    subclass with one base only. So ``self.sparse_base`` stands for ``super()``.
+    """
 
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-        ) -> tuple[Tensor, Tensor]:
-            if base is DynamicLayer and self.is_initialized and may_write_in_place(key_states, value_states):
-                key_buffer, self.keys = append_tokens(self.buffers[0], self.keys, key_states)
-                value_buffer, self.values = append_tokens(self.buffers[1], self.values, value_states)
+    sparse_base: type[CacheLayerMixin]
+    _layer_type = None  # a subclass of a layer class must not take its place in transformers' tables
+    is_sparse = True
+    cells: dict[str, Tensor] | None = None  # pool or stream -> [B, H, capacity, D]
+    buffers: tuple[Tensor | None, Tensor | None] = (None, None)  # room behind keys and values
+    writer: Writer | None = None  # of the cells
+    settled = False  # whether what lies beside belongs to the tokens held
+    starts: tuple[int, ...] | None = ()  # left padding of the rows that cells count from; () for not known
+    known: tuple[tuple[weakref.ref, int | None], ...] | None = None  # keys and values as they were left
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens in the dtype the cache was made with; until :meth:`settle` nothing covers them."""
+        self.settled = False
+        if self.is_initialized and isinstance(self.keys, Tensor):
+            key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+            if self.keys.dim() == 4 and self.keys.shape[:2] != key_states.shape[:2]:
+                self._start_again(key_states, value_states)
+            elif self.is_compileable:
+                self._leave_inference_mode()
+        if self.sparse_base is DynamicLayer and self.is_initialized:
+            pairs = (self.keys, key_states), (self.values, value_states)
+            if all(may_write_in_place(*pair) for pair in pairs):
+                key_buffer, self.keys = append_tokens(self.buffers[0], *pairs[0])
+                value_buffer, self.values = append_tokens(self.buffers[1], *pairs[1])
                 self.buffers = (key_buffer, value_buffer)
                 return self.keys, self.values
-            if self.is_compileable and self.is_initialized and self.keys.shape[1] != key_states.shape[1]:
-                # Allocated ahead of time from the config, which does not count a method's extra heads.
-                self.lazy_initialization(key_states, value_states)
-            return super().update(key_states, value_states, *args, **kwargs)
+        return self.sparse_base.update(self, key_states, value_states, *args, **kwargs)
 
-        def reset(self) -> None:
-            super().reset()
-            self.cells, self.buffers = None, (None, None)
+    def open(self, method: SparseMethod, starts: tuple[int, ...] | None, past: int | Tensor) -> None:
+        """Drop what does not belong to the tokens held, before ``method`` reads the layer.
 
-        def offload(self) -> None:
-            super().offload()
-            self._map_cells(lambda x: x.to("cpu", non_blocking=True))
+        Args:
+            method: Who reads, and writes afterwards.
+            starts: The left padding of each row; None for no padding, or while compiling.
+            past: Tokens held.
 
-        def prefetch(self) -> None:
-            super().prefetch()
-            self._map_cells(lambda x: x.to(self.device, non_blocking=True))
+        Raises:
+            CacheError: The layer's kind cannot carry what the method keeps beside keys and values, or its
+                keys were replaced by others of unknown positions.
+        """
+        if hasattr(self, "_quantize") and (method.pools() or method.cached_streams or method.key_taps > 1):
+            raise CacheError(
+                f"{method.spec.name} keeps more than keys and values, which a quantised cache "
+                f"({self.sparse_base.__name__}) cannot carry: use the default dynamic cache",
+                code="CA02",
+            )
+        compiling = torch.compiler.is_compiling()
+        if not self.settled:
+            self.cells = None
+        elif not compiling and not self.is_as_left():
+            self._refuse_unknown_places(method, past)
+            self.cells = None
+        elif self.writer is not method:
+            alike = method.cached_streams or method.key_taps > 1
+            self._keep_streams(bool(alike) and not compiling and writes_alike(self.writer, method))
+        elif not compiling and not same_rows(self.starts, starts, past):
+            self._keep_streams(True)
+        self.writer = method
+        if not compiling:
+            self.starts = starts
+        self.settle()
 
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            self._map_cells(lambda x: x.index_select(0, beam_idx.to(x.device)))
+    def settle(self) -> None:
+        """Note that what lies beside keys and values covers all of them."""
+        self.settled = True
+        if torch.compiler.is_compiling():
+            if not self.is_compileable:
+                self.known = None
+        elif isinstance(self.keys, Tensor):
+            counted = not self.is_compileable  # a compiled step counts no versions
+            self.known = tuple(
+                (weakref.ref(x), version(x) if counted else None) for x in (self.keys, self.values)
+            )
 
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            self._map_cells(lambda x: x.repeat_interleave(repeats, 0))
+    def is_as_left(self) -> bool:
+        """Return whether keys and values are the tensors of the last :meth:`settle`, and unedited."""
+        if not self.settled or self.known is None:  # None: as a compiled call left it
+            return self.settled
+        held = zip(self.known, (self.keys, self.values), strict=True)
+        return all(left() is x and count in (None, version(x)) for (left, count), x in held)
 
-        def batch_select_indices(self, indices: Tensor) -> None:
-            super().batch_select_indices(indices)
-            self._map_cells(lambda x: x[indices])
+    def reset(self) -> None:
+        """Forget everything."""
+        self.sparse_base.reset(self)
+        self.cells, self.buffers, self.writer = None, (None, None), None
+        self.settled, self.starts, self.known = False, (), None
 
-        def _map_cells(self, change: object) -> None:
-            if self.cells is not None:
-                self.cells = {name: change(x) for name, x in self.cells.items()}
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens."""
+        self._carry(lambda: self.sparse_base.crop(self, tokens_to_remove))
 
-    SparseLayer.__name__ = f"Sparse{base.__name__}"
-    SparseLayer.__qualname__ = SparseLayer.__name__
-    return SparseLayer
+    def offload(self) -> None:
+        """Move keys and values to the CPU; cells stay, since every step reads them."""
+        self.buffers = (None, None)
+        self._carry(lambda: self.sparse_base.offload(self))
+
+    def prefetch(self) -> None:
+        """Move keys and values back."""
+        self._carry(lambda: self.sparse_base.prefetch(self))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self._carry(
+            lambda: self.sparse_base.reorder_cache(self, beam_idx),
+            lambda x: x.index_select(0, beam_idx.to(x.device)),
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._carry(
+            lambda: self.sparse_base.batch_repeat_interleave(self, repeats),
+            lambda x: x.repeat_interleave(repeats, 0),
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._carry(
+            lambda: self.sparse_base.batch_select_indices(self, indices),
+            lambda x: x[indices.to(x.device)],
+        )
+
+    def _carry(self, act: Callable[[], None], rows: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Change keys and values by ``act``, and what lies beside alike where it still belongs to them."""
+        whole = self.is_as_left()
+        act()
+        if not whole:
+            self.settled = False  # so that the next call drops what lies beside
+            return
+        if rows is not None:
+            self.cells = {name: rows(x) for name, x in (self.cells or {}).items()}
+            self.starts = ()
+        self.settle()
+
+    def _keep_streams(self, keep: bool) -> None:
+        """Drop the cells, and the streams too unless told otherwise."""
+        kept = {name: x for name, x in (self.cells or {}).items() if keep and name.startswith(STREAM)}
+        self.cells = kept or None
+
+    def _refuse_unknown_places(self, method: SparseMethod, past: int | Tensor) -> None:
+        """Refuse keys that took the place of more or fewer where a cell must know where each key stood."""
+        left = self.known[0][0]() if self.known else None
+        same = left is not None and left.shape == self.keys.shape
+        if past and not same and any(pool.rope == "before" for pool in method.pools()):
+            raise CacheError(
+                "the cached keys were replaced since this model wrote them, so the positions that cells "
+                f"compressed before RoPE need are not known: {AGAIN}"
+            )
+
+    def _start_again(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate anew: a cache made ahead of time does not count the further heads of a method."""
+        length = self.get_seq_length()
+        if isinstance(length, Tensor) and torch.compiler.is_compiling():
+            torch._assert_async(length == 0, f"a filled cache has other rows or heads: {AGAIN}")
+        elif int(length) or not self.is_compileable:
+            raise other_heads(self.keys, key_states)
+        self.lazy_initialization(key_states, value_states)
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what was made under ``torch.inference_mode()`` where it must be written outside of it."""
+        for name in ("keys", "values", "cumulative_length"):
+            x = getattr(self, name, None)
+            if isinstance(x, Tensor) and not may_be_written(x):
+                setattr(self, name, x.clone())
+                torch._dynamo.mark_static_address(getattr(self, name))
+
+    def _state(self) -> dict[str, Any]:
+        """Return the attributes without references to this process and without room to grow."""
+        state = {**self.__dict__, "known": None, "buffers": (None, None), "settled": self.is_as_left()}
+        if self.buffers[0] is not None:
+            state |= {"keys": self.keys.clone(), "values": self.values.clone()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.settled:
+            self.settle()
+
+    def __reduce_ex__(self, protocol: object) -> tuple:
+        state = self._state()
+        if self.writer is not None:
+            state["writer"] = fingerprint(self.writer)
+        made_here = "sparse_base" in vars(type(self))
+        return blank_layer, (self.sparse_base if made_here else type(self), made_here), state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseCacheLayer:
+        other = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.writer)] = self.writer  # the method is not part of the cache
+        other.__setstate__(copy.deepcopy(self._state(), memo))
+        return other
 
 
-def sparse_cache_layer(cache: Cache, layer_index: int) -> CacheLayerMixin:
-    """Return the layer of any cache, made if needed and retyped so that it also keeps compressed cells."""
+_OF_THE_TEMPLATE = ("__dict__", "__weakref__")
+_CLASSES: dict[type[CacheLayerMixin], type[CacheLayerMixin]] = {}
+
+
+def sparse_cache_class(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+    """Return the subclass of a cache layer class that also keeps compressed cells."""
+    if base not in _CLASSES:
+        name = f"Sparse{base.__name__}"
+        own = {key: value for key, value in vars(SparseCacheLayer).items() if key not in _OF_THE_TEMPLATE}
+        _CLASSES[base] = type(base)(name, (base,), {**own, "__qualname__": name, "sparse_base": base})
+    return _CLASSES[base]
+
+
+SparseDynamicLayer = sparse_cache_class(DynamicLayer)
+SparseStaticLayer = sparse_cache_class(StaticLayer)
+
+
+def blank_layer(cls: type[CacheLayerMixin], retype: bool) -> SparseCacheLayer:
+    """Return an empty layer for a pickle to fill: of ``cls``, or of its subclass that keeps cells."""
+    cls = sparse_cache_class(cls) if retype else cls
+    return cls.__new__(cls)
+
+
+def sparse_cache_layer(cache: Cache, layer_index: int) -> SparseCacheLayer:
+    """Return the layer of any cache, made if needed and retyped so that it also keeps compressed cells.
+
+    Raises:
+        CacheError: The layer keeps a sliding window only.
+    """
     maker = getattr(cache, "layer_class_to_replicate", None)
     while maker is not None and len(cache.layers) <= layer_index:
         cache.layers.append(maker())
     layer = cache.layers[layer_index]
     if not getattr(layer, "is_sparse", False):
+        if getattr(layer, "is_sliding", False):
+            raise CacheError(
+                f"a {type(layer).__name__} keeps the last tokens only, this model's layers read all of them: "
+                "make the cache without a config, or with this model's",
+                code="CA02",
+            )
         layer.__class__ = sparse_cache_class(type(layer))
     return layer
 
 
-def cached_length(layer: CacheLayerMixin) -> int | Tensor:
-    """Return how many tokens a layer holds: an int, or a tensor while compiling a static cache."""
-    length = layer.get_seq_length()
-    if not isinstance(length, Tensor):
-        return length
-    # A static layer hands out the very tensor that its update() changes.
-    return length.clone() if torch.compiler.is_compiling() else int(length)
+def held_tokens(
+    cached: tuple[Tensor, Tensor], offset: int | Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the cached keys and values ``[B, T, H, D]`` that a call may read, in the dtype of the new ones.
+
+    Args:
+        cached: What a cache handed out, ``[B, H, T, D]``.
+        offset: Tokens that were cached before the call.
+        k: ``[B, T, H, D]`` new keys.
+        v: ``[B, T, H, D]`` new values.
+
+    Raises:
+        CacheError: The layer holds another number of tokens than the first layer of the cache.
+    """
+    keys, values = (x.to(new.dtype).transpose(1, 2) for x, new in zip(cached, (k, v), strict=True))
+    if isinstance(offset, Tensor):
+        return keys, values
+    total = offset + k.shape[1]
+    if not torch.compiler.is_compiling() and keys.shape[1] < total:
+        raise CacheError(
+            f"a layer of the cache holds {keys.shape[1]} tokens where {total} are expected: every layer must "
+            f"hold all tokens of the text; {AGAIN}"
+        )
+    return keys[:, :total], values[:, :total]  # a static cache hands out its whole capacity
+
+
+def other_heads(held: Tensor, new: Tensor) -> CacheError:
+    """Return the error that says that keys ``[B, H, T, D]`` cannot follow those held."""
+    (rows, heads), (new_rows, new_heads) = held.shape[:2], new.shape[:2]
+    return CacheError(
+        f"the cache holds {rows} rows of {heads} key/value heads, the new tokens have {new_rows} rows of "
+        f"{new_heads}: {AGAIN}"
+    )
+
+
+def same_rows(left: tuple[int, ...] | None, starts: tuple[int, ...] | None, past: int | Tensor) -> bool:
+    """Return whether the rows of a cache begin where they began; a row without a token may begin anywhere."""
+    if left == starts or left == ():
+        return True
+    rows = len(left or starts)
+    left, starts = left or (0,) * rows, starts or (0,) * rows
+    return len(left) == len(starts) and all(
+        a == b or min(a, b) >= past for a, b in zip(left, starts, strict=True)
+    )
 
 
 def write_cells(
     layer: CacheLayerMixin, name: str, first: Tensor | int, cells: Tensor, capacity: int
 ) -> Tensor:
-    """Store cells and return the whole buffer.
+    """Store cells, in the dtype of the first ones, and return the whole buffer.
 
     Args:
         layer: A layer from :func:`sparse_cache_layer`.
@@ -112,50 +347,19 @@ def write_cells(
     if layer.cells is None:
         layer.cells = {}
     buffer = layer.cells.get(name)
-    if buffer is None or buffer.shape[2] < capacity:
+    if buffer is None or buffer.shape[2] < capacity or not may_be_written(buffer):
         size = capacity if layer.is_compileable else capacity + max(GROWTH // 16, capacity // 16)
-        grown = cells.new_zeros(batch, heads, size, dim)
+        grown = (cells if buffer is None else buffer).new_zeros(batch, heads, size, dim)
         if buffer is not None:
-            grown[:, :, : buffer.shape[2]] = buffer
+            grown[:, :, : buffer.shape[2]] = buffer.detach()[:, :, :size]
         buffer = layer.cells[name] = grown
     if count == 0:
         return buffer
+    cells = cells.detach().to(buffer.dtype)
     if isinstance(first, int):
-        buffer[:, :, first : first + count] = cells.detach().transpose(1, 2)
+        buffer[:, :, first : first + count] = cells.transpose(1, 2)
     else:
         slots = first[:, None] + torch.arange(count, device=cells.device)
         rows = torch.arange(batch, device=cells.device)[:, None]
-        buffer[rows, :, slots] = cells.detach()  # a compiled scatter_ would copy the whole buffer
+        buffer[rows, :, slots] = cells  # a compiled scatter_ would copy the whole buffer
     return buffer
-
-
-def may_write_in_place(keys: Tensor, values: Tensor) -> bool:
-    """Return whether no gradient and no compiler needs the cache as it was."""
-    tracked = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
-    return not tracked and not torch.compiler.is_compiling()
-
-
-def append_tokens(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Append ``new`` to ``held`` along dim 2, in place when ``held`` is the front of a buffer with room.
-
-    torch.cat copies the whole cache for every token; a buffer with slack copies it rarely. Beam reordering
-    and batch selection leave ``held`` outside the buffer, then a new buffer is made.
-
-    Returns:
-        The buffer and the part of it that is in use.
-    """
-    length = held.shape[2] if held.dim() == 4 else 0  # an empty DynamicLayer holds a 1-D tensor
-    total = length + new.shape[2]
-    fits = (
-        buffer is not None
-        and buffer.shape[2] >= total
-        and buffer.data_ptr() == held.data_ptr()
-        and buffer.stride() == held.stride()
-        and buffer.shape[:2] == held.shape[:2]
-    )
-    if not fits:
-        buffer = new.new_empty(*new.shape[:2], total + max(GROWTH, total // 64), new.shape[3])
-        if length:
-            buffer[:, :, :length] = held
-    buffer[:, :, length:total] = new
-    return buffer, buffer[:, :, :total]

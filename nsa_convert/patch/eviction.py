@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
+from nsa_convert.errors import CacheError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.cache_policy import CachePolicy, forget
 from nsa_convert.methods.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import (
-    GROWTH,
-    append_tokens,
-    may_write_in_place,
-    sparse_cache_class,
+    AGAIN,
+    SparseDynamicLayer,
+    held_tokens,
+    other_heads,
+    same_rows,
     sparse_cache_layer,
 )
+from nsa_convert.patch.cache_storage import GROWTH, append_tokens, may_write_in_place
+from nsa_convert.patch.cache_writer import writes_alike
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patterns import SequenceLayout
 
@@ -48,13 +53,43 @@ class Held:
         return Held(keys=change(self.keys), values=change(self.values), memory=memory)
 
 
-class EvictingLayer(sparse_cache_class(DynamicLayer)):
+class EvictingLayer(SparseDynamicLayer):
     """A dynamic cache layer that has forgotten tokens; its length is still what it has seen."""
 
     is_croppable = False
     seen = 0
     held: dict[int, Held] | None = None  # number of the method among the layer's -> what is left
     rooms: dict[int, tuple[Tensor, Tensor]] | None = None  # buffers of the parts that still only grow
+
+    def open(self, method: SparseMethod, starts: tuple[int, ...] | None, past: int | Tensor) -> None:
+        """See the base class; what was forgotten is gone, so that nothing can be repaired.
+
+        Raises:
+            CacheError: Another method than the one that forgot reads the layer, or it was changed since.
+        """
+        if self.seen and not (self.is_as_left() and writes_alike(self.writer, method)):
+            raise CacheError(
+                "this cache has forgotten tokens, and it was last written by a model with another method or "
+                f"other settings, was changed, or a call broke off: {AGAIN}"
+            )
+        if self.seen and not same_rows(self.starts, starts, past):
+            raise CacheError(
+                f"the padding of the rows differs from that of the call before, and this cache has forgotten "
+                f"tokens by it: {AGAIN}"
+            )
+        self.writer, self.starts = method, starts
+
+    def update(self, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Refuse tokens of a model that would read what was forgotten.
+
+        Raises:
+            CacheError: Always; see :meth:`append`.
+        """
+        raise CacheError(f"this cache has forgotten tokens that this model needs: {AGAIN}")
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append tokens of the heads that keep all, ``[B, h, T, D]``, and return all of them."""
+        return super().update(keys, values)
 
     def get_seq_length(self) -> int:
         """Return how many tokens the layer has seen, forgotten ones included."""
@@ -64,18 +99,20 @@ class EvictingLayer(sparse_cache_class(DynamicLayer)):
         """Refuse to go back: what was forgotten for the tokens to remove is gone.
 
         Raises:
-            NotImplementedError: Unless nothing has to be removed.
+            CacheError: Unless nothing has to be removed.
         """
         if tokens_to_remove and self.seen:
-            raise NotImplementedError(
+            raise CacheError(
                 "this cache has forgotten tokens and cannot be cropped: assisted decoding, prompt lookup and "
-                "contrastive search need a method that keeps its cache (streaming: cache=keep)"
+                "contrastive search need a method that keeps its cache (streaming: cache=keep)",
+                code="CA02",
             )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything; the layer serves any model again."""
         super().reset()
         self.seen, self.held, self.rooms = 0, None, None
+        self.__class__ = SparseDynamicLayer
 
     def offload(self) -> None:
         """Move to the CPU."""
@@ -87,22 +124,32 @@ class EvictingLayer(sparse_cache_class(DynamicLayer)):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        self._map(lambda x: x.repeat_interleave(repeats, 0))
+        self._map_rows(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        self._map(lambda x: x[indices])
+        self._map_rows(lambda x: x[indices.to(x.device)])
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._map(change)
+        self.starts = ()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        whole = self.is_as_left()
         if self.is_initialized and self.keys.dim() == 4:  # an empty DynamicLayer holds a 1-D tensor
             self.keys, self.values = change(self.keys), change(self.values)
-        self._map_cells(change)
+        self.cells = {name: change(x) for name, x in (self.cells or {}).items()}
         self.held = {i: held.map(change) for i, held in (self.held or {}).items()}
         self.rooms = None
+        if whole:
+            self.settle()
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "rooms": None}
 
 
 def forgets(method: SparseMethod) -> bool:
@@ -110,29 +157,72 @@ def forgets(method: SparseMethod) -> bool:
     return any(leaf.cache_policy() is not None for leaf in method.leaves())
 
 
-def evicting_cache_layer(cache: Cache, layer_index: int) -> EvictingLayer:
+def evicting_cache_layer(
+    cache: Cache, layer_index: int, method: SparseMethod, k: Tensor, context: SparseContext
+) -> EvictingLayer:
     """Return the layer of a dynamic cache, made if needed and retyped so that it can forget.
 
+    Where it holds tokens of another origin, the method forgets of them what it would have forgotten after
+    reading them in one call.
+
+    Args:
+        cache: A transformers cache.
+        layer_index: Layer of the model.
+        method: The layer's method.
+        k: ``[B, T, Hc, D]`` new keys.
+        context: Padding of the rows.
+
     Raises:
-        NotImplementedError: The cache is static, quantised or offloaded.
-        ValueError: Another model has filled it.
+        CacheError: The cache is static, quantised or offloaded; its tokens come from elsewhere and the method
+            decides by attention; or it has forgotten by other rules.
     """
     layer = sparse_cache_layer(cache, layer_index)
     if isinstance(layer, EvictingLayer):
+        layer.open(method, context.starts, layer.seen)
         return layer
-    if type(layer) is not sparse_cache_class(DynamicLayer) or getattr(cache, "offloading", False):
+    if type(layer) is not SparseDynamicLayer or getattr(cache, "offloading", False):
         kind = type(cache).__name__
-        raise NotImplementedError(
-            f"this model's layers forget tokens, which a {kind} of {type(layer).__bases__[0].__name__}s "
-            "cannot: use the default dynamic cache, or a method that keeps its cache (streaming: cache=keep)"
+        raise CacheError(
+            f"this model's layers forget tokens, which a {kind} of {layer.sparse_base.__name__}s cannot: use "
+            "the default dynamic cache, or a method that keeps its cache (streaming: cache=keep)",
+            code="CA02",
         )
-    if layer.get_seq_length():
-        raise ValueError(
-            "this cache was filled by a model that keeps all tokens; start with an empty cache, so that the "
-            "method sees what it decides about"
-        )
+    past = layer.get_seq_length()
+    layer.open(method, context.starts, past)
+    if past:
+        _take_over(method, layer, past, k, context)
     layer.__class__ = EvictingLayer
+    layer.seen = past
+    layer.settle()
     return layer
+
+
+def _take_over(
+    method: SparseMethod, layer: SparseDynamicLayer, past: int, k: Tensor, context: SparseContext
+) -> None:
+    """Move cached tokens to where the method's parts keep theirs, and forget what they give up."""
+    policies, heads = [leaf.cache_policy() for leaf in method.leaves()], method.cached_heads()
+    if any(policy is not None and policy.asks_attention for policy in policies):
+        raise CacheError(
+            "this cache was filled from elsewhere, and the method decides what to keep by the attention that "
+            f"tokens have received: {AGAIN}"
+        )
+    if layer.keys.shape[:2] != (k.shape[0], k.shape[2]):
+        raise other_heads(layer.keys, k.transpose(1, 2))
+    rows = _Rows.of(context, past, k.shape[0], 0)
+    tokens = layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
+    parts = {}
+    for i, (policy, own) in enumerate(zip(policies, heads, strict=True)):
+        if policy is not None:
+            mine = (select_heads(x, own) for x in tokens)
+            keys, values, memory = forget(policy, *mine, {}, list(rows.before), rows.stay(policy))
+            parts[i] = Held(keys=keys.transpose(1, 2), values=values.transpose(1, 2), memory=memory)
+    whole = list(whole_heads(method))
+    layer.held, layer.buffers = parts, (None, None)
+    if whole:
+        layer.keys, layer.values = layer.keys[:, whole], layer.values[:, whole]
+    else:
+        layer.keys, layer.values = layer.keys.new_empty(0), layer.values.new_empty(0)
 
 
 def recall(
@@ -149,13 +239,14 @@ def recall(
     """
     if not layer.is_initialized:
         layer.lazy_initialization(k, v)
+    layer.settled = False
     policies, heads = [leaf.cache_policy() for leaf in method.leaves()], method.cached_heads()
     rows = _Rows.of(context, layer.seen, k.shape[0], k.shape[1])
     place = whole_heads(method)
     whole: tuple[Tensor, Tensor] = (k, v)
     if place:
         new = (x[:, :, list(place)].transpose(1, 2) for x in (k, v))
-        whole = tuple(x.transpose(1, 2) for x in layer.update(*new))
+        whole = held_tokens(layer.append(*new), context.layout.offset, k, v)
     parts = []
     for i, (policy, own) in enumerate(zip(policies, heads, strict=True)):
         if policy is None:
@@ -193,8 +284,10 @@ def let_go(
         if policy is not None:
             held, stay = rows.held(policy), rows.stay(policy)
             k, v, memory = forget(policy, part.k, part.v, part.memory, held, stay)
-            layer.held[i] = Held(keys=k.transpose(1, 2), values=v.transpose(1, 2), memory=memory)
+            k, v = (x.transpose(1, 2).to(layer.keys.dtype) for x in (k, v))
+            layer.held[i] = Held(keys=k, values=v, memory=memory)
     layer.seen += new_tokens
+    layer.settle()
 
 
 def _append(layer: EvictingLayer, part: int, policy: CachePolicy, *new: Tensor) -> list[Tensor]:
@@ -202,13 +295,17 @@ def _append(layer: EvictingLayer, part: int, policy: CachePolicy, *new: Tensor) 
     held = (layer.held or {}).get(part)
     if held is None:
         return [x.transpose(1, 2) for x in new]
-    pairs, room = list(zip((held.keys, held.values), new, strict=True)), (layer.rooms or {}).pop(part, None)
+    dtypes = [x.dtype for x in new]
+    pairs = [(old, x.to(old.dtype)) for old, x in zip((held.keys, held.values), new, strict=True)]
+    room = (layer.rooms or {}).pop(part, None)
     later = layer.seen + new[0].shape[2] + GROWTH
-    if policy.size(later) < later or not may_write_in_place(*new):
-        return [torch.cat(pair, 2).transpose(1, 2) for pair in pairs]
-    grown = [append_tokens(b, *pair) for b, pair in zip(room or (None, None), pairs, strict=True)]
-    layer.rooms = {**(layer.rooms or {}), part: tuple(buffer for buffer, _ in grown)}
-    return [x.transpose(1, 2) for _, x in grown]
+    if policy.size(later) < later or not all(may_write_in_place(*pair) for pair in pairs):
+        grown = [torch.cat(pair, 2) for pair in pairs]
+    else:
+        appended = [append_tokens(b, *pair) for b, pair in zip(room or (None, None), pairs, strict=True)]
+        layer.rooms = {**(layer.rooms or {}), part: tuple(buffer for buffer, _ in appended)}
+        grown = [x for _, x in appended]
+    return [x.transpose(1, 2).to(dtype) for x, dtype in zip(grown, dtypes, strict=True)]
 
 
 def whole_heads(method: SparseMethod) -> dict[int, int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
+from nsa_convert.errors import CacheError
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.methods.base import Pool, SparseMethod
-from nsa_convert.patch.cache import write_cells
+from nsa_convert.patch.cache import AGAIN, STREAM, SparseCacheLayer, write_cells
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.rope import rotate, unrotate
 
@@ -23,7 +23,7 @@ def pool_sequence(method: SparseMethod, pool: Pool, source: Tensor, context: Spa
         context: Padding and packing of the sequence.
 
     Returns:
-        ``[B, C, H, D]``; cells of packed documents one after another.
+        ``[B, C, H, D]`` in the dtype of ``source``; cells of packed documents one after another.
     """
     grid = CellGrid(width=pool.width, stride=pool.stride)
     if context.layout.cu_seqlens is not None:
@@ -40,25 +40,27 @@ def pool_sequence(method: SparseMethod, pool: Pool, source: Tensor, context: Spa
 def grow_cells(
     method: SparseMethod,
     pool: Pool,
-    layer: CacheLayerMixin,
+    layer: SparseCacheLayer,
     source: Tensor,
     new_tokens: int,
     context: SparseContext,
 ) -> Tensor:
     """Compress the cells that the new tokens complete, store them, and return the buffer.
 
+    Where the layer has none of the cells, those of the cached tokens are compressed too.
+
     Args:
         method: Owner of the compressor.
         pool: Which cells.
-        layer: The retyped cache layer.
+        layer: The retyped cache layer, opened for the method.
         source: ``[B, TK, H, D]`` cached keys or values of the pool's heads, the new tokens included (the
             whole capacity while compiling a static cache).
         new_tokens: How many of them are new.
         context: Offset and padding.
 
     Returns:
-        ``[B, C, H, D]``. C may exceed the complete cells: a product reads a whole buffer where it lies, of a
-        part it makes a copy first. With gradients C is exact.
+        ``[B, C, H, D]`` in the dtype of ``source``. C may exceed the complete cells: a product reads a whole
+        buffer where it lies, of a part it makes a copy first. With gradients C is exact.
     """
     grid = CellGrid(width=pool.width, stride=pool.stride)
     past, start = context.layout.offset, context.layout.start
@@ -66,69 +68,94 @@ def grow_cells(
     if isinstance(past, Tensor) or (start is not None and context.starts is None):
         return _grow_compiled(method, pool, layer, source, new_tokens, context, grid, capacity)
     starts = context.starts or (0,)
-    held = [grid.count(past - s) for s in starts]
+    # The buffer holds values only: where gradients must reach the cells, all of them are made again.
+    tracked = torch.is_grad_enabled() and (
+        source.requires_grad or any(weight.requires_grad for weight in method.parameters())
+    )
+    covered = past if pool.name in (layer.cells or {}) and not tracked else 0
+    held = [grid.count(covered - s) for s in starts]
     done = [grid.count(past + new_tokens - s) for s in starts]
-    count = max(after - before for before, after in zip(held, done, strict=True))
     # A padded row that completes fewer cells than another one writes its tail early; it is rewritten later.
+    count = max(after - before for before, after in zip(held, done, strict=True))
     first: int | Tensor = held[0] if start is None else start.new_tensor(held)
-    room = max(capacity, max(before + count for before in held))
     cells = _compress(method, pool, source, first, count, start, context)
+    room = max(capacity, max(before + count for before in held))
     buffer = write_cells(
         layer, pool.name, first, cells, capacity if layer.is_compileable and start is None else room
     )
-    if cells.requires_grad:
-        # The buffer holds values only: join the new cells again so that gradients reach the compressor.
-        if start is not None and past > 0:
-            raise ValueError(
-                "training through a padded batch that continues a cache is not supported; "
-                "pass use_cache=False"
-            )
-        return torch.cat([buffer[:, :, : held[0]].transpose(1, 2), cells], dim=1)
-    return buffer.transpose(1, 2)
+    return cells if tracked else buffer.transpose(1, 2).to(source.dtype)
 
 
-def grow_stream(layer: CacheLayerMixin, name: str, new: Tensor, past: int | Tensor) -> Tensor:
+def grow_stream(layer: SparseCacheLayer, name: str, new: Tensor, past: int | Tensor) -> Tensor:
     """Append per-token vectors to the cache and return all of them.
 
     Args:
-        layer: The retyped cache layer.
+        layer: The retyped cache layer, opened for the method.
         name: Name of the stream.
         new: ``[B, T, h, d]`` vectors of the new tokens.
         past: Slot of the first new token.
 
     Returns:
-        ``[B, past + T, h, d]``; the whole capacity while compiling a static cache.
+        ``[B, past + T, h, d]`` in the dtype of ``new``; the whole capacity while compiling a static cache.
+
+    Raises:
+        CacheError: The layer has no such vectors of the tokens it holds.
     """
-    name, count = f"stream {name}", new.shape[1]
+    held = (layer.cells or {}).get(f"{STREAM}{name}")
+    if held is None:
+        _refuse_missing(name, past)
+    name, count = f"{STREAM}{name}", new.shape[1]
     if isinstance(past, Tensor):
         buffer = write_cells(layer, name, past.expand(new.shape[0]), new, layer.get_max_length())
-        return buffer.transpose(1, 2)
+        return buffer.transpose(1, 2).to(new.dtype)
+    if new.requires_grad or (held is not None and held.requires_grad and torch.is_grad_enabled()):
+        # As keys and values: the past with its graph, so that gradients reach earlier calls.
+        whole = new.transpose(1, 2)
+        whole = whole if held is None else torch.cat([held[:, :, :past], whole.to(held.dtype)], 2)
+        layer.cells = {**(layer.cells or {}), name: whole}
+        return whole.transpose(1, 2).to(new.dtype)
     capacity = layer.get_max_length() if layer.is_compileable else past + count
     buffer = write_cells(layer, name, past, new, capacity)
-    if new.requires_grad:  # the buffer holds values only
-        return torch.cat([buffer[:, :, :past].transpose(1, 2), new], 1)
-    return buffer[:, :, : past + count].transpose(1, 2)
+    return buffer[:, :, : past + count].transpose(1, 2).to(new.dtype)
+
+
+def _refuse_missing(name: str, past: int | Tensor) -> None:
+    """Refuse to go on where tokens are cached whose vectors are not."""
+    said = (
+        f"cached tokens come without their '{name}' vectors, which keys and values do not tell: the cache "
+        "comes from pairs of them, from another model or other settings, or its keys were changed; "
+        f"{AGAIN}"
+    )
+    if isinstance(past, Tensor) and torch.compiler.is_compiling():
+        torch._assert_async(past == 0, said)
+    elif int(past):
+        raise CacheError(said)
 
 
 def _grow_compiled(
     method: SparseMethod,
     pool: Pool,
-    layer: CacheLayerMixin,
+    layer: SparseCacheLayer,
     source: Tensor,
     new_tokens: int,
     context: SparseContext,
     grid: CellGrid,
     capacity: int,
 ) -> Tensor:
-    """Write the last cells that can have been completed, whether or not they were: shapes stay fixed."""
+    """Write the last cells that can have been completed, whether or not they were: shapes stay fixed.
+
+    Where the layer has none of the cells, that is all of them.
+    """
     past, start = context.layout.offset, context.layout.start
-    count = min(-(-new_tokens // grid.stride), capacity)
+    fresh = not isinstance(past, Tensor) and past == 0
+    known = fresh or pool.name in (layer.cells or {})
+    count = min(-(-new_tokens // grid.stride), capacity) if known else capacity
     length = torch.as_tensor(past + new_tokens, device=source.device).expand(source.shape[0])
     length = length if start is None else length - start
     first = (grid.complete(length) - count).clamp(min=0)  # [B]
     start = torch.zeros_like(first) if start is None else start
     cells = _compress(method, pool, source, first, count, start, context)
-    return write_cells(layer, pool.name, first, cells, capacity).transpose(1, 2)
+    return write_cells(layer, pool.name, first, cells, capacity).transpose(1, 2).to(source.dtype)
 
 
 def _compress(
@@ -146,7 +173,7 @@ def _compress(
         return source.new_zeros(batch, 0, heads, dim)
     windows = _windows(source, pool, first, count, start)
     if pool.source == "value" or pool.rope == "after":
-        return method.compress(pool.name, windows)
+        return method.compress(pool.name, windows).to(source.dtype)
     cell = torch.arange(count, device=source.device)
     begin = (cell + (first if isinstance(first, int) else first[:, None])).reshape(
         -1, count
@@ -155,7 +182,7 @@ def _compress(
     plain = unrotate(windows.flatten(1, 2), *_angles(context, windows, token.flatten(1))).unflatten(
         1, (count, pool.width)
     )
-    return rotate(method.compress(pool.name, plain), *_angles(context, windows, begin))
+    return rotate(method.compress(pool.name, plain), *_angles(context, windows, begin)).to(source.dtype)
 
 
 def _angles(context: SparseContext, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
