@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -212,7 +213,10 @@ class SparseHeadMixin(SparsePreTrainedMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         # Trainers put forwards of their own on an instance: TRL's fused head, Liger's loss, casts.
         if name == "forward":
-            value = self._teaching(value)
+            taught = self._teaching(value)
+            value = types.MethodType(
+                functools.wraps(taught)(lambda _, *args, **kwargs: taught(*args, **kwargs)), self
+            )
         super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -90,15 +90,15 @@ def captured_over_oracle(model: torch.nn.Module, budget: int) -> float:
 @contextlib.contextmanager
 def losses_of_passes() -> Iterator[list[tuple[float, float]]]:
     """Collect the loss of every training pass, and the auxiliary part in it; logs are rounded."""
-    found, total = [], TrainingPass.total
+    found, join = [], TrainingPass.join
 
-    def watched(self: TrainingPass, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, extra = total(self, *args)
-        found.append((loss.item(), extra.item()))
-        return loss, extra
+    def watched(self: TrainingPass, out: Any) -> Any:
+        out = join(self, out)
+        found.append((out.loss.item(), out.aux_loss.item()))
+        return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingPass, "total", watched)
+        patch.setattr(TrainingPass, "join", watched)
         yield found
 
 
