@@ -74,6 +74,69 @@ def _packed(layout: SequenceLayout, num_queries: int) -> Iterator[Segment]:
             )
 
 
+ROW_BYTES = 1 << 24
+"""What a tile of all rows of a batch may hold for its mask, at most; a larger batch is taken apart."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of a batch whose queries are in the same slots, each row with its own padding.
+
+    Attributes:
+        rows: ``(begin, end)`` of the batch rows.
+        starts: ``[rows]`` int64 first real slot of each row, or None where none is padded.
+        least: Smallest of them.
+        most: Largest of them.
+    """
+
+    rows: tuple[int, int]
+    starts: Tensor | None
+    least: int
+    most: int
+
+    def hide_padding(self, visible: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what is visible of it without the padding, and which queries see a key.
+
+        Args:
+            visible: bool ``[1, W, L]`` of a row without padding.
+            keys: ``[L]`` slots of the keys.
+
+        Returns:
+            bool ``[rows or 1, W, L]``, and bool ``[rows, W]`` or None where no row is padded.
+        """
+        if self.starts is None:
+            return visible, None
+        visible = visible & (keys >= self.starts[:, None, None])
+        return visible, visible.any(-1)
+
+
+def row_groups(layout: SequenceLayout, batch: int, row_bytes: int) -> list[Rows]:
+    """Return the rows of a batch that is not packed, as many together as fit in memory.
+
+    Args:
+        layout: Padding.
+        batch: B.
+        row_bytes: What a tile of one row takes.
+    """
+    step = max(1, ROW_BYTES // max(1, row_bytes))
+    if layout.start is None:
+        return [
+            Rows(rows=(i, min(i + step, batch)), starts=None, least=0, most=0) for i in range(0, batch, step)
+        ]
+    starts, groups = layout.start.tolist(), []
+    for i in range(0, batch, step):
+        part = starts[i : i + step]
+        groups.append(
+            Rows(
+                rows=(i, i + len(part)),
+                starts=layout.start[i : i + step] if any(part) else None,
+                least=min(part),
+                most=max(part),
+            )
+        )
+    return groups
+
+
 def is_decode(layout: SequenceLayout, q: Tensor, *others: Tensor | None) -> bool:
     """Return whether a call takes the decode path: few queries on a cache, and no gradient wanted."""
     if layout.cu_seqlens is not None:

@@ -23,22 +23,23 @@ SCORE_BYTES = 1 << 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """``n`` neighbouring tiles of ``width`` queries of one row and one key head.
+    """``n`` tiles of ``width`` queries of one key head: neighbours in one row, or the same tile of many rows.
 
     Attributes:
-        row: Batch row.
+        rows: ``(begin, end)`` of the batch rows; where there are several, ``count`` is 1.
         head: Key/value head.
         heads: ``(begin, end)`` of the query heads that read it.
-        begin: Slot of the first query; tile i holds the queries ``begin + i * width ...``.
-        count: n.
+        begin: Slot of the first query; tile i of a row holds the queries ``begin + i * width ...``.
+        count: Tiles of each row; n is this times the number of rows.
         width: Queries in a tile.
-        keys: ``(begin, end)`` slots that every tile reads, or ``[n, L]`` slots, one list for each tile.
+        keys: ``(begin, end)`` slots that every tile reads, or ``[n, L]`` slots, one list for each tile of the
+            one row.
         visible: bool ``[n or 1, width, L - free]``, or None when every query sees every listed key.
         alive: bool ``[n or 1, width]``, queries that see a key of ``visible``; None when all do.
         free: Leading listed keys that every query sees; ``visible`` is about those after them.
     """
 
-    row: int
+    rows: tuple[int, int]
     head: int
     heads: tuple[int, int]
     begin: int
@@ -49,34 +50,42 @@ class Tiles:
     alive: Tensor | None = None
     free: int = 0
 
+    @property
+    def total(self) -> int:
+        """Tiles of all rows."""
+        return self.count * (self.rows[1] - self.rows[0])
+
     def queries(self, x: Tensor) -> Tensor:
         """Return the view ``[n, width, g, ...]`` of a tensor ``[B, TQ, HQ, ...]``."""
-        part = x[self.row, self.begin : self.begin + self.count * self.width, slice(*self.heads)]
-        return part.unflatten(0, (self.count, self.width))
+        part = x[slice(*self.rows), self.begin : self.begin + self.count * self.width, slice(*self.heads)]
+        return part.unflatten(1, (self.count, self.width)).flatten(0, 1)
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the listed rows ``[n or 1, L, ...]`` of a tensor ``[B, TK, H, ...]``."""
-        source = x[self.row, :, self.head]
+        source = x[slice(*self.rows), :, self.head]
         if isinstance(self.keys, tuple):
-            return source[self.keys[0] : self.keys[1]][None]
-        return source.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape)
+            return source[:, self.keys[0] : self.keys[1]]
+        return source[0].index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape)
 
     def scatter_add(self, x: Tensor, values: Tensor) -> None:
         """Add ``[n, L, ...]`` to the listed rows of ``[B, TK, H, ...]``."""
-        target = x[self.row, :, self.head]
+        target = x[slice(*self.rows), :, self.head]
         if isinstance(self.keys, tuple):
-            target[self.keys[0] : self.keys[1]] += values.sum(0)
+            target[:, self.keys[0] : self.keys[1]] += values.unflatten(0, (-1, self.count)).sum(1)
         else:
-            target.index_add_(0, self.keys.flatten(), values.flatten(0, 1))
+            target[0].index_add_(0, self.keys.flatten(), values.flatten(0, 1))
 
-    def parts(self, count: int) -> Iterator[Tiles]:
-        """Yield the same tiles, at most ``count`` at a time."""
-        for i in range(0, self.count, count):
-            n = min(count, self.count - i)
+    def parts(self, most: int) -> Iterator[Tiles]:
+        """Yield the same tiles, at most ``most`` at a time."""
+        first, last = self.rows
+        for i in range(0, self.total, most):
+            n = min(most, self.total - i)
+            one = last - first == 1
             yield dataclasses.replace(
                 self,
-                begin=self.begin + i * self.width,
-                count=n,
+                rows=self.rows if one else (first + i, first + i + n),
+                begin=self.begin + i * self.width if one else self.begin,
+                count=n if one else 1,
                 keys=self.keys if isinstance(self.keys, tuple) else self.keys[i : i + n],
                 visible=_rows(self.visible, i, n),
                 alive=_rows(self.alive, i, n),
@@ -198,7 +207,13 @@ def split_non_finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
 
 
 def backward_tiles(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, do: Tensor, dlse: Tensor, tiles: Iterator[Tiles],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    tiles: Iterator[Tiles],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v; scores are computed again from lse, in float32 or float64."""
@@ -221,7 +236,7 @@ def tile_grads(
     dq, dk, dv = grads
     # [n, W * g, ...]
     q, do, lse, dlse = (t.queries(inputs[i]).to(dq.dtype).flatten(1, 2) for i in (0, 3, 4, 5))
-    k, v = (t.gather(inputs[i]).to(dq.dtype).expand(t.count, -1, -1) for i in (1, 2))  # [n, L, D]
+    k, v = (t.gather(inputs[i]).to(dq.dtype).expand(t.total, -1, -1) for i in (1, 2))  # [n, L, D]
     p = torch.bmm(q, k.mT).mul_(scale)
     p.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp_()
     if t.visible is not None:

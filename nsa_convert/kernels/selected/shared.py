@@ -63,7 +63,7 @@ def _tiles(lists: Lists, begin: int, positions: Tensor, blocks: Tensor, free: in
     masked = keys[:, None, free:]
     visible = (masked <= positions[..., None]) & (masked < segment.num_keys)
     return Tiles(
-        row=segment.row,
+        rows=(segment.row, segment.row + 1),
         head=0,
         heads=(0, 0),
         begin=segment.queries[0] + begin,

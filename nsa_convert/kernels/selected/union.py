@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.dense.causal import attend_causal
+from nsa_convert.kernels.dense.causal import plan_causal
 from nsa_convert.kernels.dense.segments import Segment, segments
-from nsa_convert.kernels.dense.tiles import Tiles, attend_tiles
+from nsa_convert.kernels.dense.tiles import TilePlan, Tiles, attend_tiles
 from nsa_convert.kernels.selected.lists import CHUNK_BYTES, Lists, batches, runs, segment_lists
 from nsa_convert.kernels.selected.shared import shared_tiles, tile_width
 from nsa_convert.patterns import BlockSelection, SequenceLayout, query_tiles
@@ -32,10 +32,15 @@ def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockSelection, layout: SequenceLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``(o [B, TQ, HQ, D], lse [B, TQ, HQ])``; time and memory O(T * S * block_size)."""
+    return attend_tiles(q, k, v, plan_blocks(q, k, pattern, layout), scale)
+
+
+def plan_blocks(q: Tensor, k: Tensor, pattern: BlockSelection, layout: SequenceLayout) -> TilePlan:
+    """Return the tiles of listed blocks for ``q [B, TQ, HQ, D]`` and ``k [B, TK, H, D]``."""
     parts = list(segments(layout, q.shape[0], q.shape[1], k.shape[1]))
     tiles = query_tiles(q.shape[1], pattern.query_block, layout, q.device)
     if _lists_everything(pattern, tiles, parts):
-        return attend_causal(q, k, v, layout, scale)
+        return plan_causal(q, k, layout)
     num_heads, num_lists = q.shape[2], pattern.block_indices.shape[1]
     group = num_heads // k.shape[2]
     readers = group if num_lists <= k.shape[2] else 1  # query heads that share a list and a key head
@@ -53,7 +58,7 @@ def attend_blocks(
                     for x in heads:
                         yield dataclasses.replace(chunk, head=x // group, heads=(x, x + readers))
 
-    return attend_tiles(q, k, v, plan, scale)
+    return plan
 
 
 def _lists_everything(pattern: BlockSelection, tiles: Tensor, parts: list[Segment]) -> bool:
@@ -130,7 +135,7 @@ def _tiles(lists: Lists, begin: int, position: Tensor, blocks: Tensor, member: T
     if segment.offset + segment.num_queries > segment.num_keys:
         visible &= keys[:, None] < segment.num_keys
     return Tiles(
-        row=segment.row,
+        rows=(segment.row, segment.row + 1),
         head=0,
         heads=(0, 0),
         begin=segment.queries[0] + begin,

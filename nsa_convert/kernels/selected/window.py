@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.dense.segments import Segment, segments
-from nsa_convert.kernels.dense.tiles import Tiles, attend_tiles
+from nsa_convert.kernels.dense.segments import Segment, row_groups, segments
+from nsa_convert.kernels.dense.tiles import TilePlan, Tiles, attend_tiles
 from nsa_convert.patterns import SequenceLayout, SinkWindow
 
 CHUNK_BYTES = 1 << 23
@@ -19,9 +19,17 @@ def attend_window(
     q: Tensor, k: Tensor, v: Tensor, pattern: SinkWindow, layout: SequenceLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``(o [B, TQ, HQ, D], lse [B, TQ, HQ])``; time and memory O(T * window_size)."""
-    parts = list(segments(layout, q.shape[0], q.shape[1], k.shape[1]))
+    return attend_tiles(q, k, v, plan_window(q, k, pattern, layout), scale)
+
+
+def plan_window(q: Tensor, k: Tensor, pattern: SinkWindow, layout: SequenceLayout) -> TilePlan:
+    """Return the tiles of a window for ``q [B, TQ, HQ, D]`` and ``k [B, TK, H, D]``."""
     group = q.shape[2] // k.shape[2]
     width = max(16, min(256, pattern.window_size // 4))
+    one_run = pattern.num_sinks == 0 or k.shape[1] <= pattern.budget + width
+    if layout.cu_seqlens is None and q.shape[0] > 1 and one_run:
+        return lambda: _batch_tiles(q, k, pattern, layout, width)
+    parts = list(segments(layout, q.shape[0], q.shape[1], k.shape[1]))
 
     def plan() -> Iterator[Tiles]:
         for segment in parts:
@@ -30,7 +38,7 @@ def attend_window(
                 inside = segment.offset + begin - segment.queries[0] + count * size <= segment.num_keys
                 for head in range(k.shape[2]):
                     yield Tiles(
-                        row=segment.row,
+                        rows=(segment.row, segment.row + 1),
                         head=head,
                         heads=(head * group, (head + 1) * group),
                         begin=begin,
@@ -41,7 +49,44 @@ def attend_window(
                         alive=None if inside else visible.any(-1),
                     )
 
-    return attend_tiles(q, k, v, plan, scale)
+    return plan
+
+
+def _batch_tiles(
+    q: Tensor, k: Tensor, pattern: SinkWindow, layout: SequenceLayout, width: int
+) -> Iterator[Tiles]:
+    """Yield tiles of all rows at once: what a batch costs in calls does not grow with its rows."""
+    offset, num_queries, num_keys = int(layout.offset), q.shape[1], k.shape[1]
+    group = q.shape[2] // k.shape[2]
+    band = min(num_keys, pattern.budget + width)
+    for part in row_groups(layout, q.shape[0], width * band * (1 + q.element_size())):
+        for begin in range(max(0, part.least - offset), num_queries, width):
+            size = min(width, num_queries - begin)
+            first, end = offset + begin, min(num_keys, offset + begin + size)
+            oldest = part.least if pattern.num_sinks else max(part.least, first - pattern.window_size + 1)
+            if end <= oldest:
+                continue
+            position = torch.arange(first, first + size, device=q.device)[:, None]
+            keys = torch.arange(oldest, end, device=q.device)
+            visible = ((keys <= position) & (keys > position - pattern.window_size))[None]
+            if pattern.num_sinks:
+                starts = keys.new_full((1,), part.least) if part.starts is None else part.starts
+                visible = visible | (keys <= position) & (keys < starts[:, None, None] + pattern.num_sinks)
+            visible, alive = part.hide_padding(visible, keys)
+            if alive is None and first + size > num_keys:
+                alive = visible.any(-1)
+            for head in range(k.shape[2]):
+                yield Tiles(
+                    rows=part.rows,
+                    head=head,
+                    heads=(head * group, (head + 1) * group),
+                    begin=begin,
+                    count=1,
+                    width=size,
+                    keys=(oldest, end),
+                    visible=visible,
+                    alive=alive,
+                )
 
 
 def _runs(segment: Segment, width: int, pattern: SinkWindow, k: Tensor) -> Iterator[tuple[int, int, int]]:
