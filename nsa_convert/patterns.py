@@ -83,11 +83,16 @@ class SequenceLayout:
                 yield begin, end
 
     def longest(self, num_keys: int) -> int:
-        """Return an upper bound on the keys any query can see; reads the device once if it must."""
+        """Return an upper bound on the keys any query can see.
+
+        It reads the device once if it must; a graph that is being compiled takes the bound of one document.
+        """
         if self.cu_seqlens is None:
             return num_keys
         if self.max_seqlen is not None:
             return self.max_seqlen
+        if torch.compiler.is_compiling():
+            return num_keys
         return int(self.cu_seqlens.diff().max()) if self.cu_seqlens.numel() > 1 else 0
 
     def visible(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:

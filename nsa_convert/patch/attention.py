@@ -82,7 +82,7 @@ class SparseAttention(nn.Module):
             raise NotImplementedError(
                 "attention dropout is not supported by sparse layers; set attention_dropout to 0"
             )
-        if sparse_context.right_padded and not self.sparse.chooses_causally():
+        if not self.sparse.chooses_causally() and sparse_context.right_padded:
             raise ConfigError(
                 "a prompt of this batch ends before the others: the tokens that pad it would choose keys for "
                 "its own last ones",

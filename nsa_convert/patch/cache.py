@@ -261,6 +261,14 @@ def blank_layer(cls: type[CacheLayerMixin], retype: bool) -> SparseCacheLayer:
     return cls.__new__(cls)
 
 
+def _class_for_graph(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+    """Return :func:`sparse_cache_class`, which a graph calls while it is traced: it can make no class."""
+    return sparse_cache_class(base)
+
+
+_class_for_graph._dynamo_marked_constant = True
+
+
 def sparse_cache_layer(cache: Cache, layer_index: int) -> SparseCacheLayer:
     """Return the layer of any cache, made if needed and retyped so that it also keeps compressed cells.
 
@@ -278,7 +286,14 @@ def sparse_cache_layer(cache: Cache, layer_index: int) -> SparseCacheLayer:
                 "make the cache without a config, or with this model's",
                 code="CA02",
             )
-        layer.__class__ = sparse_cache_class(type(layer))
+        if torch.compiler.is_compiling():  # a graph cannot retype an object: another one takes its place
+            cls = _class_for_graph(type(layer))
+            held, layer = layer, cls.__new__(cls)
+            for name, value in vars(held).items():
+                setattr(layer, name, value)
+            cache.layers[layer_index] = layer
+        else:
+            layer.__class__ = sparse_cache_class(type(layer))
     return layer
 
 

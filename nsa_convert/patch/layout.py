@@ -13,6 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.patch.collectives import tokens_before
+from nsa_convert.patch.documents import (
+    Padding,
+    document_bounds,
+    hinted_bounds,
+    read_numbers,
+    read_padding,
+)  # fmt: skip
 from nsa_convert.patch.training_pass import TrainingPass
 from nsa_convert.patterns import SequenceLayout
 
@@ -30,7 +37,7 @@ class SparseContext:
         layout: Position of the queries, padding and packing.
         starts: The left padding of each row as integers; None when no row is padded, or while a compiled
             graph must not read it.
-        right_padded: Whether some row ends before the others, where that is known.
+        right_padded: Whether some row ends before the others; a 0-dim tensor in a compiled graph.
         rotary: The model's rotary embedding, to place compressed keys.
         shared: Selections of this forward pass, for layers that reuse them.
         training: What a training step asks of the layers, and where their losses go; None elsewhere.
@@ -41,7 +48,7 @@ class SparseContext:
     rotary: nn.Module
     training: TrainingPass | None = None
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    right_padded: bool = False
+    right_padded: bool | Tensor = False
 
 
 def read_context(
@@ -75,18 +82,20 @@ def read_context(
     """
     batch, length = tokens.shape[:2]
     _refuse_unsupported(attention_mask, hints)
-    right_padded = False
-    documents = _documents(batch, length, attention_mask, position_ids, past, has_cache, hints, tokens.device)
-    if documents is not None:
-        layout, starts = documents, None
-    else:
-        start, starts, right_padded = _padding(attention_mask, past, length, tokens.device)
-        layout = SequenceLayout(offset=past, start=start)
+    if length == 0:
+        raise ValueError(f"the input of shape {tuple(tokens.shape)} holds no tokens: a call needs at least one")
+    device, padding = tokens.device, Padding()
+    positions = None if position_ids is None else _rows(position_ids, batch, length).to(device)
+    layout = _documents(batch, length, attention_mask, positions, past, has_cache, hints, device)
+    if layout is None:
+        numbers = None if attention_mask is None else read_numbers(attention_mask, past, length, device)
+        padding = read_padding(numbers, positions if has_cache else None, past, length)
+        layout = SequenceLayout(offset=past, start=padding.start)
     if position_ids is None:
-        total = batch * length if documents is not None else length
-        positions = layout.positions(total, tokens.device) - layout.row_starts(total, tokens.device)
-        position_ids = positions.clamp(min=0).reshape(-1, length)
-    context = SparseContext(layout=layout, starts=starts, rotary=rotary, right_padded=right_padded)
+        total = length if layout.cu_seqlens is None else batch * length
+        counted = layout.positions(total, device) - layout.row_starts(total, device)
+        position_ids = counted.clamp(min=0).reshape(-1, length)
+    context = SparseContext(layout=layout, starts=padding.starts, rotary=rotary, right_padded=padding.right)
     return context, position_ids
 
 
@@ -127,94 +136,41 @@ def _refuse_unsupported(attention_mask: Any, hints: Mapping[str, Any]) -> None:
         )
 
 
-def _padding(
-    mask: Tensor | None, past: int | Tensor, length: int, device: torch.device
-) -> tuple[Tensor | None, tuple[int, ...] | None, bool]:
-    """Return the first real slot of each row, as a tensor and as integers, and whether a row ends early.
-
-    The first two are None where no row is padded on the left.
-    """
-    if mask is None:
-        return None, None, False
-    real = mask.to(device).bool()
-    if torch.compiler.is_compiling():
-        return real.int().argmax(-1), None, False
-    total = int(past) + length
-    if real.shape[1] < total:
+def _rows(position_ids: Tensor, batch: int, length: int) -> Tensor:
+    """Return positions as ``[B, T]``."""
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
         raise ValueError(
-            f"attention_mask covers {real.shape[1]} tokens, but the cache and input hold {total}"
+            f"position_ids must be [{batch} or 1, {length}] as the input, got {tuple(position_ids.shape)}"
         )
-    real = real[:, :total]
-    if bool(real.all()):
-        return None, None, False
-    start = torch.where(real.any(-1), real.int().argmax(-1), total)
-    count = real.sum(-1)
-    slots = torch.arange(total, device=device)
-    one_run = (slots >= start[:, None]) & (slots < (start + count)[:, None])
-    if not torch.equal(one_run, real):
-        raise ValueError(
-            "attention_mask has a hole: the real tokens of a row must be consecutive (padding on the left or "
-            "on the right). A right-padded batch cannot continue with its cache; generate() guesses a mask "
-            "when a prompt contains the pad token and none is given: pass attention_mask"
-        )
-    starts = tuple(start.tolist())
-    right_padded = not bool(real[:, -1].all())
-    return (start, starts, right_padded) if any(starts) else (None, None, right_padded)
+    return position_ids.expand(batch, -1)
 
 
 def _documents(
     batch: int,
     length: int,
     mask: Tensor | None,
-    position_ids: Tensor | None,
+    positions: Tensor | None,
     past: int | Tensor,
     has_cache: bool,
     hints: Mapping[str, Any],
     device: torch.device,
 ) -> SequenceLayout | None:
     """Return the layout of packed documents over the flattened batch, or None when nothing is packed."""
-    if torch.compiler.is_compiling() and has_cache:
-        return None
     bounds = hints.get("cu_seq_lens_q")
+    if has_cache:
+        if bounds is not None:
+            raise ValueError("packed documents cannot fill and cannot continue a cache; pass no past_key_values")
+        return None
+    if torch.compiler.is_compiling() and bounds is None and positions is None:
+        return None  # a mask alone is one of padding: reading it as documents would take the rows apart
+    numbers = None if mask is None else read_numbers(mask, past, length, device)
+    if bounds is not None:
+        bounds = bounds.to(device=device, dtype=torch.long)
+        return hinted_bounds(bounds, hints.get("max_length_q"), positions, numbers, batch * length)
+    if numbers is None and positions is None:
+        return None
+    bounds = document_bounds(numbers, positions)
     if bounds is None:
-        bounds = _restarts(batch, length, mask, position_ids, past, device)
-    if bounds is None:
         return None
-    if has_cache and not isinstance(past, Tensor) and past > 0:
-        raise ValueError("packed documents cannot continue a cache; pass use_cache=False")
-    bounds = bounds.to(device=device, dtype=torch.long)
-    if bounds.numel() < 2 or bounds[0] != 0 or bounds[-1] != batch * length or (bounds.diff() < 0).any():
-        raise ValueError(
-            f"cu_seq_lens_q must rise from 0 to the {batch * length} tokens of the batch, "
-            f"got {bounds.tolist()}"
-        )
-    longest = hints.get("max_length_q")
-    return SequenceLayout(
-        cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()) if longest is None else int(longest)
-    )
-
-
-def _restarts(
-    batch: int,
-    length: int,
-    mask: Tensor | None,
-    position_ids: Tensor | None,
-    past: int | Tensor,
-    device: torch.device,
-) -> Tensor | None:
-    """Return document boundaries where position_ids restart at 0, or None when they never do."""
-    if position_ids is None or isinstance(past, Tensor) or past > 0:
-        return None
-    if mask is not None and not bool(mask.to(device).bool().all()):
-        return None  # a padded batch: its positions follow the mask
-    positions = position_ids.expand(batch, -1)
-    jumps = positions[:, 1:] - positions[:, :-1] != 1
-    if bool((positions[:, 0] != 0).any()) or bool((positions[:, 1:][jumps] != 0).any()):
-        raise ValueError(
-            "position_ids must count up from 0 and may only restart at 0 (a packed document); a shard of a "
-            "longer sequence (context parallelism) is not supported by sparse attention layers"
-        )
-    if not bool(jumps.any()):
-        return None
-    begins = torch.cat([torch.ones_like(jumps[:, :1]), jumps], dim=1).flatten().nonzero()[:, 0]
-    return torch.cat([begins, begins.new_tensor([batch * length])])
+    longest = None if torch.compiler.is_compiling() else int(bounds.diff().max())
+    return SequenceLayout(cu_seqlens=bounds, max_seqlen=longest)

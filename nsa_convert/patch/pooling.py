@@ -26,6 +26,8 @@ def pool_sequence(method: SparseMethod, pool: Pool, source: Tensor, context: Spa
         ``[B, C, H, D]`` in the dtype of ``source``; cells of packed documents one after another.
     """
     grid = CellGrid(width=pool.width, stride=pool.stride)
+    if context.layout.cu_seqlens is not None and torch.compiler.is_compiling():
+        return _pool_packed(method, pool, source, context, grid)
     if context.layout.cu_seqlens is not None:
         alone = [source[:, begin:end] for begin, end in context.layout.documents()]
         parts = [_compress(method, pool, part, 0, grid.count(part.shape[1]), None, context) for part in alone]
@@ -172,17 +174,38 @@ def _compress(
     if count == 0:
         return source.new_zeros(batch, 0, heads, dim)
     windows = _windows(source, pool, first, count, start)
-    if pool.source == "value" or pool.rope == "after":
-        return method.compress(pool.name, windows).to(source.dtype)
     cell = torch.arange(count, device=source.device)
-    begin = (cell + (first if isinstance(first, int) else first[:, None])).reshape(
-        -1, count
-    ) * pool.stride  # [B or 1, N]
-    token = begin[..., None] + torch.arange(pool.width, device=source.device)
+    begin = (cell + (first if isinstance(first, int) else first[:, None])).reshape(-1, count) * pool.stride
+    return _compress_windows(method, pool, windows, begin, context)
+
+
+def _pool_packed(
+    method: SparseMethod, pool: Pool, source: Tensor, context: SparseContext, grid: CellGrid
+) -> Tensor:
+    """Compress the cells of packed documents where a graph must not know how many each has.
+
+    No documents have more cells than one of all their tokens; those that are too many are seen by no query.
+    """
+    count = grid.count(source.shape[1])
+    if count == 0:
+        return source.new_zeros(1, 0, *source.shape[2:])
+    slot, place = grid.packed_cells(context.layout, count)
+    token = slot[:, None] + torch.arange(pool.width, device=source.device)
+    windows = source[:, token.clamp(max=source.shape[1] - 1)]
+    return _compress_windows(method, pool, windows, place[None], context)
+
+
+def _compress_windows(
+    method: SparseMethod, pool: Pool, windows: Tensor, begin: Tensor, context: SparseContext
+) -> Tensor:
+    """Compress ``windows [B, N, l, H, D]`` whose first tokens have the positions ``begin [B or 1, N]``."""
+    if pool.source == "value" or pool.rope == "after":
+        return method.compress(pool.name, windows).to(windows.dtype)
+    token = begin[..., None] + torch.arange(pool.width, device=windows.device)
     plain = unrotate(windows.flatten(1, 2), *_angles(context, windows, token.flatten(1))).unflatten(
-        1, (count, pool.width)
+        1, windows.shape[1:3]
     )
-    return rotate(method.compress(pool.name, plain), *_angles(context, windows, begin)).to(source.dtype)
+    return rotate(method.compress(pool.name, plain), *_angles(context, windows, begin)).to(windows.dtype)
 
 
 def _angles(context: SparseContext, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

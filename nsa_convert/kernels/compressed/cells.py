@@ -54,6 +54,23 @@ class CellGrid:
         counts = self.complete(layout.cu_seqlens.diff())
         return counts.cumsum(0) - counts
 
+    def packed_cells(self, layout: SequenceLayout, count: int) -> tuple[Tensor, Tensor]:
+        """Return where the first ``count`` cells of packed documents begin, without reading a value.
+
+        Args:
+            layout: The documents.
+            count: Cells; those behind the last document's have no meaning.
+
+        Returns:
+            The slot of each cell's first token, and its place in the document, ``[count]`` int64 each.
+        """
+        assert layout.cu_seqlens is not None
+        counts = self.complete(layout.cu_seqlens.diff())
+        ends, cell = counts.cumsum(0), torch.arange(count, device=counts.device)
+        document = torch.bucketize(cell, ends, right=True).clamp(max=counts.shape[0] - 1)
+        place = (cell - (ends - counts)[document]) * self.stride
+        return layout.cu_seqlens[document] + place, place
+
     def visible(self, num_cells: int, ages: Tensor, first: int = 0) -> Tensor:
         """Return which cells from ``first`` on are complete after ``ages [...]`` tokens, ``[..., cells]``."""
         # Tokens are compared, not cells: a division would run again for every element of a compiled loop.

@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from nsa_convert.kernels.dense.causal import attend_causal
+from nsa_convert.kernels.dense.causal import attend_causal, plan_causal
 from nsa_convert.kernels.dense.segments import is_decode
+from nsa_convert.kernels.dense.tiles import TilePlan
+from nsa_convert.kernels.opaque import (
+    LAYOUT_SCHEMA,
+    differentiable,
+    flatten,
+    is_opaque,
+    like_attention,
+    reach,
+    restore,
+)  # fmt: skip
 from nsa_convert.patterns import SequenceLayout
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
     """See :func:`nsa_convert.kernels.dense.dense_attention`."""
-    if is_decode(layout, q, k, v):
+    plain = layout.start is None and layout.cu_seqlens is None and not isinstance(layout.offset, Tensor)
+    plain = plain and layout.offset == 0 and q.shape[1] == k.shape[1]
+    opaque = is_opaque(layout, q, k, v)
+    if not opaque and is_decode(layout, q, k, v):
         return _decode(q, k, v, layout, scale)
-    if layout.start is None and layout.cu_seqlens is None and layout.offset == 0 and q.shape[1] == k.shape[1]:
+    if plain:  # in a graph too: the compiler knows this operator
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return o.transpose(1, 2)
-    return attend_causal(q, k, v, layout, scale)[0]
+    return (_operator(q, k, v, *flatten(layout), scale) if opaque else attend_causal(q, k, v, layout, scale))[0]
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    layout, scale = restore(flat[:-1]), flat[-1]
+    end = reach(layout, q, k)
+    return attend_causal(q, k[:, :end], v[:, :end], layout, scale)
+
+
+def _plan(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[TilePlan, int, float]:
+    layout, scale = restore(flat[:-1]), flat[-1]
+    end = reach(layout, q, k)
+    return plan_causal(q, k[:, :end], layout), end, scale
+
+
+_operator = differentiable(
+    "dense_tiles",
+    f"Tensor q, Tensor k, Tensor v, {LAYOUT_SCHEMA}, float scale",
+    "(Tensor, Tensor)",
+    _run,
+    lambda q, k, v, *_: like_attention(q, v),
+    _plan,
+)
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float) -> Tensor:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from nsa_convert.kernels.checks import default_scale
 from nsa_convert.kernels.indexed.lists import best_blocks, best_tokens, choose
+from nsa_convert.kernels.opaque import (
+    LAYOUT_SCHEMA,
+    fit_lists,
+    flatten,
+    is_opaque,
+    list_size,
+    operator,
+    reach,
+    restore,
+)  # fmt: skip
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout, TokenSelection
 
 
@@ -46,12 +59,11 @@ def token_topk(
         raise ValueError(
             f"num_tokens {num_tokens} must be at least 1 and hold {num_sinks} first and {window_size} last"
         )
-    scale = default_scale(q, scale)
-
-    def lists(q: Tensor, weights: Tensor, k: Tensor, ages: Tensor, size: int) -> Tensor:
-        return best_tokens(q, k, weights, ages, min(num_tokens, size), (num_sinks, window_size), scale)
-
-    return TokenSelection(token_indices=choose(lists, (q, weights), k, layout))
+    sizes, scale = (num_tokens, num_sinks, window_size), default_scale(q, scale)
+    if is_opaque(layout, q):
+        given = q.detach(), k.detach(), weights.detach()
+        return TokenSelection(token_indices=_token_operator(*given, *sizes, *flatten(layout), scale))
+    return TokenSelection(token_indices=_choose_tokens(q, k, weights, *sizes, layout, scale))
 
 
 def block_max_topk(
@@ -81,11 +93,12 @@ def block_max_topk(
     """
     _check_heads(q, k)
     scale = default_scale(q, scale)
-
-    def lists(q: Tensor, k: Tensor, ages: Tensor, size: int) -> Tensor:
-        return best_blocks(q, k, ages, rule, -(-size // rule.block_size), scale)
-
-    return BlockSelection(block_indices=choose(lists, (q,), k, layout), block_size=rule.block_size)
+    if is_opaque(layout, q):
+        sizes = (rule.block_size, rule.num_blocks, rule.num_sink_blocks, rule.num_local_blocks)
+        lists = _block_operator(q.detach(), k.detach(), *sizes, *flatten(layout), scale)
+    else:
+        lists = _choose_blocks(q, k, rule, layout, scale)
+    return BlockSelection(block_indices=lists, block_size=rule.block_size)
 
 
 def _check_heads(q: Tensor, k: Tensor) -> None:
@@ -93,3 +106,65 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"index query heads {q.shape[2]} are not a multiple of index key heads {k.shape[2]}"
         )
+
+
+def _choose_tokens(
+    q: Tensor, k: Tensor, weights: Tensor, most: int, num_sinks: int, window_size: int, layout: SequenceLayout,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    def lists(q: Tensor, weights: Tensor, k: Tensor, ages: Tensor, size: int) -> Tensor:
+        return best_tokens(q, k, weights, ages, min(most, size), (num_sinks, window_size), scale)
+
+    return choose(lists, (q, weights), k, layout)
+
+
+def _choose_blocks(q: Tensor, k: Tensor, rule: BlockTopK, layout: SequenceLayout, scale: float) -> Tensor:
+    def lists(q: Tensor, k: Tensor, ages: Tensor, size: int) -> Tensor:
+        return best_blocks(q, k, ages, rule, -(-size // rule.block_size), scale)
+
+    return choose(lists, (q,), k, layout)
+
+
+def _reach(q: Tensor, k: Tensor, slot: Tensor | None, first: int) -> int:
+    """Return what shapes tell of the keys that queries can see."""
+    return torch.sym_min(k.shape[1], first + q.shape[1]) if slot is None else k.shape[1]
+
+
+def _run_tokens(q: Tensor, k: Tensor, weights: Tensor, *flat: Any) -> Tensor:
+    layout = restore(flat[3:-1])
+    keys = k[:, : reach(layout, q, k)]
+    return fit_lists(_choose_tokens(q, keys, weights, *flat[:3], layout, flat[-1]), _fake_tokens(q, k, weights, *flat).shape[-1])
+
+
+def _fake_tokens(q: Tensor, k: Tensor, weights: Tensor, *flat: Any) -> Tensor:
+    size = list_size(flat[0], _reach(q, k, *flat[3:5]))
+    return q.new_empty(q.shape[0], 1, q.shape[1], size, dtype=torch.int32)
+
+
+def _run_blocks(q: Tensor, k: Tensor, *flat: Any) -> Tensor:
+    size, blocks, sinks, local = flat[:4]
+    rule = BlockTopK(block_size=size, num_blocks=blocks, num_sink_blocks=sinks, num_local_blocks=local)
+    layout = restore(flat[4:-1])
+    lists = _choose_blocks(q, k[:, : reach(layout, q, k)], rule, layout, flat[-1])
+    return fit_lists(lists, _fake_blocks(q, k, *flat).shape[-1])
+
+
+def _fake_blocks(q: Tensor, k: Tensor, *flat: Any) -> Tensor:
+    size = list_size(flat[1], (_reach(q, k, *flat[4:6]) + flat[0] - 1) // flat[0])
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], size, dtype=torch.int32)
+
+
+_token_operator = operator(
+    "index_tokens",
+    "(Tensor q, Tensor k, Tensor weights, SymInt num_tokens, SymInt num_sinks, SymInt window_size, "
+    f"{LAYOUT_SCHEMA}, float scale) -> Tensor",
+    _run_tokens,
+    _fake_tokens,
+)
+_block_operator = operator(
+    "index_blocks",
+    "(Tensor q, Tensor k, SymInt block_size, SymInt num_blocks, SymInt num_sink_blocks, "
+    f"SymInt num_local_blocks, {LAYOUT_SCHEMA}, float scale) -> Tensor",
+    _run_blocks,
+    _fake_blocks,
+)

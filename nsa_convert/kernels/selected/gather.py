@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from nsa_convert.kernels.dense.segments import is_decode
+from nsa_convert.kernels.dense.tiles import TilePlan
+from nsa_convert.kernels.opaque import (
+    LAYOUT_SCHEMA,
+    differentiable,
+    flatten,
+    is_opaque,
+    like_attention,
+    reach,
+    restore,
+)  # fmt: skip
 from nsa_convert.kernels.selected.decode import decode_blocks, decode_window
-from nsa_convert.kernels.selected.union import attend_blocks
-from nsa_convert.kernels.selected.window import attend_window
+from nsa_convert.kernels.selected.union import attend_blocks, plan_blocks
+from nsa_convert.kernels.selected.window import attend_window, plan_window
 from nsa_convert.patterns import BlockSelection, Pattern, SequenceLayout, SinkWindow, TokenSelection
 
 FETCH_BYTES = 1 << 26
@@ -20,6 +32,8 @@ def attend(
     """See :func:`nsa_convert.kernels.selected.sparse_attention`."""
     if isinstance(pattern, TokenSelection):
         pattern = pattern.as_blocks()
+    if is_opaque(layout, q, k, v):
+        return _operator(q, k, v, *_flatten_pattern(pattern), *flatten(layout), scale)
     decode = is_decode(layout, q, k, v)
     if isinstance(pattern, SinkWindow):
         return (decode_window if decode else attend_window)(q, k, v, pattern, layout, scale)
@@ -33,3 +47,43 @@ def _fetch_bytes(q: Tensor, k: Tensor, pattern: BlockSelection) -> int:
         return 0
     lists = max(k.shape[2], pattern.block_indices.shape[1])
     return 2 * q.shape[0] * q.shape[1] * lists * pattern.budget * k.shape[3] * k.element_size()
+
+
+def _flatten_pattern(pattern: SinkWindow | BlockSelection) -> tuple[Tensor | None, int, int]:
+    """Return lists, block size and queries of a list; of a window nothing, its size and the first tokens."""
+    if isinstance(pattern, SinkWindow):
+        return None, pattern.window_size, pattern.num_sinks
+    return pattern.block_indices, pattern.block_size, pattern.query_block
+
+
+def _restore(
+    q: Tensor, k: Tensor, lists: Tensor | None, size: int, other: int, *flat: Any
+) -> tuple[SinkWindow | BlockSelection, SequenceLayout, int, float]:
+    """Return pattern, layout, how many keys the call reaches, and the factor on the scores."""
+    layout = restore(flat[:-1])
+    pattern: SinkWindow | BlockSelection = SinkWindow(window_size=size, num_sinks=other)
+    if lists is not None:
+        pattern = BlockSelection(block_indices=lists, block_size=size, query_block=other)
+    return pattern, layout, reach(layout, q, k), flat[-1]
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    pattern, layout, end, scale = _restore(q, k, *flat)
+    o, lse = attend(q, k[:, :end], v[:, :end], pattern, layout, scale)
+    return o.contiguous(), lse.contiguous()
+
+
+def _plan(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[TilePlan, int, float]:
+    pattern, layout, end, scale = _restore(q, k, *flat)
+    plan = plan_window if isinstance(pattern, SinkWindow) else plan_blocks
+    return plan(q, k[:, :end], pattern, layout), end, scale
+
+
+_operator = differentiable(
+    "pattern_tiles",
+    f"Tensor q, Tensor k, Tensor v, Tensor? lists, SymInt size, SymInt other, {LAYOUT_SCHEMA}, float scale",
+    "(Tensor, Tensor)",
+    _run,
+    lambda q, k, v, *_: like_attention(q, v),
+    _plan,
+)
