@@ -92,7 +92,24 @@ class SelectingMethod(SparseMethod):
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
         pattern = self.selection(x)
         self.record(x, x.k, {"selected": pattern})
-        return sparse_attention(x.q, x.k, x.v, pattern, layout=x.layout, scale=x.scale)[0]
+        o = sparse_attention(x.q, x.k, x.v, pattern, layout=x.layout, scale=x.scale)[0]
+        length = self._unread_length(x)
+        if length is None:
+            return o
+        dense = dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+        return torch.where(length <= self.visible_budget(), dense, o)
+
+    def _unread_length(self, x: AttentionInputs) -> Tensor | None:
+        """Return the length that :meth:`is_dense` goes by where a graph cannot read it and it matters.
+
+        A method that is dense beyond its budget computes both then; else they are the same up to the budget.
+        """
+        if not torch.compiler.is_compiling() or self.cover is not None or self.visible_budget() <= self.budget():
+            return None
+        layout = x.layout
+        if layout.cu_seqlens is not None:
+            return layout.cu_seqlens.diff().max() if layout.max_seqlen is None else None
+        return layout.offset + x.q.shape[1] if isinstance(layout.offset, Tensor) else None
 
     def selection(self, x: AttentionInputs) -> Pattern:
         """Return what this layer chooses, or what the layer it reuses has chosen in this pass.

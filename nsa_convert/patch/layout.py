@@ -89,6 +89,8 @@ def read_context(
     layout = _documents(batch, length, attention_mask, positions, past, has_cache, hints, device)
     if layout is None:
         numbers = None if attention_mask is None else read_numbers(attention_mask, past, length, device)
+        if numbers is not None and not has_cache and not torch.compiler.is_compiling():
+            numbers = numbers.clamp(max=1)  # every row was found to be one document
         padding = read_padding(numbers, positions if has_cache else None, past, length)
         layout = SequenceLayout(offset=past, start=padding.start)
     if position_ids is None:
