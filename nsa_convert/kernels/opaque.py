@@ -1,8 +1,9 @@
 """The ops of the torch backend as operators that torch.compile does not look into.
 
 An op loops over tiles whose number follows from its tensors, so that tracing it would break a graph at every
-tile. In a graph that is being compiled each call is one operator instead: its shapes follow from the shapes of
-its inputs, what it reads of their values it reads when it runs. Outside of a graph nothing goes through here.
+tile. In a graph that is being compiled each call is one operator instead: its shapes follow from the shapes
+of its inputs, and what it needs of their values it reads when it runs. Outside of a graph nothing goes
+through here.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ def is_opaque(layout: SequenceLayout, q: Tensor, *others: Tensor | None) -> bool
     """Return whether a call is to be one operator of the graph that is being compiled.
 
     A decoding step of one token is not: what it does follows from shapes alone, and a graph can join it with
-    what is around it.
+    what is around it. It reads where padded rows begin, though, when it knows how many tokens are cached.
     """
-    return torch.compiler.is_compiling() and (q.shape[1] != 1 or not is_decode(layout, q, *others))
+    if not torch.compiler.is_compiling():
+        return False
+    reads = layout.start is not None and not isinstance(layout.offset, Tensor)
+    return q.shape[1] != 1 or reads or not is_decode(layout, q, *others)
 
 
 def flatten(layout: SequenceLayout) -> Flat:
@@ -83,7 +87,9 @@ def operator(
         run: Computes it; results are contiguous and new.
         fake: Returns tensors of the results' shapes.
     """
-    defined = torch.library.custom_op(f"{NAMESPACE}::{name}", _without_grad(run), mutates_args=(), schema=schema)
+    defined = torch.library.custom_op(
+        f"{NAMESPACE}::{name}", _without_grad(run), mutates_args=(), schema=schema
+    )
     defined.register_fake(fake)
     return defined
 

@@ -104,7 +104,8 @@ class SelectingMethod(SparseMethod):
 
         A method that is dense beyond its budget computes both then; else they are the same up to the budget.
         """
-        if not torch.compiler.is_compiling() or self.cover is not None or self.visible_budget() <= self.budget():
+        same = self.cover is not None or self.visible_budget() <= self.budget()
+        if same or not torch.compiler.is_compiling():
             return None
         layout = x.layout
         if layout.cu_seqlens is not None:

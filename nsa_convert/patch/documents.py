@@ -1,7 +1,7 @@
 """What a mask, positions and packing hints say of the rows of a call: their padding, their documents.
 
-What they cannot mean is refused. While torch.compile traces, no value is read: the checks become assertions of
-the graph, and its shapes follow from the shapes of the call.
+What they cannot mean is refused. While torch.compile traces, no value is read: the checks become assertions
+of the graph, and its shapes follow from the shapes of the call.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _NO_NUMBERS = (
 )
 _POSITIONS = (
     "position_ids must count up by one from 0 and may only restart at 0 (a packed document): positions that "
-    "begin later or skip (PoSE, a shard of context parallelism) are not supported by sparse attention layers, "
-    "whose blocks are places in the text; leave position_ids out, or give consecutive ones"
+    "begin later or skip (PoSE, a shard of context parallelism) are not supported by sparse attention "
+    "layers, whose blocks are places in the text; leave position_ids out, or give consecutive ones"
 )
 _CONTINUE = (
     "in a call with a cache position_ids must count on from each row's first real token: packed documents "
-    "neither fill nor continue a cache (pass no past_key_values), positions with an offset or gaps (PoSE) are "
-    "not supported, and padding must be in attention_mask"
+    "neither fill nor continue a cache (pass no past_key_values), positions with an offset or gaps (PoSE) "
+    "are not supported, and padding must be in attention_mask"
 )
 _BOUNDS = "cu_seq_lens_q must rise from 0 to the {} tokens of the batch"
 _LONGEST = "max_length_q is smaller than the longest document of cu_seq_lens_q"
@@ -227,5 +227,7 @@ def hinted_bounds(
 
 def _shown(values: Tensor) -> str:
     """Return the first numbers of a tensor as text."""
-    shown = [", ".join(map(str, row[:12])) for row in values.reshape(-1, values.shape[-1])[:2].tolist()]
-    return "; ".join(f"{row}, ..." if values.shape[-1] > 12 else row for row in shown)
+    if values.dim() != 2:
+        values = values.flatten()[None]
+    shown = [", ".join(map(str, row[:12])) for row in values[:2].tolist()]
+    return "; ".join(f"{row}, ..." if values.shape[1] > 12 else row or "none" for row in shown)

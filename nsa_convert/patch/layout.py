@@ -19,7 +19,7 @@ from nsa_convert.patch.documents import (
     hinted_bounds,
     read_numbers,
     read_padding,
-)  # fmt: skip
+)
 from nsa_convert.patch.training_pass import TrainingPass
 from nsa_convert.patterns import SequenceLayout
 
@@ -83,7 +83,7 @@ def read_context(
     batch, length = tokens.shape[:2]
     _refuse_unsupported(attention_mask, hints)
     if length == 0:
-        raise ValueError(f"the input of shape {tuple(tokens.shape)} holds no tokens: a call needs at least one")
+        raise ValueError(f"the input of shape {tuple(tokens.shape)} holds no tokens: it needs at least one")
     device, padding = tokens.device, Padding()
     positions = None if position_ids is None else _rows(position_ids, batch, length).to(device)
     layout = _documents(batch, length, attention_mask, positions, past, has_cache, hints, device)
@@ -161,7 +161,7 @@ def _documents(
     bounds = hints.get("cu_seq_lens_q")
     if has_cache:
         if bounds is not None:
-            raise ValueError("packed documents cannot fill and cannot continue a cache; pass no past_key_values")
+            raise ValueError("packed documents cannot fill and cannot continue a cache: pass none")
         return None
     if torch.compiler.is_compiling() and bounds is None and positions is None:
         return None  # a mask alone is one of padding: reading it as documents would take the rows apart

@@ -6,8 +6,14 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from nsa_convert.methods.registry import METHODS
 from nsa_convert.patch.patching import set_mode
 from tests.models import VARIANTS, dense_model, tokens, trained_model
+
+
+def numbered(*numbers: int) -> dict[str, torch.Tensor]:
+    """Return the arguments of a call with this mask."""
+    return {"attention_mask": torch.tensor([numbers])}
 
 
 @pytest.fixture(scope="module")
@@ -18,18 +24,30 @@ def model() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])}, "hole"),
+        (numbered(1, 1, 0, 1, 1, 1), "hole"),
         ({"attention_mask": torch.ones(1, 4)}, "covers 4 tokens"),
         ({"attention_mask": torch.ones(1, 1, 6, 6, dtype=torch.bool)}, "2-D padding mask"),
-        ({"attention_mask": torch.tensor([[1, 1, 2, 2, 1, 1]])}, "rising along the row.*got 1, 1, 2, 2, 1, 1"),
-        ({"attention_mask": torch.tensor([[1, 2, 2, 0, 2, 2]])}, "rising along the row"),
-        ({"attention_mask": torch.tensor([[0, 0, -1, -1, -1, -1]])}, "rising along the row"),
-        ({"attention_mask": torch.tensor([[1, 1, 2, 2, 0, 0]]), "past_key_values": DynamicCache()}, "numbers"),
+        (
+            numbered(1, 1, 2, 2, 1, 1),
+            "rising along the row.*got 1, 1, 2, 2, 1, 1",
+        ),
+        (numbered(1, 2, 2, 0, 2, 2), "rising along the row"),
+        (numbered(0, 0, -1, -1, -1, -1), "rising along the row"),
+        (
+            {**numbered(1, 1, 2, 2, 0, 0), "past_key_values": DynamicCache()},
+            "numbers",
+        ),
         ({"position_ids": torch.arange(3, 9)[None]}, "PoSE, a shard of context parallelism"),
         ({"position_ids": torch.tensor([[0, 1, 2, 7, 8, 9]])}, "PoSE.*got 0, 1, 2, 7, 8, 9"),
         ({"position_ids": torch.tensor([[0, 1, 2, 2, 3, 4]])}, "PoSE"),
-        ({"position_ids": torch.arange(6)[None], "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}, "PoSE"),
-        ({"position_ids": torch.arange(6)[None], "attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])}, "PoSE"),
+        (
+            {"position_ids": torch.arange(6)[None], **numbered(0, 0, 1, 1, 1, 1)},
+            "PoSE",
+        ),
+        (
+            {"position_ids": torch.arange(6)[None], **numbered(1, 1, 1, 2, 2, 2)},
+            "PoSE",
+        ),
         ({"position_ids": torch.arange(5)[None]}, r"must be \[1 or 1, 6\]"),
         ({"position_ids": torch.arange(3, 9)[None], "past_key_values": DynamicCache()}, "PoSE"),
         (
@@ -40,7 +58,7 @@ def model() -> PreTrainedModel:
         ({"cu_seq_lens_q": torch.tensor([0, 4, 6]), "max_length_q": 3}, "smaller than the longest"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 6]), "position_ids": torch.arange(6)[None]}, "where cu_seq"),
         (
-            {"cu_seq_lens_q": torch.tensor([0, 6]), "attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])},
+            {"cu_seq_lens_q": torch.tensor([0, 6]), **numbered(1, 1, 1, 2, 2, 2)},
             "not by both",
         ),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 6]), "past_key_values": DynamicCache()}, "cannot fill"),
@@ -76,7 +94,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("numbers", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if VARIANTS[name]["method"] == name] + ["hybrid"])
+@pytest.mark.parametrize("variant", [*(name for name in VARIANTS if name in METHODS), "hybrid"])
 def test_a_mask_of_document_numbers_keeps_documents_apart(variant: str, numbers: torch.Tensor) -> None:
     layers = 2 if "rules" not in VARIANTS[variant] else 3
     model = trained_model("llama", VARIANTS[variant], num_hidden_layers=layers)

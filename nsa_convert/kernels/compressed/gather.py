@@ -23,7 +23,7 @@ from nsa_convert.kernels.opaque import (
     like_attention,
     list_size,
     restore,
-)  # fmt: skip
+)
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
@@ -113,9 +113,8 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid, rule = _restore(*flat[:8])
     found = attend(q, (ck,), cv, grid, rule, restore(flat[8:-1]), flat[-1], normaliser)
-    o, lse, indices = (
-        like if x is None else x.contiguous() for x, like in zip(found, _fake(q, ck, None, None, *flat), strict=True)
-    )
+    nothing = _fake(q, ck, None, None, *flat)
+    o, lse, indices = (y if x is None else x.contiguous() for x, y in zip(found, nothing, strict=True))
     return o, lse, indices if rule is None else fit_lists(indices, _size(q, ck, *flat))
 
 

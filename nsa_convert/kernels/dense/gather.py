@@ -18,7 +18,7 @@ from nsa_convert.kernels.opaque import (
     like_attention,
     reach,
     restore,
-)  # fmt: skip
+)
 from nsa_convert.patterns import SequenceLayout
 
 
@@ -33,7 +33,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return o.transpose(1, 2)
-    return (_operator(q, k, v, *flatten(layout), scale) if opaque else attend_causal(q, k, v, layout, scale))[0]
+    if opaque:
+        return _operator(q, k, v, *flatten(layout), scale)[0]
+    return attend_causal(q, k, v, layout, scale)[0]
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from nsa_convert.kernels.opaque import (
     operator,
     reach,
     restore,
-)  # fmt: skip
+)
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout, TokenSelection
 
 
@@ -103,15 +103,19 @@ def block_max_topk(
 
 def _check_heads(q: Tensor, k: Tensor) -> None:
     if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"index query heads {q.shape[2]} are not a multiple of index key heads {k.shape[2]}"
-        )
+        raise ValueError(f"index query heads {q.shape[2]} are not a multiple of index key heads {k.shape[2]}")
 
 
 def _choose_tokens(
-    q: Tensor, k: Tensor, weights: Tensor, most: int, num_sinks: int, window_size: int, layout: SequenceLayout,
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    most: int,
+    num_sinks: int,
+    window_size: int,
+    layout: SequenceLayout,
     scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     def lists(q: Tensor, weights: Tensor, k: Tensor, ages: Tensor, size: int) -> Tensor:
         return best_tokens(q, k, weights, ages, min(most, size), (num_sinks, window_size), scale)
 
@@ -132,8 +136,8 @@ def _reach(q: Tensor, k: Tensor, slot: Tensor | None, first: int) -> int:
 
 def _run_tokens(q: Tensor, k: Tensor, weights: Tensor, *flat: Any) -> Tensor:
     layout = restore(flat[3:-1])
-    keys = k[:, : reach(layout, q, k)]
-    return fit_lists(_choose_tokens(q, keys, weights, *flat[:3], layout, flat[-1]), _fake_tokens(q, k, weights, *flat).shape[-1])
+    lists = _choose_tokens(q, k[:, : reach(layout, q, k)], weights, *flat[:3], layout, flat[-1])
+    return fit_lists(lists, _fake_tokens(q, k, weights, *flat).shape[-1])
 
 
 def _fake_tokens(q: Tensor, k: Tensor, weights: Tensor, *flat: Any) -> Tensor:

@@ -16,7 +16,7 @@ from nsa_convert.kernels.opaque import (
     like_attention,
     reach,
     restore,
-)  # fmt: skip
+)
 from nsa_convert.kernels.selected.decode import decode_blocks, decode_window
 from nsa_convert.kernels.selected.union import attend_blocks, plan_blocks
 from nsa_convert.kernels.selected.window import attend_window, plan_window
