@@ -70,8 +70,8 @@ class SparsePreTrainedMixin:
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False  # layers do not call transformers' attention functions
-    # A decoding step with a static cache where all tokens are kept; training, scoring and prefill of trainable
-    # methods. A prefill method that must read values of a prompt breaks the graph of that prompt.
+    # A decoding step with a static cache, where all tokens are kept; training, scoring and prefill, where the
+    # method is trainable. A prefill method that must read values of a prompt breaks that prompt's graph.
     _can_compile_fullgraph = True
 
     @torch.no_grad()
