@@ -215,11 +215,14 @@ class SparseHeadMixin(SparsePreTrainedMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         # Trainers put forwards of their own on an instance: TRL's fused head, Liger's loss, casts.
         if name == "forward":
-            taught = self._teaching(value)
-            value = types.MethodType(
-                functools.wraps(taught)(lambda _, *args, **kwargs: taught(*args, **kwargs)), self
-            )
-        super().__setattr__(name, value)
+
+            @functools.wraps(value)
+            def taught(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return self._teach(value, args, kwargs)
+
+            super().__setattr__(name, types.MethodType(taught, self))
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the family's class, whose forward this runs.
@@ -227,25 +230,20 @@ class SparseHeadMixin(SparsePreTrainedMixin):
         In training with labels the loss also holds the auxiliary losses without which a method that learns to
         choose would not learn it, as in :class:`SparseCausalLMMixin`.
         """
-        return self._teaching(super().forward)(*args, **kwargs)
+        return self._teach(super().forward, args, kwargs)
 
-    def _teaching(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a forward that also teaches the methods to choose, in training with labels."""
+    def _teach(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call a forward; in training with labels, let it also teach the methods to choose."""
+        mode = None
+        if "training_pass" not in kwargs and kwargs.get("training_mode") is None:
+            mode = self._ordinary_mode(kwargs.get("labels", kwargs.get("start_positions")), kwargs)
+        if mode is None:
+            return forward(*args, **kwargs)
 
-        @functools.wraps(forward)
-        def taught(*args: Any, **kwargs: Any) -> Any:
-            mode = None
-            if "training_pass" not in kwargs and kwargs.get("training_mode") is None:
-                mode = self._ordinary_mode(kwargs.get("labels", kwargs.get("start_positions")), kwargs)
-            if mode is None:
-                return forward(*args, **kwargs)
-
-            training = TrainingPass(mode, joined=torch.compiler.is_compiling())
-            as_tuple = not kwargs.pop("return_dict", self.config.return_dict)
-            out = training.join(forward(*args, training_pass=training, return_dict=True, **kwargs))
-            return out.to_tuple() if as_tuple else out
-
-        return taught
+        training = TrainingPass(mode, joined=torch.compiler.is_compiling())
+        as_tuple = not kwargs.get("return_dict", self.config.return_dict)
+        out = training.join(forward(*args, **{**kwargs, "training_pass": training, "return_dict": True}))
+        return out.to_tuple() if as_tuple else out
 
     def _ordinary_mode(self, labels: Tensor | None, hints: Mapping[str, Any]) -> TrainingMode | None:
         """Return what an ordinary forward asks of the layers so that they learn to choose; None for nothing.
@@ -307,8 +305,8 @@ class SparseCausalLMMixin(SparseHeadMixin):
         }
         rest = {"labels": labels, "logits_to_keep": logits_to_keep, "return_dict": True, **kwargs}
         if training_mode is None:
-            cache = {"past_key_values": past_key_values, "use_cache": use_cache}
-            return self._teaching(super(SparseHeadMixin, self).forward)(**tokens, **cache, **rest)
+            rest |= {"past_key_values": past_key_values, "use_cache": use_cache}
+            return self._teach(super(SparseHeadMixin, self).forward, (), {**tokens, **rest})
         if labels is None:
             rest["labels"] = kwargs.get("shift_labels")  # where both are there, the loss reads these alone
 

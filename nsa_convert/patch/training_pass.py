@@ -50,7 +50,7 @@ class TrainingPass:
 
     def auxiliary(self) -> Tensor | None:
         """Return the losses of all layers, ``[layers, K]``; None where no layer handed in any."""
-        rows = [values for _, values in sorted(self.values.items())]
+        rows = [self.values[layer] for layer in sorted(self.values)]
         return torch.stack(rows) if rows else None
 
     def join(self, out: Any) -> Any:
