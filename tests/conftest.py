@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.faults.summary import report_line
+from tests.published import summary
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,6 +18,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    line = report_line(terminalreporter.stats)
-    if line is not None:
-        terminalreporter.write_line(line)
+    for line in (report_line(terminalreporter.stats), summary.report_line(terminalreporter.stats)):
+        if line is not None:
+            terminalreporter.write_line(line)

@@ -11,7 +11,7 @@ import pytest
 
 from nsa_convert.push import plan_push, push_plan
 from tests.fake_hub import fake_hub
-from tests.published import publishable
+from tests.publishable import publishable
 
 ROOT = Path(__file__).parents[1]
 REPO = "tester/tiny"

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from nsa_convert.card import check_card, read_evaluations, write_card
 from nsa_convert.errors import CheckpointError, ConfigError, MachineError
 from tests.checkpoints import edit_json
-from tests.published import converted, publishable
+from tests.publishable import converted, publishable
 
 
 @pytest.fixture(scope="module")

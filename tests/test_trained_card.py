@@ -15,7 +15,7 @@ from nsa_convert.push import plan_push
 from nsa_convert.training.recipe import recipe_from_dict
 from nsa_convert.training.run import train_recipe
 from nsa_convert.verification import revert_checkpoint, verify_checkpoint
-from tests.published import converted
+from tests.publishable import converted
 from tests.training.recipes import stage
 
 

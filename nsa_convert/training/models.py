@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,25 +142,40 @@ def load_first(recipe: Recipe, start: Start) -> nn.Module:
 
 def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
     """Train a byte-level BPE tokenizer on the first documents of the first stage; the same at every run."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     from nsa_convert.training.sources import open_source
 
     assert isinstance(recipe.model, FreshModel)
+    stage = recipe.stages[0]
+    sources = [open_source(source, base, chats=stage.kind == "sft") for source in stage.data]
+    key = (recipe.model.vocab, *(documents.fingerprint() for documents in sources))
+    if key not in _TOKENIZERS:
+        _TOKENIZERS[key] = _train_tokenizer(recipe.model.vocab, sources).to_str()
+    tokenizer = Tokenizer.from_str(_TOKENIZERS[key])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token=END_TOKEN)
+
+
+_TOKENIZERS: dict[tuple[Any, ...], str] = {}
+"""Tokenizers trained by this process: the checks before a run and its first stage ask for the same one."""
+
+
+def _train_tokenizer(vocab: int, sources: Sequence[Any]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.model.vocab,
+        vocab_size=vocab,
         special_tokens=[END_TOKEN],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
 
     def texts() -> Iterator[str]:
-        for source in recipe.stages[0].data:
-            documents = open_source(source, base, chats=recipe.stages[0].kind == "sft")
+        for documents in sources:
             count = TOKENIZER_TEXTS if documents.count is None else min(documents.count, TOKENIZER_TEXTS)
             for i in range(count):
                 text = documents.read(i)
@@ -168,8 +183,8 @@ def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
                 yield (chat or text)[:20_000]
 
     # Bytes and the end token alone need no text.
-    tokenizer.train_from_iterator(texts() if recipe.model.vocab > 257 else (), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token=END_TOKEN)
+    tokenizer.train_from_iterator(texts() if vocab > 257 else (), trainer)
+    return tokenizer
 
 
 def rope_parameters(config: Mapping[str, Any], scaling: RopeScaling) -> tuple[dict[str, Any], int]:

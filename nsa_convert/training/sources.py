@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import glob
 import hashlib
 import importlib
 import itertools
 import json
+import os
 import random
 import string
 import sysconfig
@@ -149,16 +151,18 @@ def recall_text(number: int, pairs: int) -> str:
     return f"set {' '.join(told.values())} get {' '.join(f'{key} {told[key]}' for key in asked)}\n"
 
 
-def _stdlib_files() -> list[Path]:
+@functools.cache
+def _stdlib_files() -> tuple[Path, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not set(path.relative_to(root).parts) & set(STDLIB_SKIPS) and path.stat().st_size > 2000
-    ]
+    files = []
+    for folder, inner, names in os.walk(root):
+        # Not entered: site-packages alone can hold a hundred times the files of the library.
+        inner[:] = [name for name in inner if name not in STDLIB_SKIPS]
+        files += [Path(folder, name) for name in names if name.endswith(".py") and name not in STDLIB_SKIPS]
+    files = sorted(path for path in files if path.stat().st_size > 2000)
     if not files:
         raise MachineError(f"this Python has no sources of its library in {root}", code="EV12")
-    return files
+    return tuple(files)
 
 
 def _reference() -> Documents:
