@@ -13,16 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert import __version__
+from nsa_convert.extras import EXTRAS
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "accelerate")
-
-EXTRAS = {
-    "gguf": ("reading .gguf files", "pip install gguf"),
-    "matplotlib": ("plots of eval", "pip install matplotlib"),
-    "jinja2": ("chat templates", "pip install jinja2"),
-    "triton": ("GPU kernels", "pip install triton"),
-}
-"""Optional package -> what it is for, and how to get it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,9 +147,10 @@ def _disk() -> dict[str, float]:
 
 def _missing() -> dict[str, dict[str, str]]:
     return {
-        name: {"for": purpose, "install": line}
-        for name, (purpose, line) in EXTRAS.items()
-        if importlib.util.find_spec(name) is None
+        name: {"for": purpose, "install": f"pip install {name}"}
+        for packages in EXTRAS.values()
+        for name, purpose in packages.items()
+        if importlib.util.find_spec(name.replace("-", "_")) is None
     }
 
 

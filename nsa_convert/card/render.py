@@ -20,6 +20,7 @@ from nsa_convert.card.facts import (
 )
 from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.evaluation.verdict import benchmark_cells, processor, task_rows, verdict
+from nsa_convert.extras import pip_line
 from nsa_convert.patch.manifest import RECIPE, read_manifest
 from nsa_convert.patch.staging import write_whole
 
@@ -160,9 +161,7 @@ def _fill(
     try:
         card = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     except ImportError as error:
-        raise MachineError(
-            "cards need jinja2", code="CL11", hint="pip install 'nsa-convert[eval]'"
-        ) from error
+        raise MachineError("cards need jinja2", code="CL11", hint=pip_line("eval")) from error
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
 

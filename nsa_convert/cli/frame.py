@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from nsa_convert.errors import MachineError, NsaConvertError, UsageError
+from nsa_convert.extras import missing_hint
 from nsa_convert.redaction import redact
 
 SCHEMA = 1
@@ -111,8 +112,8 @@ def _known_error(error: Exception) -> NsaConvertError:
             "not enough memory", code="SV07", hint="close other programs or use a bigger machine"
         )
     if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.split(".")[0]
-        return MachineError(f"the package {package} is missing", code="CL11", hint=f"pip install {package}")
+        module = error.name.split(".")[0]
+        return MachineError(f"the package {module} is missing", code="CL11", hint=missing_hint(module))
     if isinstance(error, OSError) and error.errno:
         from nsa_convert.patch.staging import machine_error
 

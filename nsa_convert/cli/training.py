@@ -32,7 +32,7 @@ def recipe_folder() -> Path:
     raise UsageError(
         "the recipes of the project are not installed with it",
         code="CL02",
-        hint="install nsa-convert with pip, or give the path of a recipe",
+        hint="`pip install` the checkout or the release file, or give the path of a recipe",
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsa_convert.errors import MachineError
+from nsa_convert.extras import pip_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,9 +65,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise MachineError(
-            "plots need matplotlib", code="CL11", hint="pip install 'nsa-convert[eval]'"
-        ) from error
+        raise MachineError("plots need matplotlib", code="CL11", hint=pip_line("eval")) from error
 
 
 def save_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:

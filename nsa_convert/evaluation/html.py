@@ -12,6 +12,7 @@ from nsa_convert.evaluation.compare_tables import tables as comparison_tables
 from nsa_convert.evaluation.drawing import panel_svg, require_matplotlib
 from nsa_convert.evaluation.plots import plots_of
 from nsa_convert.evaluation.verdict import benchmark_cells, processor, task_rows, verdict
+from nsa_convert.extras import pip_line
 from nsa_convert.patch.staging import write_whole
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
@@ -35,9 +36,7 @@ def require_html() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as error:
-        raise MachineError(
-            "the HTML report needs jinja2", code="CL11", hint="pip install 'nsa-convert[eval]'"
-        ) from error
+        raise MachineError("the HTML report needs jinja2", code="CL11", hint=pip_line("eval")) from error
 
 
 def render_html(report: Mapping[str, Any]) -> str:

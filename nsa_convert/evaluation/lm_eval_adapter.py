@@ -32,6 +32,7 @@ from nsa_convert.evaluation.models import (
 from nsa_convert.evaluation.settings import numbers
 from nsa_convert.evaluation.suite_report import SuiteReport, envelope, finish
 from nsa_convert.evaluation.verdict import wilson
+from nsa_convert.extras import pip_line
 from nsa_convert.patch.loading import load_tokenizer
 
 NAME = "nsa-convert"
@@ -104,8 +105,7 @@ def register_adapter() -> type:
         from lm_eval.api.registry import register_model
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        hint = "pip install 'nsa-convert[lm-eval]'"
-        raise MachineError("these tasks need lm-eval", code="CL11", hint=hint) from error
+        raise MachineError("these tasks need lm-eval", code="CL11", hint=pip_line("lm-eval")) from error
 
     @register_model(NAME)
     class NsaConvertLM(HFLM):

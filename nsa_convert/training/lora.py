@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nsa_convert.errors import MachineError
+from nsa_convert.extras import pip_line
 from nsa_convert.patch.loading import quiet
 from nsa_convert.patch.staging import staged
 from nsa_convert.training.parts import Lora
@@ -38,7 +39,7 @@ def add_adapters(model: nn.Module, lora: Lora) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MachineError(
-            "train: lora needs the package peft", code="CL11", hint="pip install 'nsa-convert[train]'"
+            "train: lora needs the package peft", code="CL11", hint=pip_line("train")
         ) from error
     config = LoraConfig(
         r=lora.rank,

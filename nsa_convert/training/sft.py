@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert.errors import ConfigError, MachineError
+from nsa_convert.extras import pip_line
 from nsa_convert.patch.chat import render_chat
 from nsa_convert.training.data import joint_fingerprint
 from nsa_convert.training.recipe import Stage
@@ -31,9 +32,7 @@ def sft_arguments(values: dict[str, Any], stage: Stage) -> Any:
     try:
         from trl import SFTConfig
     except ImportError as error:
-        raise MachineError(
-            "kind sft needs the package trl", code="CL11", hint="pip install 'nsa-convert[train]'"
-        ) from error
+        raise MachineError("kind sft needs the package trl", code="CL11", hint=pip_line("train")) from error
     values = {
         key: value
         for key, value in values.items()

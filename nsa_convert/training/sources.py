@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nsa_convert.errors import ConfigError, HubError, MachineError
+from nsa_convert.extras import pip_line
 from nsa_convert.training.files import (
     document,
     fingerprint,
@@ -294,7 +295,7 @@ def load_table(source: Source, base: Path) -> tuple[Any, Any]:
         import datasets
     except ImportError as error:
         raise MachineError(
-            "the package datasets is missing", code="CL11", hint="pip install 'nsa-convert[train]'"
+            "the package datasets is missing", code="CL11", hint=pip_line("train")
         ) from error
     assert source.path is not None
     datasets.disable_progress_bars()

@@ -100,7 +100,7 @@ def test_without_jinja_the_pip_line_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MachineError, match="jinja2") as caught:
         write_html(sample_report(), tmp_path)
-    assert caught.value.hint == "pip install 'nsa-convert[eval]'"
+    assert caught.value.hint == "pip install matplotlib jinja2"
 
 
 def test_the_verdict_has_two_sentences_with_numbers():

@@ -102,7 +102,7 @@ def test_without_lm_eval_the_pip_line_is_named(pair, monkeypatch):
     register_adapter.cache_clear()
     with pytest.raises(MachineError, match="lm-eval") as caught:
         run_tasks(pair[1], tasks="arc_easy")
-    assert caught.value.hint == "pip install 'nsa-convert[lm-eval]'"
+    assert caught.value.hint == "pip install lm-eval"
 
 
 @needs_lm_eval

@@ -13,7 +13,7 @@ PACKAGE = "nsa_convert"
 
 # A module may import from its own layer's neighbours only where BESIDE says so, and from every layer below.
 LAYERS = (
-    ("errors", "error_codes", "redaction", "config", "strict_files"),
+    ("errors", "error_codes", "redaction", "config", "strict_files", "extras"),
     ("patterns",),
     ("kernels",),
     ("methods",),

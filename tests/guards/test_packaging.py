@@ -6,18 +6,26 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from packaging.requirements import Requirement
 
 import nsa_convert
+from nsa_convert import extras
 from nsa_convert.cli.training import known_recipes
+from nsa_convert.hub import DEMO_PACKAGE
+from nsa_convert.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -110,14 +118,107 @@ def test_every_recipe_is_in_the_wheel():
     assert all(f"share/nsa_convert/{names[0]}" == f"{key}/*" for key, names in tools["data-files"].items())
 
 
+def test_the_table_of_extras_is_that_of_the_project():
+    listed = {name: set(packages) for name, packages in extras.EXTRAS.items()}
+    assert listed == {name: set(packages) for name, packages in EXTRAS.items() if name != "dev"}
+    assert {canonical(name) for name in extras.NEEDED} == CORE.keys()
+
+
+REPORTERS = set(get_args(get_type_hints(Recipe)["report_to"])) - {"auto", "none"}
+FILLED_IN = {
+    "{choice}": "training/stages.py: a name of report_to",
+    "{package}": "extras.py: of a table that this file checks",
+    "{name}": "doctor.py: of the same table",
+    "{' '.join(EXTRAS[extra])}": "extras.py: the same",
+    "{DEMO_PACKAGE}=={DEMO_VERSION}": "hub.py: the demo's package",
+}
+"""Names in a hint that the program fills in -> where, and from what."""
+
+
+def pip_lines(text: str) -> list[str]:
+    """Return what stands behind each ``pip install``, to the end of the command."""
+    ends = r"`|\"$|\"[),}]|;|\.\.\.|$"
+    found = re.findall(rf"pip install (?=[-'\w.{{])(.*?)(?:{ends})", text, re.MULTILINE)
+    return [line.split("  #")[0].strip() for line in found]
+
+
+def hint_problems(line: str) -> list[str]:
+    """Return what a reader of ``pip install LINE`` would ask an index for that is not ours to name.
+
+    Our own name is asked of the index too, unless it is a path: ``.[extra]`` of a checkout, or a file.
+    """
+    allowed = ALL.keys() | {canonical(name) for name in REPORTERS} | {canonical(DEMO_PACKAGE)}
+    rest, problems = line, []
+    for known in FILLED_IN:
+        rest = rest.replace(known, "")
+    words = shlex.split(rest)
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-") or before in ("-c", "-r"):
+            continue
+        if word[0] in "./":
+            named = re.search(r"\[(.*)\]", word)
+            lacking = set(named.group(1).split(",") if named else ()) - EXTRAS.keys()
+            problems += [f"pyproject.toml has no extra {name}" for name in sorted(lacking)]
+        elif canonical(Requirement(word).name) not in allowed:
+            problems.append(f"{word} is in no dependency list of pyproject.toml")
+    return problems
+
+
+def test_install_hints_name_what_can_be_installed():
+    """In the package, its templates, README, docs, recipes: a checkout's extras, or packages we depend on."""
+    folders = ("nsa_convert", "docs", "recipes", "benchmarks", "model_cards")
+    places = [path for name in folders for path in (ROOT / name).rglob("*") if path.is_file()]
+    places += [ROOT / name for name in ("README.md", "Makefile", "constraints.txt", "CHANGELOG.md")]
+    hints = [
+        (path, line)
+        for path in places
+        if path.suffix not in (".png", ".pyc")
+        for line in pip_lines(path.read_text(errors="replace"))
+    ]
+    assert len(hints) >= 8
+    told = [(path, line, problem) for path, line in hints for problem in hint_problems(line)]
+    assert not told, "\n".join(f"{path.relative_to(ROOT)}: {line}: {problem}" for path, line, problem in told)
+    assert [name for name in FILLED_IN if not any(name in line for _, line in hints)] == []
+
+
+def copy_project(place: Path) -> Path:
+    """Copy what a wheel is made from."""
+    place.mkdir()
+    for name in ("nsa_convert", "recipes"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place)
+    return place
+
+
+@pytest.mark.slow
+def test_the_published_line_installs_a_checkout_and_the_hints_hold_there(tmp_path):
+    """In an environment of its own that sees the packages of this one; no index is asked."""
+    source, place = copy_project(tmp_path / "source"), tmp_path / "venv"
+    venv.create(place)
+    (site,) = place.glob("lib/python*/site-packages")
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (line,) = (words for words in pip_lines((ROOT / "README.md").read_text()) if "-e" in words)
+    hints = [extras.pip_line(name) for name, packages in EXTRAS.items() if name in extras.EXTRAS]
+    here = [hint for hint in hints if all(find_spec(name) for name in hint.split()[2:])]
+    assert len(here) >= 3
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    for words in (f"pip install {line}", *here, "nsa-convert doctor", "nsa-convert recipes"):
+        program, *rest = shlex.split(words)
+        # The pip of this environment, which takes the place of the one it is run for.
+        start = [place / "bin" / "python", "-m", "pip"] if program == "pip" else [place / "bin" / program]
+        command = [*map(str, start), *rest]
+        done = subprocess.run(command, env=env, cwd=source, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+    seen = [str(place / "bin" / "python"), "-c", "import nsa_convert; print(nsa_convert.__file__)"]
+    done = subprocess.run(seen, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).is_relative_to(source)
+
+
 @pytest.mark.slow
 def test_recipes_are_found_where_the_wheel_is_installed(tmp_path):
-    source, wheels, place = tmp_path / "source", tmp_path / "wheels", tmp_path / "place"
-    source.mkdir()
-    for name in ("nsa_convert", "recipes"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    source, wheels, place = copy_project(tmp_path / "source"), tmp_path / "wheels", tmp_path / "place"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(wheels), str(source)]
     subprocess.run([*pip, *build], check=True, timeout=300)
@@ -138,6 +239,9 @@ def test_version_is_told_once():
 
 def test_guards_can_fail():
     assert undeclared("import requests_html") == ["requests_html is not declared in pyproject.toml"]
+    assert pip_lines("see `pip install 'a[b]' c`") == ["'a[b]' c"]
+    for line in ("nsa-convert", "'nsa-convert[train]'", "somebodys-package", "-e '.[trian]'"):
+        assert len(hint_problems(line)) == 1, line
     assert "only an extra declares it" in undeclared("import matplotlib")[0]
     assert "only an extra declares it" in undeclared("import triton", "fetch.py")[0]
     assert undeclared("import triton", "triton_fetch.py") == []
