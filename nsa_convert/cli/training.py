@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +113,19 @@ def train(
     try:
         report = train_recipe(read, folder, base=path.parent, resume=resume, say=say, allow=allow)
     except Interrupted as error:
-        hint(f"the state is saved; go on with: nsa-convert train {recipe} --resume")
+        hint(f"the state is saved; go on with{_resume_line(recipe, pairs)}")
         raise SystemExit(128 + error.number) from None
     if is_main:
         show(report, as_json)
         hint(f"next: nsa-convert eval {report.model}")
+
+
+def _resume_line(recipe: str, pairs: Sequence[str]) -> str:
+    """Return the command that goes on: without the same --set it would be another run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # who started the processes, and how, is not known here
+        return " the same command, and --resume"
+    words = [word for pair in pairs for word in ("--set", pair)]
+    return f": {shlex.join(['nsa-convert', 'train', recipe, *words, '--resume'])}"
 
 
 def model_folder(model: Any, revision: str | None, base: Path) -> Path | None:

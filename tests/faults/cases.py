@@ -225,6 +225,7 @@ CASES: dict[str, str] = {
 }
 
 ELSEWHERE: dict[str, str] = {
+    "CL15": "tests/published/test_pages.py::test_a_page_runs_as_printed",
     "CL13": "tests/guards/test_cli_contract.py::test_help_is_fast_and_imports_no_torch",
 }
 """Case -> ``path::test`` of a test whose name does not hold the id."""

@@ -5,17 +5,13 @@ from __future__ import annotations
 import builtins
 import os
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import dense_model, edit_json
-from tests.evaluation.tiny import save, tiny_dense
 from tests.faults.checks import (
     ENVIRONMENT,
     METHOD,
-    ROOT,
     converted,
     error_of,
     forked,
@@ -23,7 +19,6 @@ from tests.faults.checks import (
     run,
     snapshot,
 )
-from tests.guards.test_docs import blocks, commands
 from tests.test_gguf import write_gguf
 
 CONVERT_PHASES = [
@@ -152,59 +147,3 @@ def test_cl16_odd_output(source, word, monkeypatch):
     error_of(result, result.exit_code)
     assert result.exit_code in {2, 5}
     assert snapshot(source.parent) == before
-
-
-NOT_RUN = {
-    "pip install -c constraints.txt -e '.[gguf,eval]'": "asks a package index; make did the same before this",
-    "make test": "runs this test",
-    "make test-all": "runs this test",
-    "make lint": "pip-audit asks a server",
-    "make fuzz": "has its own time; test_mutations.py tests the same property",
-}
-"""Commands of the README that no test runs, and why."""
-
-SHORTER = {
-    "bench": ["--lengths", "1024"],
-    "compare": ["--set", "lengths=[1024]", "--set", "needle_lengths=[1024]"],
-}
-"""What is added to a command that takes long otherwise."""
-
-
-def test_cl15_every_command_of_the_readme(tmp_path, monkeypatch):
-    """From the first line to the last, on a tiny model in place of MODEL; what is not run has a reason."""
-    dense = save(tiny_dense().float(), tmp_path / "models/dense")
-    (dense / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    (dense / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text()
-    lines = [shlex.join(words) for block in blocks(text, "bash") for words in commands(block)]
-    assert set(lines) >= set(NOT_RUN), "a reason for a command that is gone"
-    done = [line for line in lines if line not in NOT_RUN]
-    assert len(done) > 15
-    for number, line in enumerate(done):
-        words = readme_words(line, number, dense)
-        result = run(*words)
-        assert result.exit_code == 0, f"{line}\n{result.stdout}\n{result.stderr}"
-        assert "Traceback" not in result.stderr
-    (snippet,) = blocks(text, "python")
-    names: dict = {}
-    exec(compile(snippet, "README.md", "exec"), names)
-    assert names["model"].config.model_type == "nsa_llama"
-
-
-def readme_words(line: str, number: int, dense: Path) -> list[str]:
-    """Return the words behind ``nsa-convert`` of a command, places filled in."""
-    program, *words = shlex.split(line)
-    assert program == "nsa-convert", f"'{line}' is neither run nor in NOT_RUN"
-    places = {"MODEL": str(dense), "OUT": "my-sparse-model", "OUT/evaluation": "my-sparse-model/evaluation"}
-    if words[:3] == ["convert", "MODEL", "OUT"]:  # examples side by side: each has a folder of its own
-        places["OUT"] = f"model-{number}"
-    if "--measure" in words:  # two lines write the same file
-        Path(words[words.index("--measure") + 1]).unlink(missing_ok=True)
-    more = [word for key, extra in SHORTER.items() if key in words for word in extra]
-    return [places.get(word, word) for word in words] + more
-
-
-def test_cl15_a_command_without_a_reason_is_found():
-    with pytest.raises(AssertionError, match="neither run nor in NOT_RUN"):
-        readme_words("make bench", 0, Path("x"))

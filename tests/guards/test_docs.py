@@ -1,4 +1,7 @@
-"""What README.md and docs/ say is true of the code: commands, snippets, tables, the file tree."""
+"""What README.md and docs/ say is true of the code: commands, snippets, tables, the file tree.
+
+Their blocks are run in tests/published/; here every command is only parsed, those in the text too.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,16 @@ def blocks(text: str, *languages: str) -> Iterator[str]:
     for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         if language in languages:
             yield body
+
+
+def inline_commands(text: str) -> Iterator[str]:
+    """Yield the ``nsa-convert`` and ``make`` commands that stand in the text; COMMAND is any of them.
+
+    A command without arguments only names itself there.
+    """
+    for body in re.findall(r"(?<!`)`((?:nsa-convert|make) [^`]+)`(?!`)", text):
+        if "COMMAND" not in body:
+            yield body if len(body.split()) > 2 or body.startswith("make") else f"{body} --help"
 
 
 def commands(block: str) -> Iterator[list[str]]:
@@ -142,6 +155,12 @@ def test_commands_and_snippets_are_valid(page):
         for words in commands(block)
         if (problem := command_problem(words))
     ]
+    problems += [
+        f"{line}: {problem}"
+        for line in inline_commands(text)
+        for words in commands(line.replace("\n", " "))
+        if (problem := command_problem(words))
+    ]
     problems += [problem for block in blocks(text, "python") for problem in python_problems(block)]
     assert not problems, "\n" + "\n".join(problems)
 
@@ -230,6 +249,7 @@ def test_snippet_and_word_guards_can_fail():
     assert python_problems("from nsa_convert.errors import Nothing") == ["nsa_convert.errors has no Nothing"]
     assert FOREIGN.search("see /tmp" + "/dev/x")
     assert not FOREIGN.search('@pytest.fixture(scope="session")')
+    assert list(inline_commands("see `make x` and `nsa-convert COMMAND --help`")) == ["make x"]
     assert list(commands("A=1 make x \\\n  y # note")) == [["make", "x", "y"]]
     tree = "a/ x\n  b.py y\nc z\n"
     assert tree_entries(f"<!-- tree -->\n```\n{tree}```\n<!-- /tree -->") == ["a", "a/b.py", "c"]

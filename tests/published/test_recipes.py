@@ -146,6 +146,10 @@ def test_recipe_runs_as_published(name, tmp_path, monkeypatch, record_property):
     done = work_all([job for job, _ in jobs], tmp_path, processes_of(recipe))
     for (job, status), each in zip(jobs, done, strict=True):
         assert each.status == status, f"{' '.join(job.words)}\n{each.output}"
+        if status:
+            words = ["nsa-convert", *(word for word in job.words if word != "--resume"), "--resume"]
+            line = " the same command, and --resume" if processes_of(recipe) > 1 else f": {shlex.join(words)}"
+            assert f"go on with{line}\n" in each.output
     losses = [loss for each in done for loss in each.losses]
     assert losses
     assert all(math.isfinite(loss) for _, _, loss in losses)
