@@ -48,6 +48,21 @@ SMALLER = {
     ),
     ("README.md", "nsa-convert bench --device cpu"): "--lengths 1024",
     (
+        "docs/evaluation.md",
+        "nsa-convert eval OUT --suite long --set lengths=2048,4096 --set samples=3 --out OUT/evaluation",
+    ): "--set lengths=512,1024 --set samples=1 --set depths=[0.5]",
+    (
+        "docs/evaluation.md",
+        "nsa-convert eval MODEL --suite compare --set methods=nsa,ssa,moba --set budgets=512,1024 "
+        "--set lengths=4096 --out DIR",
+    ): "--set budgets=256,512 --set lengths=1024 --set needle_lengths=[1024] --set depths=[0.5]",
+    (
+        "docs/evaluation.md",
+        "nsa-convert eval MODEL --suite compare --set budgets=0.25 --set needle_lengths=2048,4096,8192 "
+        "--set equal=density --plan outer=benchmarks/plans/nsa_outer_layers_full.yaml "
+        "--plan duo=duo.safetensors@0.15 --out DIR",
+    ): "--set needle_lengths=[1024] --set lengths=[1024] --set depths=[0.5]",
+    (
         "README.md",
         "nsa-convert eval MODEL --suite compare --set methods=nsa,ssa,moba --out DIR",
     ): "--set lengths=[1024] --set needle_lengths=[1024]",

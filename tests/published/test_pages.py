@@ -21,7 +21,7 @@ from tests.pushing import hub  # noqa: F401
 MODELS: dict[str, dict[str, Any]] = {
     "docs/conversion.md": {"num_hidden_layers": 30},
     "docs/methods.md": {"num_hidden_layers": 8, "num_key_value_heads": 4},
-    "docs/evaluation.md": {"max_position_embeddings": 16384, "num_hidden_layers": 4},
+    "docs/evaluation.md": {"num_hidden_layers": 5},
 }
 """Page -> sizes its examples need of MODEL: layers and heads they name, lengths they read."""
 SLOW = {"docs/evaluation.md", "docs/training.md"}
