@@ -50,7 +50,7 @@ SMALLER = {
     (
         "docs/evaluation.md",
         "nsa-convert eval OUT --suite long --set lengths=2048,4096 --set samples=3 --out OUT/evaluation",
-    ): "--set lengths=512,1024 --set samples=1 --set depths=[0.5]",
+    ): "--set lengths=1024 --set samples=1 --set depths=[0.5]",
     (
         "docs/evaluation.md",
         "nsa-convert eval MODEL --suite compare --set methods=nsa,ssa,moba --set budgets=512,1024 "
@@ -61,7 +61,7 @@ SMALLER = {
         "nsa-convert eval MODEL --suite compare --set budgets=0.25 --set needle_lengths=2048,4096,8192 "
         "--set equal=density --plan outer=benchmarks/plans/nsa_outer_layers_full.yaml "
         "--plan duo=duo.safetensors@0.15 --out DIR",
-    ): "--set needle_lengths=[1024] --set lengths=[1024] --set depths=[0.5]",
+    ): "--set methods=[nsa] --set needle_lengths=[1024] --set lengths=[1024] --set depths=[0.5]",
     (
         "README.md",
         "nsa-convert eval MODEL --suite compare --set methods=nsa,ssa,moba --out DIR",
