@@ -238,8 +238,11 @@ class SparseAttention(nn.Module):
             cached = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = held_tokens(cached, offset, k, v)
             parts = (CachedPart(k=k, v=v, layout=context.layout),)
+        learned = (k, v, *self.sparse.parameters())
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
         cells = {
-            p.name: grow_cells(self.sparse, p, layer, _source(p, k, v), new_tokens, context) for p in pools
+            p.name: grow_cells(self.sparse, p, layer, _source(p, k, v), new_tokens, context, tracked=tracked)
+            for p in pools
         }
         kept = {name: grow_stream(layer, name, streams[name], offset) for name in self.sparse.cached_streams}
         if not forgets(self.sparse):  # else when it has forgotten

@@ -46,6 +46,8 @@ def grow_cells(
     source: Tensor,
     new_tokens: int,
     context: SparseContext,
+    *,
+    tracked: bool,
 ) -> Tensor:
     """Compress the cells that the new tokens complete, store them, and return the buffer.
 
@@ -59,6 +61,7 @@ def grow_cells(
             whole capacity while compiling a static cache).
         new_tokens: How many of them are new.
         context: Offset and padding.
+        tracked: Whether gradients must reach the cells of the layer.
 
     Returns:
         ``[B, C, H, D]`` in the dtype of ``source``. C may exceed the complete cells: a product reads a whole
@@ -71,9 +74,6 @@ def grow_cells(
         return _grow_compiled(method, pool, layer, source, new_tokens, context, grid, capacity)
     starts = context.starts or (0,)
     # The buffer holds values only: where gradients must reach the cells, all of them are made again.
-    tracked = torch.is_grad_enabled() and (
-        source.requires_grad or any(weight.requires_grad for weight in method.parameters())
-    )
     covered = past if pool.name in (layer.cells or {}) and not tracked else 0
     held = [grid.count(covered - s) for s in starts]
     done = [grid.count(past + new_tokens - s) for s in starts]

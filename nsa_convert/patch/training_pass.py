@@ -69,9 +69,9 @@ class TrainingPass:
             out.loss = extra if out.loss is None else out.loss + extra
         elif extra is not None:
             if getattr(out, "log_probs", None) is not None:
-                out.log_probs = _Observe.apply(out.log_probs, self, "log_probs")
+                out.log_probs = _Observe.apply(out.log_probs, self, "log_probs", out.label_mask)
             base = out.logits.sum().to(extra.dtype) * 0.0 if out.loss is None else out.loss
-            out.loss = _Observe.apply(base, self, "loss") + extra.detach()
+            out.loss = _Observe.apply(base, self, "loss", None) + extra.detach()
         out["aux_loss"], out["auxiliary"] = None if extra is None else extra.detach(), auxiliary
         return out
 
@@ -105,17 +105,18 @@ class _Observe(torch.autograd.Function):
     """Pass a field of the output; in backward, note its gradient before any layer's backward runs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, owner: TrainingPass, field: str) -> Tensor:
-        ctx.owner, ctx.field = owner, field
+    def forward(ctx: Any, x: Tensor, owner: TrainingPass, field: str, counted: Tensor | None) -> Tensor:
+        ctx.owner, ctx.field, ctx.counted = owner, field, counted
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         seen = grad
-        if ctx.field == "log_probs":  # of a likelihood, minus its weights; of a preference, of either sign
-            seen = torch.where((grad <= 0).all(), -grad.sum(), grad.new_zeros(()))
+        if ctx.counted is not None:  # of a likelihood, minus its weights; of a preference, of either sign
+            rises = grad.masked_fill(~ctx.counted, 0.0)
+            seen = torch.where((rises <= 0).all(), -rises.sum(), grad.new_zeros(()))
         ctx.owner.seen[ctx.field] = seen
-        return grad, None, None
+        return grad, None, None, None
 
 
 def warn_of_silent_weights(model: nn.Module, unlabelled: Sequence[str]) -> None:
