@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from nsa_convert.config import SparseAttentionConfig
+from nsa_convert.config import SparseAttentionConfig, raise_problems
 from nsa_convert.errors import BackendError, ConfigError
 from nsa_convert.methods.base import InitialisedModule
 from nsa_convert.methods.registry import build_layer
@@ -27,6 +27,12 @@ from nsa_convert.patch.families import family_of_sparse, geometry_of
 from nsa_convert.patch.layout import NO_CONTINUOUS_BATCHING, read_context, shard_context
 from nsa_convert.patch.own_code import write_own_code
 from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.patch.tensor_parallel import (
+    register_head_style,
+    share_heads,
+    tensor_plan,
+    tensor_problems,
+)
 from nsa_convert.patch.training_pass import (
     LABELS,
     TrainingPass,
@@ -112,6 +118,25 @@ class SparsePreTrainedMixin:
         """
         wanted = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
         self._check_and_adjust_attn_implementation(wanted)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> Any:
+        """Cut a model among processes as transformers does, the new weights by their heads.
+
+        Raises:
+            ConfigError: Tensor parallel with a method whose heads cannot live in different processes.
+        """
+        tensor = mesh_manager is not None and distributed_config.tp_size > 1
+        if tensor:
+            methods = [layer.self_attn.sparse for layer in model.base_model.layers]
+            config = model.config.to_dict()
+            raise_problems(tensor_problems(methods, config, distributed_config.tp_size), code="RC09")
+            register_head_style()
+            model._tp_plan = {**model._tp_plan, **tensor_plan(model)}
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        if tensor:
+            share_heads(model, mesh_manager.get_mesh("tp").get_group())
+        return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save as transformers does, with the code files that load the model where this package is absent."""

@@ -1,9 +1,9 @@
 """Several processes for one model: FSDP2, tensor parallel and context parallel, on engines that exist.
 
-FSDP2 and tensor parallel are transformers' own (``DistributedConfig``); what is ours is the plan for the new
-weights, whose rows belong to heads, and the sums that a loss over local heads needs. Context parallel splits
-the tokens of a row: queries stay local, keys and values are gathered, so a layer sees the layout it knows, a
-run of queries at an offset among all keys.
+FSDP2 and tensor parallel are transformers' own (``DistributedConfig``); a converted model brings the plan for
+its new weights itself (:mod:`nsa_convert.patch.tensor_parallel`). Context parallel splits the tokens of a
+row: queries stay local, keys and values are gathered, so a layer sees the layout it knows, a run of queries
+at an offset among all keys.
 """
 
 from __future__ import annotations
@@ -19,60 +19,13 @@ from torch import Tensor, nn
 from nsa_convert.config import raise_problems
 from nsa_convert.errors import NsaConvertError
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.collectives import sum_gradient
 from nsa_convert.patch.loading import load_causal_model, safe_config
 from nsa_convert.patch.modeling import SparseModelMixin
 from nsa_convert.patch.patching import sparse_methods
-from nsa_convert.training.parallel import Parallel, tensor_problems
+from nsa_convert.patch.tensor_parallel import tensor_problems
+from nsa_convert.training.parallel import Parallel
 
 T = TypeVar("T")
-
-HEAD_STYLE = "nsa_heads"
-
-
-def tensor_plan(model: nn.Module) -> dict[str, str]:
-    """Return the styles of the new weights: the first dimension of each counts heads."""
-    plan = {}
-    for name, module in model.named_modules():
-        if ".self_attn.sparse." not in f"{name}." or not list(module.parameters(recurse=False)):
-            continue
-        parts = name.split(".")
-        parts[parts.index("layers") + 1] = "*"
-        plan[".".join(parts)] = HEAD_STYLE
-        for parameter, _ in module.named_parameters(recurse=False):
-            plan[".".join([*parts, parameter])] = HEAD_STYLE
-    return plan
-
-
-def register_head_style() -> None:
-    """Teach transformers to shard a module by the heads its weights' first dimension counts."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from transformers.distributed import tensor_parallel as engine
-
-    if HEAD_STYLE in engine.ALL_PARALLEL_STYLES:
-        return
-
-    class HeadParallel(engine.TensorParallelLayer):
-        """Weights ``[heads * n, ...]`` sharded by head; the module runs on its local ones."""
-
-        def should_use_local_tensors(self, module: nn.Module) -> bool:
-            return True
-
-        def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
-            whole = module._parameters[param]
-            module._parameters[param] = nn.Parameter(
-                distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None),
-                requires_grad=whole.requires_grad,
-            )
-
-        def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: Any) -> Any:
-            if not hasattr(module, "open_branches"):  # a compressor reads local heads
-                return args, kwargs
-            group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-            return (sum_gradient(args[0], group), *args[1:]), kwargs
-
-    engine.ALL_PARALLEL_STYLES.register(HEAD_STYLE, HeadParallel())
-
 
 def distributed_config(plain: nn.Module, *, fsdp: int = 1, tensor: int = 1) -> Any:
     """Return transformers' DistributedConfig for a dense or converted model.
@@ -89,10 +42,7 @@ def distributed_config(plain: nn.Module, *, fsdp: int = 1, tensor: int = 1) -> A
 
     if tensor > 1:
         raise_problems(tensor_problems(sparse_methods(plain), plain.config.to_dict(), tensor), code="RC09")
-        register_head_style()
-    # An empty plan would take the family's own rules away.
-    plan = tensor_plan(plain) if tensor > 1 else None
-    return DistributedConfig(fsdp_size=fsdp, tp_size=tensor, tp_plan=plan or None)
+    return DistributedConfig(fsdp_size=fsdp, tp_size=tensor)
 
 
 def join_processes() -> None:
@@ -125,8 +75,6 @@ def load_sharded(folder: Path, dtype: torch.dtype, parallel: Parallel) -> nn.Mod
         plain = AutoModelForCausalLM.from_config(safe_config(folder))
     config = distributed_config(plain, fsdp=parallel.fsdp, tensor=parallel.tensor)
     model = load_causal_model(folder, dtype, distributed_config=config)
-    if parallel.tensor > 1:
-        share_heads(model, model._device_mesh.get_group("tp"))
     _save_tied_once(model)
     return model
 
@@ -175,12 +123,6 @@ def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]
     set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
 
 
-def share_heads(model: nn.Module, group: Any) -> None:
-    """Let the auxiliary losses of a tensor-parallel model be means over the heads of all processes."""
-    for layer in _layers(model):
-        layer.loss_group = group
-
-
 def share_tokens(model: nn.Module, group: Any) -> None:
     """Let the layers of a model attend across the processes of a group, each with its run of every row.
 
@@ -219,7 +161,3 @@ def split_tokens(batch: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
     if len(begins) > len(ids):
         part["cu_seq_lens_q"] = torch.cat([begins, begins.new_tensor([ids.shape[1]])])
     return part
-
-
-def _layers(model: nn.Module) -> list[SparseAttention]:
-    return [module for module in model.modules() if isinstance(module, SparseAttention)]

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from nsa_convert.methods.base import SparseMethod
+from nsa_convert.patch.tensor_parallel import tensor_problems
 
 if TYPE_CHECKING:
     from nsa_convert.training.recipe import Recipe, Stage
 
 SHARDING_SINCE = (5, 19)
 """Version of transformers whose Trainer leaves a model that is cut already as it is."""
-TENSOR_METHODS = ("nsa", "ssa", "full")
-"""Methods whose heads can live in different processes."""
 CONTEXT_METHODS = ("nsa", "ssa", "full", "dsa", "msa", "moba", "infllm_v2")
 """Methods whose queries can be a part of the row."""
 
@@ -121,17 +120,6 @@ def method_problems(
         problems += tensor_problems(methods, config, parallel.tensor)
     if parallel.context > 1:
         problems += context_problems(methods)
-    return problems
-
-
-def tensor_problems(methods: Sequence[SparseMethod], config: Mapping[str, Any], size: int) -> list[str]:
-    """Return why ``size`` processes cannot share the heads of the layers."""
-    problems = _unknown("tensor", methods, TENSOR_METHODS)
-    if any(m.extra_head_sets() for m in methods):
-        problems.append("tensor needs branch_kv shared, not independent")
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    if heads % size:
-        problems.append(f"tensor {size} cannot share {heads} key/value heads; it has to divide them")
     return problems
 
 

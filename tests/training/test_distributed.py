@@ -8,6 +8,7 @@ import pytest
 
 from tests.models import NSA, SSA, VARIANTS, trained_model
 from tests.training.processes import launch
+from tests.training.worker import PLAIN
 
 METHODS = {
     "nsa": {**NSA, "key_compressor": "linear", "value_compressor": "weighted"},
@@ -17,6 +18,8 @@ CONTEXT = ("hybrid", "moba", "infllm_v2-coarse", "dsa-shared", "msa-reuse", "nsa
 """Further variants whose rows are shared."""
 CHECKS = [
     *(f"{kind} {method}" for kind in ("fsdp", "tensor") for method in METHODS),
+    *(f"tensor {method}" for method in PLAIN),
+    *(f"refused {method}" for method in ("dsa-shared", "hybrid")),
     *(f"fsdp {method}{how}" for method in METHODS for how in (" tied", ", aligned")),
     *(f"context {method}, one document" for method in METHODS),
     *(f"context {method}" for method in (*METHODS, *CONTEXT)),
@@ -27,7 +30,7 @@ LIMIT = 1e-5
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("models")
-    further = {name: VARIANTS[name] for name in CONTEXT}
+    further = {name: VARIANTS[name] for name in (*CONTEXT, *PLAIN)}
     tied = {f"{name} tied": settings for name, settings in METHODS.items()}
     for name, settings in {**METHODS, **further, **tied}.items():
         model = trained_model(

@@ -59,7 +59,14 @@ def start(settings: dict, family: str = "llama", **changes: Any) -> transformers
     return model
 
 
-def trainer(model: torch.nn.Module, out: Path, steps: int, **changes: Any) -> transformers.Trainer:
+def trainer(
+    model: torch.nn.Module,
+    out: Path,
+    steps: int,
+    rows: Any = None,
+    data_collator: Any = None,
+    **changes: Any,
+) -> transformers.Trainer:
     values = {
         "output_dir": str(out),
         "max_steps": steps,
@@ -74,7 +81,8 @@ def trainer(model: torch.nn.Module, out: Path, steps: int, **changes: Any) -> tr
         "seed": 3,
     }
     args = transformers.TrainingArguments(**{**values, **changes})
-    return transformers.Trainer(model=model, args=args, train_dataset=Rows(2 * steps))
+    rows = Rows(2 * steps) if rows is None else rows
+    return transformers.Trainer(model=model, args=args, train_dataset=rows, data_collator=data_collator)
 
 
 def captured_over_oracle(model: torch.nn.Module, budget: int) -> float:
@@ -179,30 +187,48 @@ def test_trainer_minimises_what_our_own_trainer_does(accumulation: int, tmp_path
     rows = PackedRows(
         found.data, fresh_tokenizer(recipe, tmp_path), found.seq_len, data_seed(recipe, 0), tmp_path
     )
-    args = transformers.TrainingArguments(
-        output_dir=str(tmp_path / "theirs"),
-        max_steps=found.steps,
+    run = trainer(
+        model,
+        tmp_path / "theirs",
+        found.steps,
+        rows=rows,
+        data_collator=collate,
         per_device_train_batch_size=2 // accumulation,
         gradient_accumulation_steps=accumulation,
-        learning_rate=1e-3,
         lr_scheduler_type="constant",
         adam_beta1=found.betas[0],
         adam_beta2=found.betas[1],
-        weight_decay=0.0,
         max_grad_norm=found.clip,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
         remove_unused_columns=False,
         seed=recipe.seed,
         accelerator_config={"dispatch_batches": False},
     )
-    run = transformers.Trainer(model=model, args=args, train_dataset=rows, data_collator=collate)
     with losses_of_passes() as theirs:
         run.train()
     assert len(ours) == len(theirs) == 4 * accumulation
     for our, their in zip(ours, theirs, strict=True):
         assert our == pytest.approx(their, abs=1e-5)
         assert their[1] > 0
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["dsa"], id="dsa"),
+        pytest.param([n for n in VARIANTS if n != "dsa"], id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_and_checkpointing_are_one(names: list[str], tmp_path: Path) -> None:
+    """Data parallel with gradient checkpointing: every new weight has its gradient in every process."""
+    from safetensors.torch import load_file
+
+    from tests.training.processes import launch
+
+    names = [name for name in names if METHODS[VARIANTS[name]["method"]].spec.trainable]
+    for count in (1, 2):
+        launch(["-m", "tests.training.ddp_worker", str(tmp_path), *names], count, timeout=1500)
+    for name in names:
+        alone, shared = (load_file(tmp_path / f"{name}.{kind}.safetensors") for kind in ("alone", "shared"))
+        assert alone.keys() == shared.keys()
+        for key in alone:
+            torch.testing.assert_close(shared[key], alone[key], rtol=0, atol=2e-5, msg=f"{name}: {key}")

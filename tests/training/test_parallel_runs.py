@@ -187,8 +187,9 @@ def test_sizes_that_do_not_fit_the_processes_are_refused(parallel, says, tmp_pat
 @pytest.mark.parametrize(
     ("method", "stages", "keys", "says"),
     [
-        (MOBA, (stage(),), {"tensor": 2}, "tensor knows nsa, ssa, full, not moba"),
-        (NSA, (stage(),), {"tensor": 4}, "tensor 4 cannot share 2 key/value heads"),
+        (DSA, (stage(),), {"tensor": 2}, "infllm_v2, streaming, full, not dsa"),
+        ({**MOBA, "key_conv": 3}, (stage(),), {"tensor": 2}, "tensor parallel needs key_conv 0"),
+        (NSA, (stage(),), {"tensor": 4}, "tensor parallel of 4 processes has to divide the 2 key"),
         ({**NSA, "branch_kv": "independent"}, (stage(),), {"tensor": 2}, "branch_kv shared"),
         ({**MOBA, "key_conv": 3}, (stage(),), {"context": 2}, "key_conv of moba needs tokens of other"),
         ({"method": "streaming"}, (stage(),), {"context": 2}, "not streaming"),

@@ -1,0 +1,85 @@
+"""Tensor parallel on transformers' engine: the plan for the new weights, whose rows belong to heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from nsa_convert.methods.base import SparseMethod
+from nsa_convert.patch.attention import SparseAttention
+from nsa_convert.patch.collectives import sum_gradient
+
+HEAD_STYLE = "nsa_heads"
+TENSOR_METHODS = ("nsa", "ssa", "moba", "infllm_v2", "streaming", "full")
+"""Methods whose heads can live in different processes."""
+
+
+def tensor_problems(methods: Sequence[SparseMethod], config: Mapping[str, Any], size: int) -> list[str]:
+    """Return why ``size`` processes cannot share the heads of the layers."""
+    problems = [
+        f"tensor parallel knows {', '.join(TENSOR_METHODS)}, not {name}"
+        for name in sorted({m.spec.name for m in methods} - set(TENSOR_METHODS))
+    ]
+    if any(m.extra_head_sets() for m in methods):
+        problems.append("tensor parallel needs branch_kv shared, not independent")
+    if any(m.key_taps > 1 for m in methods):
+        problems.append("tensor parallel needs key_conv 0")
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    if heads % size:
+        problems.append(
+            f"tensor parallel of {size} processes has to divide the {heads} key/value heads of a layer"
+        )
+    return problems
+
+
+def tensor_plan(model: nn.Module) -> dict[str, str]:
+    """Return the styles of the new weights: the first dimension of each counts heads."""
+    plan = {}
+    for name, module in model.named_modules():
+        if ".self_attn.sparse." not in f"{name}." or not list(module.parameters(recurse=False)):
+            continue
+        parts = name.split(".")
+        parts[parts.index("layers") + 1] = "*"
+        plan[".".join(parts)] = HEAD_STYLE
+        for parameter, _ in module.named_parameters(recurse=False):
+            plan[".".join([*parts, parameter])] = HEAD_STYLE
+    return plan
+
+
+def register_head_style() -> None:
+    """Teach transformers to shard a module by the heads its weights' first dimension counts."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from transformers.distributed import tensor_parallel as engine
+
+    if HEAD_STYLE in engine.ALL_PARALLEL_STYLES:
+        return
+
+    class HeadParallel(engine.TensorParallelLayer):
+        """Weights ``[heads * n, ...]`` sharded by head; the module runs on its local ones."""
+
+        def should_use_local_tensors(self, module: nn.Module) -> bool:
+            return True
+
+        def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+            whole = module._parameters[param]
+            module._parameters[param] = nn.Parameter(
+                distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None),
+                requires_grad=whole.requires_grad,
+            )
+
+        def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: Any) -> Any:
+            if not hasattr(module, "open_branches"):  # a compressor reads local heads
+                return args, kwargs
+            group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+            return (sum_gradient(args[0], group), *args[1:]), kwargs
+
+    engine.ALL_PARALLEL_STYLES.register(HEAD_STYLE, HeadParallel())
+
+
+def share_heads(model: nn.Module, group: Any) -> None:
+    """Let the auxiliary losses of a tensor-parallel model be means over the heads of all processes."""
+    for module in model.modules():
+        if isinstance(module, SparseAttention):
+            module.loss_group = group
