@@ -208,9 +208,14 @@ def stage_problems(stage: Stage, methods: Sequence[SparseMethod], config: Mappin
     return problems
 
 
-def stage_warnings(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
+def stage_warnings(recipe: Recipe, stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
     """Return what will work but may not be meant."""
     lines = []
+    if recipe.precision == "bf16":
+        lines.append(
+            "precision bf16 keeps the weights in bfloat16, where AdamW loses most updates by rounding (93 % "
+            "at a learning rate of 2e-5) and all weight decay; bf16-mixed does not"
+        )
     budgets = [method.visible_budget() for method in methods if method.keys_per_query() is not None]
     if budgets and stage.seq_len <= min(budgets):
         lines.append(
@@ -276,7 +281,7 @@ def _resolve(
         trained_new=new,
         losses={**losses, **stage_weights(stage, methods)},
         memory=_memory(stage, recipe, start, sum(shapes.values()), trained, parallel),
-        warnings=tuple(stage_warnings(stage, methods)),
+        warnings=tuple(stage_warnings(recipe, stage, methods)),
     )
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import transformers
 from click.testing import CliRunner
 
+from nsa_convert.cli import main
 from nsa_convert.cli.training import known_recipes, recipes
 from nsa_convert.errors import ConfigError, UsageError
+from nsa_convert.methods.registry import METHODS
 from nsa_convert.training.data import PackedRows, collate
 from nsa_convert.training.models import fresh_tokenizer, read_start
 from nsa_convert.training.parallel import planned
 from nsa_convert.training.parts import FreshModel
 from nsa_convert.training.plan import plan_recipe
-from nsa_convert.training.recipe import read_recipe, recipe_from_dict
+from nsa_convert.training.recipe import Recipe, read_recipe, recipe_from_dict
 from nsa_convert.training.stages import data_seed
 from tests.published.bases import BASES
 from tests.training.recipes import NSA, recipe, recipe_values, stage
@@ -68,6 +72,40 @@ def test_big_recipes_plan(name, tmp_path, monkeypatch):
     assert all(stage.steps >= 100 for stage in plan.stages)
     assert not any("fit the visible budget" in line for line in plan.warnings)
     assert plan.parameters > 1e8
+
+
+PRECISIONS = get_args(get_type_hints(Recipe)["precision"])
+TRAINED = [name for name, method in METHODS.items() if method.spec.trainable and f"tiny/{name}" in ALL]
+
+
+QUICK = {("dsa", "bf16"), ("nsa", "bf16-mixed")}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow)
+        for name in TRAINED
+        for kind in PRECISIONS
+    ],
+)
+def test_every_trainable_method_trains_in_every_precision(name, precision, tmp_path):
+    """As a user types it, shortened to one step of each stage."""
+    read = read_recipe(ALL[f"tiny/{name}"])
+    words = ["train", f"tiny/{name}", "--set", f"precision={precision}", "--set", f"out={tmp_path / 'run'}"]
+    for one in read.stages:
+        words += ["--set", f"stages.{one.name}.tokens={one.batch_tokens}"]
+        words += ["--set", f"stages.{one.name}.log_every=1"]
+    done = CliRunner().invoke(main, [*words, "--set", "report_to=none"])
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert ("bfloat16" in done.output) == (precision == "bf16")
+
+
+def test_every_trainable_method_has_a_tiny_recipe():
+    missing = {name for name, method in METHODS.items() if method.spec.trainable} - set(TRAINED)
+    assert missing == {"phases"}, "a pair of methods trains the one that reads prompts"
 
 
 def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch):
