@@ -19,11 +19,16 @@ READY = $(VENV)/.ready
 # Test processes share the cores, so each gets one thread; no test needs the Hub.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
-.PHONY: help venv test test-all test-gpu lint fuzz demo bench bench-gpu clean
+# The oldest versions that pyproject.toml allows, in an environment of their own.
+OLDEST = .venv-oldest
+OLDEST_TESTS = tests/patch tests/methods tests/training tests/evaluation/test_generation.py
+
+.PHONY: help venv test test-all test-oldest test-gpu lint fuzz demo bench bench-gpu clean
 
 help:
 	@echo "make test      the tests that need no GPU and no network (under 10 minutes on 2 cores)"
 	@echo "make test-all  the slow ones too"
+	@echo "make test-oldest  patch, method, cache, training and generation tests at the oldest allowed versions"
 	@echo "make lint      ruff, and pip-audit where it can run"
 	@echo "make fuzz      damaged checkpoints and recipes, for FUZZ_SECONDS"
 	@echo "make demo      SmolLM2-135M to NSA and SSA: convert, verify, evaluate, generate"
@@ -47,6 +52,15 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) -m "not gpu" $(TESTS)
 
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt .ci/install-torch
+	$(PYTHON) -m venv $(OLDEST)
+	CONSTRAINTS=constraints-oldest.txt TORCH_INDEX="$(TORCH_INDEX)" .ci/install-torch $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(OLDEST_TESTS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/python .ci/audit $(VENV)/audit
@@ -67,5 +81,5 @@ test-gpu: $(READY)
 	OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(TESTS)
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -85,6 +85,11 @@ def planned(recipe: Recipe) -> Parallel:
     return parallel_of(recipe, count)
 
 
+def can_shard() -> bool:
+    """Return whether this transformers trains models whose weights are cut while they load."""
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= SHARDING_SINCE
+
+
 def size_problems(parallel: Parallel) -> list[str]:
     """Return why these keys do not fit the number of processes."""
     count, fsdp, tensor, context = dataclasses.astuple(parallel)
@@ -92,7 +97,7 @@ def size_problems(parallel: Parallel) -> list[str]:
     if tensor > 1 and context > 1:
         return [f"tensor {tensor} and context {context} cannot be combined; set one of them to 1"]
     problems = []
-    if parallel.sharded and tuple(map(int, transformers.__version__.split(".")[:2])) < SHARDING_SINCE:
+    if parallel.sharded and not can_shard():
         problems.append(
             "fsdp and tensor need transformers {}.{} or newer, ".format(*SHARDING_SINCE)
             + f"whose Trainer takes models that are cut while they load; this is {transformers.__version__}"

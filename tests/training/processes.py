@@ -8,7 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from nsa_convert.training.parallel import can_shard
+
 ROOT = Path(__file__).parents[2]
+SHARDED = pytest.mark.skipif(not can_shard(), reason="this transformers trains no models that are cut")
+
+PLAIN = ("moba", "infllm_v2-coarse", "streaming")
+"""Methods beside NSA and SSA that tensor parallel knows; their loss is the distance to dense attention."""
 
 
 def free_port() -> int:

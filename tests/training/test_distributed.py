@@ -7,8 +7,7 @@ import json
 import pytest
 
 from tests.models import NSA, SSA, VARIANTS, trained_model
-from tests.training.processes import launch
-from tests.training.worker import PLAIN
+from tests.training.processes import PLAIN, SHARDED, launch
 
 METHODS = {
     "nsa": {**NSA, "key_compressor": "linear", "value_compressor": "weighted"},
@@ -41,7 +40,10 @@ def result(tmp_path_factory) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "check",
+    [check if check.startswith("context") else pytest.param(check, marks=SHARDED) for check in CHECKS],
+)
 def test_two_processes_equal_one(result, check):
     assert {name: value for name, value in result[check].items() if not value < LIMIT} == {}
 
