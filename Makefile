@@ -22,13 +22,20 @@ PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 OLDEST = .venv-oldest
 OLDEST_TESTS = tests/patch tests/methods tests/training tests/evaluation/test_generation.py
+# Where the files of transformers' own tests go.
+HF = build/hf
+# A checkout's `tests` folder of the pinned version; the source distribution lacks the generation tests.
+HF_TESTS ?=
+SUITE = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(HF) $(BIN)/python -m pytest -q \
+	-o addopts=--import-mode=importlib -p tests.hf.checks --disable-warnings tests/hf/suite.py
 
-.PHONY: help venv test test-all test-oldest test-gpu lint fuzz demo bench bench-gpu clean
+.PHONY: help venv test test-all test-oldest test-hf test-gpu lint fuzz demo bench bench-gpu clean
 
 help:
 	@echo "make test      the tests that need no GPU and no network (under 10 minutes on 2 cores)"
 	@echo "make test-all  the slow ones too"
 	@echo "make test-oldest  patch, method, cache, training and generation tests at the oldest allowed versions"
+	@echo "make test-hf   transformers' own model tests on converted models (about 30 minutes on 2 cores)"
 	@echo "make lint      ruff, and pip-audit where it can run"
 	@echo "make fuzz      damaged checkpoints and recipes, for FUZZ_SECONDS"
 	@echo "make demo      SmolLM2-135M to NSA and SSA: convert, verify, evaluate, generate"
@@ -60,6 +67,14 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt .ci/install-torch
 
 test-oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(OLDEST_TESTS)
+
+$(HF)/.ready: $(READY) tests/hf/fetch.py
+	$(BIN)/python -m tests.hf.fetch $(HF) $(HF_TESTS)
+	touch $@
+
+test-hf: $(HF)/.ready
+	$(SUITE) --record $(HF)/stock.json
+	$(SUITE) --against $(HF)/stock.json -n $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,37 @@
+"""Tests of transformers that stock Llama passes and a converted model does not, each with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """One test, or several by a pattern, of the classes in ``only`` (patterns; all by default)."""
+
+    test: str
+    reason: str
+    only: tuple[str, ...] = ("*",)
+
+
+NO_WEIGHTS = "output_attentions is refused by name: sparse layers never hold a matrix of attention weights"
+OWN_ATTENTION = (
+    "sdpa and eager change nothing in a converted model: its layers compute attention themselves, and the "
+    "config keeps saying so"
+)
+REFUSED = (
+    Refused("test_attention_outputs", NO_WEIGHTS),
+    Refused("test_model_outputs_equivalence", NO_WEIGHTS),
+    Refused("test_retain_grad_hidden_states_attentions", NO_WEIGHTS),
+    Refused("test_can_set_attention_dynamically", OWN_ATTENTION),
+    Refused("test_sdpa_can_dispatch_non_composite_models", OWN_ATTENTION),
+)
+
+
+def find(cls: str, test: str) -> Refused | None:
+    """Return the entry of a test of a class."""
+    for entry in REFUSED:
+        if fnmatch.fnmatch(test, entry.test) and any(fnmatch.fnmatch(cls, name) for name in entry.only):
+            return entry
+    return None
