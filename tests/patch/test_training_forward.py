@@ -105,7 +105,7 @@ def test_gradients_are_those_of_the_sum(variant: str, checkpointing: bool | None
 
     if checkpointing is not None:
         model.model.embed_tokens.register_forward_hook(lambda *a: a[2].requires_grad_())
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     out = model(ids, labels=ids, training_mode=TrainingMode(losses=names, weights=weights))
     torch.testing.assert_close(out.loss, total, rtol=1e-12, atol=0)
     torch.testing.assert_close(out.aux_loss, total - plain.loss, rtol=1e-9, atol=1e-12)

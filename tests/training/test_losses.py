@@ -139,7 +139,7 @@ def test_checkpointing_keeps_the_auxiliary_losses(variant, reentrant):
 
     plain = run()
     model.model.embed_tokens.register_forward_hook(lambda *a: a[2].requires_grad_())
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     again = run()
     assert plain.keys() == again.keys()
     for key in plain:
