@@ -197,14 +197,18 @@ def has_qkv_bias(config: Mapping[str, Any], family: ModelFamily) -> bool:
     )
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any], family: ModelFamily | None = None) -> None:
     """Raise one ConfigError that names every feature of the config the sparse layers do not support.
+
+    Args:
+        config: Contents of config.json.
+        family: Its family; by default that of a dense config.
 
     Raises:
         UnsupportedModelError: The architecture is not in the table.
         ConfigError: Sliding-window layers, an unsupported RoPE type, or bad RoPE numbers.
     """
-    family = family_of(config)
+    family = family or family_of(config)
     problems = [*_sliding_window_problems(config, family), *_rope_problems(config)]
     if geometry_of(config, family).head_dim % 2:
         problems.append(f"head_dim must be even for RoPE, got {geometry_of(config, family).head_dim}")

@@ -23,7 +23,7 @@ from nsa_convert.methods.base import InitialisedModule
 from nsa_convert.methods.registry import build_layer
 from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.families import family_of_sparse, geometry_of
+from nsa_convert.patch.families import check_config, family_of_sparse, geometry_of
 from nsa_convert.patch.layout import NO_CONTINUOUS_BATCHING, read_context, shard_context
 from nsa_convert.patch.own_code import write_own_code
 from nsa_convert.patch.plan import resolve_plan
@@ -384,7 +384,8 @@ def install_sparse_attention(decoder: nn.Module) -> None:
     """Replace every layer's attention module by the method that ``config.sparse_attention`` plans for it.
 
     Raises:
-        ConfigError: The config holds no plan, or one that does not fit the model.
+        ConfigError: The config holds no plan, or one that does not fit the model, or asks for what sparse
+            layers do not support.
     """
     config = decoder.config
     if config.sparse_attention is None:
@@ -392,7 +393,9 @@ def install_sparse_attention(decoder: nn.Module) -> None:
             "config.sparse_attention is missing: this is not the config of a converted model", code="CF20"
         )
     sparse = SparseAttentionConfig.from_dict(config.sparse_attention)
-    geometry = geometry_of(config.to_dict(), family_of_sparse(config.model_type))
+    family = family_of_sparse(config.model_type)
+    check_config(config.to_dict(), family)
+    geometry = geometry_of(config.to_dict(), family)
     resolve_plan(sparse, len(decoder.layers), geometry)
     for index, layer in enumerate(decoder.layers):
         layer.self_attn = SparseAttention(layer.self_attn, build_layer(sparse, geometry, index))

@@ -14,7 +14,7 @@ from nsa_convert.errors import ConfigError, UnsupportedModelError
 from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.gates import BranchGate
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.families import ModelFamily, family_of, geometry_of
+from nsa_convert.patch.families import ModelFamily, check_config, family_of, geometry_of
 from nsa_convert.patch.model_classes import adopt_class
 from nsa_convert.patch.modeling import install_sparse_attention
 from nsa_convert.patch.models import config_class, model_classes
@@ -44,11 +44,13 @@ def patch_model(
 
     Raises:
         UnsupportedModelError: The architecture is not supported, or the weights are quantised.
-        ConfigError: The plan does not fit the model.
+        ConfigError: The plan does not fit the model, or the model has sliding windows or another RoPE than
+            sparse layers know.
     """
     plan = _read_plan(sparse, settings)
     family = family_of(model.config.to_dict())
     _refuse_quantised(model)
+    check_config(model.config.to_dict())
     model_class = _class_for(model, family)
     decoder = model.base_model
     geometry = geometry_of(model.config.to_dict(), family)

@@ -225,3 +225,30 @@ def test_a_model_can_be_pickled(variant: str) -> None:
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
         assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("mistral", {"sliding_window": 16}, "sliding_window must be null"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "layer_types"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type 'dynamic' is not supported",
+        ),
+    ],
+)
+def test_a_model_that_conversion_refuses_is_refused_in_memory_too(
+    family: str, changes: dict, says: str
+) -> None:
+    model = dense_model(family, **changes)
+    kept = type(model)
+    with pytest.raises(ConfigError, match=says):
+        patch_model(model, plan(NSA))
+    assert type(model) is kept
+    config = trained_model(family, NSA).config
+    for name in model.config.to_dict().keys() & {*changes, "layer_types"}:
+        setattr(config, name, getattr(model.config, name))
+    with pytest.raises(ConfigError, match=says):
+        transformers.AutoModelForCausalLM.from_config(config)
