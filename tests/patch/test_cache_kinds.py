@@ -37,6 +37,11 @@ STEADY = ["nsa", "ssa-gated", "dsa-shared", "moba-conv"]
 """Of these the rounding of float32 changes no choice in this text."""
 
 
+def first_quick(*names: str) -> list:
+    """Return the plans of a test that compiles, all but the first for the slow run."""
+    return [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
+
+
 @pytest.fixture(scope="module")
 def ids() -> Tensor:
     return tokens(2, PROMPT + MORE)
@@ -236,7 +241,7 @@ class TestStatic:
         for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
             assert (proceed(model, other, ids) - expected).abs().max() < 1e-9
 
-    @pytest.mark.parametrize("name", [*CELLS, *STREAMS])
+    @pytest.mark.parametrize("name", first_quick(*CELLS, *STREAMS))
     def test_compiled_steps_need_one_graph(self, name, ids, fresh) -> None:
         model = trained_model("qwen3", ALL[name])
         cache = StaticCache(model.config, max_cache_len=96)
@@ -251,7 +256,7 @@ class TestStatic:
         expected = model(longer, use_cache=False).logits[:, PROMPT + MORE :]
         assert (out - expected).abs().max() < 1e-9
 
-    @pytest.mark.parametrize("name", [*CELLS, "dsa-shared"])
+    @pytest.mark.parametrize("name", first_quick(*CELLS, "dsa-shared"))
     def test_a_compiled_step_after_the_dense_model(self, name, ids, fresh) -> None:
         """No value can be looked at in a graph: all cells are pooled in it, or it asserts an empty cache."""
         model, dense = trained_model("qwen3", ALL[name]), dense_model("qwen3")

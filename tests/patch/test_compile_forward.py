@@ -28,7 +28,7 @@ ALL_METHODS["rules"] = [{**VARIANTS[name], "layers": [i]} for i, name in enumera
 PLANS = {"one layer of each trainable method": ALL_METHODS} | {
     name: settings for name, settings in VARIANTS.items() if settings["method"] in TRAINABLE
 }
-QUICK = ("training", "prefill-static")
+QUICK = ("training",)
 CASES = [
     pytest.param(plan, kind, marks=() if PLANS[plan] is ALL_METHODS and kind in QUICK else pytest.mark.slow)
     for plan in PLANS
