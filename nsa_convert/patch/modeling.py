@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from nsa_convert.config import SparseAttentionConfig, raise_problems
@@ -35,6 +34,7 @@ from nsa_convert.patch.tensor_parallel import (
 )
 from nsa_convert.patch.training_pass import (
     LABELS,
+    SparseCausalLMOutput,
     TrainingPass,
     count_labels,
     is_sharded,
@@ -207,26 +207,6 @@ class SparseModelMixin(SparsePreTrainedMixin):
             sparse_context=context,
             **kwargs,
         )
-
-
-@dataclasses.dataclass
-class SparseCausalLMOutput(CausalLMOutputWithPast):
-    """What a converted model returns from a call with a ``training_mode``.
-
-    An ordinary call in training with labels returns the family's output, with ``aux_loss`` and ``auxiliary``.
-
-    Attributes:
-        loss: The loss to minimise, auxiliary losses included; None where nothing is to be minimised.
-        aux_loss: What the auxiliary losses contribute to it, without gradient; None where nothing.
-        auxiliary: ``[layers, K]``, one column for each name of ``training_mode.losses``.
-        cross_entropy: Next-token loss, or None without labels.
-        teacher_kl: Divergence from dense attention over the same weights, or None where it was not asked for.
-    """
-
-    aux_loss: Tensor | None = None
-    auxiliary: Tensor | None = None
-    cross_entropy: Tensor | None = None
-    teacher_kl: Tensor | None = None
 
 
 class SparseHeadMixin(SparsePreTrainedMixin):

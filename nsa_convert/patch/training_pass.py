@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nsa_convert.methods.training_mode import TrainingMode
 
 LABELS = ("labels", "shift_labels", "num_items_in_batch")
 """Arguments of a forward call that say which tokens count, and out of how many."""
+
+
+@dataclasses.dataclass
+class SparseCausalLMOutput(CausalLMOutputWithPast):
+    """What a converted model returns from a call with a ``training_mode``.
+
+    An ordinary call in training with labels returns the family's output, with ``aux_loss`` and ``auxiliary``.
+
+    Attributes:
+        loss: The loss to minimise, auxiliary losses included; None where nothing is to be minimised.
+        aux_loss: What the auxiliary losses contribute to it, without gradient; None where nothing.
+        auxiliary: ``[layers, K]``, one column for each name of ``training_mode.losses``.
+        cross_entropy: Next-token loss, or None without labels.
+        teacher_kl: Divergence from dense attention over the same weights, or None where it was not asked for.
+    """
+
+    aux_loss: Tensor | None = None
+    auxiliary: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    teacher_kl: Tensor | None = None
 
 
 class TrainingPass:
