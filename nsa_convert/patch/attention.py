@@ -238,8 +238,7 @@ class SparseAttention(nn.Module):
             cached = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = held_tokens(cached, offset, k, v)
             parts = (CachedPart(k=k, v=v, layout=context.layout),)
-        learned = (k, v, *self.sparse.parameters())
-        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, *self.sparse.parameters()))
         cells = {
             p.name: grow_cells(self.sparse, p, layer, _source(p, k, v), new_tokens, context, tracked=tracked)
             for p in pools
