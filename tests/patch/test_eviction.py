@@ -13,20 +13,12 @@ from nsa_convert.patch.estimate import context_costs
 from nsa_convert.patch.eviction import cache_bytes
 from nsa_convert.patch.patching import patch_model, sparse_methods, unpatch_model, with_full_budget
 from nsa_convert.patch.plan import resolve_plan
-from tests.models import FAMILIES, NSA, STREAMING, dense_model, plan, tokens, trained_model
+from tests.models import EVICTING as PLANS
+from tests.models import FAMILIES, NSA, dense_model, plan, tokens, trained_model
 
-EVICTING = {**STREAMING, "cache": "evict"}
+EVICTING, INFLLM, H2O, RAZOR = (PLANS[name] for name in ("streaming-evict", "infllm", "h2o", "razor"))
 MIXED = {**EVICTING, "rules": [{"method": "full", "layers": [0, 2], "heads": [1]}]}
 NEXT_TO_CELLS = {**EVICTING, "rules": [{**NSA, "layers": [0, 1], "heads": [1]}]}
-INFLLM = {
-    "method": "infllm",
-    "num_sinks": 3,
-    "window_size": 12,
-    "block_size": 4,
-    "num_blocks": 2,
-    "num_representatives": 2,
-    "query_block": 1,
-}
 EXACT = {
     "absolute": EVICTING,
     "cache": {**EVICTING, "positions": "cache"},
@@ -154,8 +146,6 @@ class TestRefusals:
             model.generate(repeated, prompt_lookup_num_tokens=5, **GREEDY)
 
 
-H2O = {"method": "h2o", "num_heavy": 8, "num_recent": 7}
-RAZOR = {"method": "razor", "num_sinks": 2, "window_size": 9, "window_share": 0}
 LOSSY = {
     "h2o": H2O,
     "razor": RAZOR,
