@@ -148,7 +148,7 @@ def remember(model: PreTrainedModel, cache: Cache, index: int, k: Tensor, v: Ten
     sources = {"key": k.transpose(1, 2), "value": v.transpose(1, 2)}
     for pool in sparse.pools():
         source = select_heads(sources[pool.source], pool.heads)
-        grow_cells(sparse, pool, cache.layers[index], source, k.shape[2], context)
+        grow_cells(sparse, pool, cache.layers[index], source, k.shape[2], context, tracked=False)
     hidden = torch.randn(1, k.shape[2], sparse.geometry.hidden_size, dtype=k.dtype)
     streams = sparse.streams(hidden, lambda x: x)
     for name in sparse.cached_streams:

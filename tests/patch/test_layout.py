@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from nsa_convert.errors import BackendError
 from nsa_convert.methods.registry import METHODS
 from nsa_convert.patch.patching import set_mode
 from tests.models import VARIANTS, dense_model, tokens, trained_model
@@ -127,7 +128,7 @@ def test_packed_documents_cannot_continue_a_cache(model: PreTrainedModel) -> Non
 def test_continuous_batching_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(NotImplementedError, match="continuous batching"):
         model(tokens(1, 6), cache=object())
-    with pytest.raises(ValueError, match="continuous batching"):
+    with pytest.raises(NotImplementedError, match="continuous batching"):
         model.generate(tokens(1, 6), cache_implementation="paged", max_new_tokens=2)
 
 
@@ -139,7 +140,7 @@ def test_flash_attention_is_refused(model: PreTrainedModel) -> None:
 def test_the_attention_name_is_refused_on_a_dense_model() -> None:
     dense = dense_model("llama")
     dense.config._attn_implementation = "nsa_convert"
-    with pytest.raises(Exception, match="belongs to converted models"):
+    with pytest.raises(BackendError, match="is the name converted models have; a dense model takes 'sdpa'"):
         dense(tokens(1, 6))
 
 

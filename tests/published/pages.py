@@ -19,6 +19,8 @@ NOT_RUN = {
     ("README.md", "pip install -c constraints.txt -e '.[gguf,eval]'"): "guards/test_packaging.py runs it",
     ("README.md", "make test"): "runs this test",
     ("README.md", "make test-all"): "runs this test",
+    ("README.md", "make test-oldest"): "installs an environment, and runs tests for longer than this one",
+    ("README.md", "make test-hf"): "fetches transformers' tests, and runs them for longer than this one",
     ("README.md", "make lint"): "pip-audit asks a server",
     ("README.md", "make fuzz"): "has its own time; tests/faults/test_mutations.py tests the same property",
     ("docs/evaluation.md", "pip install lm-eval"): "asks a package index; large",
