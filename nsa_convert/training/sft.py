@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def make_sft_trainer(common: dict[str, Any], tokenizer: Any, stage: Stage, base:
     """Return the trainer of an ``sft`` stage.
 
     Raises:
-        ConfigError: The chat template does not mark the assistant's words, fails, or takes too much.
+        ConfigError: The chat template does not mark the assistant's words, fails, or takes too much; no row
+            holds a word of the assistant.
     """
     from trl import SFTTrainer
 
@@ -72,12 +73,14 @@ def make_sft_trainer(common: dict[str, Any], tokenizer: Any, stage: Stage, base:
     # Once under limits: a template that takes all time or memory is refused before it meets a data set here.
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     render_chat(tokenizer, turns, add_generation_prompt=False)
-    return SftStageTrainer(
+    trainer = SftStageTrainer(
         **common,
         processing_class=tokenizer,
         train_dataset=_chats(stage, documents),
         data_fingerprint=joint_fingerprint(documents),
     )
+    trainer.train_dataset = _answered(trainer.train_dataset, stage, common["say"])
+    return trainer
 
 
 def _chats(stage: Stage, documents: Sequence[Documents]) -> Any:
@@ -94,3 +97,24 @@ def _chats(stage: Stage, documents: Sequence[Documents]) -> Any:
         seed=0,
         stopping_strategy="all_exhausted",
     )
+
+
+def _answered(rows: Any, stage: Stage, say: Callable[[str], None]) -> Any:
+    """Leave out the rows without a word to learn: a chat is cut after ``seq_len`` tokens, its answers with it.
+
+    A step of such rows has no loss: the mean over no labels is not a number.
+    """
+    # TRL notes what counts in a column of labels, before its version 1 in one of masks.
+    column, nothing = ("labels", -100) if "labels" in rows.column_names else ("assistant_masks", 0)
+    kept = rows.filter(lambda row: any(value != nothing for value in row[column][1:]))
+    if not len(kept):
+        raise ConfigError(
+            f"stage {stage.name}: no chat holds a word of the assistant within its first {stage.seq_len} "
+            "tokens",
+            code="RC09",
+            hint="raise seq_len",
+        )
+    if len(kept) < len(rows):
+        lost = len(rows) - len(kept)
+        say(f"{stage.name}: {lost} of {len(rows)} rows have no answer within seq_len and are left out")
+    return kept

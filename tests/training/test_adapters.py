@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from nsa_convert.errors import ConfigError
 from nsa_convert.patch.loading import load_causal_model, load_tokenizer
 from nsa_convert.training.run import Interrupted, train_recipe
 from nsa_convert.training.sources import recall_text
@@ -107,3 +109,24 @@ def test_chats_are_packed_and_only_answers_count(tmp_path, train):
     text = load_tokenizer(Path(report.model)).decode(batch["input_ids"][labels != -100])
     assert text.startswith("set ")
     assert "im_start" not in text
+
+
+def test_chats_without_an_answer_in_reach_are_left_out(tmp_path):
+    """A row in which nothing counts has no loss; its mean is not a number."""
+    pytest.importorskip("trl")
+    turns = [("say", "yes"), ("say " + "so " * 90, "yes")]
+    chats = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+        for asked, answer in turns * 4
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    data = [{"kind": "jsonl", "path": "chats.jsonl", "column": "messages"}]
+    sizes = {"batch_tokens": 64, "tokens": 64 * 2, "micro_batch": 1, "data": data}
+    said = []
+    chat = stage("sft", kind="sft", seq_len=64, **sizes)
+    train_recipe(recipe(tmp_path / "run", NSA, chat), None, base=tmp_path, say=said.append)
+    assert any("have no answer within seq_len" in line for line in said)
+    assert all(math.isfinite(loss) for _, _, loss in losses(tmp_path / "run"))
+    short = stage("sft", kind="sft", seq_len=16, **{**sizes, "batch_tokens": 16, "tokens": 32})
+    with pytest.raises(ConfigError, match="within its first 16 tokens"):
+        train_recipe(recipe(tmp_path / "short", NSA, short), None, base=tmp_path)
