@@ -21,6 +21,7 @@ from nsa_convert.card import (
 )
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, HubError, UsageError
 from nsa_convert.hub import HUB_ID, with_retries
+from nsa_convert.patch.checkpoint import SIDE_FILES
 from nsa_convert.patch.manifest import MANIFEST, read_manifest
 from nsa_convert.patch.streams import hash_file
 from nsa_convert.redaction import holds_secret
@@ -234,8 +235,13 @@ def _check_evaluation(folder: Path, allow: bool) -> list[str]:
 
 
 def _publishable(folder: Path) -> Iterator[str]:
-    """Yield the names of the files that go, but for the card."""
-    yield from (name for name in sorted(read_manifest(folder)) if name != CARD)
+    """Yield the names of the files that go, but for the card.
+
+    Other programs save the tokenizer after the model, so its files may be missing in the manifest.
+    """
+    listed = read_manifest(folder)
+    later = {path.name for path in folder.iterdir() if SIDE_FILES.fullmatch(path.name) and path.is_file()}
+    yield from (name for name in sorted({*listed, *later}) if name != CARD)
     yield MANIFEST
     if (folder / EVAL_RESULTS).is_file():
         yield EVAL_RESULTS

@@ -5,16 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from nsa_convert.card import write_card
 from nsa_convert.errors import CheckFailedError
 from nsa_convert.evaluation.quick import run_quick
+from nsa_convert.patch.patching import patch_model
 from nsa_convert.push import plan_push
 from nsa_convert.training.recipe import recipe_from_dict
 from nsa_convert.training.run import train_recipe
 from nsa_convert.verification import revert_checkpoint, verify_checkpoint
+from tests.models import NSA, plan
 from tests.publishable import converted
 from tests.training.recipes import stage
 
@@ -83,8 +87,7 @@ def test_card_and_push(model):
     assert "256 tokens: align (128 tokens), pretrain (128 tokens)" in text
     assert "bit-equal" not in text
     assert "block_size=8" in text
-    plan = plan_push(model, "tester/tiny")
-    names = {file.name for file in plan.files}
+    names = {file.name for file in plan_push(model, "tester/tiny").files}
     assert {"training_report.json", "recipe.yaml", "model.safetensors", "modeling_nsa_llama.py"} <= names
 
 
@@ -99,3 +102,43 @@ def test_an_evaluation_from_before_the_training_does_not_count(model, trained, t
         plan_push(model, "tester/tiny")
     if before is not None:
         report.write_text(before)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["converted", *(pytest.param(name, marks=pytest.mark.slow) for name in ("trained", "in memory"))],
+)
+def test_what_another_trainer_saved_is_published_like_it(source, trained, model, tmp_path):
+    if source == "in memory":
+        dense = AutoModelForCausalLM.from_pretrained(trained[2] / "dense")
+        subject = patch_model(dense, plan(NSA))
+    else:
+        subject = AutoModelForCausalLM.from_pretrained(trained[1] if source == "converted" else model)
+    tokenizer = AutoTokenizer.from_pretrained(trained[1])
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    rows = [{"input_ids": torch.arange(40), "labels": torch.arange(40)}] * 8
+    trainer = Trainer(subject, arguments, default_data_collator, rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = tmp_path / "saved"
+    checks = {check.name: check.ok for check in verify_checkpoint(saved).checks}
+    assert checks == {
+        "files": True, "values": True, "kept tensors": None, "full budget = dense": None,
+        "bare transformers": True,
+    }  # fmt: skip
+    report = json.loads((saved / "training_report.json").read_text())
+    before = json.loads((model / "training_report.json").read_text())
+    assert report["tokens"] is None
+    assert report["stages"] == (before["stages"] if source == "trained" else [])
+    if source != "in memory":
+        assert report["source"] == before["source"]
+    written = "".join(path.read_text() for path in saved.rglob("*.json"))
+    assert str(trained[2]) not in written
+    text = write_card(saved, license="apache-2.0", base_model="tiny/dense").path.read_text()
+    assert "an unknown number of tokens" in text
+    assert "## Recipe" not in text
+    names = {file.name for file in plan_push(saved, "tester/tiny", allow_unevaluated=True).files}
+    assert {"training_report.json", "tokenizer.json", "model.safetensors", "nsa_manifest.json"} <= names
+    assert "training_args.bin" not in names

@@ -96,7 +96,8 @@ def _render(
     """Return the text, the results for the Hub, the evaluations and warnings."""
     read_manifest(folder)
     facts, training = read_facts(folder)
-    recipe = (folder / RECIPE).read_text(encoding="utf-8").rstrip()
+    known = (folder / RECIPE).is_file()
+    recipe = (folder / RECIPE).read_text(encoding="utf-8").rstrip() if known else ""
     evaluations = read_evaluations(folder)
     reports = [report for report in evaluations if is_current(report, folder)]
     warnings = [] if reports else ["no evaluation of this model: the card shows no results"]
@@ -169,7 +170,8 @@ def _training_text(training: Mapping[str, Any] | None) -> str:
     if not training:
         return ""
     stages = [f"{stage['name']} ({stage['tokens']:,} tokens)" for stage in training.get("stages", [])]
-    return f"{training['tokens']:,} tokens" + (f": {', '.join(stages)}" if stages else "")
+    total = "an unknown number of tokens" if training["tokens"] is None else f"{training['tokens']:,} tokens"
+    return total + (f": {', '.join(stages)}" if stages else "")
 
 
 def _layer_row(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
-    """Hash every file of a folder and write the manifest.
+    """Hash every file of a folder but an earlier manifest, and write the manifest.
 
     Args:
         folder: The folder.
@@ -35,6 +35,8 @@ def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
+        if name == MANIFEST:
+            continue
         files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or hash_file(path)}
     write_json(folder / MANIFEST, {"schema": 1, "files": files})
 

@@ -24,7 +24,7 @@ from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.families import check_config, family_of_sparse, geometry_of
 from nsa_convert.patch.layout import NO_CONTINUOUS_BATCHING, read_context, shard_context
-from nsa_convert.patch.own_code import write_own_code
+from nsa_convert.patch.own_code import write_own_code, write_own_reports
 from nsa_convert.patch.plan import resolve_plan
 from nsa_convert.patch.tensor_parallel import (
     register_head_style,
@@ -139,11 +139,17 @@ class SparsePreTrainedMixin:
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save as transformers does, with the code files that load the model where this package is absent."""
-        if kwargs.get("is_main_process", True):
+        """Save as transformers does, with the code files that load the model where this package is absent.
+
+        With the package there are also the reports that ``nsa-convert verify`` and ``card`` read.
+        """
+        is_main = kwargs.get("is_main_process", True)
+        if is_main:
             os.makedirs(save_directory, exist_ok=True)
             write_own_code(save_directory, self.config.model_type)
         super().save_pretrained(save_directory, **kwargs)
+        if is_main:
+            write_own_reports(save_directory, self)
 
 
 class SparseModelMixin(SparsePreTrainedMixin):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_own_code(folder: str | os.PathLike, model_type: str) -> None:
@@ -18,3 +19,9 @@ def write_own_code(folder: str | os.PathLike, model_type: str) -> None:
         return
     for path in Path(__file__).parent.glob("[!_]*.py"):
         (Path(folder) / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def write_own_reports(folder: str | os.PathLike, model: Any) -> None:
+    """Write what ``verify``, ``card`` and ``push`` read of a folder; a flat copy cannot, it has no reports."""
+    if __name__.startswith("nsa_convert."):
+        importlib.import_module("nsa_convert.patch.trained").seal_saved(model, Path(folder))

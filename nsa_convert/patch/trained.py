@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nsa_convert.patch.manifest import (
     MANIFEST,
@@ -19,6 +19,9 @@ from nsa_convert.patch.manifest import (
 from nsa_convert.patch.staging import copy_file
 from nsa_convert.patch.streams import hash_file
 from nsa_convert.strict_files import read_json_mapping
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CARD = "README.md"
 REPORT_LIMIT = 64_000_000
@@ -57,6 +60,31 @@ def seal_trained(
     text = yaml.safe_dump(_public(dict(recipe)), sort_keys=False)
     (folder / RECIPE).write_text(f"# nsa-convert train {RECIPE}\n{text}", encoding="utf-8")
     if source is not None:
+        _carry_over(source, folder)
+    write_manifest(folder, {})
+
+
+def seal_saved(model: PreTrainedModel, folder: Path) -> None:
+    """Write ``training_report.json``, the source's card and licence, and the manifest, as far as a model knows.
+
+    For ``save_pretrained``, which any trainer calls: the number of tokens is known to that trainer alone, and
+    the tokenizer's files are mostly written later. What a trainer of this package knows replaces it.
+
+    Args:
+        model: The model that was saved.
+        folder: Where.
+    """
+    name = getattr(model.config, "_name_or_path", "") or ""
+    source = Path(name) if name and (Path(name) / "config.json").is_file() else None
+    named = {"id": Path(name).resolve().name if source else name or "a fresh model", "files": {}}
+    origin = {**named, "revision": getattr(model.config, "_commit_hash", None)}
+    origin["format"] = "safetensors" if name else "fresh"
+
+    before = _report_of(source)
+    base = before.get("source") or _origin(source) or origin
+    report = {"schema": 1, "tokens": None, "stages": before.get("stages", []), "source": base}
+    write_json(folder / TRAINING, report)
+    if source is not None and source.resolve() != folder.resolve():
         _carry_over(source, folder)
     write_manifest(folder, {})
 
@@ -106,6 +134,7 @@ def _carry_over(source: Path, folder: Path) -> None:
     card = kept if kept.is_file() else source / CARD
     if card.is_file():
         (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
+        (folder / SOURCE_FOLDER / CARD).unlink(missing_ok=True)
         copy_file(card, folder / SOURCE_FOLDER / CARD)
     for pattern in LICENCES:
         for path in source.glob(pattern):
