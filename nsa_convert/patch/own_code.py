@@ -22,6 +22,6 @@ def write_own_code(folder: str | os.PathLike, model_type: str) -> None:
 
 
 def write_own_reports(folder: str | os.PathLike, model: Any) -> None:
-    """Write what ``verify``, ``card`` and ``push`` read of a folder; a flat copy cannot, it has no reports."""
+    """Write what ``verify``, ``card`` and ``push`` read of a folder; a flat copy has no means to."""
     if __name__.startswith("nsa_convert."):
         importlib.import_module("nsa_convert.patch.trained").seal_saved(model, Path(folder))

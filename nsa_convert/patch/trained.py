@@ -65,7 +65,7 @@ def seal_trained(
 
 
 def seal_saved(model: PreTrainedModel, folder: Path) -> None:
-    """Write ``training_report.json``, the source's card and licence, and the manifest, as far as a model knows.
+    """Write the training report, the source's card and licence, and the manifest, as far as a model knows.
 
     For ``save_pretrained``, which any trainer calls: the number of tokens is known to that trainer alone, and
     the tokenizer's files are mostly written later. What a trainer of this package knows replaces it.

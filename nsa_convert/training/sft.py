@@ -100,7 +100,7 @@ def _chats(stage: Stage, documents: Sequence[Documents]) -> Any:
 
 
 def _answered(rows: Any, stage: Stage, say: Callable[[str], None]) -> Any:
-    """Leave out the rows without a word to learn: a chat is cut after ``seq_len`` tokens, its answers with it.
+    """Leave out the rows without a word to learn: a chat is cut after ``seq_len`` tokens, answers and all.
 
     A step of such rows has no loss: the mean over no labels is not a number.
     """
