@@ -251,7 +251,7 @@ class SparseHeadMixin(SparsePreTrainedMixin):
         if mode is None:
             return forward(*args, **kwargs)
 
-        training = TrainingPass(mode, joined=torch.compiler.is_compiling())
+        training = TrainingPass(mode, joined=False)
         as_tuple = not kwargs.get("return_dict", self.config.return_dict)
         out = training.join(forward(*args, **{**kwargs, "training_pass": training, "return_dict": True}))
         return out.to_tuple() if as_tuple else out
@@ -321,7 +321,7 @@ class SparseCausalLMMixin(SparseHeadMixin):
         if labels is None:
             rest["labels"] = kwargs.get("shift_labels")  # where both are there, the loss reads these alone
 
-        joined = torch.compiler.is_compiling() or (training_mode.stream == "teacher" and not is_sharded(self))
+        joined = training_mode.stream == "teacher" and not is_sharded(self)
         training = TrainingPass(training_mode, joined=joined)
         out = super(SparseHeadMixin, self).forward(**tokens, training_pass=training, **rest)
         out = SparseCausalLMOutput(**out, cross_entropy=out.loss)

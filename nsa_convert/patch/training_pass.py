@@ -47,8 +47,8 @@ class TrainingPass:
     (checkpointing) attaches them again, and a sharded layer (FSDP2) sees its gradients arrive with those of
     its output.
 
-    Where no gradient runs along the layers anyway (``stream: teacher``), or the compiler has the whole pass
-    in one graph, the losses are added to the model's loss as they are: the same gradients for less work.
+    Where no gradient runs along the layers anyway (``stream: teacher``), and in a graph of the compiler, to
+    which a gradient noted elsewhere is none, the losses are added to the model's loss as they are.
 
     Args:
         mode: What the step asks for.
@@ -60,15 +60,24 @@ class TrainingPass:
         self.joined = joined
         self.values: dict[int, Tensor] = {}
         """Layer -> ``[K]``, one value for each name of ``mode.losses``."""
+        self.live: dict[int, Tensor] = {}
+        """Those of ``values`` that are added to the model's loss."""
+        self.ended = False
+        """Whether the losses joined the model's; layers that run after that are computed again."""
         self.seen: dict[str, Tensor] = {}
         """Field of the output -> how much of the model's loss its gradient stands for, known in backward."""
 
     def hand_in(self, layer_index: int, output: Tensor, values: Tensor) -> Tensor:
         """Note a layer's losses ``[K]`` and return its output, to which they are attached."""
-        self.values[layer_index] = values
-        if self.joined or not self.mode.weights or not values.requires_grad:
+        if not self.ended:
+            self.values[layer_index] = values
+        if not self.mode.weights or not values.requires_grad:
             return output
-        return _Attach.apply(output, self._weighted(values), self)
+        if not self.ended and (self.joined or torch.compiler.is_compiling()):
+            self.live[layer_index] = values
+        if layer_index in self.live:
+            return output
+        return _attach(output, self._weighted(values), self)
 
     def auxiliary(self) -> Tensor | None:
         """Return the losses of all layers, ``[layers, K]``; None where no layer handed in any."""
@@ -85,15 +94,21 @@ class TrainingPass:
             out: Output of transformers or TRL; ``loss`` may be None. It gets ``aux_loss``, what the losses
                 contribute, and ``auxiliary``, see :meth:`auxiliary`.
         """
-        auxiliary = self.auxiliary()
-        extra = None if auxiliary is None or not self.mode.weights else self._weighted(auxiliary.sum(0))
-        if extra is not None and self.joined:
-            out.loss = extra if out.loss is None else out.loss + extra
-        elif extra is not None:
+        self.ended = True
+        auxiliary, extra = self.auxiliary(), None
+        attached = [values.detach() for layer, values in self.values.items() if layer not in self.live]
+        if self.mode.weights and attached:
+            extra = self._weighted(sum(attached))
             if getattr(out, "log_probs", None) is not None:
                 out.log_probs = _Observe.apply(out.log_probs, self, "log_probs", out.label_mask)
             base = out.logits.sum().to(extra.dtype) * 0.0 if out.loss is None else out.loss
-            out.loss = _Observe.apply(base, self, "loss", None) + extra.detach()
+            out.loss = _Observe.apply(base, self, "loss", None) + extra
+        if self.mode.weights and self.live:
+            live = self._weighted(sum(self.live.values()))
+            if getattr(out, "log_probs", None) is not None:
+                out.log_probs = _Carry.apply(out.log_probs, live, out.label_mask)
+            out.loss = live if out.loss is None else out.loss + live
+            extra = live if extra is None else extra + live
         out["aux_loss"], out["auxiliary"] = None if extra is None else extra.detach(), auxiliary
         return out
 
@@ -123,6 +138,12 @@ class _Attach(torch.autograd.Function):
         return grad, gradient, None
 
 
+@torch.compiler.disable
+def _attach(output: Tensor, loss: Tensor, owner: TrainingPass) -> Tensor:
+    """Attach outside of a graph, to which a gradient noted elsewhere would be none."""
+    return _Attach.apply(output, loss, owner)
+
+
 class _Observe(torch.autograd.Function):
     """Pass a field of the output; in backward, note its gradient before any layer's backward runs."""
 
@@ -133,12 +154,31 @@ class _Observe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        seen = grad
-        if ctx.counted is not None:  # of a likelihood, minus its weights; of a preference, of either sign
-            rises = grad.masked_fill(~ctx.counted, 0.0)
-            seen = torch.where((rises <= 0).all(), -rises.sum(), grad.new_zeros(()))
-        ctx.owner.seen[ctx.field] = seen
+        ctx.owner.seen[ctx.field] = grad if ctx.counted is None else _total_weight(grad, ctx.counted)
         return grad, None, None, None
+
+
+class _Carry(torch.autograd.Function):
+    """Pass per-token log-probabilities; in backward, give a loss beside them the weight that they have."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, loss: Tensor, counted: Tensor) -> Tensor:
+        ctx.save_for_backward(counted)
+        ctx.dtype = loss.dtype
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, _total_weight(grad, *ctx.saved_tensors).to(ctx.dtype), None
+
+
+def _total_weight(grad: Tensor, counted: Tensor) -> Tensor:
+    """Return the sum of the weights of a likelihood, minus the gradient of its log-probabilities.
+
+    A preference has gradients of either sign; it has no such weight, and gets 0.
+    """
+    rises = grad.masked_fill(~counted, 0.0)
+    return torch.where((rises <= 0).all(), -rises.sum(), grad.new_zeros(()))
 
 
 def warn_of_silent_weights(model: nn.Module, unlabelled: Sequence[str]) -> None:

@@ -112,6 +112,32 @@ def test_gradients_are_those_of_the_sum(variant: str, checkpointing: bool | None
     check_same(gradients(model, out.loss), want)
 
 
+@pytest.mark.parametrize(
+    ("compiled", "checkpointing"),
+    [
+        pytest.param(compiled, checkpointing, marks=() if checkpointing is kept else pytest.mark.slow)
+        for compiled, kept in (("model", None), ("decoder", None), ("layers", True))
+        for checkpointing in (None, False, True)
+    ],
+)
+def test_compiled_parts_of_a_model_have_the_same_gradients(compiled: str, checkpointing: bool | None) -> None:
+    """A graph knows nothing of a gradient that is noted outside of it, as TRL's heads and regions do."""
+    torch._dynamo.reset()
+    model, ids = trained_model("llama", DSA).train(), tokens(2, LENGTH)
+    want_loss = model(ids, labels=ids)
+    want = gradients(model, 3 * want_loss.loss)
+    model.auxiliary_step = 0
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    parts = {"model": [model], "decoder": [model.model], "layers": model.model.layers}[compiled]
+    for part in parts:
+        part.compile(backend="eager")
+    out = model(ids, labels=ids)
+    torch.testing.assert_close(out.aux_loss, want_loss.aux_loss, rtol=1e-9, atol=1e-12)
+    check_same(gradients(model, 3 * out.loss), want)
+
+
 def test_what_scales_the_loss_scales_its_parts() -> None:
     model, ids = trained_model("llama", DSA).train(), tokens(1, LENGTH)
     want = gradients(model, model(ids, labels=ids).loss)

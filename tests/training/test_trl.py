@@ -93,7 +93,8 @@ def test_sft_teaches_what_chooses(method: str, packing: bool, tokenizer: Any, tm
     assert not still
 
 
-def test_the_share_of_a_fused_likelihood_is_that_of_its_tokens(tokenizer: Any) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_share_of_a_fused_likelihood_is_that_of_its_tokens(compiled: bool, tokenizer: Any) -> None:
     """One step of TRL's fused loss has the gradients of the ordinary loss, whatever divides it."""
     from trl.trainer.utils import add_fused_lm_head
 
@@ -102,7 +103,8 @@ def test_the_share_of_a_fused_likelihood_is_that_of_its_tokens(tokenizer: Any) -
     fused = copy.deepcopy(plain)
     add_fused_lm_head(fused)
     plain(ids, labels=labels, num_items_in_batch=200).loss.backward()
-    (-fused(ids, labels=labels, fused_lm_head=True).log_probs.sum() / 200).backward()
+    call = torch.compile(fused, backend="eager") if compiled else fused
+    (-call(ids, labels=labels, fused_lm_head=True).log_probs.sum() / 200).backward()
     want, got = ({n: p.grad for n, p in m.named_parameters()} for m in (plain, fused))
     for name in chosen_by(plain):
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-9, msg=name)
