@@ -141,6 +141,10 @@ EVERY = {**VARIANTS, **PREFILL, **EVICTING}
 METHODS = ("nsa", "ssa", "moba", "infllm_v2", "dsa", "msa", "streaming", "quest", "hybrid")
 """Variants that are tested with every family; the others, which differ in an option, with one."""
 PAIRS = [(family, name) for name in VARIANTS for family in (FAMILIES if name in METHODS else ("qwen2",))]
+QUICK = {*METHODS, "phases"}
+"""Variants of `make test`: each method once; its options run in `make test-all`."""
+QUICK_PAIRS = {("llama", "nsa"), *((FAMILIES[i % len(FAMILIES)], name) for i, name in enumerate(METHODS))}
+"""Pairs of `make test`: each method with one family, each family with some method."""
 
 
 def plan(default: dict, *rules: dict) -> SparseAttentionConfig:

@@ -12,6 +12,7 @@ from nsa_convert.convert import convert_checkpoint
 from nsa_convert.errors import CheckFailedError, CheckpointError, NsaConvertError
 from nsa_convert.verification import revert_checkpoint, verify_checkpoint
 from tests.checkpoints import FAMILY_OPTIONS, edit_json, shard_paths, tree_hash, write_dense
+from tests.marks import slow
 from tests.test_convert import NSA, SSA
 
 NAMES = ["files", "values", "kept tensors", "full budget = dense", "bare transformers"]
@@ -35,7 +36,7 @@ def outcome(out: Path, against: Path | None = None, **options) -> dict[str, bool
     return {check.name: check.ok for check in verify_checkpoint(out, against, **options).checks}
 
 
-@pytest.mark.parametrize(("model_type", "sparse"), [("qwen3", NSA), ("mistral", SSA)], ids=["nsa", "ssa"])
+@pytest.mark.parametrize(("model_type", "sparse"), [("qwen3", NSA), slow("mistral", SSA)], ids=["nsa", "ssa"])
 def test_a_conversion_passes(tmp_path, model_type, sparse):
     source = write_dense(tmp_path / "dense", model_type, shards=model_type == "qwen3")
     convert_checkpoint(source, tmp_path / "out", sparse)

@@ -154,6 +154,7 @@ def test_evicting_caches_are_smaller(report: tuple[dict, Path]) -> None:
     assert size["streaming"] < 0.5 * size["dense"] <= 0.5 * size["quest"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(
     pair: tuple[Path, Path],
     mix: Path,

@@ -86,6 +86,7 @@ def test_a_second_run_reads_the_cells_and_loads_nothing(report, pair, monkeypatc
     ]
 
 
+@pytest.mark.slow
 def test_other_settings_are_other_cells(report, pair):
     _, folder, _ = report
     again = run_long(pair[1], out_dir=folder, **{**SMALL, "seed": 1}).values
@@ -104,6 +105,7 @@ def test_a_dense_checkpoint_gives_what_the_same_weights_give(report, pair):
     )
 
 
+@pytest.mark.slow
 def test_ev09_killed_and_resumed_without_redoing_cells(pair, tmp_path):
     words = [
         sys.executable,

@@ -84,6 +84,7 @@ def test_prompt_and_steps_read_a_causal_model_as_one_pass_does(pair: tuple[Path,
     assert (read_out(model, ids, 130).states - whole).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_a_long_suite_resumes_and_counts_the_method(pair: tuple[Path, Path], tmp_path: Path) -> None:
     words = ["eval", pair[0], "--suite", "long", "--set", "lengths=400", "--set", "tasks=niah_single_1"]
     words += [

@@ -146,6 +146,7 @@ def test_hb10_a_silent_hub_is_given_up(model, hub, monkeypatch):
     assert any("broke" in line for line in told)
 
 
+@pytest.mark.slow
 def test_hb11_killed_midway_and_pushed_again(model, hub):
     words = [sys.executable, "-c", PUSH, str(model), REPO]
     env = outside(hub, PYTHONPATH=str(ROOT))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -68,8 +70,8 @@ for name in ("llama", "mistral", "qwen2", "qwen3"):
     "imports",
     [
         "import nsa_convert",
-        "from transformers import AutoModelForCausalLM\nimport nsa_convert",
-        "import nsa_convert, transformers",
+        slow("from transformers import AutoModelForCausalLM\nimport nsa_convert"),
+        slow("import nsa_convert, transformers"),
     ],
 )
 def test_model_types_are_registered_in_any_import_order(imports):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import sysconfig
 import tomllib
 import venv
+from collections.abc import Mapping
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,11 +78,17 @@ def third_party(source: str) -> set[tuple[str, bool]]:
     return {(name, is_eager) for name, is_eager in found if name not in own}
 
 
+@functools.cache
+def installed() -> Mapping[str, list[str]]:
+    """Return module -> distributions that bring it, read once: there are some hundred."""
+    return packages_distributions()
+
+
 def undeclared(source: str, name: str = "") -> list[str]:
     """Return imports that are in no dependency list, or that every user needs but only an extra declares."""
     # Imported by name, on machines that have triton: nothing that every user imports reaches them.
     on_demand = {"triton"} if name.startswith("triton_") or name == "toolchain.py" else set()
-    distributions = packages_distributions()
+    distributions = installed()
     problems = []
     for module, is_eager in sorted(third_party(source)):
         names = {canonical(name) for name in distributions.get(module, [module])}
@@ -101,7 +109,7 @@ def test_imports_are_declared():
 def test_core_dependencies_are_used():
     files = sorted((ROOT / "nsa_convert").rglob("*.py"))
     used = {module for path in files for module, _ in third_party(path.read_text())}
-    distributions = packages_distributions()
+    distributions = installed()
     used = {canonical(name) for module in used for name in distributions.get(module, [module])}
     assert CORE.keys() - used - INDIRECT == set()
 

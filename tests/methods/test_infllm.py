@@ -12,6 +12,7 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.methods.base import AttentionRecord, observe
 from nsa_convert.methods.infllm import InfLLM
 from nsa_convert.patch.eviction import EvictingLayer
+from tests.marks import slow
 from tests.methods import evicting
 from tests.methods.evicting import Sequences, assert_rows_equal, build, run, sequences, turn, uncached
 
@@ -73,7 +74,7 @@ def tiles(calls: list[int], tile: int, start: int) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("group", [2, 7, *map(slow, (1, 3, 4))])
 @pytest.mark.parametrize(
     ("calls", "tile"), [([70], 8), ([45, *[1] * 25], 16), ([23, 1, 1, 30, 15], 6), ([70], 1)], ids=str
 )

@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 
 from nsa_convert.errors import CacheError
 from nsa_convert.patch.cache import SparseDynamicLayer, SparseStaticLayer
+from tests.marks import first_quick, slow
 from tests.models import SSA, VARIANTS, dense_model, tokens, trained_model
 from tests.patch.test_cache import ALL, MORE, PROMPT, forgets, needs_its_own, pairs_of, proceed, read, streams
 
@@ -35,11 +36,6 @@ STREAMS = {"dsa-shared": VARIANTS["dsa-shared"], "moba-conv": VARIANTS["moba-con
 
 STEADY = ["nsa", "ssa-gated", "dsa-shared", "moba-conv"]
 """Of these the rounding of float32 changes no choice in this text."""
-
-
-def first_quick(*names: str) -> list:
-    """Return the plans of a test that compiles, all but the first for the slow run."""
-    return [names[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names[1:])]
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +237,7 @@ class TestStatic:
         for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
             assert (proceed(model, other, ids) - expected).abs().max() < 1e-9
 
-    @pytest.mark.parametrize("name", first_quick(*CELLS, *STREAMS))
+    @pytest.mark.parametrize("name", first_quick([*CELLS, *STREAMS]))
     def test_compiled_steps_need_one_graph(self, name, ids, fresh) -> None:
         model = trained_model("qwen3", ALL[name])
         cache = StaticCache(model.config, max_cache_len=96)
@@ -256,7 +252,8 @@ class TestStatic:
         expected = model(longer, use_cache=False).logits[:, PROMPT + MORE :]
         assert (out - expected).abs().max() < 1e-9
 
-    @pytest.mark.parametrize("name", first_quick(*CELLS, "dsa-shared"))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", [*CELLS, "dsa-shared"])
     def test_a_compiled_step_after_the_dense_model(self, name, ids, fresh) -> None:
         """No value can be looked at in a graph: all cells are pooled in it, or it asserts an empty cache."""
         model, dense = trained_model("qwen3", ALL[name]), dense_model("qwen3")
@@ -308,7 +305,7 @@ class TestProcesses:
         for cls in (SparseDynamicLayer, SparseStaticLayer):
             assert pickle.loads(pickle.dumps(cls)) is cls
 
-    @pytest.mark.parametrize("name", ["nsa", "dsa-shared"])
+    @pytest.mark.parametrize("name", ["nsa", slow("dsa-shared")])
     def test_in_a_spawned_process(self, name, ids, tmp_path) -> None:
         """The process loads the model from its folder: another object with the same weights."""
         model = trained_model("qwen3", ALL[name])

@@ -9,18 +9,24 @@ from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels import use_backend
 from nsa_convert.patch.patching import patch_model, unpatch_model, with_full_budget
 from nsa_convert.patch.plan import resolve_plan
-from tests.models import PAIRS, VARIANTS, dense_model, plan, tokens, trained_model
+from tests.marks import these_quick
+from tests.models import PAIRS, QUICK, QUICK_PAIRS, VARIANTS, dense_model, plan, tokens, trained_model
 
 BUDGET = 32
 GEOMETRY = AttentionGeometry(hidden_size=64, num_query_heads=4, num_kv_heads=2, head_dim=16)
 
 
-@pytest.fixture(params=list(VARIANTS))
+@pytest.fixture(params=these_quick(VARIANTS, QUICK))
 def settings(request: pytest.FixtureRequest) -> dict:
     return VARIANTS[request.param]
 
 
-@pytest.fixture(params=PAIRS, ids="-".join)
+@pytest.fixture(
+    params=[
+        pytest.param(pair, id="-".join(pair), marks=() if pair in QUICK_PAIRS else pytest.mark.slow)
+        for pair in PAIRS
+    ]
+)
 def pair(request: pytest.FixtureRequest) -> tuple[str, dict]:
     return request.param[0], VARIANTS[request.param[1]]
 

@@ -13,6 +13,7 @@ from nsa_convert.patch.estimate import context_costs
 from nsa_convert.patch.eviction import cache_bytes
 from nsa_convert.patch.patching import patch_model, sparse_methods, unpatch_model, with_full_budget
 from nsa_convert.patch.plan import resolve_plan
+from tests.marks import slow, these_quick
 from tests.models import EVICTING as PLANS
 from tests.models import FAMILIES, NSA, dense_model, plan, tokens, trained_model
 
@@ -63,7 +64,9 @@ class TestGenerate:
         assert torch.equal(model.generate(prompt, **beams), model.generate(prompt, use_cache=False, **beams))
 
     @pytest.mark.parametrize(
-        "options", [{}, {"prefill_chunk_size": 9}, {"num_beams": 3}], ids=["dynamic", "chunked", "beam"]
+        "options",
+        [{}, {"prefill_chunk_size": 9}, slow({"num_beams": 3})],
+        ids=["dynamic", "chunked", "beam"],
     )
     def test_left_padded_batch(self, model, options) -> None:
         ids, mask, prompts = padded_batch(53, 20, 37, 5)
@@ -169,7 +172,7 @@ class TestLossyCaches:
         assert (first - whole[:, :40]).abs().max() < 1e-10
         assert (torch.cat(steps, 1) - whole[:, 40:]).abs().max() > 0.1
 
-    @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+    @pytest.mark.parametrize("options", [{}, slow({"num_beams": 3})], ids=["greedy", "beam"])
     def test_left_padded_batch_equals_single_rows(self, lossy, options) -> None:
         ids, mask, prompts = padded_batch(53, 20, 37, 5)
         out = lossy.generate(ids, attention_mask=mask, **options, **GREEDY)[:, 53:]
@@ -299,7 +302,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", these_quick(SIZES, ["h2o", "razor", "streaming"]))
 def test_bytes_at_16k_tokens_follow_the_formula(name: str) -> None:
     sizes = {"num_hidden_layers": 1, "max_position_embeddings": 20000, "initializer_range": 0.02}
     model = patch_model(dense_model("llama", **sizes).float(), plan(SIZES[name]))

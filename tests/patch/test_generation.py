@@ -6,13 +6,23 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from tests.models import VARIANTS, dense_model, tokens, trained_model
+from tests.marks import slow
+from tests.models import QUICK, VARIANTS, dense_model, tokens, trained_model
 
 GREEDY = {"max_new_tokens": 14, "do_sample": False}
 CASES = [("qwen3", name) for name in VARIANTS] + [("llama", "nsa"), ("mistral", "ssa"), ("qwen2", "nsa")]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(case), scope="module")
+QUICK_CASES = {(family, name) for family, name in CASES if name in QUICK and family in ("qwen3", "llama")}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(case, id="-".join(case), marks=() if case in QUICK_CASES else pytest.mark.slow)
+        for case in CASES
+    ],
+    scope="module",
+)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     family, variant = request.param
     return trained_model(family, VARIANTS[variant])
@@ -36,6 +46,12 @@ def padded() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     return ids, mask, prompts
 
 
+@pytest.fixture(scope="module")
+def alone(model: PreTrainedModel, padded: tuple) -> list[torch.Tensor]:
+    """Return what each of the padded prompts continues with by itself, without a cache."""
+    return [model.generate(p, use_cache=False, **GREEDY)[0, p.shape[1] :] for p in padded[2]]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -57,7 +73,7 @@ def test_user_static_cache(model: PreTrainedModel, prompt: torch.Tensor, expecte
     assert torch.equal(model.generate(prompt, past_key_values=cache, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("implementation", [None, slow("static")])
 def test_beam_search(model: PreTrainedModel, prompt: torch.Tensor, implementation: str | None) -> None:
     beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
     expected = model.generate(prompt, use_cache=False, **beams)
@@ -68,19 +84,19 @@ def test_beam_search(model: PreTrainedModel, prompt: torch.Tensor, implementatio
     "options",
     [
         {},
-        {"use_cache": False},
-        {"cache_implementation": "static"},
+        slow({"use_cache": False}),
+        slow({"cache_implementation": "static"}),
         {"prefill_chunk_size": 9},
-        {"num_beams": 3},
+        slow({"num_beams": 3}),
     ],
     ids=["dynamic", "uncached", "static", "chunked", "beam"],
 )
-def test_left_padded_batch(model: PreTrainedModel, padded: tuple, options: dict) -> None:
+def test_left_padded_batch(model: PreTrainedModel, padded: tuple, alone: list, options: dict) -> None:
     ids, mask, prompts = padded
-    beams = {"num_beams": 3} if "num_beams" in options else {}
     out = model.generate(ids, attention_mask=mask, **options, **GREEDY)[:, 53:]
-    for row, alone in zip(out, prompts, strict=True):
-        expected = model.generate(alone, use_cache=False, **beams, **GREEDY)[0, alone.shape[1] :]
+    if "num_beams" in options:
+        alone = [model.generate(p, use_cache=False, **options, **GREEDY)[0, p.shape[1] :] for p in prompts]
+    for row, expected in zip(out, alone, strict=True):
         assert torch.equal(row, expected)
 
 

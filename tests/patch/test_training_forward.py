@@ -12,11 +12,13 @@ from nsa_convert.methods.training_mode import TrainingMode
 from nsa_convert.patch import families, models
 from nsa_convert.patch.model_classes import sparse_config_class, sparse_model_classes
 from nsa_convert.patch.patching import patch_model, set_mode
+from tests.marks import these_quick
 from tests.models import (
     DSA,
     MSA,
     NSA,
     PAIRS,
+    QUICK_PAIRS,
     SIZES,
     SSA,
     VARIANTS,
@@ -54,7 +56,7 @@ def chooses(name: str) -> bool:
     return ".index" in name or "compress_key" in name
 
 
-@pytest.mark.parametrize(("family", "variant"), PAIRS)
+@pytest.mark.parametrize(("family", "variant"), these_quick(PAIRS, QUICK_PAIRS))
 def test_ordinary_and_training_losses_are_one_function(family: str, variant: str) -> None:
     model, ids = trained_model(family, VARIANTS[variant]), tokens(2, 45)
     ordinary = model(ids, labels=ids, use_cache=False)

@@ -67,7 +67,11 @@ SMALLER = {
     (
         "README.md",
         "nsa-convert eval MODEL --suite compare --set methods=nsa,ssa,moba --out DIR",
-    ): "--set lengths=[1024] --set needle_lengths=[1024]",
+    ): "--set lengths=[1024] --set needle_lengths=[1024] --set depths=[0.5]",
+    (
+        "README.md",
+        "nsa-convert eval OUT --suite long --out OUT/evaluation",
+    ): "--set lengths=1024 --set samples=1 --set depths=[0.5]",
 }
 """(page, command) -> what is added where a tiny model on a CPU needs less: lengths, numbers of steps."""
 

@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "docs/evaluation.md": {"num_hidden_layers": 5},
 }
 """Page -> sizes its examples need of MODEL: layers and heads they name, lengths they read."""
-SLOW = {"docs/evaluation.md", "docs/training.md"}
+SLOW = {"docs/evaluation.md", "docs/training.md", "docs/publishing.md", "docs/add_a_method.md"}
 
 
 def write_places(page: str, folder: Path) -> None:

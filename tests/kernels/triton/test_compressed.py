@@ -16,6 +16,7 @@ from nsa_convert.kernels.toolchain import Kernel
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 from tests.kernels.triton.checks import check, poison
 from tests.kernels.utils import as_cache, make_cells, make_layout, make_qkv
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["poison"]
@@ -44,12 +45,12 @@ def assert_same_lists(got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(
     ("kind", "num_queries", "heads", "dtype", "sizes", "num_blocks", "reduce"),
     [
-        ("plain", 130, (2, 1), torch.float32, (8, 4, 16), 4, "sum"),
+        slow("plain", 130, (2, 1), torch.float32, (8, 4, 16), 4, "sum"),
         ("offset", 40, (3, 1), torch.float16, (8, 8, 8), 5, "max"),
-        ("padded", 101, (8, 1), torch.float16, (32, 16, 64), 3, "sum"),
+        slow("padded", 101, (8, 1), torch.float16, (32, 16, 64), 3, "sum"),
         ("padded_offset", 30, (7, 1), torch.float32, (4, 2, 8), 3, "max"),
-        ("packed", 150, (4, 2), torch.float32, (32, 8, 8), 6, "sum"),
-        ("packed", 75, (16, 1), torch.float16, (8, 4, 16), 4, "sum"),
+        slow("packed", 150, (4, 2), torch.float32, (32, 8, 8), 6, "sum"),
+        slow("packed", 75, (16, 1), torch.float16, (8, 4, 16), 4, "sum"),
     ],
 )
 def test_values_gradients_and_selection(kind, num_queries, heads, dtype, sizes, num_blocks, reduce) -> None:

@@ -14,6 +14,7 @@ from nsa_convert.kernels.selected.triton_gather import attend_lists, attend_runs
 from nsa_convert.patterns import BlockSelection, SequenceLayout, SinkWindow, TokenSelection
 from tests.kernels.triton.checks import check, poison, run
 from tests.kernels.utils import as_cache, assert_close, make_blocks, make_layout, make_qkv
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["poison"]
@@ -39,12 +40,12 @@ def assert_values(got, inputs, mask) -> None:
     ("kind", "num_queries", "heads", "lists", "size", "query_block", "dtype", "dim"),
     [
         ("plain", 13, (4, 2), 2, 5, 1, torch.float32, 16),
-        ("offset", 4, (3, 1), 1, 40, 1, torch.float16, 32),
+        slow("offset", 4, (3, 1), 1, 40, 1, torch.float16, 32),
         ("padded", 11, (8, 1), 1, 5, 1, torch.float16, 16),
-        ("padded_offset", 5, (6, 2), 1, 70, 4, torch.float32, 16),
-        ("packed", 15, (4, 2), 4, 4, 1, torch.float16, 16),
+        slow("padded_offset", 5, (6, 2), 1, 70, 4, torch.float32, 16),
+        slow("packed", 15, (4, 2), 4, 4, 1, torch.float16, 16),
         ("packed", 21, (7, 1), 1, 8, 16, torch.float16, 80),
-        ("plain", 9, (16, 1), 1, 5, 1, torch.float16, 16),
+        slow("plain", 9, (16, 1), 1, 5, 1, torch.float16, 16),
     ],
 )
 def test_lists_of_tokens(kind, num_queries, heads, lists, size, query_block, dtype, dim, monkeypatch) -> None:
@@ -56,6 +57,7 @@ def test_lists_of_tokens(kind, num_queries, heads, lists, size, query_block, dty
     check(lists_op(pattern, layout), inputs, mask)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_change_from_run_to_run() -> None:
     layout, batch, num_keys = make_layout("offset", 5)
     inputs = make_qkv(batch, 5, num_keys, (4, 2), dtype=torch.float16)

@@ -12,6 +12,7 @@ from nsa_convert.kernels.dense.triton_interval import interval_attention, layout
 from nsa_convert.patterns import SequenceLayout, SinkWindow
 from tests.kernels.triton.checks import check, poison, run
 from tests.kernels.utils import as_cache, make_layout, make_qkv
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["poison"]
@@ -33,17 +34,17 @@ def window_mask(q, k, layout: SequenceLayout, num_sinks: int, window_size: int |
 @pytest.mark.parametrize(
     ("kind", "num_queries", "heads", "dim", "dtype", "num_sinks", "window_size"),
     [
-        ("plain", 131, (2, 1), 16, torch.float32, 0, 40),
+        slow("plain", 131, (2, 1), 16, torch.float32, 0, 40),
         ("plain", 75, (3, 1), 32, torch.float16, 4, 16),
         ("plain", 7, (1, 1), 16, torch.float16, 0, None),
-        ("offset", 33, (7, 1), 16, torch.float16, 3, 20),
+        slow("offset", 33, (7, 1), 16, torch.float16, 3, 20),
         ("offset", 40, (2, 1), 80, torch.float16, 0, None),
-        ("padded", 70, (4, 1), 16, torch.float32, 2, 33),
+        slow("padded", 70, (4, 1), 16, torch.float32, 2, 33),
         ("padded", 40, (8, 1), 16, torch.float16, 0, None),
         ("padded_offset", 50, (6, 2), 16, torch.float16, 0, 30),
-        ("packed", 140, (4, 2), 16, torch.float32, 3, 17),
-        ("packed", 97, (3, 1), 32, torch.float16, 0, None),
-        ("packed", 70, (16, 1), 16, torch.float16, 0, 50),
+        slow("packed", 140, (4, 2), 16, torch.float32, 3, 17),
+        slow("packed", 97, (3, 1), 32, torch.float16, 0, None),
+        slow("packed", 70, (16, 1), 16, torch.float16, 0, 50),
         ("plain", 40, (2, 1), 96, torch.float32, 0, 1),
         ("plain", 35, (1, 1), 256, torch.float16, 2, 9),
     ],
@@ -55,7 +56,7 @@ def test_window_and_dense(kind, num_queries, heads, dim, dtype, num_sinks, windo
     check(window_op(layout, num_sinks, window_size), inputs, mask)
 
 
-@pytest.mark.parametrize("kind", ["offset", "packed"])
+@pytest.mark.parametrize("kind", ["packed", slow("offset")])
 def test_gradients_do_not_change_from_run_to_run(kind: str) -> None:
     layout, batch, num_keys = make_layout(kind, 40)
     inputs = make_qkv(batch, 40, num_keys, (2, 1), dtype=torch.float16)

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from nsa_convert.kernels import use_backend
+from tests.marks import first_quick
 from tests.models import VARIANTS, tokens, trained_model
 
 LENGTH = 45
@@ -23,9 +24,7 @@ def logits_and_gradients(model, ids: torch.Tensor, mask: torch.Tensor | None, ba
     return kept.detach(), grads
 
 
-@pytest.mark.parametrize(
-    ("variant", "layers"), [("nsa", 1), ("moba", 1), pytest.param("hybrid", 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("variant", "layers"), first_quick([("nsa", 1), ("moba", 1), ("hybrid", 3)]))
 def test_training_step(variant: str, layers: int) -> None:
     model = trained_model("llama", VARIANTS[variant], num_hidden_layers=layers).float()
     ids = tokens(2, LENGTH)

@@ -29,6 +29,7 @@ from tests.kernels.utils import (
     make_layout,
     make_qkv,
 )
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("poison")
 __all__ = ["poison"]
@@ -124,7 +125,7 @@ def test_a_decoding_step_compiles_whole() -> None:
                 assert torch.allclose(compiled(q, k, v, at), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("pattern", ["window", "tokens", "compressed"])
+@pytest.mark.parametrize("pattern", ["window", slow("tokens"), slow("compressed")])
 def test_compiles_whole(pattern: str) -> None:
     """torch.compile sees one graph with gradients; the kernels are opaque operators in it."""
     q, k, v = make_qkv(1, 24, 24, (4, 2), dtype=torch.float32)

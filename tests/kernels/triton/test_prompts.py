@@ -12,6 +12,7 @@ from nsa_convert.kernels import use_backend
 from nsa_convert.methods.base import AttentionInputs
 from nsa_convert.methods.registry import build_method
 from nsa_convert.patterns import SequenceLayout
+from tests.marks import these_quick
 
 METHODS = {
     "xattention": {"block_size": 16, "stride": 4, "threshold": 0.5},
@@ -24,9 +25,9 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    # The interpreter takes long for tokens, which the kernel fetches query by query.
+    # The interpreter takes long, most of all for tokens, which the kernel fetches query by query.
     "method",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m == "minference")) for m in METHODS],
+    these_quick(METHODS, ["xattention", "spargeattn"]),
 )
 def test_the_kernels_agree_with_plain_torch(method: str) -> None:
     geometry = AttentionGeometry(hidden_size=64, num_query_heads=6, num_kv_heads=2, head_dim=16)
