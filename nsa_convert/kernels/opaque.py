@@ -73,6 +73,19 @@ def fit_lists(lists: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(lists, (0, size - lists.shape[-1]), value=-1).contiguous()
 
 
+def new_name(name: str) -> str:
+    """Return a name in :data:`NAMESPACE` that no operator has yet: ``name``, or one with a number behind it.
+
+    Defining an operator again would free the first, which graphs and modules may still call: a module that is
+    executed a second time (reload, autoreload of notebooks) has operators of its own.
+    """
+    defined, free, number = getattr(torch.ops, NAMESPACE), name, 1
+    while hasattr(defined, free):
+        number += 1
+        free = f"{name}_{number}"
+    return f"{NAMESPACE}::{free}"
+
+
 def operator(
     name: str,
     schema: str,
@@ -87,9 +100,7 @@ def operator(
         run: Computes it; results are contiguous and new.
         fake: Returns tensors of the results' shapes.
     """
-    defined = torch.library.custom_op(
-        f"{NAMESPACE}::{name}", _without_grad(run), mutates_args=(), schema=schema
-    )
+    defined = torch.library.custom_op(new_name(name), _without_grad(run), mutates_args=(), schema=schema)
     defined.register_fake(fake)
     return defined
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa_convert.kernels.dense.triton_interval import rows_contiguous, strides
 from nsa_convert.kernels.dense.triton_interval_fwd import load_rows
+from nsa_convert.kernels.opaque import new_name
 from nsa_convert.kernels.toolchain import Config, declare, padded_dim
 
 TYPES = {
@@ -82,7 +83,7 @@ def gated_sum(outputs: tuple[Tensor, Tensor, Tensor], gates: Tensor) -> Tensor:
     return _forward(*outputs, gates)
 
 
-@torch.library.custom_op("nsa_convert::gated_sum", mutates_args=())
+@torch.library.custom_op(new_name("gated_sum"), mutates_args=())
 def _forward(a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> Tensor:
     a, b, c = rows_contiguous(a, b, c)
     o = torch.empty(a.shape, dtype=a.dtype, device=a.device)
@@ -115,7 +116,7 @@ def _sizes(x: Tensor) -> dict[str, int]:
     return {"TQ": x.shape[1], "HQ": x.shape[2], "D": x.shape[3], "BD": padded_dim(x.shape[3])}
 
 
-@torch.library.custom_op("nsa_convert::gated_sum_backward", mutates_args=())
+@torch.library.custom_op(new_name("gated_sum_backward"), mutates_args=())
 def _backward(
     do: Tensor, a: Tensor, b: Tensor, c: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,28 @@ def test_copies_that_travel_with_checkpoints_have_operators_of_their_own(
         run = torch.compile(copied.dense_attention, fullgraph=True, backend="eager")
         assert torch.equal(run(q, k, v, layout=own), expected)
     assert len(names) == 3
+
+
+def test_a_package_executed_again_leaves_the_operators_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As notebooks do. Defined under the same names, the first operators would be freed in use."""
+
+    def operators() -> set[str]:
+        modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "nsa_convert"]
+        found = [value for module in modules for value in vars(module).values()]
+        return {value._qualname for value in found if isinstance(value, torch.library.CustomOpDef)}
+
+    q, k, v = make_qkv(2, 40, 40, (4, 2))
+    first = operators()
+    layout = SequenceLayout(start=torch.tensor([0, 7]))
+    expected = dense_attention(q, k, v, layout=layout)
+    for name in [name for name in sys.modules if name.split(".")[0] == "nsa_convert"]:
+        monkeypatch.delitem(sys.modules, name)
+    again = importlib.import_module("nsa_convert.kernels.dense")
+    own = importlib.import_module("nsa_convert.patterns").SequenceLayout(start=layout.start)
+    importlib.import_module("nsa_convert.kernels.selected")
+    assert len(operators()) >= 3
+    assert not operators() & first  # torch frees an operator whose name is taken again
+    for run, given in ((dense_attention, layout), (again.dense_attention, own)):
+        torch._dynamo.reset()
+        compiled = torch.compile(run, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(q, k, v, layout=given), expected)

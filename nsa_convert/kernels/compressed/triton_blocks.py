@@ -14,6 +14,7 @@ from nsa_convert.kernels.compressed.triton_scores import block_score, cell_lse
 from nsa_convert.kernels.compressed.triton_topk import best_blocks
 from nsa_convert.kernels.dense.segments import DECODE_QUERIES
 from nsa_convert.kernels.dense.triton_interval import Intervals, key_row, new_lse, rows_contiguous, strides
+from nsa_convert.kernels.opaque import new_name
 from nsa_convert.kernels.selected.triton_gather import attend_runs
 from nsa_convert.kernels.toolchain import padded_dim, upcast
 from nsa_convert.patterns import BlockTopK, SequenceLayout
@@ -98,7 +99,7 @@ def choose_blocks(
     )  # fmt: skip
 
 
-@torch.library.custom_op("nsa_convert::cell_lse", mutates_args=())
+@torch.library.custom_op(new_name("cell_lse"), mutates_args=())
 def _cell_lse(q: Tensor, ck: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
     q, ck = rows_contiguous(q, ck)
     batch, num_queries, num_heads, dim = q.shape
@@ -130,7 +131,7 @@ def _(q, ck, lo, hi, scale):
     return new_lse(q)
 
 
-@torch.library.custom_op("nsa_convert::choose_blocks", mutates_args=())
+@torch.library.custom_op(new_name("choose_blocks"), mutates_args=())
 def _choose_blocks(
     q: Tensor, ck: Tensor, lse: Tensor, lo: Tensor, hi: Tensor, own: Tensor, overlap: int, steps: int,
     block_size: int, num_blocks: int, size: int, num_sinks: int, num_locals: int, maximum: bool,

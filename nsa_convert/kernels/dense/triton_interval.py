@@ -20,6 +20,7 @@ from nsa_convert.kernels.dense.triton_interval_bwd import (
     output_delta,
 )
 from nsa_convert.kernels.dense.triton_interval_fwd import interval_forward
+from nsa_convert.kernels.opaque import new_name
 from nsa_convert.kernels.toolchain import padded_dim, upcast
 from nsa_convert.patterns import SequenceLayout
 
@@ -103,7 +104,7 @@ def key_row(x: Tensor) -> int:
     return padded_dim(x.shape[-1]) * x.element_size()
 
 
-@torch.library.custom_op("nsa_convert::interval_forward", mutates_args=())
+@torch.library.custom_op(new_name("interval_forward"), mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, first: Tensor | None, num_sinks: int,
     sinks_end: int | None, scale: float,
@@ -176,7 +177,7 @@ def row_delta(o: Tensor, do: Tensor, dlse: Tensor, lse: Tensor) -> Tensor:
     return delta
 
 
-@torch.library.custom_op("nsa_convert::interval_backward", mutates_args=())
+@torch.library.custom_op(new_name("interval_backward"), mutates_args=())
 def _backward(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
     first: Tensor | None, num_sinks: int, sinks_end: int | None, scale: float,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_convert.kernels.opaque import new_name
 from nsa_convert.kernels.selected.triton_backward_kv import backward_kv
 from nsa_convert.kernels.selected.triton_backward_q import backward_q, row_sums
 from nsa_convert.kernels.selected.triton_forward import forward
@@ -27,7 +28,7 @@ def attend_blocks(
     )  # fmt: skip
 
 
-@torch.library.custom_op("nsa_convert::selected_attention", mutates_args=())
+@torch.library.custom_op(new_name("selected_attention"), mutates_args=())
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, query_block: int,
     offset_tensor: Tensor | None, offset: int, start: Tensor | None, cu_seqlens: Tensor | None, scale: float,
@@ -49,7 +50,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("nsa_convert::selected_attention_backward", mutates_args=())
+@torch.library.custom_op(new_name("selected_attention_backward"), mutates_args=())
 def selected_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor,
     block_size: int, query_block: int, offset_tensor: Tensor | None, offset: int, start: Tensor | None,

@@ -17,6 +17,7 @@ from nsa_convert.kernels.dense.triton_interval import (
     rows_contiguous,
     strides,
 )
+from nsa_convert.kernels.opaque import new_name
 from nsa_convert.kernels.selected.triton_gather_bwd import (
     CHUNK,
     gather_backward_kv,
@@ -89,7 +90,7 @@ def num_splits(q: Tensor, programs: int, longest: int) -> int:
     return 1 << (max(parts, 1).bit_length() - 1)
 
 
-@torch.library.custom_op("nsa_convert::gather_forward", mutates_args=())
+@torch.library.custom_op(new_name("gather_forward"), mutates_args=())
 def _attend(
     q: Tensor, k: Tensor, v: Tensor | None, items: Tensor | None, list_of: Tensor | None, lo: Tensor,
     hi: Tensor, first: Tensor | None, num_sinks: int, block_size: int, query_block: int, longest: int,
@@ -188,7 +189,7 @@ def _inputs(
     }
 
 
-@torch.library.custom_op("nsa_convert::gather_backward", mutates_args=())
+@torch.library.custom_op(new_name("gather_backward"), mutates_args=())
 def _backward(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, items: Tensor,
     list_of: Tensor | None, lo: Tensor, hi: Tensor, query_block: int, scale: float,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_convert.kernels.opaque import new_name
 from nsa_convert.kernels.selected.skipping import RUN
 from nsa_convert.kernels.selected.triton_forward import store
 from nsa_convert.kernels.selected.triton_plan import Shape, make_plan
@@ -89,7 +90,7 @@ def attend(
     return _attend(q, k, v, indices, *sizes, int(layout.offset), scale, value_skip)
 
 
-@torch.library.custom_op("nsa_convert::skipping_attention", mutates_args=())
+@torch.library.custom_op(new_name("skipping_attention"), mutates_args=())
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, query_block: int, rows: int,
     offset: int, scale: float, value_skip: float,
