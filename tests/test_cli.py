@@ -283,6 +283,7 @@ def test_values_of_set():
         parse_settings(["a=[1"])
 
 
+@pytest.mark.slow
 def test_a_method_for_each_phase(source, tmp_path):
     words = ["--method", "phases", "--set", "prefill=xattention"]
     words += ["--set", "decode={method: quest, num_blocks: 8}"]

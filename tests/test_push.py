@@ -47,6 +47,7 @@ def load_back(hub, folder, python=sys.executable):
     )
 
 
+@pytest.mark.slow
 def test_a_pushed_model_loads_elsewhere_and_generates_the_same(model, hub, tmp_path):
     report, _, _ = push(model)
     assert (hub.commits(REPO), report.private, hub.private[REPO]) == (1, True, True)

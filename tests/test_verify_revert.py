@@ -102,6 +102,7 @@ def test_a_model_that_is_not_dense_at_full_budget(pair, monkeypatch):
     assert outcome(pair[1])["full budget = dense"] is False
 
 
+@pytest.mark.slow
 def test_code_of_others_is_not_run(out, tmp_path):
     sentinel = tmp_path / "sentinel"
     code = out / "modeling_nsa_llama.py"

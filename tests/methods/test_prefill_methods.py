@@ -23,6 +23,7 @@ from nsa_convert.methods.choosing import (
 from nsa_convert.methods.registry import build_method
 from nsa_convert.patterns import SequenceLayout
 from tests.kernels.skipping import walk
+from tests.marks import slow
 from tests.methods.prefill_oracles import (
     flexprefill_blocks,
     minference_keys,
@@ -156,7 +157,7 @@ def test_flexprefill_takes_verticals_slashes_and_query_aware_blocks(
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("offset", [0, 61])
+@pytest.mark.parametrize("offset", [61, slow(0)])
 def test_minference_reads_tokens_and_diagonals(heads: tuple[int, int], offset: int) -> None:
     x = inputs_of(heads, total=259, offset=offset)
     patterns = [("vertical_and_slash", 60, 103), ("stream_llm", 9, 40), ("block_sparse", 6, 1)]

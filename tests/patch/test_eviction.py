@@ -31,7 +31,7 @@ EXACT = {
 GREEDY = {"max_new_tokens": 14, "do_sample": False}
 
 
-@pytest.fixture(params=list(EXACT), scope="module")
+@pytest.fixture(params=these_quick(EXACT, ["absolute", "cache", "beside-cells"]), scope="module")
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return trained_model("qwen3", EXACT[request.param])
 

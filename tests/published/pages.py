@@ -48,6 +48,11 @@ SMALLER = {
         ),
         "--set steps=2 --set min_length=800 --set max_length=1000",
     ),
+    ("README.md", "nsa-convert inspect MODEL --measure heads.safetensors"): "--set length=1024",
+    (
+        "README.md",
+        "nsa-convert inspect MODEL --measure razor.safetensors --set kind=razor",
+    ): "--set period=200",
     ("README.md", "nsa-convert bench --device cpu"): "--lengths 1024",
     (
         "docs/evaluation.md",

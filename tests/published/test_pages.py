@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.marks import these_quick
 from tests.published.pages import NOT_RUN, PAGES, ROOT, SMALLER, Piece, pieces, unmarked
 from tests.published.places import run_command, two_processes, write_model, write_recipe
 from tests.published.scaling import set_words
@@ -24,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "docs/evaluation.md": {"num_hidden_layers": 5},
 }
 """Page -> sizes its examples need of MODEL: layers and heads they name, lengths they read."""
-SLOW = {"docs/evaluation.md", "docs/training.md", "docs/publishing.md", "docs/add_a_method.md"}
+QUICK = {"README.md", "docs/methods.md"}
 
 
 def write_places(page: str, folder: Path) -> None:
@@ -79,7 +80,7 @@ def run_plan(piece: Piece, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES]
+    "page", these_quick(PAGES, {*QUICK, *(page for page in PAGES if not pieces(page))})
 )
 def test_a_page_runs_as_printed(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)

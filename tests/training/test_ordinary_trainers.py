@@ -18,6 +18,7 @@ from nsa_convert.evaluation.mass import MassProbe
 from nsa_convert.methods.registry import METHODS
 from nsa_convert.patch.patching import patch_model
 from nsa_convert.patch.training_pass import TrainingPass
+from tests.marks import slow
 from tests.models import DSA, MSA, NSA, SSA, VARIANTS, dense_model, plan, tokens
 
 LENGTH = 96
@@ -110,7 +111,7 @@ def losses_of_passes() -> Iterator[list[tuple[float, float]]]:
         yield found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [slow(False), True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
     "variant", [pytest.param(n, marks=pytest.mark.slow) if "-" in n else n for n in TRAINABLE]
 )

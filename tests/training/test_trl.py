@@ -15,6 +15,7 @@ import transformers
 from nsa_convert.patch.families import FAMILIES as TABLE
 from nsa_convert.patch.patching import patch_model
 from nsa_convert.training.models import fresh_tokenizer
+from tests.marks import slow
 from tests.models import DSA, NSA, SIZES, SSA, VARIANTS, plan, tokens, trained_model
 from tests.training.recipes import recipe
 
@@ -75,7 +76,7 @@ def chosen_by(model: Any) -> dict[str, torch.Tensor]:
     return {n: p for n, p in model.named_parameters() if ".index" in n or "compress_key" in n}
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("packing", [False, slow(True)], ids=["rows", "packed"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_sft_teaches_what_chooses(method: str, packing: bool, tokenizer: Any, tmp_path: Path) -> None:
     """TRL makes its loss of log-probabilities of its own fused head; the auxiliary losses follow it."""

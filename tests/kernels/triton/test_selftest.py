@@ -11,6 +11,7 @@ from nsa_convert.kernels import use_backend
 from nsa_convert.kernels.selftest import self_test
 
 
+@pytest.mark.slow
 def test_all_ops() -> None:
     with use_backend("triton"):
         rows = self_test("cpu", length=21, dim=16, half="float16", groups=(3,), layouts=(), dtypes=())
