@@ -144,7 +144,7 @@ def block_scores(
         that lies in the block.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    begins = _cell_slots(grid, layout, num_keys, q.device)[:, : ck.shape[1]]  # [B or 1, C]
+    begins = _cell_slots(grid, layout, min(ck.shape[1], grid.count(num_keys)), q.device)  # [B or 1, C]
     starts = layout.row_starts(q.shape[1], q.device)[:, queries]
     slots = (queries + layout.offset)[:, None]
     visible = (begins[:, None] + grid.width - 1 <= slots) & (begins[:, None] >= starts[..., None])
@@ -158,15 +158,11 @@ def block_scores(
     return to_blocks(p.repeat_interleave(len(steps), 3), strides, starts, block_size, num_blocks)
 
 
-def _cell_slots(grid: CellGrid, layout: SequenceLayout, num_keys: int, device: torch.device) -> Tensor:
-    """Return the slot of each cell's first token, ``[B or 1, C]``."""
+def _cell_slots(grid: CellGrid, layout: SequenceLayout, count: int, device: torch.device) -> Tensor:
+    """Return the slot of the first token of each of ``count`` cells, ``[B or 1, count]``."""
     if layout.cu_seqlens is not None:
-        parts = [
-            begin + grid.stride * torch.arange(grid.count(end - begin), device=device)
-            for begin, end in layout.documents()
-        ]
-        return torch.cat(parts)[None]
-    cells = grid.stride * torch.arange(grid.count(num_keys), device=device)
+        return grid.packed_cells(layout, count)[0][None]
+    cells = grid.stride * torch.arange(count, device=device)
     return cells[None] if layout.start is None else cells + layout.start[:, None]
 
 

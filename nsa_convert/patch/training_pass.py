@@ -71,11 +71,12 @@ class TrainingPass:
         """Note a layer's losses ``[K]`` and return its output, to which they are attached."""
         if not self.ended:
             self.values[layer_index] = values
-        if not self.mode.weights or not values.requires_grad:
-            return output
-        if not self.ended and (self.joined or torch.compiler.is_compiling()):
-            self.live[layer_index] = values
-        if layer_index in self.live:
+            # Values without a gradient are constants where gradients are on; where not, the layer runs again.
+            in_graph = values.requires_grad and torch.compiler.is_compiling()
+            constant = torch.is_grad_enabled() and not values.requires_grad
+            if self.joined or in_graph or constant:
+                self.live[layer_index] = values
+        if not self.mode.weights or not values.requires_grad or layer_index in self.live:
             return output
         return _attach(output, self._weighted(values), self)
 

@@ -190,6 +190,7 @@ def test_ev10_a_busy_machine_is_named(monkeypatch, load, warned):
     assert bool(outcomes.busy_warnings()) is warned
 
 
+@pytest.mark.slow
 def test_questions_of_ones_own_are_a_task_and_their_place_is_not_told(pair, tmp_path):
     path = tmp_path / "mine.jsonl"
     row = {"question": "Which?", "context": "This one. " * 9, "answers": ["this one", "it"]}

@@ -290,6 +290,7 @@ def test_hb18_the_commit_is_pinned_and_recorded(hub, base, tmp_path):
     assert done.json["source"]["revision"] == hub.sha(base) != first
 
 
+@pytest.mark.slow
 def test_hb19_hb20_the_command(model, hub, tmp_path):
     words, env = command(model, hub, "--json")
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600, check=False)

@@ -327,6 +327,7 @@ class TestProcesses:
         with pytest.raises(CacheError, match="another model"):
             proceed(other, cache, ids)
 
+    @pytest.mark.slow
     def test_without_the_package(self, ids, tmp_path) -> None:
         """The flat copy of the code that travels with a checkpoint has the same classes in other modules."""
         model = trained_model("qwen3", ALL["dsa-shared"])

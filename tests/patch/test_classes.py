@@ -208,6 +208,7 @@ for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
 """
 
 
+@pytest.mark.slow
 def test_a_config_unpickled_in_a_new_process_is_known_there(tmp_path: Path) -> None:
     path = tmp_path / "config.pkl"
     path.write_bytes(pickle.dumps(trained_model("llama", NSA).config))

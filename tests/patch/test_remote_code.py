@@ -105,6 +105,7 @@ assert type(AutoModelForCausalLM.from_config(model.config)) is type(model)
 """
 
 
+@pytest.mark.slow
 def test_reload_from_the_config_of_a_patched_model() -> None:
     # In a new process: another test may have made the Auto classes know the models already.
     done = subprocess.run([sys.executable, "-c", FROM_CONFIG], capture_output=True, text=True, cwd=ROOT)

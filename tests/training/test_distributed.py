@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from nsa_convert.methods.registry import METHODS as REGISTRY
 from nsa_convert.training.parallel import can_shard
 from tests.models import NSA, SSA, VARIANTS, trained_model
 from tests.training.processes import PLAIN, launch
@@ -16,9 +17,11 @@ METHODS = {
 }
 CONTEXT = ("hybrid", "moba", "infllm_v2-coarse", "dsa-shared", "msa-reuse", "nsa-learned-before-rope")
 """Further variants whose rows are shared."""
+FURTHER = tuple(dict.fromkeys((*CONTEXT, *PLAIN, "phases")))
 CHECKS = [
     *(f"{kind} {method}" for kind in ("fsdp", "tensor") for method in METHODS),
     *(f"tensor {method}" for method in PLAIN),
+    *(f"fsdp {method}" for method in FURTHER),
     *(f"refused {method}" for method in ("dsa-shared", "hybrid")),
     *(f"fsdp {method}{how}" for method in METHODS for how in (" tied", ", aligned")),
     *(f"context {method}, one document" for method in METHODS),
@@ -30,7 +33,7 @@ LIMIT = 1e-5
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("models")
-    further = {name: VARIANTS[name] for name in (*CONTEXT, *PLAIN)}
+    further = {name: VARIANTS[name] for name in FURTHER}
     tied = {f"{name} tied": settings for name, settings in METHODS.items()}
     for name, settings in {**METHODS, **further, **tied}.items():
         model = trained_model(
@@ -51,3 +54,11 @@ def test_two_processes_equal_one(result):
 
 def test_all_processes_draw_the_same_streams(result):
     assert result["streams"]["differs"] == 0
+
+
+def test_fsdp_is_checked_for_every_trainable_method():
+    checked = {check.removeprefix("fsdp ") for check in CHECKS if check.startswith("fsdp ")}
+    settings = [VARIANTS[name] for name in checked if name in VARIANTS]
+    rules = [rule for default in settings for rule in (default, *default.get("rules", ()))]
+    trainable = {name for name, method in REGISTRY.items() if method.spec.trainable}
+    assert trainable <= {rule["method"] for rule in rules}

@@ -305,6 +305,25 @@ def test_nsa_refuses_the_full_stream():
         model(input_ids=tokens(1, 40), training_mode=TrainingMode(stream="full"))
 
 
+def test_auxiliary_losses_of_packed_documents_compile():
+    """Also in a graph that must not know how many cells each document has."""
+    torch._dynamo.reset()
+    settings = {**SSA, "key_compressor": "token_mlp"}
+    model = trained_model("llama", settings, num_hidden_layers=1).train()
+    ids = tokens(1, LENGTH)
+    ends = torch.tensor([0, 2, LENGTH // 2, LENGTH - 1, LENGTH], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in ends.diff().tolist()])[None]
+    mode = TrainingMode(losses=("score_kl",), weights=(3.0,))
+
+    def call(run):
+        return run(input_ids=ids, position_ids=positions, cu_seq_lens_q=ends, labels=ids, training_mode=mode)
+
+    eager = gradients(model, call(model).loss)
+    got = gradients(model, call(torch.compile(model, backend="aot_eager", fullgraph=True)).loss)
+    for key in eager:
+        torch.testing.assert_close(got[key], eager[key], rtol=1e-9, atol=1e-12, msg=key)
+
+
 def test_auxiliary_losses_compile():
     model = trained_model("llama", VARIANTS["ssa-gated"], num_hidden_layers=1).train()
     ids, mode = tokens(1, LENGTH), TrainingMode(losses=("alignment",), weights=(3.0,))

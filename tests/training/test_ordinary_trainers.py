@@ -215,7 +215,7 @@ def test_trainer_minimises_what_our_own_trainer_does(accumulation: int, tmp_path
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["dsa"], id="dsa"),
+        pytest.param(["dsa"], id="dsa", marks=pytest.mark.slow),
         pytest.param([n for n in VARIANTS if n != "dsa"], id="all", marks=pytest.mark.slow),
     ],
 )

@@ -49,7 +49,6 @@ RUNS = {
     "context lora": ("lora", {"context": 2}),
 }
 RUNS = {name: run for name, run in RUNS.items() if can_shard() or run[1].keys() == {"context"}}
-FAST = tuple(name for name in ("context nsa", "tensor nsa") if name in RUNS)
 RESUMED = ("context ssa", "tensor nsa", "fsdp nsa", "fsdp and context ssa", "fsdp lora")
 LIMIT = 1e-5
 
@@ -84,28 +83,20 @@ def one(tmp_path_factory):
     return get
 
 
-def together(names: tuple[str, ...], name: str):
-    """Return a fixture that trains these runs by two processes, one launch for all."""
-
-    @pytest.fixture(scope="module", name=name)
-    def fixture(tmp_path_factory) -> Path:
-        if any(RUNS[each][0] == "lora" for each in names):
-            pytest.importorskip("peft")
-        folder = tmp_path_factory.mktemp("two")
-        train_together(folder, [job(folder, name) for name in names])
-        return folder
-
-    return fixture
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """Return the folder of the runs that two processes train, one launch for all."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("two")
+    train_together(folder, [job(folder, name) for name in RUNS])
+    return folder
 
 
-fast = together(FAST, "fast")
-slow = together(tuple(name for name in RUNS if name not in FAST), "slow")
-
-
-@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=SLOW) for name in RUNS])
-def test_two_processes_train_what_one_trains(name, one, request):
+@SLOW
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_what_one_trains(name, one, two):
     case = RUNS[name][0]
-    out = request.getfixturevalue("fast" if name in FAST else "slow") / name
+    out = two / name
     found, want = losses(out), losses(one(case))
     assert [row[:2] for row in found] == [row[:2] for row in want]
     assert max(abs(x[2] - y[2]) for x, y in zip(found, want, strict=True)) < LIMIT
@@ -120,8 +111,8 @@ def test_two_processes_train_what_one_trains(name, one, request):
 
 @SLOW
 @pytest.mark.parametrize("name", [name for name in RESUMED if name in RUNS])
-def test_a_stopped_run_goes_on_bit_for_bit(name, request, tmp_path):
-    whole = request.getfixturevalue("fast" if name in FAST else "slow") / name
+def test_a_stopped_run_goes_on_bit_for_bit(name, two, tmp_path):
+    whole = two / name
     train_together(tmp_path / "a", [job(tmp_path, name, stop_at=2)])
     assert len(losses(tmp_path / name)) < len(losses(whole))
     train_together(tmp_path / "b", [job(tmp_path, name, resume=True)])
@@ -131,10 +122,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, request, tmp_path):
 
 @SLOW
 @SHARDED
-def test_an_adapter_of_a_cut_model_belongs_to_the_whole_one(slow, tmp_path):
+def test_an_adapter_of_a_cut_model_belongs_to_the_whole_one(two):
     from peft import PeftModel
 
-    out = slow / "fsdp lora"
+    out = two / "fsdp lora"
     base = load_causal_model(out / "start", torch.float32)
     adapted = PeftModel.from_pretrained(base, out / "pretrain" / "adapter").eval()
     merged = load_causal_model(out / "pretrain" / "model", torch.float32).eval()

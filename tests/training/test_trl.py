@@ -15,8 +15,8 @@ import transformers
 from nsa_convert.patch.families import FAMILIES as TABLE
 from nsa_convert.patch.patching import patch_model
 from nsa_convert.training.models import fresh_tokenizer
-from tests.marks import slow
-from tests.models import DSA, NSA, SIZES, SSA, VARIANTS, plan, tokens, trained_model
+from tests.marks import slow, these_quick
+from tests.models import DSA, NSA, QUICK, SIZES, SSA, VARIANTS, plan, tokens, trained_model
 from tests.training.recipes import recipe
 
 peft = pytest.importorskip("peft")
@@ -173,7 +173,7 @@ def test_peft_knows_the_layers_of_every_family() -> None:
     ],
     ids=["lora", "lora-named", "lora-all-linear", "ia3", "vera"],
 )
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", these_quick(VARIANTS, QUICK))
 def test_adapters_train_and_generate_with_a_cache(variant: str, config: Any) -> None:
     """Beyond the budget, with the cache on as a plain loop has it; cached and uncached texts are the same."""
     if config.modules_to_save and variant not in ("nsa", "hybrid"):

@@ -95,13 +95,14 @@ def load_empty(folder: Path):
 
 def check_sharded(folder: Path, method: str, stream: str = "sparse") -> dict[str, float]:
     ids = tokens(2, LENGTH)
-    mode = asked(LOSSES[method], stream=stream)
+    with torch.device("meta"):
+        plain = load_empty(folder)
+    names = LOSSES.get(method) or tuple(sorted({n for m in methods_of(plain) for n in known_losses(m)}))
+    mode = asked(names, stream=stream)
     rows = [reference(folder, {"input_ids": row, "labels": row}, mode) for row in ids.split(1)]
     loss_wanted, auxiliary_wanted = (sum(out[name] for out, _ in rows) / 2 for name in ("loss", "auxiliary"))
     grads = {name: sum(found[name] for _, found in rows) / 2 for name in rows[0][1]}
     mine = ids[dist.get_rank() :][:1]
-    with torch.device("meta"):
-        plain = load_empty(folder)
     config = distributed_config(plain, fsdp=2)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, distributed_config=config
@@ -187,9 +188,11 @@ def main() -> None:
         result[f"tensor {method}"] = check_tensor(folder / method, method)
     for method in ("dsa-shared", "hybrid"):
         result[f"refused {method}"] = check_refused(folder / method)
-    shared = (place for place in folder.iterdir() if " " not in place.name and place.name != "streaming")
-    for place in sorted(shared):
-        result[f"context {place.name}"] = check_context(place, place.name)
+    for place in sorted(place for place in folder.iterdir() if " " not in place.name):
+        if place.name not in ("streaming", "phases"):
+            result[f"context {place.name}"] = check_context(place, place.name)
+        if can_shard() and place.name not in LOSSES:
+            result[f"fsdp {place.name}"] = check_sharded(place, place.name)
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(result))
     dist.barrier()

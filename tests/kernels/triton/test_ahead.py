@@ -20,6 +20,7 @@ from nsa_convert.kernels.selftest import self_test
 from nsa_convert.kernels.toolchain import Kernel, all_kernels
 from nsa_convert.patterns import SequenceLayout
 from tests.kernels.triton.ahead import RECORD, SHARED_BYTES
+from tests.marks import slow
 
 ROOT = Path(__file__).parents[3]
 
@@ -62,7 +63,7 @@ def problems(made: dict[str, dict[str, int]]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_90", slow("sm_80"), slow("sm_100")])
 def test_each_configuration_compiles_and_fits(target: str) -> None:
     made = ahead("--few", "--only", target)
     assert len(made) > 10

@@ -114,6 +114,7 @@ def test_long_reader_lists_are_added_piece_by_piece(monkeypatch: pytest.MonkeyPa
     assert made[0].sums[:, 3].tolist() == [2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "lists", "halves"),
     first_quick([("packed", 4, 1), ("plain", 2, 1), ("padded", 1, 1), ("packed", 2, 2)]),
@@ -182,6 +183,7 @@ def as_sets(pattern: BlockSelection, layout: SequenceLayout, num_queries: int, n
     return tiles, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "num_queries", "heads", "lists", "block_size", "size", "query_block"),
     [

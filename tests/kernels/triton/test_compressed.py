@@ -76,7 +76,7 @@ def test_values_gradients_and_selection(kind, num_queries, heads, dtype, sizes, 
 
 
 @pytest.mark.parametrize(("kind", "num_queries"), [("padded", 40), ("packed", 40), ("offset", 1)])
-@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("reduce", ["max", slow("sum")])
 def test_a_given_normaliser_weighs_the_heads(kind: str, num_queries: int, reduce: str) -> None:
     layout, batch, num_keys = make_layout(kind, num_queries)
     q, _, _ = make_qkv(batch, num_queries, num_keys, (4, 2), dim=32, dtype=torch.float32)

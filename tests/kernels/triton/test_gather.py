@@ -66,7 +66,7 @@ def test_gradients_do_not_change_from_run_to_run() -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("splits", [4, slow(1)])
 @pytest.mark.parametrize(
     ("kind", "num_queries", "heads", "lists", "block_size", "size", "dtype"),
     [
@@ -86,7 +86,7 @@ def test_blocks(kind, num_queries, heads, lists, block_size, size, dtype, splits
     assert_values(got, (q, k, v), pattern.to_dense_mask(num_queries, num_keys, heads[0], layout))
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("splits", [4, slow(1)])
 @pytest.mark.parametrize(("sinks", "window"), [(3, 20), (0, None)])
 @pytest.mark.parametrize("kind", ["padded_offset", "padded"])
 def test_window_and_whole_cache(kind, sinks, window, splits, monkeypatch) -> None:
