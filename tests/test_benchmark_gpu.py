@@ -26,6 +26,7 @@ def small_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "DECODE_BATCHES", (1, 2))
 
 
+@pytest.mark.slow
 def test_the_whole_run(small_check: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--device", "cpu", "--out", str(tmp_path)]
     assert gpu.main(arguments, PLAN, (1, 64)) == 0

@@ -64,6 +64,7 @@ def test_the_folder_says_how_it_was_trained(model, trained):
     assert recipe["stages"][0]["data"][0]["path"] == "text.txt"
 
 
+@pytest.mark.slow
 def test_it_verifies_but_for_what_training_changes(model):
     checks = {check.name: check.ok for check in verify_checkpoint(model).checks}
     assert checks == {

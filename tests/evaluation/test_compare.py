@@ -69,6 +69,7 @@ def row_of(report: dict, name: str, length: int) -> dict:
     return next(row for row in report["rows"] if (row["name"], row["length"]) == (name, length))
 
 
+@pytest.mark.slow
 def test_every_row_has_what_was_asked_for(report: tuple[dict, Path]) -> None:
     values, _ = report
     names = ["dense", *METHODS_RUN.split(","), "mix"]

@@ -305,6 +305,7 @@ def test_nsa_refuses_the_full_stream():
         model(input_ids=tokens(1, 40), training_mode=TrainingMode(stream="full"))
 
 
+@pytest.mark.slow
 def test_auxiliary_losses_of_packed_documents_compile():
     """Also in a graph that must not know how many cells each document has."""
     torch._dynamo.reset()
