@@ -211,9 +211,9 @@ def block_kl(mass: Tensor, scores: Tensor, candidates: Tensor, total: Total = ow
         total: Adds over the processes that share the row.
 
     Returns:
-        Mean over the heads of the mean over the queries with at least two candidates; 0 where there is none.
-        A query counts by the mass of its candidates: where it attends to its forced blocks alone, no choice
-        matters.
+        Mean over the rows and heads of the mean over the queries with at least two candidates; 0 where there
+        is none. A query counts by the mass of its candidates: where it attends to its forced blocks alone, no
+        choice matters. Rows count alike, so that it does not matter how they are spread over passes.
     """
     tiny = 1e-9
     free = candidates.expand(mass.shape)
@@ -222,4 +222,4 @@ def block_kl(mass: Tensor, scores: Tensor, candidates: Tensor, total: Total = ow
     p = p / p.sum(-1, keepdim=True).clamp(min=tiny)
     s = s / s.sum(-1, keepdim=True).clamp(min=tiny)
     kl = (p * (p.clamp(min=tiny).log() - s.clamp(min=tiny).log())).sum(-1)
-    return (total((kl * weight).sum((0, 2))) / total(weight.sum((0, 2))).clamp(min=tiny)).mean()
+    return (total((kl * weight).sum(2)) / total(weight.sum(2)).clamp(min=tiny)).mean()

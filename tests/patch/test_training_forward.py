@@ -140,6 +140,19 @@ def test_compiled_parts_of_a_model_have_the_same_gradients(compiled: str, checkp
     check_same(gradients(model, 3 * out.loss), want)
 
 
+@pytest.mark.parametrize("variant", list(LEARNED))
+def test_losses_of_a_batch_are_the_mean_of_its_rows(variant: str) -> None:
+    """So that micro-batches, accumulation and processes may cut a batch as they like."""
+    model, ids = trained_model("llama", LEARNED[variant]).train(), tokens(3, LENGTH)
+
+    def losses(rows: torch.Tensor) -> torch.Tensor:
+        model.auxiliary_step = 0
+        return model(rows, labels=rows).auxiliary
+
+    alone = torch.stack([losses(row[None]) for row in ids]).mean(0)
+    torch.testing.assert_close(losses(ids), alone, rtol=1e-9, atol=1e-12)
+
+
 def test_what_scales_the_loss_scales_its_parts() -> None:
     model, ids = trained_model("llama", DSA).train(), tokens(1, LENGTH)
     want = gradients(model, model(ids, labels=ids).loss)

@@ -228,8 +228,9 @@ def test_two_processes_and_checkpointing_are_one(names: list[str], tmp_path: Pat
     names = [name for name in names if METHODS[VARIANTS[name]["method"]].spec.trainable]
     for count in (1, 2):
         launch(["-m", "tests.training.ddp_worker", str(tmp_path), *names], count, timeout=1500)
+    worst = {}
     for name in names:
         alone, shared = (load_file(tmp_path / f"{name}.{kind}.safetensors") for kind in ("alone", "shared"))
         assert alone.keys() == shared.keys()
-        for key in alone:
-            torch.testing.assert_close(shared[key], alone[key], rtol=0, atol=2e-5, msg=f"{name}: {key}")
+        worst[name] = max((shared[key] - alone[key]).abs().max().item() for key in alone)
+    assert {name: size for name, size in worst.items() if not size < 1e-5} == {}
