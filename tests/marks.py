@@ -23,5 +23,13 @@ def these_quick(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     return [case if case in quick else _slow(case) for case in cases]
 
 
+def named(pairs: Iterable[tuple[str, str]], quick: Collection[tuple[str, str]]) -> list[Any]:
+    """Return pairs of names as one value each, under both names; all that are not in ``quick`` are slow."""
+    return [
+        pytest.param(pair, id="-".join(pair), marks=() if pair in quick else pytest.mark.slow)
+        for pair in pairs
+    ]
+
+
 def _slow(case: Any) -> Any:
     return slow(*case) if isinstance(case, tuple) else slow(case)

@@ -24,6 +24,7 @@ from nsa_convert.push import plan_push
 from nsa_convert.training.recipe import recipe_from_dict
 from nsa_convert.training.run import train_recipe
 from nsa_convert.verification import revert_checkpoint, verify_checkpoint
+from tests.marks import slow
 from tests.models import NSA, plan
 from tests.publishable import converted
 from tests.training.recipes import stage
@@ -111,10 +112,7 @@ def test_an_evaluation_from_before_the_training_does_not_count(model, trained, t
         report.write_text(before)
 
 
-@pytest.mark.parametrize(
-    "source",
-    ["converted", *(pytest.param(name, marks=pytest.mark.slow) for name in ("trained", "in memory"))],
-)
+@pytest.mark.parametrize("source", ["converted", slow("trained"), slow("in memory")])
 def test_what_another_trainer_saved_is_published_like_it(source, trained, model, tmp_path):
     if source == "in memory":
         dense = AutoModelForCausalLM.from_pretrained(trained[2] / "dense")

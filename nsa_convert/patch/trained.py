@@ -61,7 +61,9 @@ def seal_trained(
     (folder / RECIPE).write_text(f"# nsa-convert train {RECIPE}\n{text}", encoding="utf-8")
     if source is not None:
         _carry_over(source, folder)
-    write_manifest(folder, {})
+    # save_pretrained has just hashed the weights; what else it listed may have been written again since.
+    weights = {name: known for name, known in _noted(folder).items() if name.endswith(".safetensors")}
+    write_manifest(folder, weights)
 
 
 def seal_saved(model: PreTrainedModel, folder: Path) -> None:
@@ -103,12 +105,18 @@ def _origin(source: Path | None) -> dict[str, Any] | None:
     return read_json_mapping(source / REPORT, limit=REPORT_LIMIT)["source"]
 
 
+def _noted(folder: Path) -> dict[str, str]:
+    """Return name -> hash of the files that the manifest of a folder lists; nothing where it has none."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    return {name: entry["sha256"] for name, entry in read_manifest(folder).items()}
+
+
 def _hashes(source: Path | None) -> dict[str, dict[str, str]]:
     """Return name -> ``{"sha256"}`` of the weights of the source, from its manifest where it has one."""
     if source is None:
         return {}
-    has_manifest = (source / MANIFEST).is_file()
-    known = {name: entry["sha256"] for name, entry in read_manifest(source).items()} if has_manifest else {}
+    known = _noted(source)
     return {
         path.name: {"sha256": known.get(path.name) or hash_file(path)}
         for path in sorted(source.glob("*.safetensors"))

@@ -9,7 +9,7 @@ from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels import use_backend
 from nsa_convert.patch.patching import patch_model, unpatch_model, with_full_budget
 from nsa_convert.patch.plan import resolve_plan
-from tests.marks import these_quick
+from tests.marks import named, these_quick
 from tests.models import PAIRS, QUICK, QUICK_PAIRS, VARIANTS, dense_model, plan, tokens, trained_model
 
 BUDGET = 32
@@ -21,12 +21,7 @@ def settings(request: pytest.FixtureRequest) -> dict:
     return VARIANTS[request.param]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(pair, id="-".join(pair), marks=() if pair in QUICK_PAIRS else pytest.mark.slow)
-        for pair in PAIRS
-    ]
-)
+@pytest.fixture(params=named(PAIRS, QUICK_PAIRS))
 def pair(request: pytest.FixtureRequest) -> tuple[str, dict]:
     return request.param[0], VARIANTS[request.param[1]]
 

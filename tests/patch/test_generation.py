@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from tests.marks import slow
+from tests.marks import named, slow
 from tests.models import QUICK, VARIANTS, dense_model, tokens, trained_model
 
 GREEDY = {"max_new_tokens": 14, "do_sample": False}
@@ -16,13 +16,7 @@ CASES = [("qwen3", name) for name in VARIANTS] + [("llama", "nsa"), ("mistral", 
 QUICK_CASES = {(family, name) for family, name in CASES if name in QUICK and family in ("qwen3", "llama")}
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(case, id="-".join(case), marks=() if case in QUICK_CASES else pytest.mark.slow)
-        for case in CASES
-    ],
-    scope="module",
-)
+@pytest.fixture(params=named(CASES, QUICK_CASES), scope="module")
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     family, variant = request.param
     return trained_model(family, VARIANTS[variant])
