@@ -130,6 +130,9 @@ class SparseCacheLayer:
 
     def reset(self) -> None:
         """Forget everything."""
+        if issubclass(self.sparse_base, DynamicLayer):
+            # Before 5.18 transformers zeroes the keys of a dynamic cache and goes on counting them.
+            self.keys, self.values, self.is_initialized = None, None, False
         self.sparse_base.reset(self)
         self.cells, self.buffers, self.writer = None, (None, None), None
         self.settled, self.starts, self.known = False, (), None

@@ -29,6 +29,7 @@ from nsa_convert.patch.plan import resolve_plan
 from nsa_convert.patch.tensor_parallel import (
     register_head_style,
     share_heads,
+    tensor_group,
     tensor_plan,
     tensor_problems,
 )
@@ -135,7 +136,7 @@ class SparsePreTrainedMixin:
             model._tp_plan = {**model._tp_plan, **tensor_plan(model)}
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
         if tensor:
-            share_heads(model, mesh_manager.get_mesh("tp").get_group())
+            share_heads(model, tensor_group(mesh_manager))
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

@@ -72,10 +72,16 @@ def register_head_style() -> None:
         def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: Any) -> Any:
             if not hasattr(module, "open_branches"):  # a compressor reads local heads
                 return args, kwargs
-            group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-            return (sum_gradient(args[0], group), *args[1:]), kwargs
+            return (sum_gradient(args[0], tensor_group(mesh)), *args[1:]), kwargs
 
     engine.ALL_PARALLEL_STYLES.register(HEAD_STYLE, HeadParallel())
+
+
+def tensor_group(mesh: Any) -> Any:
+    """Return the processes that share the heads; since 5.19 transformers keeps torch's mesh in an object."""
+    if hasattr(mesh, "get_mesh"):
+        mesh = mesh.get_mesh("tp")
+    return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
 def share_heads(model: nn.Module, group: Any) -> None:

@@ -199,6 +199,8 @@ def test_sizes_that_do_not_fit_the_processes_are_refused(parallel, says, tmp_pat
     ],
 )
 def test_what_cannot_be_shared_is_refused_by_name(method, stages, keys, says, tmp_path):
+    if not can_shard() and "context" not in keys:
+        says = "need transformers 5.19 or newer"
     assert says in check(tmp_path, method=method, stages=stages, **keys)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import warnings
 from pathlib import Path
@@ -97,8 +98,9 @@ def test_sft_teaches_what_chooses(method: str, packing: bool, tokenizer: Any, tm
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_share_of_a_fused_likelihood_is_that_of_its_tokens(compiled: bool, tokenizer: Any) -> None:
     """One step of TRL's fused loss has the gradients of the ordinary loss, whatever divides it."""
-    from trl.trainer.utils import add_fused_lm_head
-
+    add_fused_lm_head = getattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head", None)
+    if add_fused_lm_head is None:
+        pytest.skip("this TRL has no fused head")
     plain, ids = model(tokenizer, METHODS["dsa"]).double().train(), tokens(2, 60)
     labels = ids.masked_fill(torch.arange(60) < 20, -100)
     fused = copy.deepcopy(plain)

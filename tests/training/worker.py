@@ -182,7 +182,7 @@ def main() -> None:
             for tied in ("", " tied"):
                 result[f"fsdp {method}{tied}"] = check_sharded(folder / f"{method}{tied}", method)
             result[f"fsdp {method}, aligned"] = check_sharded(folder / method, method, "teacher")
-            result[f"tensor {method}"] = check_tensor(folder / method, method)
+        result[f"tensor {method}"] = check_tensor(folder / method, method)
         result[f"context {method}, one document"] = check_context(folder / method, method, packed=False)
     for method in PLAIN:
         result[f"tensor {method}"] = check_tensor(folder / method, method)
