@@ -114,6 +114,46 @@ def test_second_turn_on_a_kept_cache(model: PreTrainedModel, prompt: torch.Tenso
     assert torch.equal(model.generate(longer, past_key_values=cache, **GREEDY), expected)
 
 
+class TestModesOfGenerate:
+    """What transformers checks of every model that generates; those tests are in no source distribution."""
+
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["one", "beams"])
+    def test_sampling(self, model: PreTrainedModel, prompt: torch.Tensor, options: dict) -> None:
+        outs = []
+        for use_cache in (True, False):
+            torch.manual_seed(3)
+            drawn = {"do_sample": True, "top_k": 10, "top_p": 0.9, "repetition_penalty": 1.2}
+            outs.append(model.generate(prompt, max_new_tokens=9, use_cache=use_cache, **drawn, **options))
+        assert torch.equal(*outs)
+
+    @pytest.mark.parametrize("implementation", [None, slow("static")])
+    def test_a_prompt_of_embeddings(
+        self, model: PreTrainedModel, prompt: torch.Tensor, expected: torch.Tensor, implementation: str | None
+    ) -> None:
+        embeddings = model.get_input_embeddings()(prompt)
+        out = model.generate(inputs_embeds=embeddings, cache_implementation=implementation, **GREEDY)
+        assert torch.equal(out, expected[:, 53:])
+
+    def test_outputs_of_every_step(self, model: PreTrainedModel, prompt: torch.Tensor) -> None:
+        asked = {"output_scores": True, "output_logits": True, "output_hidden_states": True}
+        dense = dense_model(model.config.model_type.removeprefix("nsa_"))
+        outs = [m.generate(prompt, return_dict_in_generate=True, **asked, **GREEDY) for m in (model, dense)]
+        ours, stock = (
+            {name: [x.shape for x in getattr(out, name)] for name in ("sequences", "scores", "logits")}
+            | {"hidden": [[x.shape for x in step] for step in out.hidden_states]}
+            for out in outs
+        )
+        assert ours == stock
+        whole = model(outs[0].sequences[:, :-1], use_cache=False).logits[:, 52:]
+        # generate() keeps logits in float32.
+        assert torch.allclose(torch.stack(outs[0].logits, 1), whole.float(), rtol=1e-6, atol=1e-6)
+
+    def test_the_last_logits_alone(self, model: PreTrainedModel, prompt: torch.Tensor) -> None:
+        with torch.no_grad():
+            few, whole = (model(prompt, logits_to_keep=n).logits for n in (3, 0))
+        assert (few - whole[:, -3:]).abs().max() < 1e-12
+
+
 class TestCells:
     """The cache holds the compressed cells and compresses each of them once."""
 
