@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa_convert.config import LayerRule, SparseAttentionConfig
-from nsa_convert.methods.base import AttentionRecord, observe
+from nsa_convert.methods.parts.base import AttentionRecord, observe
 from nsa_convert.patch.patching import patch_model
 
 

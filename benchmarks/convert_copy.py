@@ -33,8 +33,8 @@ def write_checkpoint(folder: Path, gib: float) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from nsa_convert.patch.families import FAMILIES
-    from nsa_convert.patch.source_config import dense_tensor_shapes
+    from nsa_convert.checkpoint.source_config import dense_tensor_shapes
+    from nsa_convert.families import FAMILIES
 
     layers = max(1, round((gib * 2**30 - 4 * VOCABULARY * LAYER["hidden_size"]) / LAYER_BYTES))
     config = {

@@ -34,7 +34,7 @@ from benchmarks.ops_cpu import RESULTS, commit
 from nsa_convert import bench
 from nsa_convert.cli.options import parse_settings
 from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
-from nsa_convert.methods.inputs import select_heads
+from nsa_convert.methods.parts.inputs import select_heads
 from nsa_convert.patch.cache import sparse_cache_layer
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.patching import patch_model

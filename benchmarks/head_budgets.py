@@ -20,12 +20,12 @@ import transformers
 
 from nsa_convert import __version__, patch_model, unpatch_model
 from nsa_convert.config import LayerRule, SparseAttentionConfig
-from nsa_convert.evaluation.divergence import compare
+from nsa_convert.evaluation.metrics.divergence import compare
+from nsa_convert.evaluation.metrics.perplexity import read_out
 from nsa_convert.evaluation.models import DTYPES, load_model
-from nsa_convert.evaluation.perplexity import read_out
-from nsa_convert.evaluation.text import code_text, first_tokens, prose_text
-from nsa_convert.patch.head_profile import HeadProfile, allocate, density_of, plan_of
-from nsa_convert.patch.loading import load_tokenizer
+from nsa_convert.evaluation.tasks.text import code_text, first_tokens, prose_text
+from nsa_convert.heads.profile import HeadProfile, allocate, density_of, plan_of
+from nsa_convert.loading import load_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from benchmarks.ops_cpu import RESULTS, commit, real
 from nsa_convert import bench
 from nsa_convert.config import AttentionGeometry, LayerRule
-from nsa_convert.evaluation.density import search_density
-from nsa_convert.methods.base import AttentionInputs
-from nsa_convert.methods.prefill import PrefillMethod
-from nsa_convert.methods.registry import build_method
+from nsa_convert.evaluation.metrics.density import search_density
+from nsa_convert.methods.parts.base import AttentionInputs
+from nsa_convert.methods.parts.prefill import PrefillMethod
+from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.patterns import DENSE_LAYOUT
 
 STEPS = 7

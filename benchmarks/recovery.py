@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 
 from nsa_convert.evaluation.models import dense_attention_in
-from nsa_convert.methods.base import observe
-from nsa_convert.patch.loading import load_causal_model, load_tokenizer
+from nsa_convert.loading import load_causal_model, load_tokenizer
+from nsa_convert.methods.parts.base import observe
 from nsa_convert.patch.patching import patch_model, set_mode
-from nsa_convert.training.data import encode
-from nsa_convert.training.models import read_start
-from nsa_convert.training.parts import Source
-from nsa_convert.training.recipe import Recipe, read_recipe
-from nsa_convert.training.run import train_recipe
-from nsa_convert.training.sources import RECALL_VALUES, iterate, open_source, recall_text
+from nsa_convert.training.data.rows import encode
+from nsa_convert.training.data.sources import RECALL_VALUES, iterate, open_source, recall_text
+from nsa_convert.training.recipe.schema import Recipe, read_recipe
+from nsa_convert.training.recipe.sections import Source
+from nsa_convert.training.run.models import read_start
+from nsa_convert.training.run.runner import train_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "recovery"
 LENGTH = 256

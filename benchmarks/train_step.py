@@ -33,9 +33,9 @@ from transformers import (
 
 from benchmarks.ops_cpu import RESULTS, commit
 from nsa_convert import bench
+from nsa_convert.checkpoint.gguf import is_gguf, load_gguf_model
 from nsa_convert.cli.options import parse_settings
-from nsa_convert.patch.gguf import is_gguf, load_gguf_model
-from nsa_convert.patch.loading import load_causal_model
+from nsa_convert.loading import load_causal_model
 from nsa_convert.patch.patching import patch_model
 
 METHODS = ("nsa", "ssa", "moba", "infllm_v2", "dsa", "msa")

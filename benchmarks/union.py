@@ -24,14 +24,14 @@ from torch import Tensor
 from nsa_convert import bench
 from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.evaluation.models import load_model
-from nsa_convert.evaluation.text import file_text, first_tokens, prose_text
+from nsa_convert.evaluation.tasks.text import file_text, first_tokens, prose_text
 from nsa_convert.hub import dense_folder, resolve_model
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.kernels.selected.triton_plan import Shape, choose_shape, readers_of
-from nsa_convert.kernels.selected.triton_steps import key_steps
-from nsa_convert.kernels.selected.union import union_sizes
-from nsa_convert.methods.base import AttentionRecord, observe
-from nsa_convert.patch.loading import load_tokenizer
+from nsa_convert.kernels.union.torch import union_sizes
+from nsa_convert.kernels.union.triton_plan import Shape, choose_shape, readers_of
+from nsa_convert.kernels.union.triton_steps import key_steps
+from nsa_convert.loading import load_tokenizer
+from nsa_convert.methods.parts.base import AttentionRecord, observe
 from nsa_convert.patch.patching import patch_model
 from nsa_convert.patterns import BlockTopK
 

@@ -23,14 +23,14 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.errors import CheckFailedError, ConfigError
-from nsa_convert.kernels.backend import use_backend
+from nsa_convert.kernels.attention import sparse_attention
+from nsa_convert.kernels.common.backend import use_backend
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
-from nsa_convert.kernels.selected import sparse_attention
 from nsa_convert.kernels.selftest import CheckRow, checks_table, self_test
-from nsa_convert.methods.alone import prompt_case, step_cases
-from nsa_convert.methods.base import SparseMethod
 from nsa_convert.methods.nsa import NSASettings
-from nsa_convert.methods.registry import build_method
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.registry import build_method
+from nsa_convert.methods.parts.standalone import prompt_case, step_cases
 from nsa_convert.methods.ssa import SSASettings
 from nsa_convert.patterns import DENSE_LAYOUT, SequenceLayout, SinkWindow
 

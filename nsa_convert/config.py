@@ -1,7 +1,7 @@
 """Configuration of a sparse model: which method runs in which layer, with which settings.
 
 Only shapes and names are checked here. A method checks its own settings (see
-``nsa_convert.methods.base``), because configuration may not import methods.
+``nsa_convert.methods.parts.base``), because configuration may not import methods.
 """
 
 from __future__ import annotations

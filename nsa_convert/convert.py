@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert import __version__
-from nsa_convert.config import LayerRule, SparseAttentionConfig, number_ranges
-from nsa_convert.errors import UsageError
-from nsa_convert.methods.base import SparseMethod
-from nsa_convert.methods.registry import read_rule, settings_dict
-from nsa_convert.patch.checkpoint import Checkpoint, open_checkpoint
-from nsa_convert.patch.download_notes import compare_hashes
-from nsa_convert.patch.estimate import CONTEXTS, ContextCost, context_costs, cost_lines, dense_until
-from nsa_convert.patch.gguf import is_gguf, open_gguf, write_dense_folder
-from nsa_convert.patch.headers import WEIGHT_DTYPES
-from nsa_convert.patch.manifest import RECIPE, REPORT, write_json, write_manifest
-from nsa_convert.patch.new_weights import NewTensor, planned_tensors, write_new_shard
-from nsa_convert.patch.output import (
+from nsa_convert.checkpoint.download_notes import compare_hashes
+from nsa_convert.checkpoint.gguf import is_gguf, open_gguf, write_dense_folder
+from nsa_convert.checkpoint.headers import WEIGHT_DTYPES
+from nsa_convert.checkpoint.manifest import RECIPE, REPORT, write_json, write_manifest
+from nsa_convert.checkpoint.new_weights import NewTensor, planned_tensors, write_new_shard
+from nsa_convert.checkpoint.output import (
     SPARSE_SHARD,
     Progress,
     converted_index,
@@ -30,14 +24,27 @@ from nsa_convert.patch.output import (
     same_device,
     shard_names,
 )
-from nsa_convert.patch.pickled import is_pickled, open_pickled, write_unpickled
-from nsa_convert.patch.plan import resolve_plan, sparse_config_dict
+from nsa_convert.checkpoint.pickles import is_pickled, open_pickled, write_unpickled
+from nsa_convert.checkpoint.scan import hash_file
+from nsa_convert.checkpoint.shards import INDEX_FILE, resolve_inside
+from nsa_convert.checkpoint.source import Checkpoint, open_checkpoint
+from nsa_convert.checkpoint.staging import (
+    check_free,
+    check_places,
+    copy_file,
+    gigabytes,
+    require_space,
+    staged,
+)
+from nsa_convert.checkpoint.tied import check_tie
+from nsa_convert.checkpoint.tokenizer_files import check_tokenizer
+from nsa_convert.config import LayerRule, SparseAttentionConfig, number_ranges
+from nsa_convert.errors import UsageError
+from nsa_convert.estimate import CONTEXTS, ContextCost, context_costs, cost_lines, dense_until
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.registry import read_rule, settings_dict
 from nsa_convert.patch.remote_code import write_code_files
-from nsa_convert.patch.shards import INDEX_FILE, resolve_inside
-from nsa_convert.patch.staging import check_free, check_places, copy_file, gigabytes, require_space, staged
-from nsa_convert.patch.streams import hash_file
-from nsa_convert.patch.tied import check_tie
-from nsa_convert.patch.tokenizer_files import check_tokenizer
+from nsa_convert.plan import resolve_plan, sparse_config_dict
 
 OVERHEAD_BYTES = 4_000_000
 """Room for config, index, code and report files in the disk check."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TextStreamer
 
+from nsa_convert.chat import render_chat
 from nsa_convert.errors import ConfigError, UsageError
-from nsa_convert.patch.chat import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

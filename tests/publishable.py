@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nsa_convert.card import write_card
 from nsa_convert.convert import convert_checkpoint
-from nsa_convert.evaluation.quick import run_quick
+from nsa_convert.evaluation.suites.quick import run_quick
 from tests.evaluation.tiny import save, tiny_dense
 from tests.models import NSA, plan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import train_step
-from nsa_convert.methods.registry import METHODS
+from nsa_convert.methods.parts.registry import METHODS
 
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

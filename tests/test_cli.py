@@ -13,7 +13,7 @@ from nsa_convert.cli import main
 from nsa_convert.cli.options import parse_layers, parse_settings, read_plan
 from nsa_convert.error_codes import ERROR_CODES, EXIT_STATUS, render_markdown
 from nsa_convert.errors import ConfigError, UsageError
-from nsa_convert.methods.registry import METHODS
+from nsa_convert.methods.parts.registry import METHODS
 from tests.checkpoints import tree_hash, write_dense
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nsa_convert.checkpoint.scan import LARGE_WEIGHT, magnitude_bits
 from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.convert import convert_checkpoint
-from nsa_convert.patch.streams import LARGE_WEIGHT, magnitude_bits
 from nsa_convert.strict_files import read_mapping
 from tests.checkpoints import FAMILY_OPTIONS, SETTINGS, shard_paths, tree_hash, write_dense
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from nsa_convert.checkpoint.headers import TensorEntry
 from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
 from nsa_convert.convert import convert_checkpoint
 from nsa_convert.errors import CheckpointError, ConfigError, NsaConvertError
+from nsa_convert.estimate import context_costs
 from nsa_convert.inspection import inspect_checkpoint
-from nsa_convert.methods.registry import METHODS
-from nsa_convert.patch.estimate import context_costs
-from nsa_convert.patch.headers import TensorEntry
-from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.methods.parts.registry import METHODS
+from nsa_convert.plan import resolve_plan
 from tests.checkpoints import FAMILY_OPTIONS, dense_model, edit_json, write_dense
 from tests.test_convert import NSA
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from nsa_convert.cli import main
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, UsageError
 from nsa_convert.evaluation.models import load_model
-from nsa_convert.patch.loading import load_tokenizer
+from nsa_convert.loading import load_tokenizer
 from nsa_convert.push import plan_push
 from tests.checkpoints import edit_json
 from tests.pushing import BLOB, REPO, ROOT, TOKEN, hub, model, original, outside, push

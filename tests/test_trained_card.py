@@ -18,11 +18,11 @@ from transformers import (
 
 from nsa_convert.card import write_card
 from nsa_convert.errors import CheckFailedError
-from nsa_convert.evaluation.quick import run_quick
+from nsa_convert.evaluation.suites.quick import run_quick
 from nsa_convert.patch.patching import patch_model
 from nsa_convert.push import plan_push
-from nsa_convert.training.recipe import recipe_from_dict
-from nsa_convert.training.run import train_recipe
+from nsa_convert.training.recipe.schema import recipe_from_dict
+from nsa_convert.training.run.runner import train_recipe
 from nsa_convert.verification import revert_checkpoint, verify_checkpoint
 from tests.marks import slow
 from tests.models import NSA, plan

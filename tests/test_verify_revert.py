@@ -49,7 +49,7 @@ def test_a_conversion_passes(tmp_path, model_type, sparse):
 @pytest.mark.parametrize("model_type", FAMILY_OPTIONS)
 def test_full_budget_of_every_family(tmp_path, model_type):
     """Lengths on both sides of the visible budget of 32 tokens; weights large enough for errors to show."""
-    from nsa_convert.patch.equivalence import compare_with_dense
+    from nsa_convert.equivalence import compare_with_dense
 
     source = write_dense(tmp_path / "dense", model_type)
     convert_checkpoint(source, tmp_path / "out", NSA)
@@ -97,7 +97,7 @@ def test_a_model_that_is_not_dense_at_full_budget(pair, monkeypatch):
     """The check has to see a wrong layer: here the budget of the converted model stays as it is."""
     import contextlib
 
-    monkeypatch.setattr("nsa_convert.patch.equivalence.with_full_budget", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("nsa_convert.equivalence.with_full_budget", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr("nsa_convert.verification._bare", lambda *_: "not run here")
     assert outcome(pair[1])["full budget = dense"] is False
 

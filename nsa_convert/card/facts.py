@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert import __version__
+from nsa_convert.checkpoint.manifest import REPORT, SOURCE_FOLDER, TRAINING
+from nsa_convert.checkpoint.source import SPARSE_TENSOR, open_converted
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.convert import layer_table
 from nsa_convert.errors import CheckpointError, ConfigError
-from nsa_convert.evaluation.identity import manifest_hash
-from nsa_convert.patch.checkpoint import SPARSE_TENSOR, open_converted
-from nsa_convert.patch.estimate import CONTEXTS, context_costs, dense_until
-from nsa_convert.patch.manifest import REPORT, SOURCE_FOLDER, TRAINING
-from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.estimate import CONTEXTS, context_costs, dense_until
+from nsa_convert.evaluation.report.identity import manifest_hash
+from nsa_convert.plan import resolve_plan
 from nsa_convert.strict_files import parse_yaml, read_json_mapping
 
 CARD = "README.md"

@@ -18,11 +18,11 @@ from nsa_convert.card.facts import (
     read_evaluations,
     read_facts,
 )
+from nsa_convert.checkpoint.manifest import RECIPE, read_manifest
+from nsa_convert.checkpoint.staging import write_whole
 from nsa_convert.errors import ConfigError, MachineError
-from nsa_convert.evaluation.verdict import benchmark_cells, processor, task_rows, verdict
+from nsa_convert.evaluation.report.verdict import benchmark_cells, processor, task_rows, verdict
 from nsa_convert.extras import pip_line
-from nsa_convert.patch.manifest import RECIPE, read_manifest
-from nsa_convert.patch.staging import write_whole
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
 PLACEHOLDER_OWNER = "ORG"

@@ -53,7 +53,7 @@ def methods(as_json: bool) -> None:
     """List the sparse attention methods and their settings."""
     import dataclasses
 
-    from nsa_convert.methods.registry import METHODS
+    from nsa_convert.methods.parts.registry import METHODS
 
     rows = []
     for method in METHODS.values():
@@ -284,7 +284,7 @@ def generate(
     from nsa_convert.evaluation.models import load_model, read_facts
     from nsa_convert.generation import generate_text
     from nsa_convert.hub import dense_folder, resolve_model
-    from nsa_convert.patch.loading import load_tokenizer
+    from nsa_convert.loading import load_tokenizer
 
     if pairs and method is None:
         raise UsageError("--set belongs to --method", code="CL02")

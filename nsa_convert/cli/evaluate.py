@@ -84,19 +84,19 @@ def evaluate(
 def _run(suite: str, folder: Path, out: Path | None, options: dict[str, Any]) -> Any:
     """Return the report of a suite."""
     if suite == "quick":
-        from nsa_convert.evaluation.quick import run_quick
+        from nsa_convert.evaluation.suites.quick import run_quick
 
         return run_quick(folder, out_dir=out, progress=tell, **options)
     if suite == "tasks":
-        from nsa_convert.evaluation.lm_eval_adapter import run_tasks
+        from nsa_convert.evaluation.suites.lm_eval_tasks import run_tasks
 
         return run_tasks(folder, out_dir=out, say=tell, **options)
     with cell_progress() as progress:
         if suite == "compare":
-            from nsa_convert.evaluation.compare import run_compare
+            from nsa_convert.evaluation.suites.compare import run_compare
 
             return run_compare(folder, out_dir=out, say=tell, progress=progress, **options)
-        from nsa_convert.evaluation.long import run_long
+        from nsa_convert.evaluation.suites.long import run_long
 
         return run_long(folder, suite=suite, out_dir=out, say=tell, progress=progress, **options)
 
@@ -124,10 +124,10 @@ def _named_plans(suite: str, method: str | None, against: str | None, plans: tup
 
 def suite_settings(suite: str) -> set[str]:
     """Return the names that --set takes for a suite."""
-    from nsa_convert.evaluation.compare_settings import CompareSettings
-    from nsa_convert.evaluation.lm_eval_adapter import TaskSettings
-    from nsa_convert.evaluation.long_settings import LongSettings
-    from nsa_convert.evaluation.settings import QuickSettings
+    from nsa_convert.evaluation.suites.compare_settings import CompareSettings
+    from nsa_convert.evaluation.suites.lm_eval_tasks import TaskSettings
+    from nsa_convert.evaluation.suites.long_settings import LongSettings
+    from nsa_convert.evaluation.suites.quick_settings import QuickSettings
 
     kinds: dict[str, type] = {"quick": QuickSettings, "tasks": TaskSettings, "compare": CompareSettings}
     own = {"tasks": set(), "compare": {"text_file"}}.get(suite, {"text_file", "length"})

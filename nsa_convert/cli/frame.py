@@ -115,7 +115,7 @@ def _known_error(error: Exception) -> NsaConvertError:
         module = error.name.split(".")[0]
         return MachineError(f"the package {module} is missing", code="CL11", hint=missing_hint(module))
     if isinstance(error, OSError) and error.errno:
-        from nsa_convert.patch.staging import machine_error
+        from nsa_convert.checkpoint.staging import machine_error
 
         return machine_error(error)
     text, where = str(error).strip().splitlines(), _traceback_file(error)

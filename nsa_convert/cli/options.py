@@ -65,7 +65,7 @@ def read_method(
     settings = parse_settings(pairs)
     if method is None:
         return settings, None
-    from nsa_convert.methods.registry import read_rule
+    from nsa_convert.methods.parts.registry import read_rule
 
     own = {key: value for key, value in settings.items() if key not in known}
     plan = SparseAttentionConfig(default=LayerRule(method=method, settings=own))
@@ -109,7 +109,7 @@ def read_plan_file(path: Path) -> SparseAttentionConfig:
     Raises:
         ConfigError: There is no such file, or it holds no plan.
     """
-    from nsa_convert.patch.head_patterns import is_head_file, read_head_file
+    from nsa_convert.heads.patterns import is_head_file, read_head_file
 
     if is_head_file(path):
         return read_head_file(path)
@@ -123,13 +123,13 @@ def read_named_plan(text: str) -> Any:
     """Read ``NAME=FILE``, or ``NAME=PROFILE.safetensors@SHARE`` for a head profile.
 
     Returns:
-        A :class:`~nsa_convert.evaluation.compare_plans.NamedPlan`.
+        A :class:`~nsa_convert.evaluation.suites.compare_plans.NamedPlan`.
 
     Raises:
         UsageError: The text has another form.
         ConfigError: There is no such file, or it holds no plan.
     """
-    from nsa_convert.evaluation.compare_plans import NamedPlan
+    from nsa_convert.evaluation.suites.compare_plans import NamedPlan
 
     name, equals, given = text.partition("=")
     if not equals or not name.strip() or not given:
@@ -158,8 +158,8 @@ def _share(text: str) -> float:
 def _profile_plan(profile: str | None, density: float | None, method: str | None) -> SparseAttentionConfig:
     if profile is None:
         raise UsageError("--density belongs to a --profile", code="CL02")
-    from nsa_convert.patch.head_classes import plan_of_classes
-    from nsa_convert.patch.head_profile import HeadProfile, plan_from_profile
+    from nsa_convert.heads.classes import plan_of_classes
+    from nsa_convert.heads.profile import HeadProfile, plan_from_profile
 
     read = HeadProfile.load(profile)
     if read.error is None:

@@ -42,7 +42,7 @@ def write_profile(model: str, method: str | None, out: Path, pairs: tuple[str, .
 
 def _make(folder: Path, kind: str, method: str, settings: dict[str, Any]) -> Any:
     if kind == "budgets":
-        from nsa_convert.evaluation.profile import profile_checkpoint
+        from nsa_convert.evaluation.heads.profile import profile_checkpoint
 
         options = {name: settings.pop(name) for name in ("length", "dtype") if name in settings}
         return profile_checkpoint(folder, method, settings, say=tell, **options)
@@ -52,17 +52,17 @@ def _make(folder: Path, kind: str, method: str, settings: dict[str, Any]) -> Any
 
     dtype = settings.pop("dtype", "float32")
     if kind == "razor":
-        from nsa_convert.evaluation.retrieval_heads import razor_probe
+        from nsa_convert.evaluation.heads.retrieval import razor_probe
 
         return razor_probe(load_model(folder, dtype), **_checked(settings, {"period": int, "seed": int}))
     if kind == "distance":
-        from nsa_convert.evaluation.retrieval_heads import distance_probe
+        from nsa_convert.evaluation.heads.retrieval import distance_probe
 
         chosen = {"length": 500, "tokens": 4096, **_checked(settings, {"length": int, "tokens": int})}
         return distance_probe(
             load_model(folder, dtype), _prose(folder, chosen["tokens"]), length=chosen["length"]
         )
-    from nsa_convert.patch.loading import load_tokenizer
+    from nsa_convert.loading import load_tokenizer
     from nsa_convert.training.duo_gates import GateSettings, passkey_cases, train_gates
 
     gates, tokenizer = strict_dataclass(GateSettings, settings, "--set"), load_tokenizer(folder)
@@ -73,8 +73,8 @@ def _make(folder: Path, kind: str, method: str, settings: dict[str, Any]) -> Any
 
 
 def _imported(folder: Path, settings: dict[str, Any]) -> Any:
-    from nsa_convert.patch.checkpoint import open_checkpoint
-    from nsa_convert.patch.head_classes import import_profile
+    from nsa_convert.checkpoint.source import open_checkpoint
+    from nsa_convert.heads.classes import import_profile
 
     chosen = _checked(settings, {"file": str})
     if "file" not in chosen:
@@ -85,8 +85,8 @@ def _imported(folder: Path, settings: dict[str, Any]) -> Any:
 
 def _prose(folder: Path, tokens: int) -> list[int]:
     """Return the first tokens of the prose text, all of them where it is shorter."""
-    from nsa_convert.evaluation.text import prose_text
-    from nsa_convert.patch.loading import load_tokenizer
+    from nsa_convert.evaluation.tasks.text import prose_text
+    from nsa_convert.loading import load_tokenizer
 
     return load_tokenizer(folder).encode(prose_text().text, add_special_tokens=False)[:tokens]
 

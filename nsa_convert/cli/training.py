@@ -87,13 +87,13 @@ def train(
 ) -> None:
     """Convert and train by RECIPE: a YAML file, or a name that `nsa-convert recipes` lists."""
     from nsa_convert.cli.options import parse_settings
-    from nsa_convert.training.models import read_start
-    from nsa_convert.training.parallel import planned
-    from nsa_convert.training.plan import plan_recipe
-    from nsa_convert.training.recipe import read_recipe
-    from nsa_convert.training.resume import Allow
-    from nsa_convert.training.run import Interrupted, train_recipe
-    from nsa_convert.training.stages import measure_plan
+    from nsa_convert.training.recipe.schema import read_recipe
+    from nsa_convert.training.run.forecast import plan_recipe
+    from nsa_convert.training.run.models import read_start
+    from nsa_convert.training.run.parallel import planned
+    from nsa_convert.training.run.resume import Allow
+    from nsa_convert.training.run.runner import Interrupted, train_recipe
+    from nsa_convert.training.run.stages import measure_plan
 
     path = find_recipe(recipe)
     read = read_recipe(path, parse_settings(pairs))

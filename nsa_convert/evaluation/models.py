@@ -12,14 +12,14 @@ from torch import nn
 
 from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.errors import CheckpointError, ConfigError
-from nsa_convert.methods.base import SparseMethod
-from nsa_convert.methods.phases import Phases
-from nsa_convert.methods.registry import build_method
+from nsa_convert.families import FAMILIES, family_of_sparse, geometry_of
+from nsa_convert.loading import load_causal_model
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.phases import Phases
+from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.families import FAMILIES, family_of_sparse, geometry_of
-from nsa_convert.patch.loading import load_causal_model
 from nsa_convert.patch.patching import patch_model, unpatch_model
-from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.plan import resolve_plan
 from nsa_convert.strict_files import read_json_mapping
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

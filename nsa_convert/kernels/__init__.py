@@ -1,10 +1,9 @@
 """Attention over patterns: tensors in, ``(o, lse)`` out; nothing here knows a method or a model."""
 
-from nsa_convert.kernels.backend import current_backend, use_backend
+from nsa_convert.kernels.attention import dense_attention, sparse_attention
+from nsa_convert.kernels.common.backend import current_backend, use_backend
+from nsa_convert.kernels.common.merge import gated_sum, merge_lse
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.kernels.merge import gated_sum, merge_lse
-from nsa_convert.kernels.selected import sparse_attention
 
 __all__ = [
     "CompressedOutput",

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from nsa_convert.errors import CheckFailedError
-from nsa_convert.kernels.backend import choose_backend, kernel_function, use_backend
+from nsa_convert.kernels.attention import dense_attention, sparse_attention
+from nsa_convert.kernels.common.backend import choose_backend, kernel_function, use_backend
+from nsa_convert.kernels.common.merge import gated_sum
 from nsa_convert.kernels.compressed import compressed_attention
 from nsa_convert.kernels.compressed.cells import CellGrid
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.kernels.merge import gated_sum
-from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.kernels.selected.skipping import skipping_attention
+from nsa_convert.kernels.union.skipping import skipping_attention
 from nsa_convert.patterns import BlockSelection, BlockTopK, SequenceLayout, SinkWindow, TokenSelection
 
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
@@ -266,4 +265,4 @@ def _first_configuration(backend: str) -> contextlib.AbstractContextManager:
     """Return a context in which kernels are not tuned: the check is about values."""
     if backend != "triton":
         return contextlib.nullcontext()
-    return kernel_function("toolchain", "without_tuning")()
+    return kernel_function("common.toolchain", "without_tuning")()

@@ -16,9 +16,9 @@ from torch import Tensor
 from nsa_convert.config import AttentionGeometry, raise_problems
 from nsa_convert.errors import ConfigError
 from nsa_convert.kernels.indexed import token_topk
-from nsa_convert.methods.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.indexer import INDEX_LOSSES, Index, IndexKey, index_weights
-from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.parts.index import INDEX_LOSSES, Index, IndexKey, index_weights
+from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import TokenSelection
 
 

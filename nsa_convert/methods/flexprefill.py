@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from nsa_convert.config import at_least, between, one_or_more, raise_problems
-from nsa_convert.methods.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.choosing import (
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.parts.last_queries import last_attention
+from nsa_convert.methods.parts.prefill import BlockPrefillMethod
+from nsa_convert.methods.parts.tile_budgets import (
     BlockGrid,
     block_softmax,
     keep_mass,
     mean_rows,
     sum_runs,
 )
-from nsa_convert.methods.last_queries import last_attention
-from nsa_convert.methods.prefill import BlockPrefillMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from nsa_convert.config import AttentionGeometry, at_least, raise_problems
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
-from nsa_convert.methods.cache_policy import CachePolicy
-from nsa_convert.methods.column_sums import attend_and_sum
+from nsa_convert.kernels.attention import dense_attention
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, SparseMethod
+from nsa_convert.methods.parts.cache_policy import CachePolicy
+from nsa_convert.methods.parts.column_sums import attend_and_sum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nsa_convert.config import at_least, raise_problems, unknown_keys
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
-from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool
+from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection, BlockTopK
 
 COARSER = 4

@@ -5,7 +5,7 @@
 - A-shape: the first tokens and a window, as the blocks they touch.
 - block-sparse: the blocks with the largest product of mean query and mean key.
 
-Which head has which pattern is searched offline (:mod:`nsa_convert.methods.minference_heads`).
+Which head has which pattern is searched offline (:mod:`nsa_convert.evaluation.heads.pattern_search`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from nsa_convert.config import at_least, one_or_more, raise_problems
-from nsa_convert.methods.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.choosing import (
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.parts.last_queries import last_attention
+from nsa_convert.methods.parts.prefill import PrefillMethod
+from nsa_convert.methods.parts.tile_budgets import (
     BlockGrid,
     block_softmax,
     blocks_of,
@@ -27,8 +29,6 @@ from nsa_convert.methods.choosing import (
     keep_top,
     mean_rows,
 )
-from nsa_convert.methods.last_queries import last_attention
-from nsa_convert.methods.prefill import PrefillMethod
 from nsa_convert.patterns import Pattern, TokenSelection
 
 KINDS = ("vertical_and_slash", "stream_llm", "block_sparse")

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.methods.base import AttentionInputs, InitialisedModule, MethodSpec, Pool
-from nsa_convert.methods.budget import HeadBudget
-from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
+from nsa_convert.methods.parts.base import AttentionInputs, InitialisedModule, MethodSpec, Pool
+from nsa_convert.methods.parts.budget import HeadBudget
+from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
 MAX_TAPS = 16

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.indexed import block_max_topk
-from nsa_convert.methods.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.budget import BlockBudget
-from nsa_convert.methods.indexer import INDEX_LOSSES, Index, IndexKey
-from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.parts.budget import BlockBudget
+from nsa_convert.methods.parts.index import INDEX_LOSSES, Index, IndexKey
+from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
 

@@ -14,18 +14,17 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry, at_least
+from nsa_convert.kernels.attention import dense_attention, sparse_attention
+from nsa_convert.kernels.common.merge import gated_sum
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
 from nsa_convert.kernels.compressed.cells import CellGrid
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.kernels.merge import gated_sum
-from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
-from nsa_convert.methods.budget import BlockBudget
-from nsa_convert.methods.compressors import Compressor, build_compressor, has_weights
-from nsa_convert.methods.gates import BranchGate
-from nsa_convert.methods.losses import score_kl
-from nsa_convert.methods.scores import for_loss, half_variance, scored, with_scores
-from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, SparseMethod
+from nsa_convert.methods.parts.budget import BlockBudget
+from nsa_convert.methods.parts.compressors import Compressor, build_compressor, has_weights
+from nsa_convert.methods.parts.gates import BranchGate
+from nsa_convert.methods.parts.losses import score_kl
+from nsa_convert.methods.parts.scores import for_loss, half_variance, scored, with_scores
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patterns import BlockTopK, SinkWindow
 
 TAUGHT = "taught key"
@@ -46,7 +45,7 @@ class NSASettings(BlockBudget):
         window_size: w, tokens of the sliding window, the query's own included.
         block_score: How cells become block scores: ``"sum"`` is eq. 9, ``"max"`` InfLLM-v2's max-pooling.
         scorer: ``"first_order"`` scores blocks by the compressed attention itself (eq. 8); ``"second_order"``
-            adds the spread of the keys in each cell, see :mod:`nsa_convert.methods.scores`.
+            adds the spread of the keys in each cell, see :mod:`nsa_convert.methods.parts.scores`.
         key_compressor: How keys are compressed.
         value_compressor: How values are compressed.
         compress_rope: Compress keys ``"after"`` or ``"before"`` RoPE.

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool
-from nsa_convert.methods.budget import HeadBudget
-from nsa_convert.methods.prefill import STEP_TOKENS
-from nsa_convert.methods.selecting import NO_REUSE, SelectingMethod
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool
+from nsa_convert.methods.parts.budget import HeadBudget
+from nsa_convert.methods.parts.prefill import STEP_TOKENS
+from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry, at_least, raise_problems
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.kernels.merge import merge_lse
-from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, SparseMethod
-from nsa_convert.methods.cache_policy import CachePolicy, KeepRecent
+from nsa_convert.kernels.attention import dense_attention, sparse_attention
+from nsa_convert.kernels.common.merge import merge_lse
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, SparseMethod
+from nsa_convert.methods.parts.cache_policy import CachePolicy, KeepRecent
 from nsa_convert.patterns import SinkWindow
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from nsa_convert.config import at_least, between, one_or_more, raise_problems
-from nsa_convert.kernels.selected.skipping import LEAST_ROWS, skipping_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.choosing import (
+from nsa_convert.kernels.union.skipping import LEAST_ROWS, skipping_attention
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.parts.prefill import BlockPrefillMethod
+from nsa_convert.methods.parts.tile_budgets import (
     BlockGrid,
     block_softmax,
     fraction,
@@ -27,7 +28,6 @@ from nsa_convert.methods.choosing import (
     mean_rows,
     share_in_group,
 )
-from nsa_convert.methods.prefill import BlockPrefillMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,16 @@ from typing import Literal
 from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry
+from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.kernels.compressed.cells import CellGrid
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec, Pool, SparseMethod
-from nsa_convert.methods.budget import BlockBudget
-from nsa_convert.methods.compressors import Compressor, build_compressor, has_weights
-from nsa_convert.methods.gates import BranchGate
-from nsa_convert.methods.losses import bidirectional_alignment, score_kl
-from nsa_convert.methods.scores import for_loss, half_variance, scored, with_scores
-from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, SparseMethod
+from nsa_convert.methods.parts.budget import BlockBudget
+from nsa_convert.methods.parts.compressors import Compressor, build_compressor, has_weights
+from nsa_convert.methods.parts.gates import BranchGate
+from nsa_convert.methods.parts.losses import bidirectional_alignment, score_kl
+from nsa_convert.methods.parts.scores import for_loss, half_variance, scored, with_scores
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patterns import BlockSelection
 
 
@@ -38,7 +37,7 @@ class SSASettings(BlockBudget):
         num_sink_blocks: First blocks always selected.
         num_local_blocks: Last blocks always selected, the query's own included.
         scorer: ``"first_order"`` scores a block by its mean key; ``"second_order"`` adds the spread of its
-            keys, see :mod:`nsa_convert.methods.scores`.
+            keys, see :mod:`nsa_convert.methods.parts.scores`.
         key_compressor: How the keys of a block become the one that scores it. All but ``"mean"`` have
             weights, which ``score_kl`` teaches.
         gate: ``"none"``, ``"signed"`` (``2 sigma(W x)``, starts at exactly 1) or the paper's ``"sigmoid"``

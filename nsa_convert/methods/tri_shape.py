@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from nsa_convert.config import at_least, raise_problems
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.kernels.selected import sparse_attention
-from nsa_convert.methods.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.prefill import PrefillMethod
+from nsa_convert.kernels.attention import dense_attention, sparse_attention
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.parts.prefill import PrefillMethod
 from nsa_convert.patterns import SequenceLayout, SinkWindow
 
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from nsa_convert.config import at_least, between, one_or_more, raise_problems
-from nsa_convert.methods.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.choosing import (
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.parts.prefill import BlockPrefillMethod
+from nsa_convert.methods.parts.tile_budgets import (
     BlockGrid,
     keep_mass,
     share_in_group,
     sum_runs,
 )
-from nsa_convert.methods.prefill import BlockPrefillMethod
 
 SCORE_BYTES = 1 << 25
 """Scores of token groups that are held at once."""

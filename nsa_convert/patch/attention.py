@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.base import AttentionInputs, Pool, SparseMethod
-from nsa_convert.methods.inputs import CachedPart, select_heads
+from nsa_convert.methods.parts.base import AttentionInputs, Pool, SparseMethod
+from nsa_convert.methods.parts.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import held_tokens, sparse_cache_layer
 from nsa_convert.patch.collectives import gather_tokens, mean_over, total_over
 from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from nsa_convert.errors import CacheError
-from nsa_convert.methods.base import SparseMethod
+from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.patch.cache_storage import (
     GROWTH,
     append_tokens,

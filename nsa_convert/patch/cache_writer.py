@@ -7,7 +7,7 @@ import hashlib
 
 import torch
 
-from nsa_convert.methods.base import SparseMethod
+from nsa_convert.methods.parts.base import SparseMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nsa_convert.errors import CacheError
-from nsa_convert.methods.base import SparseMethod
-from nsa_convert.methods.cache_policy import CachePolicy, forget
-from nsa_convert.methods.inputs import CachedPart, select_heads
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.cache_policy import CachePolicy, forget
+from nsa_convert.methods.parts.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import (
     AGAIN,
     SparseDynamicLayer,

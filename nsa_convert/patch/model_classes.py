@@ -11,14 +11,14 @@ from typing import Any
 
 from transformers import AutoModel, PreTrainedModel
 
-from nsa_convert.patch.families import ModelFamily
+from nsa_convert.families import ModelFamily
 from nsa_convert.patch.modeling import (
     SparseCausalLMMixin,
     SparseHeadMixin,
     SparseModelMixin,
     install_sparse_attention,
 )
-from nsa_convert.patch.plan import AUTO_CLASSES
+from nsa_convert.plan import AUTO_CLASSES
 
 
 def sparse_config_class(family: ModelFamily, module: str) -> type:

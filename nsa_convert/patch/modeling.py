@@ -18,14 +18,13 @@ from transformers.utils.generic import can_return_tuple
 
 from nsa_convert.config import SparseAttentionConfig, raise_problems
 from nsa_convert.errors import BackendError, ConfigError
-from nsa_convert.methods.base import InitialisedModule
-from nsa_convert.methods.registry import build_layer
-from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.families import check_config, family_of_sparse, geometry_of
+from nsa_convert.methods.parts.base import InitialisedModule
+from nsa_convert.methods.parts.registry import build_layer
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.families import check_config, family_of_sparse, geometry_of
 from nsa_convert.patch.layout import NO_CONTINUOUS_BATCHING, read_context, shard_context
-from nsa_convert.patch.own_code import write_own_code, write_own_reports
-from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.patch.saved_code import write_own_code, write_own_reports
 from nsa_convert.patch.tensor_parallel import (
     register_head_style,
     share_heads,
@@ -42,6 +41,7 @@ from nsa_convert.patch.training_pass import (
     logit_kl,
     warn_of_silent_weights,
 )
+from nsa_convert.plan import resolve_plan
 
 try:  # transformers 5: does not touch parameters that were loaded
     from transformers.initialization import copy_ as init_copy_
@@ -180,8 +180,8 @@ class SparseModelMixin(SparsePreTrainedMixin):
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise NotImplementedError(
                 "output_attentions: sparse layers never hold a matrix of attention weights; "
-                "`nsa_convert.methods.base.observe` reports what each layer attends to, and a dense model "
-                "(unpatch_model, nsa-convert revert) returns them"
+                "`nsa_convert.methods.parts.base.observe` reports what each layer attends to, and a dense "
+                "model (unpatch_model, nsa-convert revert) returns them"
             )
         past: int | Tensor = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(past, Tensor):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import transformers
 
-from nsa_convert.patch.families import FAMILIES, ModelFamily
+from nsa_convert.families import FAMILIES, ModelFamily
 from nsa_convert.patch.model_classes import sparse_config_class, sparse_model_classes
-from nsa_convert.patch.plan import AUTO_CLASSES
+from nsa_convert.plan import AUTO_CLASSES
 
 _CONFIGS: dict[str, type] = {}
 _MODELS: dict[str, dict[str, type]] = {}

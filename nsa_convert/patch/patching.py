@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import ConfigError, UnsupportedModelError
-from nsa_convert.methods.base import SparseMethod
-from nsa_convert.methods.gates import BranchGate
+from nsa_convert.families import ModelFamily, check_config, family_of, geometry_of
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.gates import BranchGate
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.families import ModelFamily, check_config, family_of, geometry_of
 from nsa_convert.patch.model_classes import adopt_class
 from nsa_convert.patch.modeling import install_sparse_attention
 from nsa_convert.patch.models import config_class, model_classes
-from nsa_convert.patch.plan import copy_dense_rows, resolve_plan, sparse_config_dict
+from nsa_convert.plan import copy_dense_rows, resolve_plan, sparse_config_dict
 
 
 def patch_model(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa_convert.errors import CacheError
 from nsa_convert.kernels.compressed.cells import CellGrid
-from nsa_convert.methods.base import Pool, SparseMethod
+from nsa_convert.methods.parts.base import Pool, SparseMethod
 from nsa_convert.patch.cache import AGAIN, STREAM, SparseCacheLayer, write_cells
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.rope import rotate, unrotate

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from nsa_convert.patch.families import FAMILIES, ModelFamily
+from nsa_convert.families import FAMILIES, ModelFamily
 
 MODELS = "nsa_convert.patch.models"
 """Importing it makes the classes of all families, which takes the families' own modules."""

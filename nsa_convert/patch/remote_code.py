@@ -1,7 +1,7 @@
 """The code files that travel with a checkpoint, so that it loads where this package is not installed.
 
 transformers copies remote code as flat files of one directory and follows ``from .x import y`` only. So the
-package's own modules are written flat (``nsa_convert/kernels/merge.py`` -> ``nsa_kernels_merge.py``) with
+package's own modules are written flat (``nsa_convert/methods/nsa.py`` -> ``nsa_methods_nsa.py``) with
 their imports renamed, and two small files beside them hold the classes that ``auto_map`` names.
 """
 
@@ -11,14 +11,14 @@ import os
 import re
 from pathlib import Path
 
-from nsa_convert.patch.families import family_of_sparse
+from nsa_convert.families import family_of_sparse
 
 ENTRY = "nsa_convert.patch.model_classes"
 _IMPORT = re.compile(r"^(\s*)from (nsa_convert(?:\.\w+)*) import ", re.MULTILINE)
 
 _CONFIGURATION = '''"""Configuration of a {title} model converted to sparse attention by nsa_convert."""
 
-from .nsa_patch_families import FAMILIES
+from .nsa_families import FAMILIES
 from .nsa_patch_model_classes import sparse_config_class
 
 {prefix}Config = sparse_config_class(FAMILIES["{dense}"], __name__)
@@ -27,7 +27,7 @@ from .nsa_patch_model_classes import sparse_config_class
 _MODELING = '''"""A {title} model converted to sparse attention by nsa_convert."""
 
 from .configuration_{sparse} import {prefix}Config
-from .nsa_patch_families import FAMILIES
+from .nsa_families import FAMILIES
 from .nsa_patch_model_classes import sparse_model_classes
 
 _classes = sparse_model_classes(FAMILIES["{dense}"], {prefix}Config, __name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nsa_convert.methods.base import SparseMethod
+from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.collectives import sum_gradient
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.methods.parts.training_mode import TrainingMode
 
 LABELS = ("labels", "shift_labels", "num_items_in_batch")
 """Arguments of a forward call that say which tokens count, and out of how many."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import LayerRule, SparseAttentionConfig, raise_problems
-from nsa_convert.patch.head_profile import HeadProfile
+from nsa_convert.heads.profile import HeadProfile
 from nsa_convert.patch.patching import patch_model, unpatch_model
 
 Encode = Callable[[str], Sequence[int]]

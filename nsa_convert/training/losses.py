@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import FULL
-from nsa_convert.methods.base import SparseMethod
-from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patch.training_pass import LABELS
-from nsa_convert.training.recipe import Stage
+from nsa_convert.training.recipe.schema import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

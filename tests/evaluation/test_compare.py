@@ -12,20 +12,20 @@ from click.testing import CliRunner, Result
 
 from nsa_convert.cli import main
 from nsa_convert.config import AttentionGeometry, LayerRule
-from nsa_convert.evaluation import compare
-from nsa_convert.evaluation.cells import CELLS
-from nsa_convert.evaluation.compare import mass_of, run_compare
-from nsa_convert.evaluation.compare_plans import beside_dense
-from nsa_convert.evaluation.compare_settings import CompareSettings, budget_at, budget_label
-from nsa_convert.evaluation.density import PairCounter
-from nsa_convert.evaluation.mass import LayerMass
+from nsa_convert.evaluation.metrics.density import PairCounter
+from nsa_convert.evaluation.metrics.mass import LayerMass
+from nsa_convert.evaluation.metrics.perplexity import perplexity, read_out, token_nll
 from nsa_convert.evaluation.models import load_model, patched_in
-from nsa_convert.evaluation.perplexity import perplexity, read_out, token_nll
-from nsa_convert.evaluation.plots import plots_of
-from nsa_convert.methods.at_budget import FIXED, SEARCHED, fixed_settings, paired
-from nsa_convert.methods.base import AttentionInputs, observe
-from nsa_convert.methods.registry import METHODS, build_method
-from nsa_convert.patch.head_profile import HeadProfile, density_of
+from nsa_convert.evaluation.report.plots import plots_of
+from nsa_convert.evaluation.suites import compare
+from nsa_convert.evaluation.suites.compare import mass_of, run_compare
+from nsa_convert.evaluation.suites.compare_plans import beside_dense
+from nsa_convert.evaluation.suites.compare_settings import CompareSettings, budget_at, budget_label
+from nsa_convert.evaluation.suites.finished_cells import CELLS
+from nsa_convert.heads.profile import HeadProfile, density_of
+from nsa_convert.methods.parts.at_budget import FIXED, SEARCHED, fixed_settings, paired
+from nsa_convert.methods.parts.base import AttentionInputs, observe
+from nsa_convert.methods.parts.registry import METHODS, build_method
 from nsa_convert.patterns import SequenceLayout
 from tests.evaluation.tiny import byte_tokenizer, save, save_pair, tiny_dense
 from tests.models import plan

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from nsa_convert.errors import MachineError
-from nsa_convert.evaluation.html import render_html, write_html
-from nsa_convert.evaluation.plots import plots_of, write_plots
-from nsa_convert.evaluation.verdict import task_rows, verdict, wilson
+from nsa_convert.evaluation.report.html import render_html, write_html
+from nsa_convert.evaluation.report.plots import plots_of, write_plots
+from nsa_convert.evaluation.report.verdict import task_rows, verdict, wilson
 from tests.evaluation.samples import sample_report, summary, text
 
 PLOTS = ["needles", "perplexity", "kl", "layers", "gates", "speed", "cache"]

@@ -7,9 +7,9 @@ from click.testing import CliRunner
 
 from nsa_convert.cli import main
 from nsa_convert.errors import CheckpointError, ConfigError, MachineError
-from nsa_convert.evaluation.html import render_html
-from nsa_convert.evaluation.lm_eval_adapter import benchmark_rows, register_adapter, run_tasks
-from nsa_convert.evaluation.verdict import verdict
+from nsa_convert.evaluation.report.html import render_html
+from nsa_convert.evaluation.report.verdict import verdict
+from nsa_convert.evaluation.suites.lm_eval_tasks import benchmark_rows, register_adapter, run_tasks
 from tests.checkpoints import edit_json
 from tests.evaluation.samples import sample_report
 from tests.evaluation.tiny import save_pair

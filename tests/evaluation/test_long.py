@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.evaluation import long, outcomes
-from nsa_convert.evaluation.cells import CELLS
-from nsa_convert.evaluation.long import run_long
-from nsa_convert.evaluation.long_settings import TASKS, LongSettings
+from nsa_convert.evaluation.metrics import case_scores
 from nsa_convert.evaluation.models import read_facts
+from nsa_convert.evaluation.suites import long
+from nsa_convert.evaluation.suites.finished_cells import CELLS
+from nsa_convert.evaluation.suites.long import run_long
+from nsa_convert.evaluation.suites.long_settings import TASKS, LongSettings
 from tests.evaluation.tiny import BUDGET, save, save_pair, tiny_dense
 from tests.models import NSA
 
@@ -184,10 +185,10 @@ def test_defaults_follow_the_budget_and_the_positions(tmp_path):
 
 @pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1.2, False), (7.0, True)])
 def test_ev10_a_busy_machine_is_named(monkeypatch, load, warned):
-    monkeypatch.setattr(outcomes.os, "getloadavg", lambda: (0.0, load, 0.0))
-    monkeypatch.setattr(outcomes.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(outcomes.torch, "get_num_threads", lambda: 1)
-    assert bool(outcomes.busy_warnings()) is warned
+    monkeypatch.setattr(case_scores.os, "getloadavg", lambda: (0.0, load, 0.0))
+    monkeypatch.setattr(case_scores.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(case_scores.torch, "get_num_threads", lambda: 1)
+    assert bool(case_scores.busy_warnings()) is warned
 
 
 @pytest.mark.slow

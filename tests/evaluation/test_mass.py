@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
-from nsa_convert.evaluation.mass import MassProbe, captured_mass, sample_queries
+from nsa_convert.evaluation.metrics.mass import MassProbe, captured_mass, sample_queries
+from nsa_convert.evaluation.metrics.perplexity import read_out
 from nsa_convert.evaluation.models import dense_attention_in
-from nsa_convert.evaluation.perplexity import read_out
-from nsa_convert.methods.base import observe
+from nsa_convert.methods.parts.base import observe
 from nsa_convert.patch.patching import patch_model
 from nsa_convert.patterns import BlockSelection, SinkWindow, TokenSelection
 from tests.evaluation.tiny import BUDGET, random_ids, tiny_dense

@@ -14,10 +14,10 @@ from transformers import DynamicCache
 from nsa_convert.cli import main
 from nsa_convert.cli.commands import BENCH_SETTINGS
 from nsa_convert.cli.evaluate import SUITES, suite_settings
+from nsa_convert.evaluation.metrics.perplexity import read_out, token_nll
 from nsa_convert.evaluation.models import load_model, read_facts
-from nsa_convert.evaluation.perplexity import read_out, token_nll
-from nsa_convert.evaluation.quick import run_quick
-from nsa_convert.methods.registry import METHODS
+from nsa_convert.evaluation.suites.quick import run_quick
+from nsa_convert.methods.parts.registry import METHODS
 from tests.checkpoints import tree_hash
 from tests.evaluation.tiny import byte_tokenizer, save_pair
 from tests.models import NSA, QUEST, XATTENTION, plan

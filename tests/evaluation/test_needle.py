@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nsa_convert.errors import CheckFailedError, ConfigError
-from nsa_convert.evaluation.needle import NOISE, build_case, build_cases, hits_by_length, score_case
+from nsa_convert.evaluation.tasks.needle import NOISE, build_case, build_cases, hits_by_length, score_case
 from tests.evaluation.tiny import byte_tokenizer, tiny_dense
 
 

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from nsa_convert.cli import main
 from nsa_convert.errors import ConfigError
-from nsa_convert.evaluation.pattern_search import candidate_shares, search_patterns
-from nsa_convert.methods.base import AttentionRecord
-from nsa_convert.patch.head_patterns import read_head_file, write_head_file
+from nsa_convert.evaluation.heads.pattern_search import candidate_shares, search_patterns
+from nsa_convert.heads.patterns import read_head_file, write_head_file
+from nsa_convert.methods.parts.base import AttentionRecord
 from nsa_convert.patch.patching import patch_model, sparse_methods
 from nsa_convert.patterns import SequenceLayout
 from tests.checkpoints import write_dense

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nsa_convert.errors import CheckFailedError, ConfigError
-from nsa_convert.evaluation.divergence import compare
-from nsa_convert.evaluation.perplexity import (
+from nsa_convert.evaluation.metrics.divergence import compare
+from nsa_convert.evaluation.metrics.perplexity import (
     Bucket,
     Readout,
     perplexity,

@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, MachineError
-from nsa_convert.evaluation import quick
+from nsa_convert.evaluation.metrics.perplexity import read_out, token_nll
 from nsa_convert.evaluation.models import load_model, read_facts
-from nsa_convert.evaluation.perplexity import read_out, token_nll
-from nsa_convert.evaluation.quick import run_quick
+from nsa_convert.evaluation.suites import quick
+from nsa_convert.evaluation.suites.quick import run_quick
 from tests.evaluation.tiny import BUDGET, byte_tokenizer, save, save_pair, tiny_dense
 from tests.models import NSA
 

@@ -10,14 +10,14 @@ import torch
 from click.testing import CliRunner
 
 from nsa_convert.cli import main
-from nsa_convert.evaluation.retrieval_heads import (
+from nsa_convert.evaluation.heads.retrieval import (
     ECHO_SHARE,
     INDUCTION_SHARE,
     distance_probe,
     razor_probe,
     repeat_scores,
 )
-from nsa_convert.patch.head_profile import HeadProfile
+from nsa_convert.heads.profile import HeadProfile
 from tests.evaluation.tiny import save, tiny_dense
 from tests.models import dense_model, tokens
 

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.evaluation.cases import contained, encode_answer, fit_needle, hash_of, largest_fit
-from nsa_convert.evaluation.qa import build_qa, read_questions
-from nsa_convert.evaluation.recall import QUERIES, build_recall
-from nsa_convert.evaluation.ruler import RULER_TASKS, build_ruler
+from nsa_convert.evaluation.tasks.cases import contained, encode_answer, fit_needle, hash_of, largest_fit
+from nsa_convert.evaluation.tasks.qa import build_qa, read_questions
+from nsa_convert.evaluation.tasks.recall import QUERIES, build_recall
+from nsa_convert.evaluation.tasks.ruler import RULER_TASKS, build_ruler
 from tests.evaluation.tiny import byte_tokenizer
 
 LENGTH = 4096

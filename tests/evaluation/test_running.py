@@ -5,10 +5,10 @@ import torch
 from transformers import DynamicCache
 
 from nsa_convert.errors import CheckFailedError, MachineError
-from nsa_convert.evaluation.cases import Case
-from nsa_convert.evaluation.cells import CELLS, CellStore
 from nsa_convert.evaluation.models import dense_attention_in
-from nsa_convert.evaluation.running import cache_bytes, run_case
+from nsa_convert.evaluation.suites.finished_cells import CELLS, CellStore
+from nsa_convert.evaluation.tasks.cases import Case
+from nsa_convert.evaluation.tasks.scoring import cache_bytes, run_case
 from nsa_convert.patch.patching import patch_model
 from tests.evaluation.tiny import byte_tokenizer, random_ids, tiny_dense
 from tests.models import NSA, SSA, plan

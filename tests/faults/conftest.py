@@ -33,7 +33,7 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cut(tmp_path_factory):
     """The same run, stopped after step 4, with checkpoints of steps 2 and 4."""
-    from nsa_convert.training.run import Interrupted
+    from nsa_convert.training.run.runner import Interrupted
     from tests.training.recipes import run
 
     out = tmp_path_factory.mktemp("cut") / "run"

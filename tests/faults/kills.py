@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nsa_convert.checkpoint.manifest import MANIFEST, check_manifest
 from nsa_convert.convert import convert_checkpoint
-from nsa_convert.evaluation.cells import CELLS
-from nsa_convert.evaluation.long import run_long
-from nsa_convert.patch.manifest import MANIFEST, check_manifest
+from nsa_convert.evaluation.suites.finished_cells import CELLS
+from nsa_convert.evaluation.suites.long import run_long
 from tests.checkpoints import tree_hash, write_dense
 from tests.evaluation.tiny import save_pair
 from tests.test_convert import NSA

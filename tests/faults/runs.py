@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from nsa_convert.cli import main
 from nsa_convert.errors import NsaConvertError
-from nsa_convert.training.resume import RUN_FILE
-from nsa_convert.training.run import train_recipe
+from nsa_convert.training.run.resume import RUN_FILE
+from nsa_convert.training.run.runner import train_recipe
 from tests.checkpoints import tree_hash
 from tests.training.recipes import losses, recipe, recipe_values, run, same_weights
 

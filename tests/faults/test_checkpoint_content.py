@@ -322,7 +322,7 @@ def test_ck37_adapter_and_training_state(source, name, told, with_config):
 
 
 def test_ck38_header_with_many_entries(one_file):
-    """Beyond what a model can have: refused at once. 50,000 tensors are read (tests/test_headers.py)."""
+    """Beyond what a model can have: refused at once; tests/checkpoint/test_headers.py reads 50,000."""
     raw = b",".join(b'"%0500d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(100_000))
     (one_file / "model.safetensors").write_bytes(safetensors_bytes(None, raw=b"{" + raw + b"}"))
     refused(one_file, "CK04", "at most 32,000,000 bytes", seconds=5)
@@ -365,7 +365,7 @@ def test_ck40_tied_embeddings(tmp_path, stored):
     before = snapshot(source)
     out, report = converted(source)
     assert any("CK40" in line for line in report["warnings"]) == (stored == "twice")
-    from nsa_convert.patch.loading import load_causal_model
+    from nsa_convert.loading import load_causal_model
 
     model = load_causal_model(out, torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -76,7 +76,7 @@ def test_ck04_takes_little_memory(tmp_path):
     script = (
         "import re, sys; from pathlib import Path\n"
         "from nsa_convert.errors import CheckpointError\n"
-        "from nsa_convert.patch.headers import read_header\n"
+        "from nsa_convert.checkpoint.headers import read_header\n"
         "for path in sys.argv[1:]:\n"
         "    try: read_header(Path(path)); print('accepted')\n"
         "    except CheckpointError as error: print(error.code)\n"

@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+from tests.test_gguf import write_gguf
 
 from tests.checkpoints import dense_model, edit_json
 from tests.faults.checks import (
@@ -19,7 +20,6 @@ from tests.faults.checks import (
     run,
     snapshot,
 )
-from tests.test_gguf import write_gguf
 
 CONVERT_PHASES = [
     "nsa_convert.hub.resolve_model",
@@ -30,7 +30,7 @@ CONVERT_PHASES = [
     "nsa_convert.convert.write_new_shard",
     "nsa_convert.convert.write_code_files",
     "nsa_convert.convert.write_manifest",
-    "nsa_convert.patch.staging._publish",
+    "nsa_convert.checkpoint.staging._publish",
 ]
 
 

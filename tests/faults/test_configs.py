@@ -225,7 +225,7 @@ def test_cf15_attention_kernels_are_not_fetched(source, changes):
     assert "attn_implementation" not in (out / "config.json").read_text()
     import torch
 
-    from nsa_convert.patch.loading import load_causal_model
+    from nsa_convert.loading import load_causal_model
 
     config = load_causal_model(source, torch.float32).config
     assert config._attn_implementation == "sdpa"

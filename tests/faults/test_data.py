@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.evaluation.contamination import seen_in_training
-from nsa_convert.evaluation.text import default_texts, file_text
-from nsa_convert.training.data import PackedRows
-from nsa_convert.training.models import fresh_tokenizer
-from nsa_convert.training.parts import Source
-from nsa_convert.training.resume import Allow
-from nsa_convert.training.run import Interrupted
-from nsa_convert.training.sources import open_source
+from nsa_convert.evaluation.tasks.contamination import seen_in_training
+from nsa_convert.evaluation.tasks.text import default_texts, file_text
+from nsa_convert.training.data.rows import PackedRows
+from nsa_convert.training.data.sources import open_source
+from nsa_convert.training.recipe.sections import Source
+from nsa_convert.training.run.models import fresh_tokenizer
+from nsa_convert.training.run.resume import Allow
+from nsa_convert.training.run.runner import Interrupted
 from tests.checkpoints import tree_hash
 from tests.faults.runs import call, refused, train, write_tiny
 from tests.models import NSA, SSA, tokens, trained_model
@@ -192,7 +192,7 @@ def test_da08_data_that_changed_in_place(tmp_path):
 def test_da09_tokens_the_model_has_no_row_for(tmp_path, monkeypatch):
     tokenizer = fresh_tokenizer(recipe(tmp_path / "run", None), tmp_path)
     tokenizer.add_tokens(["<|one too many|>"])
-    monkeypatch.setattr("nsa_convert.training.stages.fresh_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr("nsa_convert.training.run.stages.fresh_tokenizer", lambda *_: tokenizer)
     says = "the tokenizer has token 257, the model has embeddings for 0 to 256"
     refused("train", write_tiny(tmp_path, None), says=says, code="DA09")
     assert not (tmp_path / "run").exists()
@@ -219,7 +219,7 @@ def test_da11_a_stream_and_a_shuffle_are_resumed_without_loss_or_repeat(tmp_path
     write_lines(tmp_path / "a.jsonl", *({"text": text} for text in texts))
     stream = {"kind": "hub", "path": "someone/something", "streaming": True}
     with monkeypatch.context() as patch:
-        patch.setattr("nsa_convert.training.sources.load_table", lambda *_: (table, []))
+        patch.setattr("nsa_convert.training.data.sources.load_table", lambda *_: (table, []))
         check_resume(tmp_path, stream, in_order=True)
     check_resume(tmp_path, jsonl(), in_order=False)
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from nsa_convert.errors import CheckFailedError, ConfigError
-from nsa_convert.evaluation import long, quick
-from nsa_convert.evaluation.cases import largest_fit
-from nsa_convert.evaluation.lm_eval_adapter import refuse_broken_logits, run_tasks
-from nsa_convert.evaluation.long import run_long
-from nsa_convert.evaluation.needle import build_case
-from nsa_convert.evaluation.recall import build_recall
-from nsa_convert.evaluation.ruler import RULER_TASKS, build_ruler
-from nsa_convert.evaluation.running import run_case
-from nsa_convert.evaluation.verdict import task_rows, verdict
+from nsa_convert.evaluation.report.verdict import task_rows, verdict
+from nsa_convert.evaluation.suites import long, quick
+from nsa_convert.evaluation.suites.lm_eval_tasks import refuse_broken_logits, run_tasks
+from nsa_convert.evaluation.suites.long import run_long
+from nsa_convert.evaluation.tasks.cases import largest_fit
+from nsa_convert.evaluation.tasks.needle import build_case
+from nsa_convert.evaluation.tasks.recall import build_recall
+from nsa_convert.evaluation.tasks.ruler import RULER_TASKS, build_ruler
+from nsa_convert.evaluation.tasks.scoring import run_case
 from tests.checkpoints import tree_hash
 from tests.evaluation.test_running import case_of
 from tests.evaluation.tiny import byte_tokenizer, random_ids, save, save_pair, tiny_dense

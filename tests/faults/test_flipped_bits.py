@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nsa_convert.checkpoint.manifest import MANIFEST
 from nsa_convert.errors import CheckpointError
-from nsa_convert.patch.manifest import MANIFEST
 from nsa_convert.verification import verify_checkpoint
 from tests.faults.checks import converted
 
@@ -59,7 +59,7 @@ def test_ck29_every_bit_of_the_manifest_counts(source):
 
 
 def _refused(out: Path, path: Path, byte: int, bit: int) -> bool:
-    from nsa_convert.patch.manifest import check_manifest
+    from nsa_convert.checkpoint.manifest import check_manifest
 
     content = path.read_bytes()
     damaged = bytearray(content)

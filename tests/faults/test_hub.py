@@ -331,7 +331,7 @@ def test_hb19_an_error_with_a_token_in_it_is_printed_without(tmp_path, monkeypat
     def leak(*args, **kwargs):
         raise RuntimeError(f"401 for Authorization: Bearer {TOKEN}")
 
-    monkeypatch.setattr("nsa_convert.training.recipe.read_recipe", leak)
+    monkeypatch.setattr("nsa_convert.training.recipe.schema.read_recipe", leak)
     done = call("train", write_tiny(tmp_path), word)
     assert done.code == 1
     assert TOKEN not in done.out + done.err

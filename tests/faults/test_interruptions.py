@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa_convert.checkpoint.staging import exclusive
 from nsa_convert.errors import MachineError, UsageError
-from nsa_convert.patch.staging import exclusive
-from nsa_convert.training import trainer
-from nsa_convert.training.checkpoints import COMPLETE
+from nsa_convert.training.run import trainer
+from nsa_convert.training.run.checkpoints import COMPLETE
 from tests.faults.runs import ROOT, call, checkpoint, goes_on, train, write_tiny
 from tests.training.recipes import RUNS, losses, recipe_values, run, stage
 
@@ -28,9 +28,9 @@ import os, signal, sys, json
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
-from nsa_convert.training import trainer
-from nsa_convert.training.recipe import recipe_from_dict
-from nsa_convert.training.run import train_recipe
+from nsa_convert.training.run import trainer
+from nsa_convert.training.recipe.schema import recipe_from_dict
+from nsa_convert.training.run.runner import train_recipe
 place, at = {place!r}, {at}
 module = torch if place == "save" else trainer
 original, calls = getattr(module, place), [0]
@@ -71,7 +71,7 @@ def test_tr01_killed_after_the_last_step(whole, tmp_path, monkeypatch):
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr("nsa_convert.training.run.finish_stage", killed)
+            patch.setattr("nsa_convert.training.run.runner.finish_stage", killed)
             with pytest.raises(KeyboardInterrupt):
                 train(out, None, stage(save_every=1), resume=out.exists())
     assert checkpoint(out, 5).is_dir()
@@ -166,8 +166,8 @@ import json, resource, signal, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from nsa_convert.errors import MachineError
-from nsa_convert.training.recipe import recipe_from_dict
-from nsa_convert.training.run import train_recipe
+from nsa_convert.training.recipe.schema import recipe_from_dict
+from nsa_convert.training.run.runner import train_recipe
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 try:
@@ -233,7 +233,7 @@ def test_tr22_killed_while_old_checkpoints_are_removed(whole, tmp_path, monkeypa
         rmtree(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("nsa_convert.training.checkpoints.shutil.rmtree", killed)
+        patch.setattr("nsa_convert.training.run.checkpoints.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             train(out, None, stage(keep=1))
     assert (checkpoint(out, 4) / COMPLETE).is_file(), "the newest was there before an old one went"

@@ -16,9 +16,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nsa_convert.kernels import backend, sparse_attention, use_backend
+from nsa_convert.kernels import sparse_attention, use_backend
+from nsa_convert.kernels.attention import dense_attention
+from nsa_convert.kernels.common import backend
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
-from nsa_convert.kernels.dense import dense_attention
 from nsa_convert.patterns import (
     DENSE_LAYOUT,
     BlockSelection,
@@ -208,7 +209,7 @@ def test_kn08_addresses_are_64_bit():
     """A kernel's offsets are int64: every product with a stride takes an index that was widened before."""
     import inspect
 
-    from nsa_convert.kernels.toolchain import KERNELS
+    from nsa_convert.kernels.common.toolchain import KERNELS
 
     assert len(KERNELS) > 10
     texts = {kernel.name: inspect.getsource(kernel.fn.fn) for kernel in KERNELS}
@@ -227,7 +228,7 @@ def test_kn09_packed_documents():
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)])
 def test_kn11_gradients(dtype, limit):
     """Of q, k, v, compressed cells and gates, against autograd of the plain formula in float64."""
-    from nsa_convert.kernels.merge import gated_sum
+    from nsa_convert.kernels.common.merge import gated_sum
 
     g = torch.Generator().manual_seed(3)
     q, k, v = make_qkv(1, 40, 40, (4, 1), 16, dtype)
@@ -297,7 +298,7 @@ def test_kn14_no_gpu_and_no_triton(monkeypatch):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed: importing must not fail
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    import nsa_convert.kernels.backend as fresh
+    import nsa_convert.kernels.common.backend as fresh
 
     assert fresh._HAS_KERNELS is False
 

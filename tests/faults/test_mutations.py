@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nsa_convert.checkpoint.headers import read_header
 from nsa_convert.errors import CheckpointError
-from nsa_convert.patch.headers import read_header
 from tests.faults.checks import entry, safetensors_bytes
 from tests.faults.fuzz import fuzz
 from tests.faults.mutations import check_mutation, pristine_files

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from nsa_convert.checkpoint import staging
+from nsa_convert.checkpoint.manifest import check_manifest
 from nsa_convert.convert import convert_checkpoint
 from nsa_convert.errors import NsaConvertError
-from nsa_convert.patch import staging
-from nsa_convert.patch.manifest import check_manifest
 from tests.faults.checks import (
     ENVIRONMENT,
     METHOD,
@@ -113,7 +113,7 @@ def test_sv15_as_another_user(source, tmp_path):
     script = (
         "import os, sys; from pathlib import Path\n"
         "from nsa_convert.errors import NsaConvertError\n"
-        "from nsa_convert.patch.staging import staged\n"
+        "from nsa_convert.checkpoint.staging import staged\n"
         "os.setgid(65534); os.setuid(65534)\n"
         "try:\n"
         "    with staged(Path(sys.argv[1])): pass\n"

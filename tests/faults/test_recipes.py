@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from nsa_convert.cli.options import parse_settings
-from nsa_convert.training.recipe import SCHEMA, read_recipe
+from nsa_convert.training.recipe.schema import SCHEMA, read_recipe
 from tests.checkpoints import tree_hash
 from tests.faults.runs import call, refused, write_tiny, write_yaml
 from tests.training.recipes import NSA, SSA, recipe_values, stage
@@ -19,7 +19,7 @@ TOKEN = "hf_" + "a1B2" * 8
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch, tmp_path):
     """A recipe that is refused reads no weight and writes nothing."""
-    load = "nsa_convert.training.stages.load_first"
+    load = "nsa_convert.training.run.stages.load_first"
     monkeypatch.setattr(load, lambda *_: pytest.fail("a model was loaded"))
     yield
     assert not (tmp_path / "run").exists()

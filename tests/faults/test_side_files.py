@@ -8,9 +8,9 @@ import time
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from nsa_convert import chat
+from nsa_convert.chat import render_chat
 from nsa_convert.errors import ConfigError
-from nsa_convert.patch import chat
-from nsa_convert.patch.chat import render_chat
 from tests.checkpoints import edit_json
 from tests.faults.checks import converted, error_of, refused, run, snapshot, warned
 

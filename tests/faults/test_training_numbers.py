@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from triton.compiler.errors import CompilationError
 
 from nsa_convert.errors import BackendError, CheckFailedError, MachineError, NsaConvertError
-from nsa_convert.methods.gates import BranchGate
-from nsa_convert.training import trainer
-from nsa_convert.training.alarms import Watch
-from nsa_convert.training.checkpoints import COMPLETE
-from nsa_convert.training.resume import Allow
-from nsa_convert.training.run import train_recipe
+from nsa_convert.methods.parts.gates import BranchGate
+from nsa_convert.training.run import trainer
+from nsa_convert.training.run.alarms import Watch
+from nsa_convert.training.run.checkpoints import COMPLETE
+from nsa_convert.training.run.resume import Allow
+from nsa_convert.training.run.runner import train_recipe
 from tests.faults.runs import ROOT, checkpoint, goes_on, train
 from tests.training.recipes import ALIGN, NSA, losses, recipe, run, same_weights, stage
 
@@ -188,7 +188,7 @@ def test_tr20_a_kernel_that_does_not_compile(whole, tmp_path, monkeypatch):
     compute = trainer.StageTrainer.compute_loss
 
     def broken(self, *args, **kwargs):
-        from nsa_convert.kernels.backend import current_backend
+        from nsa_convert.kernels.common.backend import current_backend
 
         if self.state.global_step == 3 and current_backend() != "torch":
             raise CompilationError(None, None, "unsupported instruction")

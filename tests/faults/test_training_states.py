@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nsa_convert.errors import CheckpointError, ConfigError
-from nsa_convert.training.checkpoints import COMPLETE, seal
-from nsa_convert.training.resume import Allow
+from nsa_convert.training.run.checkpoints import COMPLETE, seal
+from nsa_convert.training.run.resume import Allow
 from tests.checkpoints import tree_hash
 from tests.faults.runs import checkpoint, copied, goes_on, refuses, train
 from tests.training.recipes import run, stage

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa_convert.checkpoint import scan, staging
+from nsa_convert.checkpoint.manifest import check_manifest
 from nsa_convert.convert import convert_checkpoint
 from nsa_convert.errors import NsaConvertError
-from nsa_convert.patch import staging, streams
-from nsa_convert.patch.loading import load_causal_model
-from nsa_convert.patch.manifest import check_manifest
+from nsa_convert.loading import load_causal_model
 from nsa_convert.verification import revert_checkpoint
 from tests.checkpoints import edit_json, tree_hash
 from tests.evaluation.tiny import save_pair
@@ -121,7 +121,7 @@ def test_sv03_write_fails(source, monkeypatch, code):
     def fails(*_, **__):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("nsa_convert.patch.new_weights.save_file", fails)
+    monkeypatch.setattr("nsa_convert.checkpoint.new_weights.save_file", fails)
     refused(source, "SV03", os.strerror(code), status=5, inspect=False)
 
 
@@ -142,7 +142,7 @@ def test_sv05_overwrite_that_fails_keeps_the_old_one(source, monkeypatch):
     def fails(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("nsa_convert.patch.new_weights.save_file", fails)
+    monkeypatch.setattr("nsa_convert.checkpoint.new_weights.save_file", fails)
     refused(source, "SV03", status=5, options=(*METHOD, "--overwrite"), inspect=False)
 
 
@@ -162,8 +162,8 @@ def test_sv06_leftovers_of_dead_runs(source, tmp_path):
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nsa_convert.patch.staging.shutil.rmtree", lambda *_, **__: None)
-        patch.setattr("nsa_convert.patch.new_weights.save_file", dies)
+        patch.setattr("nsa_convert.checkpoint.staging.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("nsa_convert.checkpoint.new_weights.save_file", dies)
         with pytest.raises(Killed):
             convert_checkpoint(source, tmp_path / "out", NSA)
     assert list(tmp_path.glob(".nsa-staging-*"))
@@ -189,7 +189,7 @@ def test_sv07_out_of_memory(source):
     """A limit that not even one piece fits under: a large one, since a process keeps memory it freed."""
 
     def no_memory():
-        streams.CHUNK_BYTES = 1 << 30
+        scan.CHUNK_BYTES = 1 << 30
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 2**18,) * 2)
 

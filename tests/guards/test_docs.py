@@ -20,10 +20,10 @@ import torch
 from nsa_convert.cli import main
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.errors import UsageError
+from nsa_convert.families import FAMILIES
 from nsa_convert.kernels import dense_attention, sparse_attention, use_backend
-from nsa_convert.methods.base import AttentionInputs
-from nsa_convert.methods.registry import METHODS
-from nsa_convert.patch.families import FAMILIES
+from nsa_convert.methods.parts.base import AttentionInputs
+from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patterns import DENSE_LAYOUT, SinkWindow
 
 ROOT = Path(__file__).parents[2]
@@ -209,7 +209,7 @@ def test_no_foreign_words():
 
 def test_the_method_of_add_a_method_works():
     code = next(blocks((ROOT / "docs" / "add_a_method.md").read_text(), "python"))
-    names: dict = {"__name__": "nsa_convert.methods.base"}  # dataclasses look their module up
+    names: dict = {"__name__": "nsa_convert.methods.parts.base"}  # dataclasses look their module up
     exec(compile(code, "add_a_method.md", "exec"), names)
     geometry = AttentionGeometry(hidden_size=32, num_query_heads=4, num_kv_heads=2, head_dim=8)
     method = names["Band"](names["BandSettings"](num_sinks=2, window_size=5), geometry, 0)

@@ -28,7 +28,7 @@ import nsa_convert
 from nsa_convert import extras
 from nsa_convert.cli.training import known_recipes
 from nsa_convert.hub import DEMO_PACKAGE
-from nsa_convert.training.recipe import Recipe
+from nsa_convert.training.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -87,7 +87,7 @@ def installed() -> Mapping[str, list[str]]:
 def undeclared(source: str, name: str = "") -> list[str]:
     """Return imports that are in no dependency list, or that every user needs but only an extra declares."""
     # Imported by name, on machines that have triton: nothing that every user imports reaches them.
-    on_demand = {"triton"} if name.startswith("triton_") or name == "toolchain.py" else set()
+    on_demand = {"triton"} if name.startswith("triton") or name == "toolchain.py" else set()
     distributions = installed()
     problems = []
     for module, is_eager in sorted(third_party(source)):
@@ -143,7 +143,7 @@ def test_the_table_of_extras_is_that_of_the_project():
 
 REPORTERS = set(get_args(get_type_hints(Recipe)["report_to"])) - {"auto", "none"}
 FILLED_IN = {
-    "{choice}": "training/stages.py: a name of report_to",
+    "{choice}": "training/run/stages.py: a name of report_to",
     "{package}": "extras.py: of a table that this file checks",
     "{name}": "doctor.py: of the same table",
     "{' '.join(EXTRAS[extra])}": "extras.py: the same",

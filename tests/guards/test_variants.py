@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsa_convert.methods.registry import METHODS
+from nsa_convert.methods.parts.registry import METHODS
 from tests.models import EVERY, VARIANTS
 
 

@@ -17,9 +17,9 @@ from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-from nsa_convert.patch.families import FAMILIES
+from nsa_convert.families import FAMILIES
 from nsa_convert.patch.models import config_class, model_classes
-from nsa_convert.patch.plan import AUTO_CLASSES
+from nsa_convert.plan import AUTO_CLASSES
 from tests.models import EVERY, EVICTING, METHODS, PREFIX, plan
 
 STOCK = "Stock_llama"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_convert.kernels import dense_attention, merge_lse, sparse_attention
-from nsa_convert.kernels.dense import flash
+from nsa_convert.kernels.common import flash
 from nsa_convert.patterns import BlockSelection, SinkWindow
 from tests.kernels.utils import LAYOUTS, assert_close, both, make_layout, make_qkv
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nsa_convert.kernels.dense import flash
+from nsa_convert.kernels.common import flash
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.products import FAST_BFLOAT16, SPLIT_ELEMENTS, score_product
+from nsa_convert.kernels.common.products import FAST_BFLOAT16, SPLIT_ELEMENTS, score_product
 
 SIZES = [(1, 2, 7, 4095, 64), (2, 4, 3, 700, 128), (1, 1, 5, 90, 32)]  # B, H, R, L, D; the last is copied
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_convert.kernels import sparse_attention
-from nsa_convert.kernels.selected.union import WIDTHS, union, union_sizes
+from nsa_convert.kernels.union.torch import WIDTHS, union, union_sizes
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, SequenceLayout, SinkWindow, TokenSelection
 from tests.kernels.utils import (
     LAYOUTS,
@@ -83,7 +83,7 @@ def test_tokens() -> None:
 def test_a_bad_key_reaches_only_the_tiles_that_list_it(
     kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nsa_convert.kernels.selected.shared.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("nsa_convert.kernels.union.shared.CHUNK_BYTES", chunk)
     layout, batch, num_keys = make_layout(kind, 150)
     q, k, v = make_qkv(batch, 150, num_keys, (6, 2))
     pattern = make_blocks(batch, 6, 150, num_keys, 5, 8, 32, layout)
@@ -177,7 +177,7 @@ def test_union_lists_each_block_once() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_tile_width_follows_the_locality_of_the_lists(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
-    from nsa_convert.kernels.selected import union as module
+    from nsa_convert.kernels.union import torch as module
 
     widths = []
     choose = module.choose_width

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsa_convert.kernels import sparse_attention, use_backend
-from nsa_convert.kernels.selected.skipping import skipping_attention, tile_rows
+from nsa_convert.kernels.union.skipping import skipping_attention, tile_rows
 from nsa_convert.patterns import BlockSelection, SequenceLayout
 from tests.kernels.skipping import walk
 from tests.kernels.utils import make_blocks, make_qkv

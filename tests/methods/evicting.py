@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry
-from nsa_convert.methods.base import SparseMethod
-from nsa_convert.methods.inputs import AttentionInputs
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.inputs import AttentionInputs
 from nsa_convert.patch.eviction import EvictingLayer, let_go, recall
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.rope import mover

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nsa_convert.methods.base import AttentionInputs
+from nsa_convert.methods.parts.base import AttentionInputs
 
 Blocks = list[list[set[int]]]
 """Chosen blocks by head and tile."""

@@ -9,9 +9,9 @@ import torch
 
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.base import AttentionInputs, observe
 from nsa_convert.methods.infllm_v2 import from_sparse_config, to_sparse_config
-from nsa_convert.methods.registry import build_method
+from nsa_convert.methods.parts.base import AttentionInputs, observe
+from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.patterns import SequenceLayout
 
 TOTAL, DIM = 83, 6
@@ -217,7 +217,7 @@ def test_moba_mixes_the_keys_of_the_tokens_before(taps: int) -> None:
 
 
 def test_the_teacher_of_mixed_keys_is_the_dense_model() -> None:
-    from nsa_convert.methods.training_mode import TrainingMode
+    from nsa_convert.methods.parts.training_mode import TrainingMode
     from nsa_convert.patch.patching import patch_model
     from nsa_convert.patch.training_pass import TrainingPass
     from tests.models import MOBA, dense_model, plan, tokens

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.backend import use_backend
-from nsa_convert.kernels.dense import dense_attention
-from nsa_convert.methods.column_sums import attend_and_sum, column_sums
+from nsa_convert.kernels.attention import dense_attention
+from nsa_convert.kernels.common.backend import use_backend
 from nsa_convert.methods.h2o import H2O
+from nsa_convert.methods.parts.column_sums import attend_and_sum, column_sums
 from nsa_convert.patch.eviction import EvictingLayer
 from nsa_convert.patterns import SequenceLayout
 from tests.methods import evicting
@@ -107,7 +107,7 @@ def test_column_sums(window: int | None, offset: int, monkeypatch: pytest.Monkey
         (lse, (scores - lse.transpose(1, 2)[..., None]).exp().nan_to_num(0.0)),
     ):
         for size in (1, 2000, 1 << 24):
-            monkeypatch.setattr("nsa_convert.methods.column_sums.SCORES", size)
+            monkeypatch.setattr("nsa_convert.methods.parts.column_sums.SCORES", size)
             sums = column_sums(q, k, layout=layout, scale=0.4, lse=given, window=window)
             assert (sums - p.sum(2).transpose(1, 2)).abs().max() < 1e-12
 
@@ -127,7 +127,7 @@ def test_one_pass_is_attention_and_its_sums(
     layout: SequenceLayout, group: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In tiles of any size, with values that nobody sees in the padding."""
-    monkeypatch.setattr("nsa_convert.methods.column_sums.SCORES", size)
+    monkeypatch.setattr("nsa_convert.methods.parts.column_sums.SCORES", size)
     q, k, v = self_made(40, layout, group)
     if layout.start is not None:
         v[1, :17] = torch.nan

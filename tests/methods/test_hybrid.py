@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nsa_convert.config import AttentionGeometry
-from nsa_convert.evaluation.mass import MassProbe
-from nsa_convert.methods.hybrid import HeadMix, neighbours
-from nsa_convert.methods.registry import build_layer
-from nsa_convert.methods.training_mode import TrainingMode
-from nsa_convert.patch.estimate import context_costs
+from nsa_convert.estimate import context_costs
+from nsa_convert.evaluation.metrics.mass import MassProbe
+from nsa_convert.methods.parts.mix import HeadMix, neighbours
+from nsa_convert.methods.parts.registry import build_layer
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patch.patching import patch_model, set_mode, sparse_methods, with_full_budget
 from tests.models import DSA, MOBA, MSA, NSA, SSA, VARIANTS, dense_model, plan, tokens
 

@@ -10,9 +10,9 @@ import torch
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.errors import ConfigError
 from nsa_convert.kernels.indexed import block_max_topk, token_topk
-from nsa_convert.methods.base import AttentionInputs, observe
-from nsa_convert.methods.registry import build_method
-from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.methods.parts.base import AttentionInputs, observe
+from nsa_convert.methods.parts.registry import build_method
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 TOTAL, DIM = 83, 6
@@ -201,7 +201,7 @@ def test_the_index_starts_at_the_attention_it_serves() -> None:
 
 
 def test_the_index_counts_in_the_estimate() -> None:
-    from nsa_convert.patch.estimate import context_costs
+    from nsa_convert.estimate import context_costs
 
     geometry = AttentionGeometry(hidden_size=64, num_query_heads=4, num_kv_heads=2, head_dim=16)
     rules = [LayerRule(method="msa", settings={"index_key": key}) for key in ("cached", "shared")]
@@ -234,7 +234,7 @@ class TestReuse:
         ],
     )
     def test_only_an_earlier_equal_layer_can_be_reused(self, rule: dict) -> None:
-        from nsa_convert.patch.plan import resolve_plan
+        from nsa_convert.plan import resolve_plan
         from tests.models import MSA, plan
 
         geometry = AttentionGeometry(hidden_size=64, num_query_heads=4, num_kv_heads=2, head_dim=16)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.base import AttentionRecord, observe
 from nsa_convert.methods.infllm import InfLLM
+from nsa_convert.methods.parts.base import AttentionRecord, observe
 from nsa_convert.patch.eviction import EvictingLayer
 from tests.marks import slow
 from tests.methods import evicting

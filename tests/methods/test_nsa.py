@@ -9,10 +9,10 @@ import torch
 
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.base import AttentionInputs, observe
-from nsa_convert.methods.compressors import build_compressor
 from nsa_convert.methods.nsa import NSA, NSASettings
-from nsa_convert.methods.registry import build_method
+from nsa_convert.methods.parts.base import AttentionInputs, observe
+from nsa_convert.methods.parts.compressors import build_compressor
+from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.patterns import SequenceLayout
 
 

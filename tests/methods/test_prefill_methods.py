@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.base import AttentionInputs, AttentionRecord, observe
-from nsa_convert.methods.choosing import (
+from nsa_convert.methods.parts.base import AttentionInputs, AttentionRecord, observe
+from nsa_convert.methods.parts.registry import build_method
+from nsa_convert.methods.parts.tile_budgets import (
     BlockGrid,
     compact_lists,
     fraction,
@@ -20,7 +21,6 @@ from nsa_convert.methods.choosing import (
     keep_top,
     mean_rows,
 )
-from nsa_convert.methods.registry import build_method
 from nsa_convert.patterns import SequenceLayout
 from tests.kernels.skipping import walk
 from tests.marks import slow

@@ -8,8 +8,8 @@ import torch
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels import block_topk
-from nsa_convert.methods.base import AttentionInputs, observe
-from nsa_convert.methods.scores import half_variance, second_order
+from nsa_convert.methods.parts.base import AttentionInputs, observe
+from nsa_convert.methods.parts.scores import half_variance, second_order
 from nsa_convert.methods.ssa import SSA, SSASettings
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 

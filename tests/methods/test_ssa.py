@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsa_convert.config import AttentionGeometry
-from nsa_convert.methods.base import AttentionInputs, observe
+from nsa_convert.methods.parts.base import AttentionInputs, observe
 from nsa_convert.methods.ssa import SSA, SSASettings
 from nsa_convert.patterns import SequenceLayout
 

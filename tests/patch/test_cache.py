@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from nsa_convert.errors import CacheError
-from nsa_convert.methods.registry import METHODS
+from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.patching import sparse_methods
 from tests.models import DSA, NSA, PREFILL, SSA, VARIANTS, dense_model, tokens, trained_model

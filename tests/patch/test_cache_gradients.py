@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nsa_convert.errors import CacheError, ConfigError
-from nsa_convert.methods.inputs import CachedPart
+from nsa_convert.methods.parts.inputs import CachedPart
 from nsa_convert.patch.attention import SparseAttention, _source
 from nsa_convert.patch.pooling import pool_sequence
 from tests.models import tokens, trained_model

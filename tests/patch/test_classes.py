@@ -16,10 +16,10 @@ from torch import nn
 
 from nsa_convert import SparseAttentionConfig, patch_model, unpatch_model
 from nsa_convert.errors import ConfigError, UnsupportedModelError
-from nsa_convert.patch.families import FAMILIES as TABLE
+from nsa_convert.families import FAMILIES as TABLE
 from nsa_convert.patch.modeling import ATTENTION_NAME
 from nsa_convert.patch.models import model_classes
-from nsa_convert.patch.plan import AUTO_CLASSES
+from nsa_convert.plan import AUTO_CLASSES
 from tests.models import DSA, FAMILIES, NSA, PREFIX, SIZES, VARIANTS, dense_model, plan, tokens, trained_model
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from nsa_convert.kernels import dense_attention, opaque
-from nsa_convert.methods.registry import METHODS
+from nsa_convert.kernels import dense_attention
+from nsa_convert.kernels.common import custom_ops
+from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patch.remote_code import write_code_files
 from nsa_convert.patterns import SequenceLayout
 from tests.kernels.utils import make_qkv
@@ -148,13 +149,13 @@ def test_copies_that_travel_with_checkpoints_have_operators_of_their_own(
     monkeypatch.syspath_prepend(str(tmp_path))
     q, k, v = make_qkv(2, 40, 40, (4, 2))
     layout = SequenceLayout(start=torch.tensor([0, 7]))
-    expected, names = dense_attention(q, k, v, layout=layout), {opaque.NAMESPACE}
+    expected, names = dense_attention(q, k, v, layout=layout), {custom_ops.NAMESPACE}
     for name in ("first_copy", "second_copy"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
         write_code_files(tmp_path / name, "nsa_llama")
-        copied = importlib.import_module(f"{name}.nsa_kernels_dense")
-        names.add(importlib.import_module(f"{name}.nsa_kernels_opaque").NAMESPACE)
+        copied = importlib.import_module(f"{name}.nsa_kernels_attention")
+        names.add(importlib.import_module(f"{name}.nsa_kernels_common_custom_ops").NAMESPACE)
         patterns = importlib.import_module(f"{name}.nsa_patterns")
         own = patterns.SequenceLayout(start=layout.start)
         run = torch.compile(copied.dense_attention, fullgraph=True, backend="eager")
@@ -176,9 +177,8 @@ def test_a_package_executed_again_leaves_the_operators_of_the_first(monkeypatch:
     expected = dense_attention(q, k, v, layout=layout)
     for name in [name for name in sys.modules if name.split(".")[0] == "nsa_convert"]:
         monkeypatch.delitem(sys.modules, name)
-    again = importlib.import_module("nsa_convert.kernels.dense")
+    again = importlib.import_module("nsa_convert.kernels.attention")
     own = importlib.import_module("nsa_convert.patterns").SequenceLayout(start=layout.start)
-    importlib.import_module("nsa_convert.kernels.selected")
     assert len(operators()) >= 3
     assert not operators() & first  # torch frees an operator whose name is taken again
     for run, given in ((dense_attention, layout), (again.dense_attention, own)):

@@ -8,7 +8,7 @@ import torch
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels import use_backend
 from nsa_convert.patch.patching import patch_model, unpatch_model, with_full_budget
-from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.plan import resolve_plan
 from tests.marks import named, these_quick
 from tests.models import PAIRS, QUICK, QUICK_PAIRS, VARIANTS, dense_model, plan, tokens, trained_model
 

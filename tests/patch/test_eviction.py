@@ -9,10 +9,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from nsa_convert.errors import CacheError
-from nsa_convert.patch.estimate import context_costs
+from nsa_convert.estimate import context_costs
 from nsa_convert.patch.eviction import cache_bytes
 from nsa_convert.patch.patching import patch_model, sparse_methods, unpatch_model, with_full_budget
-from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.plan import resolve_plan
 from tests.marks import slow, these_quick
 from tests.models import EVICTING as PLANS
 from tests.models import FAMILIES, NSA, dense_model, plan, tokens, trained_model

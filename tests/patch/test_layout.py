@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from nsa_convert.errors import BackendError
-from nsa_convert.methods.registry import METHODS
+from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patch.patching import set_mode
 from tests.models import VARIANTS, dense_model, tokens, trained_model
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from nsa_convert.methods.registry import METHODS
+from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patch.patching import sparse_methods
 from tests.models import EVERY, dense_model, tokens, trained_model
 

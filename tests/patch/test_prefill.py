@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from nsa_convert.errors import ConfigError
 from nsa_convert.kernels import use_backend
 from nsa_convert.patch.patching import patch_model, sparse_methods, unpatch_model, with_full_budget
-from nsa_convert.patch.plan import resolve_plan
+from nsa_convert.plan import resolve_plan
 from tests.models import PREFILL, dense_model, plan, tokens
 from tests.patch.test_conformance import GEOMETRY
 

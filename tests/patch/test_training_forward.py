@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from nsa_convert.methods.training_mode import TrainingMode
-from nsa_convert.patch import families, models
+from nsa_convert import families
+from nsa_convert.methods.parts.training_mode import TrainingMode
+from nsa_convert.patch import models
 from nsa_convert.patch.model_classes import sparse_config_class, sparse_model_classes
 from nsa_convert.patch.patching import patch_model, set_mode
 from tests.marks import these_quick

@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner
 
 from nsa_convert.cli import main
-from nsa_convert.training.trainer import StageTrainer
+from nsa_convert.training.run.trainer import StageTrainer
 from tests.training.processes import launch
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nsa_convert.config import FULL, LayerRule
-from nsa_convert.methods.registry import METHODS
-from nsa_convert.training.recipe import Recipe, Stage
+from nsa_convert.methods.parts.registry import METHODS
+from nsa_convert.training.recipe.schema import Recipe, Stage
 
 SHRINK = 64
 """Rows, positions, windows and budgets in tokens are divided by it."""

@@ -19,12 +19,12 @@ import pytest
 
 from nsa_convert.cli.training import known_recipes
 from nsa_convert.config import FULL
-from nsa_convert.methods.registry import METHODS
-from nsa_convert.patch.families import FAMILIES, geometry_of
-from nsa_convert.patch.plan import resolve_plan
-from nsa_convert.training.models import fresh_tokenizer, load_first, read_start
-from nsa_convert.training.parts import FreshModel
-from nsa_convert.training.recipe import Recipe, read_recipe
+from nsa_convert.families import FAMILIES, geometry_of
+from nsa_convert.methods.parts.registry import METHODS
+from nsa_convert.plan import resolve_plan
+from nsa_convert.training.recipe.schema import Recipe, read_recipe
+from nsa_convert.training.recipe.sections import FreshModel
+from nsa_convert.training.run.models import fresh_tokenizer, load_first, read_start
 from tests.published.bases import BASES, DATA, Base, write_base, write_data
 from tests.published.jobs import Job, work, work_all
 from tests.published.scaling import DIVISORS, SHRINK, STEPS, changes, is_long, processes_of, set_words

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_convert.training.parallel import can_shard
+from nsa_convert.training.run.parallel import can_shard
 
 ROOT = Path(__file__).parents[2]
 SHARDED = pytest.mark.skipif(not can_shard(), reason="this transformers trains no models that are cut")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from nsa_convert.training.recipe import Recipe, recipe_from_dict
-from nsa_convert.training.run import train_recipe
+from nsa_convert.training.recipe.schema import Recipe, recipe_from_dict
+from nsa_convert.training.run.runner import train_recipe
 
 ROOT = Path(__file__).parents[2]
 FRESH = {

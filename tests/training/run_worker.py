@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from nsa_convert.training.recipe import recipe_from_dict
-from nsa_convert.training.run import Interrupted, train_recipe
-from nsa_convert.training.trainer import StageTrainer
+from nsa_convert.training.recipe.schema import recipe_from_dict
+from nsa_convert.training.run.runner import Interrupted, train_recipe
+from nsa_convert.training.run.trainer import StageTrainer
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.patch.loading import load_causal_model, load_tokenizer
-from nsa_convert.training.run import Interrupted, train_recipe
-from nsa_convert.training.sources import recall_text
+from nsa_convert.loading import load_causal_model, load_tokenizer
+from nsa_convert.training.data.sources import recall_text
+from nsa_convert.training.run.runner import Interrupted, train_recipe
 from tests.models import tokens
 from tests.training.recipes import FRESH, NSA, losses, recipe, stage
 from tests.training.test_run import SLOW

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from nsa_convert.methods.registry import METHODS as REGISTRY
-from nsa_convert.training.parallel import can_shard
+from nsa_convert.methods.parts.registry import METHODS as REGISTRY
+from nsa_convert.training.run.parallel import can_shard
 from tests.models import NSA, SSA, VARIANTS, trained_model
 from tests.training.processes import PLAIN, launch
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patch.patching import patch_model, sparse_methods
-from nsa_convert.training.fields import read_dataclass
 from nsa_convert.training.losses import LossPlan, loss_plan, loss_problems, uniform
-from nsa_convert.training.recipe import Stage
+from nsa_convert.training.recipe.fields import read_dataclass
+from nsa_convert.training.recipe.schema import Stage
 from tests.models import MOBA, NSA, SSA, VARIANTS, dense_model, plan, tokens, trained_model
 from tests.training.recipes import stage
 

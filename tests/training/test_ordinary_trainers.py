@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 
-from nsa_convert.evaluation.mass import MassProbe
-from nsa_convert.methods.registry import METHODS
+from nsa_convert.evaluation.metrics.mass import MassProbe
+from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patch.patching import patch_model
 from nsa_convert.patch.training_pass import TrainingPass
 from tests.marks import slow
@@ -154,8 +154,8 @@ def test_trainer_alone_teaches_what_chooses(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trainer_minimises_what_our_own_trainer_does(accumulation: int, tmp_path: Path) -> None:
     """Step by step the losses of both are within 1e-5 in float32."""
-    from nsa_convert.training.recipe import recipe_from_dict
-    from nsa_convert.training.run import train_recipe
+    from nsa_convert.training.recipe.schema import recipe_from_dict
+    from nsa_convert.training.run.runner import train_recipe
     from tests.training.recipes import recipe_values, stage
 
     settings = {"method": "dsa", "num_tokens": 12, "num_sinks": 1, "window_size": 4}
@@ -178,9 +178,9 @@ def test_trainer_minimises_what_our_own_trainer_does(accumulation: int, tmp_path
     with losses_of_passes() as ours:
         train_recipe(recipe_from_dict(copy.deepcopy(values)), None, base=tmp_path)
 
-    from nsa_convert.training.data import PackedRows, collate
-    from nsa_convert.training.models import fresh_tokenizer, load_first, read_start
-    from nsa_convert.training.stages import data_seed
+    from nsa_convert.training.data.rows import PackedRows, collate
+    from nsa_convert.training.run.models import fresh_tokenizer, load_first, read_start
+    from nsa_convert.training.run.stages import data_seed
 
     recipe = recipe_from_dict({**values, "out": str(tmp_path / "theirs")})
     model = load_first(recipe, read_start(recipe, None))

@@ -16,11 +16,11 @@ import yaml
 from safetensors.torch import load_file
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.patch.loading import load_causal_model
-from nsa_convert.training.parallel import Parallel, can_shard, planned
-from nsa_convert.training.plan import plan_recipe
-from nsa_convert.training.recipe import recipe_from_dict
-from nsa_convert.training.run import train_recipe
+from nsa_convert.loading import load_causal_model
+from nsa_convert.training.recipe.schema import recipe_from_dict
+from nsa_convert.training.run.forecast import plan_recipe
+from nsa_convert.training.run.parallel import Parallel, can_shard, planned
+from nsa_convert.training.run.runner import train_recipe
 from tests.models import DSA, MOBA, tokens
 from tests.training.processes import SHARDED, free_port, launch
 from tests.training.recipes import ALIGN, FRESH, NSA, ROOT, SSA, losses, recipe_values, same_weights, stage
@@ -153,7 +153,7 @@ def check(tmp_path: Path, parallel: Parallel | None = None, method: dict | None 
     """Return why a recipe is refused."""
     stages = changes.pop("stages", (stage(),))
     recipe = recipe_from_dict(recipe_values(tmp_path, method, *stages, model=copy.deepcopy(MODEL), **changes))
-    from nsa_convert.training.models import read_start
+    from nsa_convert.training.run.models import read_start
 
     with pytest.raises(ConfigError) as refused:
         plan_recipe(recipe, read_start(recipe, None), ROOT, parallel=parallel or planned(recipe))

@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from nsa_convert.cli import main
 from nsa_convert.cli.training import known_recipes, recipes
 from nsa_convert.errors import ConfigError, UsageError
-from nsa_convert.methods.registry import METHODS
-from nsa_convert.training.data import PackedRows, collate
-from nsa_convert.training.models import fresh_tokenizer, read_start
-from nsa_convert.training.parallel import can_shard, planned
-from nsa_convert.training.parts import FreshModel
-from nsa_convert.training.plan import plan_recipe
-from nsa_convert.training.recipe import Recipe, read_recipe, recipe_from_dict
-from nsa_convert.training.stages import data_seed
+from nsa_convert.methods.parts.registry import METHODS
+from nsa_convert.training.data.rows import PackedRows, collate
+from nsa_convert.training.recipe.schema import Recipe, read_recipe, recipe_from_dict
+from nsa_convert.training.recipe.sections import FreshModel
+from nsa_convert.training.run.forecast import plan_recipe
+from nsa_convert.training.run.models import fresh_tokenizer, read_start
+from nsa_convert.training.run.parallel import can_shard, planned
+from nsa_convert.training.run.stages import data_seed
 from tests.published.bases import BASES
 from tests.training.recipes import NSA, recipe, recipe_values, stage
 
@@ -65,7 +65,7 @@ def test_recipe_parses_and_says_how_to_run_it(name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.split("/")[0] not in ("tiny", "recovery")])
 def test_big_recipes_plan(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("nsa_convert.training.plan.source_notes", lambda *_, **__: [])
+    monkeypatch.setattr("nsa_convert.training.run.forecast.source_notes", lambda *_, **__: [])
     read = read_recipe(ALL[name])
     if planned(read).sharded and not can_shard():
         pytest.skip("this transformers trains no models that are cut")

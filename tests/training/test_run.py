@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa_convert.patch.loading import load_causal_model
-from nsa_convert.training.run import Interrupted
+from nsa_convert.loading import load_causal_model
+from nsa_convert.training.run.runner import Interrupted
 from tests.training.recipes import losses, run, same_weights
 
 SLOW = pytest.mark.slow

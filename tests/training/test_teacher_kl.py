@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from tests.faults.runs import train
 from tests.models import NSA, SSA, dense_model, tokens, trained_model
 from tests.training.recipes import NSA as TINY_NSA

@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
-from nsa_convert.patch.families import FAMILIES as TABLE
+from nsa_convert.families import FAMILIES as TABLE
 from nsa_convert.patch.patching import patch_model
-from nsa_convert.training.models import fresh_tokenizer
+from nsa_convert.training.run.models import fresh_tokenizer
 from tests.marks import slow, these_quick
 from tests.models import DSA, NSA, QUICK, SIZES, SSA, VARIANTS, plan, tokens, trained_model
 from tests.training.recipes import recipe

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nsa_convert.evaluation.mass import MassProbe
-from nsa_convert.methods.training_mode import TrainingMode
+from nsa_convert.evaluation.metrics.mass import MassProbe
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patch.patching import patch_model
 from tests.models import dense_model, plan, tokens
 

@@ -16,13 +16,13 @@ import transformers
 from transformers.distributed import DistributedConfig
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.training_mode import TrainingMode
-from nsa_convert.patch.loading import load_causal_model
-from nsa_convert.training.distributed import distributed_config, share_tokens, split_tokens
+from nsa_convert.loading import load_causal_model
+from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.training.losses import known_losses, loss_plan
-from nsa_convert.training.models import methods_of
-from nsa_convert.training.parallel import can_shard
-from nsa_convert.training.recipe import recipe_from_dict
+from nsa_convert.training.recipe.schema import recipe_from_dict
+from nsa_convert.training.run.distributed import distributed_config, share_tokens, split_tokens
+from nsa_convert.training.run.models import methods_of
+from nsa_convert.training.run.parallel import can_shard
 from tests.models import tokens
 from tests.training.processes import PLAIN
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.backend import implementation
-from nsa_convert.kernels.checks import check_parts, check_qkv, default_scale
+from nsa_convert.kernels.common.backend import implementation
+from nsa_convert.kernels.common.checks import check_parts, check_qkv, default_scale
 from nsa_convert.kernels.compressed.cells import CellGrid
-from nsa_convert.kernels.compressed.gather import attend as gathered
 from nsa_convert.kernels.compressed.reference import attend as reference
+from nsa_convert.kernels.compressed.torch import attend as gathered
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout
 
 
@@ -132,5 +132,6 @@ def _run(
     """Return the output, its lse and the lists of blocks from the backend of these tensors."""
     if rule is not None:
         grid.check_rule(rule)
-    run = implementation("compressed", q, reference, gathered, None if cv is None else cv.shape[-1])
+    value_dim = None if cv is None else cv.shape[-1]
+    run = implementation("compressed.triton.attend", q, reference, gathered, value_dim)
     return run(q, ck, cv, grid, rule, layout, default_scale(q, scale), lse)

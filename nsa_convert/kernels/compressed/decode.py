@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.checks import accumulate_dtype
+from nsa_convert.kernels.common.checks import accumulate_dtype
+from nsa_convert.kernels.common.products import score_product
 from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
-from nsa_convert.kernels.products import score_product
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 

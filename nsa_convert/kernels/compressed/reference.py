@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsa_convert.kernels.attention.reference import masked_softmax_attention
+from nsa_convert.kernels.common.segments import segments
 from nsa_convert.kernels.compressed.cells import CellGrid, join_parts, renormalise
-from nsa_convert.kernels.dense.reference import masked_softmax_attention
-from nsa_convert.kernels.dense.segments import segments
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.checks import accumulate_dtype
+from nsa_convert.kernels.common.checks import accumulate_dtype
+from nsa_convert.kernels.common.segments import Segment, row_groups, segments
+from nsa_convert.kernels.common.tiles import Tiles, split_non_finite
 from nsa_convert.kernels.compressed.cells import CellGrid, renormalise
 from nsa_convert.kernels.compressed.topk import block_scores, top_blocks
-from nsa_convert.kernels.dense.segments import Segment, row_groups, segments
-from nsa_convert.kernels.dense.tiles import Tiles, split_non_finite
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 CHUNK_BYTES = 1 << 22

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from nsa_convert.kernels.common.toolchain import Config, declare, dot
 from nsa_convert.kernels.compressed.triton_scores import TYPES
-from nsa_convert.kernels.dense.triton_interval_fwd import load_rows
-from nsa_convert.kernels.toolchain import Config, declare, dot
+from nsa_convert.kernels.interval.triton_forward import load_rows
 
 
 @declare(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa_convert.kernels.dense.triton_interval_fwd import (
+from nsa_convert.kernels.common.toolchain import Config, declare, dot
+from nsa_convert.kernels.interval.triton_forward import (
     FAR,
     load_intervals,
     load_rows,
@@ -14,7 +15,6 @@ from nsa_convert.kernels.dense.triton_interval_fwd import (
     sees,
     tile_range,
 )
-from nsa_convert.kernels.toolchain import Config, declare, dot
 
 TYPES = {
     **dict.fromkeys(("q", "ck"), "*T"),

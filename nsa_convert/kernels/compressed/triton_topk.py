@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa_convert.kernels.toolchain import Config, declare
+from nsa_convert.kernels.common.toolchain import Config, declare
 
 FORCED = tl.constexpr(0x7F800000)
 """Bits of infinity: no score is larger."""

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.checks import default_scale
-from nsa_convert.kernels.indexed.lists import best_blocks, best_tokens, choose
-from nsa_convert.kernels.opaque import (
+from nsa_convert.kernels.common.checks import default_scale
+from nsa_convert.kernels.common.custom_ops import (
     LAYOUT_SCHEMA,
     fit_lists,
     flatten,
@@ -19,6 +18,7 @@ from nsa_convert.kernels.opaque import (
     reach,
     restore,
 )
+from nsa_convert.kernels.indexed.lists import best_blocks, best_tokens, choose
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout, TokenSelection
 
 

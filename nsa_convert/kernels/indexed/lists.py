@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nsa_convert.kernels.checks import accumulate_dtype
-from nsa_convert.kernels.dense.segments import DECODE_QUERIES, segments
-from nsa_convert.kernels.products import score_product
+from nsa_convert.kernels.common.checks import accumulate_dtype
+from nsa_convert.kernels.common.products import score_product
+from nsa_convert.kernels.common.segments import DECODE_QUERIES, segments
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 CHUNK_BYTES = 1 << 26

@@ -37,7 +37,7 @@ def rows() -> Iterator[Row]:
     Each configuration for each target with the first case it serves, the other cases with their first
     configuration for one target, and one configuration of each kernel for an AMD target.
     """
-    from nsa_convert.kernels.toolchain import all_kernels
+    from nsa_convert.kernels.common.toolchain import all_kernels
 
     for kernel in sorted(all_kernels(), key=lambda kernel: kernel.name):
         seen = set()
@@ -137,7 +137,7 @@ def compile_launch(name: str, arguments: Mapping[str, Any]) -> None:
     """
     import torch
 
-    from nsa_convert.kernels.toolchain import all_kernels
+    from nsa_convert.kernels.common.toolchain import all_kernels
 
     kernel = next(kernel for kernel in all_kernels() if kernel.name == name)
     made = {
@@ -175,7 +175,7 @@ def main() -> None:
     import triton
     from triton.runtime.driver import driver
 
-    from nsa_convert.kernels.toolchain import all_kernels
+    from nsa_convert.kernels.common.toolchain import all_kernels
 
     if options.launches:
         driver.set_active(NoDriver())

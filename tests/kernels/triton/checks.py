@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from nsa_convert.kernels.dense.reference import masked_softmax_attention
-from nsa_convert.kernels.toolchain import Kernel
+from nsa_convert.kernels.attention.reference import masked_softmax_attention
+from nsa_convert.kernels.common.toolchain import Kernel
 from tests.kernels.utils import assert_close
 
 

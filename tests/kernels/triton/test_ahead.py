@@ -16,8 +16,8 @@ import torch
 import triton
 
 from nsa_convert.kernels import dense_attention, use_backend
+from nsa_convert.kernels.common.toolchain import Kernel, all_kernels
 from nsa_convert.kernels.selftest import self_test
-from nsa_convert.kernels.toolchain import Kernel, all_kernels
 from nsa_convert.patterns import SequenceLayout
 from tests.kernels.triton.ahead import RECORD, SHARED_BYTES
 from tests.marks import slow

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from nsa_convert.errors import BackendError
 from nsa_convert.kernels import use_backend
-from nsa_convert.kernels.backend import choose_backend
-from nsa_convert.kernels.toolchain import Config, all_kernels, declare
+from nsa_convert.kernels.common.backend import choose_backend
+from nsa_convert.kernels.common.toolchain import Config, all_kernels, declare
 
 
 def queries(dtype: torch.dtype = torch.float32, dim: int = 16) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_what_no_kernel_serves_runs_on_torch_and_is_said_once(q, value_dim, reason, monkeypatch) -> None:
-    monkeypatch.setattr("nsa_convert.kernels.backend._told", set())
+    monkeypatch.setattr("nsa_convert.kernels.common.backend._told", set())
     with use_backend("triton"):
         with pytest.warns(UserWarning, match=reason):
             assert choose_backend(q, value_dim) == "torch"

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from nsa_convert.kernels import sparse_attention, use_backend
-from nsa_convert.kernels.selected import triton_plan
-from nsa_convert.kernels.selected.triton_lists import unite
-from nsa_convert.kernels.selected.triton_plan import Shape, choose_shape, invert, make_plan, tile_table
+from nsa_convert.kernels.union import triton_plan
+from nsa_convert.kernels.union.triton_lists import unite
+from nsa_convert.kernels.union.triton_plan import Shape, choose_shape, invert, make_plan, tile_table
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, SequenceLayout
 from tests.kernels.triton.checks import check, poison, run
 from tests.kernels.utils import LAYOUTS, as_cache, make_blocks, make_layout, make_qkv
@@ -103,7 +103,7 @@ def test_long_reader_lists_are_added_piece_by_piece(monkeypatch: pytest.MonkeyPa
     """Every query reads the first blocks: their tiles are cut into items whose sums are added in order."""
     made = []
     keep = lambda *a: made.append(invert(*a)) or made[-1]  # noqa: E731
-    monkeypatch.setattr("nsa_convert.kernels.selected.triton_backward_kv.invert", keep)
+    monkeypatch.setattr("nsa_convert.kernels.union.triton_backward_kv.invert", keep)
     monkeypatch.setattr(triton_plan, "choose_shape", lambda *_: Shape(rows=16))
     inputs = make_qkv(1, 140, 140, (4, 1), dtype=torch.float32)
     own = torch.arange(140)[:, None] // 4
@@ -140,7 +140,7 @@ def test_a_captured_call_reads_nothing_back(
 
     plans = []
     keep = lambda plan, heads: plans.append((plan, invert(plan, heads))) or plans[-1][1]  # noqa: E731
-    monkeypatch.setattr("nsa_convert.kernels.selected.triton_backward_kv.invert", keep)
+    monkeypatch.setattr("nsa_convert.kernels.union.triton_backward_kv.invert", keep)
     check(op, inputs, mask_of(pattern, *inputs[:2], layout))
     plan, readers = plans[0]
     assert not plan.exact
@@ -376,7 +376,8 @@ def test_compiles_without_breaks_and_checkpoints(moving: bool, monkeypatch: pyte
 
     torch._dynamo.reset()
     expected = gradients(step)
-    monkeypatch.setattr("nsa_convert.kernels.backend._loaded", {})  # as in a process that compiles first
+    # As in a process that compiles first.
+    monkeypatch.setattr("nsa_convert.kernels.common.backend._loaded", {})
     compiled = gradients(torch.compile(step, backend="aot_eager", fullgraph=True))
     repeated = gradients(lambda *x: torch.utils.checkpoint.checkpoint(step, *x, use_reentrant=False))
     for x, y, z in zip(expected, compiled, repeated, strict=True):
@@ -385,7 +386,7 @@ def test_compiles_without_breaks_and_checkpoints(moving: bool, monkeypatch: pyte
 
 
 def test_operators_agree_with_their_fake_versions() -> None:
-    from nsa_convert.kernels.selected.triton_blocks import selected_attention
+    from nsa_convert.kernels.union.triton import selected_attention
 
     q, k, v = make_qkv(1, 20, 20, (2, 1), dtype=torch.float32)
     pattern = make_blocks(1, 1, 20, 20, 2, 8, 1, DENSE_LAYOUT)

@@ -9,10 +9,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from nsa_convert.kernels import block_topk, compressed_attention, use_backend
+from nsa_convert.kernels.common.toolchain import Kernel
 from nsa_convert.kernels.compressed import triton_blocks
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.compressed.topk import top_blocks
-from nsa_convert.kernels.toolchain import Kernel
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 from tests.kernels.triton.checks import check, poison
 from tests.kernels.utils import as_cache, make_cells, make_layout, make_qkv

@@ -92,11 +92,11 @@ def test_a_tensor_offset_is_not_read() -> None:
     layout = SequenceLayout(offset=torch.tensor(3, device="meta"))
     q, k, v = (torch.empty(1, n, h, 16, device="meta") for n, h in ((1, 4), (50, 2), (50, 2)))
     blocks = torch.empty(1, 2, 1, 3, dtype=torch.int32, device="meta")
-    from nsa_convert.kernels.selected.triton_attend import attend
+    from nsa_convert.kernels.attention.triton import attend_pattern
     from nsa_convert.patterns import BlockSelection
 
     for pattern in (BlockSelection(block_indices=blocks, block_size=8), SinkWindow(window_size=9)):
-        o, lse = attend(q, k, v, pattern, layout, 0.25)
+        o, lse = attend_pattern(q, k, v, pattern, layout, 0.25)
         assert o.shape == q.shape
         assert lse.shape == q.shape[:3]
 

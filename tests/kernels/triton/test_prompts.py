@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.kernels import use_backend
-from nsa_convert.methods.base import AttentionInputs
-from nsa_convert.methods.registry import build_method
+from nsa_convert.methods.parts.base import AttentionInputs
+from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.patterns import SequenceLayout
 from tests.marks import these_quick
 

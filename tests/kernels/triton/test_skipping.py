@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from nsa_convert.kernels import sparse_attention, use_backend
-from nsa_convert.kernels.selected.skipping import skipping_attention, tile_rows
+from nsa_convert.kernels.union.skipping import skipping_attention, tile_rows
 from tests.kernels.skipping import walk
 from tests.kernels.test_skipping import CASES, make_case
 from tests.kernels.triton.checks import poison

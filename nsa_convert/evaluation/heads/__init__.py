@@ -1,0 +1,1 @@
+"""Measuring single heads: what head profiles are made from."""

@@ -1,0 +1,175 @@
+"""Which heads retrieve, found without any data or training: what head profiles with scores are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_convert.config import FULL, LayerRule, SparseAttentionConfig
+from nsa_convert.errors import ConfigError
+from nsa_convert.heads.classes import DUO_RULE, RAZOR_RULE
+from nsa_convert.heads.profile import HeadProfile
+from nsa_convert.methods.parts.base import AttentionRecord, observe
+from nsa_convert.patch.patching import patch_model, unpatch_model
+from nsa_convert.patch.rope import mover
+
+REPEATS = 4
+ECHO_SHARE, INDUCTION_SHARE = 0.01, 0.14
+"""Shares of all key/value heads that retrieve (golden-stick's defaults; the paper says about as much)."""
+
+
+@torch.inference_mode()
+def razor_probe(model: nn.Module, *, period: int = 2500, seed: int = 0) -> HeadProfile:
+    """Find retrieval heads by random tokens that are repeated four times (RazorAttention, section 3.2).
+
+    A head that looks from a token to the earlier copies of it echoes; one that looks to the tokens behind
+    them predicts by induction. Both scores are the mean probability over all queries behind the first copy
+    and all earlier copies, and the largest one of the query heads that share a key/value head. Heads are
+    ranked over all layers.
+
+    Args:
+        model: A dense causal model; it is patched meanwhile and left as it was.
+        period: Random tokens of one copy.
+        seed: Of the random tokens.
+
+    Returns:
+        Scores ``max(0.01 / echo rank, 0.14 / induction rank)`` with ranks as shares of all heads, less half a
+        head: the best 1 % and 14 %, rounded, reach the threshold 1.
+
+    Raises:
+        ConfigError: The period is below 2.
+    """
+    if period < 2:
+        raise ConfigError(f"period must be at least 2, got {period}", code="CF22")
+    config = model.config
+    vocabulary = config.vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(
+        vocabulary // 5, max(vocabulary // 4, vocabulary // 5 + 2), (period,), generator=generator
+    )
+    begin = [] if config.bos_token_id is None else [int(config.bos_token_id)]
+    prompt = torch.cat([torch.tensor(begin, dtype=torch.long), ids.repeat(REPEATS)])
+    echo, induction = (torch.zeros(config.num_hidden_layers, config.num_key_value_heads) for _ in range(2))
+
+    def look(record: AttentionRecord) -> None:
+        pairs = repeat_scores(record.q[0], record.k[0], record.scale, period, len(begin))
+        for found, x in zip((echo, induction), pairs, strict=True):
+            found[record.layer_index] = x.unflatten(0, (record.k.shape[2], -1)).amax(1).cpu()
+
+    _run_dense(model, prompt, look)
+    shares = [(_rank(x) - 0.5) / x.numel() for x in (echo, induction)]
+    meta = {
+        "kind": "razor",
+        "source": f"{period} random tokens, {REPEATS} times",
+        "seed": seed,
+        "threshold": 1.0,
+        "rule": RAZOR_RULE,
+        "model_type": config.model_type,
+        "echo": echo.tolist(),
+        "induction": induction.tolist(),
+    }
+    return HeadProfile(scores=torch.maximum(ECHO_SHARE / shares[0], INDUCTION_SHARE / shares[1]), meta=meta)
+
+
+def repeat_scores(q: Tensor, k: Tensor, scale: float, period: int, begin: int) -> tuple[Tensor, Tensor]:
+    """Return each query head's mean probability of earlier copies, and of the tokens behind them.
+
+    Args:
+        q: ``[T, HQ, D]`` of a text that repeats.
+        k: ``[T, H, D]``.
+        scale: Factor on the scores.
+        period: Tokens of a copy.
+        begin: Tokens before the first copy.
+
+    Returns:
+        Echo and induction, ``[HQ]`` float32.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
+    q, first = q.float() * scale, begin + period
+    norm = _log_denominators(q, k)[first:]  # [T - first, HQ]
+    scores = []
+    for shift in (0, 1):
+        total, count = torch.zeros(q.shape[1], device=q.device), 0
+        for back in range(period - shift, len(q) - begin, period):
+            own = slice(max(first, begin + back), len(q))  # the copy must lie behind the first tokens
+            earlier = k[own.start - back : len(q) - back]
+            p = ((q[own] * earlier).sum(-1) - norm[own.start - first :]).exp()
+            total, count = total + p.sum(0), count + len(p)
+        scores.append(total / count)
+    return scores[0], scores[1]
+
+
+def _log_denominators(q: Tensor, k: Tensor, width: int = 256) -> Tensor:
+    """Return the lse of causal attention with scaled ``q [T, HQ, D]``, in pieces: ``[T, HQ]``."""
+    parts = []
+    for begin in range(0, len(q), width):
+        end = min(begin + width, len(q))
+        scores = torch.einsum("qhd,khd->qhk", q[begin:end], k[:end])
+        future = torch.arange(end, device=q.device) > torch.arange(begin, end, device=q.device)[:, None]
+        parts.append(scores.masked_fill(future[:, None], -torch.inf).logsumexp(-1))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def distance_probe(model: nn.Module, ids: Sequence[int], *, length: int = 500) -> HeadProfile:
+    """Score heads by how far back their mean query looks, in one pass over a short text.
+
+    The mean query and the mean key of each head, taken before rotation, are repeated ``length`` times and
+    rotated to their positions. The score is the mean of the cumulative attention of the last query: 1 where
+    all of it goes to the first token, near 0 where it goes to the last ones. A stand-in for learned gates.
+
+    Args:
+        model: A dense causal model; it is patched meanwhile and left as it was.
+        ids: Tokens of a text.
+        length: Repetitions.
+
+    Returns:
+        Scores without a threshold.
+    """
+    config, scores = (
+        model.config,
+        torch.zeros(model.config.num_hidden_layers, model.config.num_key_value_heads),
+    )
+    move = mover(model.model.rotary_emb)
+
+    def look(record: AttentionRecord) -> None:
+        place = torch.arange(record.q.shape[1], device=record.q.device)[None]
+        q, k = (
+            move(x.float(), place, torch.zeros_like(place)).mean(1, keepdim=True)
+            for x in (record.q, record.k)
+        )
+        far = torch.arange(length, device=q.device)[None]
+        k = move(k.expand(-1, length, -1, -1), torch.zeros_like(far), far)[0]  # [N, H, D]
+        q = move(q, torch.zeros_like(far[:, :1]), far[:, -1:])[0, 0].unflatten(0, (k.shape[1], -1))
+        p = (torch.einsum("hgd,nhd->hgn", q, k) * record.scale).softmax(-1)
+        scores[record.layer_index] = p.cumsum(-1).mean((1, 2)).cpu()
+
+    _run_dense(model, torch.tensor(list(ids)), look)
+    meta = {
+        "kind": "distance",
+        "source": f"cumulative attention of the mean query, {length} times, {len(ids)} tokens",
+        "rule": DUO_RULE,
+        "model_type": config.model_type,
+    }
+    return HeadProfile(scores=scores, meta=meta)
+
+
+def _run_dense(model: nn.Module, ids: Tensor, look: Callable[[AttentionRecord], Any]) -> None:
+    """Read a text with dense attention and show each layer's queries and keys."""
+    patch_model(model, SparseAttentionConfig(default=LayerRule(method=FULL)))
+    try:
+        with observe(look):
+            model.model(ids[None].to(model.device), use_cache=False)
+    finally:
+        unpatch_model(model)
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """Return 1 for the largest score, 2 for the next, ...; equal scores in order."""
+    order = scores.flatten().argsort(descending=True, stable=True)
+    rank = torch.empty(scores.numel())
+    rank[order] = torch.arange(1.0, scores.numel() + 1)
+    return rank.view_as(scores)

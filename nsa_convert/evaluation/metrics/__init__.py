@@ -1,0 +1,1 @@
+"""Figures: perplexity, divergence from the dense model, captured attention, density."""

@@ -1,0 +1,122 @@
+"""Who was evaluated, on what machine, with which command. No local path: a report is made to be published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from nsa_convert import __version__
+from nsa_convert.checkpoint.manifest import MANIFEST
+from nsa_convert.errors import ConfigError
+from nsa_convert.evaluation.models import ModelFacts
+
+
+def describe_model(facts: ModelFacts, *, same_weights: bool = False) -> dict[str, Any]:
+    """Return what a report says about a model.
+
+    Args:
+        facts: Of its config.
+        same_weights: It is the dense form of the evaluated model, over the same weights.
+
+    Returns:
+        ``name`` (of the folder), ``model_type``, ``layers_by_method``, and for a converted folder
+        ``manifest_sha256``, which ties the report to these very files.
+    """
+    counts = {name: facts.methods.count(name) for name in dict.fromkeys(facts.methods)}
+    out: dict[str, Any] = {
+        "name": facts.path.resolve().name, "model_type": facts.model_type, "layers_by_method": counts,
+        "manifest_sha256": manifest_hash(facts.path),
+    }
+    if facts.plan is not None:
+        out["patched_in_memory"] = facts.plan.to_dict()
+    return {**out, "attention": "dense, over the weights of the evaluated model"} if same_weights else out
+
+
+def fingerprint(model: ModelFacts) -> dict[str, Any]:
+    """Return what identifies a checkpoint without reading its weights."""
+    facts = describe_model(model)
+    if facts["manifest_sha256"] is None:
+        rows = sorted(path for path in model.path.iterdir() if path.suffix in {".safetensors", ".json"})
+        facts["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in rows]
+    return facts
+
+
+def manifest_hash(folder: Path) -> str | None:
+    """Return the hash of a converted folder's manifest, which holds the hashes of all its files."""
+    path = folder / MANIFEST
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Return versions, device, threads and date."""
+    return {
+        "nsa_convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(), "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def processor_name() -> str:
+    """Return the processor's name where Linux tells it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def command_line(
+    model: ModelFacts,
+    against: ModelFacts | None,
+    suite: str,
+    settings: Mapping[str, Any],
+    plans: Sequence[str] = (),
+) -> str:
+    """Return the command that repeats an evaluation; models appear by name, files by file name.
+
+    Args:
+        model: The evaluated model.
+        against: The dense checkpoint, or None.
+        suite: Its name.
+        settings: Settings that differ from the defaults.
+        plans: ``NAME=FILE`` of further rows.
+    """
+    words = ["nsa-convert", "eval", model.path.resolve().name]
+    words += [] if against is None else ["--against", against.path.resolve().name]
+    if model.plan is not None:
+        rule = model.plan.default
+        words += ["--method", rule.method]
+        own = {key: json.dumps(x) if isinstance(x, dict) else x for key, x in rule.settings.items()}
+        settings = {**own, **settings}
+    words += ["--suite", suite, *(word for plan in plans for word in ("--plan", plan))]
+    for key, value in settings.items():
+        if isinstance(value, (list, tuple)):
+            value = ",".join(str(part) for part in value)
+        text = str(value).lower() if isinstance(value, bool) else value
+        words += ["--set", f"{key}={text}"]
+    return shlex.join(words)
+
+
+def choose_device(name: str) -> str:
+    """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device", code="RC10")
+    return name

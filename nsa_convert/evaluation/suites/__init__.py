@@ -1,0 +1,1 @@
+"""The suites of ``eval``: which models, texts and tasks, in which order."""

@@ -1,0 +1,309 @@
+"""The suite ``compare``: several methods on one dense model, at equal budgets, in one run that resumes.
+
+Every cell is one text or one needle read by one plan. Each text is read as a prompt but for its last tokens,
+which follow in decoding steps; both parts are scored where one pass is a measure, else the steps alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nsa_convert.errors import ConfigError
+from nsa_convert.evaluation.metrics.density import PairCounter, capture_inputs, search_density
+from nsa_convert.evaluation.metrics.divergence import Divergence, compare
+from nsa_convert.evaluation.metrics.mass import LayerMass, MassProbe
+from nsa_convert.evaluation.metrics.perplexity import Bucket, Readout, read_out
+from nsa_convert.evaluation.models import ModelFacts, load_model, patched_in, prompt_tokens, read_facts
+from nsa_convert.evaluation.report.html import require_html
+from nsa_convert.evaluation.report.identity import choose_device, describe_machine, fingerprint
+from nsa_convert.evaluation.report.suite_report import SuiteReport, envelope, finish
+from nsa_convert.evaluation.suites.compare_plans import NamedPlan, Row, make_rows, named_plans
+from nsa_convert.evaluation.suites.compare_settings import CompareSettings
+from nsa_convert.evaluation.suites.finished_cells import CellStore
+from nsa_convert.evaluation.suites.preflight import check_positions, check_texts
+from nsa_convert.evaluation.tasks.cases import Case, fit_needle, hash_of
+from nsa_convert.evaluation.tasks.scoring import run_case
+from nsa_convert.evaluation.tasks.text import EvalText, code_text, file_text, first_tokens, prose_text
+from nsa_convert.families import geometry_of
+from nsa_convert.heads.profile import density_of
+from nsa_convert.loading import load_tokenizer
+from nsa_convert.methods.parts.at_budget import SEARCHED
+from nsa_convert.methods.parts.base import observe
+from nsa_convert.strict_files import read_json_mapping
+
+Progress = Callable[[str, int, int], None]
+
+
+def run_compare(
+    model_path: str | Path,
+    *,
+    plans: Sequence[NamedPlan] = (),
+    text_file: str | Path | None = None,
+    out_dir: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> SuiteReport:
+    """Compare methods on a dense checkpoint that is patched in memory.
+
+    Args:
+        model_path: Folder of a dense checkpoint.
+        plans: Further rows: mixes of methods, plans of head profiles.
+        text_file: UTF-8 text in place of the settings' texts.
+        out_dir: Folder for report, table, plot and the cells to resume from; None writes nothing.
+        say: Called with one line before something slow.
+        progress: Called after every cell.
+        **settings: Fields of :class:`CompareSettings`.
+
+    Raises:
+        ConfigError: A bad setting, a budget that a method cannot have, a plan that does not fit the model,
+            a length beyond its positions, a text that is too short, or a model that is converted already.
+        CheckpointError: The folder holds no model or no tokenizer.
+        CheckFailedError: A model's logits are not finite.
+        MachineError: ``out_dir`` was given and matplotlib or jinja2 is missing, or it cannot be written.
+    """
+    begin = time.perf_counter()
+    chosen, tell = CompareSettings.read(settings), say or (lambda line: None)
+    if out_dir is not None:
+        require_html()
+    facts = read_facts(model_path)
+    if facts.methods:
+        raise ConfigError(
+            f"{str(model_path)!r} is converted already; methods are compared on a dense model", code="CK35",
+            where=str(model_path), hint="give the dense checkpoint, or take --suite quick or long",
+        )  # fmt: skip
+    check_positions([facts], {"lengths": chosen.lengths, "needle_lengths": chosen.needle_lengths})
+    named, config = named_plans(chosen, plans), read_json_mapping(facts.path / "config.json")
+    size = (config["num_hidden_layers"], geometry_of(config))
+    make_rows(chosen, named, *size, lambda *_: {})  # finds what is wrong before anything is loaded
+    run = _Run(facts, chosen, text_file, out_dir, tell, progress or (lambda *_: None))
+    rows = make_rows(chosen, named, *size, run.search)
+    results = run.measure(rows)
+    values = envelope(
+        "compare", [facts], given=settings, chosen=chosen, files={"text_file": text_file}, device=run.device,
+        begin=begin, plans=[f"{plan.name}={plan.source}" for plan in plans],
+    )  # fmt: skip
+    return finish({**values, **run.about(), "rows": results}, out_dir, tell)
+
+
+class _Run:
+    """The model, its texts and prompts, and the finished cells of one comparison."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        chosen: CompareSettings,
+        text_file: str | Path | None,
+        out_dir: str | Path | None,
+        say: Callable[[str], None],
+        progress: Progress,
+    ) -> None:
+        self.facts, self.chosen, self.say, self.progress = facts, chosen, say, progress
+        self.device = choose_device(chosen.device)
+        self.tokenizer = load_tokenizer(facts.path)
+        named = {"code": code_text, "prose": prose_text}
+        self.texts = [file_text(text_file)] if text_file else [named[name]() for name in chosen.texts]
+        self.ids = {
+            text.name: first_tokens(self.tokenizer, text, chosen.all_lengths()[-1]) for text in self.texts
+        }
+        longest = max(chosen.lengths, default=None)
+        check_texts([(text, self.ids[text.name][:longest]) for text in self.texts], longest)
+        haystack = prose_text().text if chosen.haystack == "prose" else None
+        self.cases = [
+            fit_needle(self.tokenizer, n, depth, haystack=haystack, seed=chosen.seed, max_new=1)
+            for n in chosen.needle_lengths
+            for depth in chosen.depths
+        ]
+        self.store = CellStore(None if out_dir is None else Path(out_dir), self._depends_on())
+        self.model: nn.Module | None = None
+        self.done, self.total = 0, 0
+
+    def _depends_on(self) -> dict[str, Any]:
+        """Return what the values of all cells depend on."""
+        machine = describe_machine(self.device)
+        return {
+            "suite": "compare",
+            "model": fingerprint(self.facts),
+            "settings": {name: getattr(self.chosen, name) for name in ("dtype", "num_queries")},
+            "machine": {key: value for key, value in machine.items() if key != "date"},
+        }
+
+    def about(self) -> dict[str, Any]:
+        """Return what was read, for the report."""
+        sources = [{"name": text.name, "source": text.source, "sha256": text.sha256} for text in self.texts]
+        return {
+            "sources": sources,
+            "prompts_sha256": hash_of(self.cases),
+            "cells": {"total": len(self.store.values), "reused": self.store.reused},
+        }
+
+    def loaded(self) -> nn.Module:
+        """Return the dense model, read from the disk when it is first needed."""
+        if self.model is None:
+            self.say(f"loading {self.facts.path.resolve().name}")
+            self.model = load_model(self.facts.path, self.chosen.dtype, self.device)
+        return self.model
+
+    def search(self, method: str, tokens: int, length: int) -> Mapping[str, Any]:
+        """Return the settings of a method that keep as many pairs of a prompt as a budget."""
+        ids = self.ids[self.texts[0].name][: prompt_tokens(length)]
+        name = f"search/{method}/{tokens}/{length}/{_hash(ids)}"
+
+        def work() -> dict[str, Any]:
+            self.say(f"searching {method} at {tokens} of {length} tokens")
+            inputs = capture_inputs(self.loaded(), ids)
+            wanted = density_of(tokens, len(ids))
+            settings, found = search_density(method, lambda x: SEARCHED[method](x, len(ids)), inputs, wanted)
+            return {"settings": settings, "wanted": wanted, "found": found}
+
+        value = self._cell(name, work)
+        return {} if value is None else value["settings"]
+
+    def _cell(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """Return a cell; None where only finished ones are wanted and this one is not."""
+        if self.chosen.finished and name not in self.store.values:
+            return None
+        return self.store.get(name, work)
+
+    def measure(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Return what was measured for each row, in their order.
+
+        Texts come first, then the needles depth by depth: a run that ends early has something of every row.
+        """
+        found: dict[int, dict[str, Any]] = {id(row): {"texts": {}, "needles": []} for row in rows}
+        lengths = {n: [row for row in rows if row.length == n] for n in self.chosen.all_lengths()}
+        texts = [(text, n) for n in sorted(self.chosen.lengths) for text in self.texts]
+        cases = sorted(self.cases, key=lambda case: self.chosen.depths.index(case.depth))
+        self.total = sum(len(lengths[n]) for n in [n for _, n in texts] + [case.length for case in cases])
+        for text, n in texts:
+            for row, value in zip(lengths[n], self._text(text, n, lengths[n]), strict=True):
+                if value is not None:
+                    found[id(row)]["texts"][text.name] = value
+        for case in cases:
+            for row in lengths[case.length]:
+                value = self._needle(row, case)
+                found[id(row)]["needles"] += [] if value is None else [value]
+        measured = [{**row.facts(), **found[id(row)]} for row in rows]
+        return [row for row in measured if row["texts"] or row["needles"]]
+
+    def _step(self, what: str) -> None:
+        self.done += 1
+        if not self.chosen.finished:
+            self.progress(what, self.done, self.total)
+
+    def _text(self, text: EvalText, length: int, rows: Sequence[Row]) -> Iterator[dict[str, Any] | None]:
+        """Yield what each row says about a text; the dense model reads it when a row is missing."""
+        ids = self.ids[text.name][:length]
+        dense: list[Readout] = []
+        for row in rows:
+
+            def work(row: Row = row) -> dict[str, Any]:
+                if not dense:
+                    dense.append(read_out(self.loaded(), ids, prompt_tokens(length), whole=True))
+                return self._read(row, ids, dense[0])
+
+            yield self._cell(f"text/{_hash(ids)}/{row.tokens}/{_plan_hash(row)}", work)
+            self._step(f"{text.name}, {length} tokens, {row.name} {row.budget}".rstrip())
+
+    def _read(self, row: Row, ids: list[int], dense: Readout) -> dict[str, Any]:
+        begin, prompt = time.perf_counter(), prompt_tokens(len(ids))
+        seen = row.tokens or row.visible or 0
+        counter, probe = PairCounter(), MassProbe(seen, self.chosen.num_queries)
+
+        @contextlib.contextmanager
+        def watch() -> Iterator[None]:
+            with observe(lambda record: (counter.add(record), probe.add(record))):
+                yield
+
+        with patched_in(self.loaded(), row.plan) as model, observe(counter.add):
+            readout = read_out(model, ids, prompt, watch, whole=row.one_pass)
+        gc.collect()
+        if row.one_pass:
+            found = compare(dense, readout, ids)
+        else:
+            after = dataclasses.replace(dense, states=dense.states[prompt - 1 :])
+            found = compare(after, readout, ids[prompt - 1 :])
+        figures = text_figures(found, len(ids), prompt, seen, row.one_pass)
+        return {
+            **figures, **mass_of(probe.rows), "density": counter.densities(),
+            "seconds": time.perf_counter() - begin,
+        }  # fmt: skip
+
+    def _needle(self, row: Row, case: Case) -> dict[str, Any] | None:
+        def work() -> dict[str, Any]:
+            begin, counter = time.perf_counter(), PairCounter()
+            with patched_in(self.loaded(), row.plan) as model, observe(counter.add):
+                outcome = run_case(model, self.tokenizer, case)
+            gc.collect()
+            return {
+                "depth": case.depth, "tokens": outcome.tokens, "hit": outcome.forced == 1,
+                "forced_tokens": outcome.forced_tokens, "nll": outcome.nll,
+                "cache_bytes": outcome.cache_bytes, "density": counter.densities(),
+                "seconds": time.perf_counter() - begin,
+            }  # fmt: skip
+
+        key = _hash((*case.prompt_ids, *case.answer_ids))
+        value = self._cell(f"needle/{case.length}/{case.depth}/{key}/{_plan_hash(row)}", work)
+        self._step(f"needle, {case.length} tokens, {row.name} {row.budget}".rstrip())
+        return value
+
+
+def text_figures(found: Divergence, tokens: int, prompt: int, seen: int, whole: bool) -> dict[str, Any]:
+    """Return the figures of a text: of all of it beyond the budget, and of what follows the prompt.
+
+    Args:
+        found: Of all predictions, or of those from the prompt's last token on.
+        tokens: Of the text.
+        prompt: Tokens read as a prompt.
+        seen: Tokens that every layer sees whole.
+        whole: ``found`` has all predictions.
+    """
+    last = tokens - 1
+    after = found.summary(Bucket(prompt - 1, last, 0 if whole else prompt - 1))
+    out = {"tokens": tokens, "prompt": prompt, "ppl": None, "ratio": None, "kl": None, "top1": None}
+    if whole:
+        beyond = found.summary(Bucket(min(seen, last - 1), last))
+        out |= {"ppl": found.summary()["sparse_ppl"], "ratio": beyond["ppl_ratio"], "kl": beyond["kl_mean"]}
+        out["top1"] = beyond["top1"]
+    names = {"ppl": "sparse_ppl", "ratio": "ppl_ratio", "kl": "kl_mean", "top1": "top1"}
+    return {**out, **{f"{own}_after": after[name] for own, name in names.items()}}
+
+
+def mass_of(rows: Sequence[LayerMass]) -> dict[str, float | None]:
+    """Return captured mass, and the best possible where all of it was chosen; mean over heads that hide keys.
+
+    Patterns of a layer's heads share a softmax and are added; of gated branches only the chosen one counts.
+    """
+    groups: dict[tuple, list[LayerMass]] = {}
+    for row in rows:
+        if row.gates is None or len(row.gates) == 1 or row.pattern == "selected":
+            groups.setdefault((row.layer, row.heads), []).append(row)
+    captured, oracle, heads = 0.0, 0.0, 0
+    chosen = all(len(group) == 1 and group[0].oracle is not None for group in groups.values())
+    for group in groups.values():
+        weight = len(group[0].captured_by_head)
+        heads += weight
+        captured += weight * sum(row.captured for row in group)
+        oracle += weight * (group[0].oracle or 0.0)
+    if not heads:
+        return {"captured": None, "oracle": None}
+    return {"captured": captured / heads, "oracle": oracle / heads if chosen else None}
+
+
+def _hash(ids: Sequence[int]) -> str:
+    return hashlib.sha256(repr(tuple(ids)).encode()).hexdigest()[:16]
+
+
+def _plan_hash(row: Row) -> str:
+    text = "dense" if row.plan is None else json.dumps(row.plan.to_dict(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,207 @@
+"""One prompt with what should come after it, and how prompts are fitted to a length."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nsa_convert.errors import ConfigError
+from nsa_convert.evaluation.tasks.needle import build_case
+
+MAX_DOUBLINGS = 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A prompt and its answer.
+
+    Attributes:
+        task: Name of the task.
+        length: Upper bound on prompt, answer and generated tokens together.
+        index: Number of the sample.
+        prompt_ids: Tokens up to the answer.
+        answer_ids: Tokens fed after the prompt when the answer is teacher-forced.
+        spans: ``(begin, end)`` parts of ``answer_ids`` that are scored.
+        gold: Strings that a generated answer should contain; empty when nothing is generated.
+        max_new: Tokens to generate.
+        depth: Of a needle, 0 to 1; None elsewhere.
+        any_of: One of the gold strings is enough.
+    """
+
+    task: str
+    length: int
+    index: int
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    gold: tuple[str, ...]
+    max_new: int
+    depth: float | None = None
+    any_of: bool = False
+
+    def score(self, text: str) -> float:
+        """Return the share of ``gold`` in a text, or with ``any_of`` whether it has any of it."""
+        if self.any_of:
+            return float(any(contained([part], text) for part in self.gold))
+        return contained(self.gold, text)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A prompt as text, before it is tokenised.
+
+    Attributes:
+        prompt: Up to the answer, without a space at the end.
+        gold: The answers.
+        answer: The answer as text; ``gold`` joined by commas when left out.
+    """
+
+    prompt: str
+    gold: tuple[str, ...]
+    answer: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Return the answer as text."""
+        return ", ".join(self.gold) if self.answer is None else self.answer
+
+
+def rng_of(*parts: object) -> random.Random:
+    """Return a generator for one sample; other samples, lengths and tasks do not change what it draws."""
+    return random.Random("/".join(str(part) for part in parts))
+
+
+def fit_case(
+    tokenizer: Any,
+    task: str,
+    length: int,
+    index: int,
+    draft: Callable[[int], Draft],
+    max_new: int,
+    least: int = 0,
+    any_of: bool = False,
+) -> Case:
+    """Return the longest prompt of a task that fits.
+
+    Args:
+        tokenizer: Of transformers.
+        task: For the case.
+        length: Tokens for prompt, answer and generation together.
+        index: For the case.
+        draft: Number of units of filler -> the prompt.
+        max_new: Tokens to generate.
+        least: Units below which the task makes no sense.
+        any_of: For the case.
+
+    Raises:
+        ConfigError: Not even the smallest prompt fits (EV02).
+    """
+
+    def encode(units: int) -> tuple[Draft, list[int], list[int]]:
+        made = draft(units)
+        return made, *encode_answer(tokenizer, made.prompt, made.text)
+
+    def size(units: int) -> int:
+        _, prompt, answer = encode(units)
+        return len(prompt) + max(len(answer), max_new)
+
+    made, prompt, answer = encode(largest_fit(size, length, least=least, what=f"a prompt of {task}"))
+    return Case(
+        task=task,
+        length=length,
+        index=index,
+        prompt_ids=tuple(prompt),
+        answer_ids=tuple(answer),
+        spans=((0, len(answer)),),
+        gold=made.gold,
+        max_new=max_new,
+        any_of=any_of,
+    )
+
+
+def fit_needle(
+    tokenizer: Any, length: int, depth: float, *, haystack: str | None, seed: int, max_new: int = 16
+) -> Case:
+    """Return a case of the needle grid; its number is also generated.
+
+    Args:
+        tokenizer: Of transformers.
+        length: Tokens for prompt, answer and generation together.
+        depth: Where the needle stands, 0 to 1.
+        haystack: Text around it, or None for noise.
+        seed: Changes key, number and place.
+        max_new: Tokens to generate.
+    """
+    made = build_case(tokenizer, length - max_new, depth, haystack=haystack, seed=seed)
+    return Case(
+        task="needle",
+        length=length,
+        index=0,
+        prompt_ids=made.prompt_ids,
+        answer_ids=made.answer_ids,
+        spans=((0, len(made.answer_ids)),),
+        gold=(made.value,),
+        max_new=max_new,
+        depth=depth,
+    )
+
+
+def encode_answer(
+    tokenizer: Any, prompt: str, answer: str, *, special_tokens: bool = True
+) -> tuple[list[int], list[int]]:
+    """Tokenise prompt and answer as one text, and cut before the first token of the answer.
+
+    A tokenizer that splits off the space before a number leaves it in the prompt: whether a model answers
+    with a space, a colon or bold type is format, not retrieval.
+    """
+    before = tokenizer(prompt, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    whole = tokenizer(f"{prompt} {answer}", add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    cut = 0
+    while cut < len(before) and before[cut] == whole[cut]:
+        cut += 1
+    while cut < len(whole) - 1 and not tokenizer.decode(whole[cut : cut + 1]).strip():
+        cut += 1
+    return whole[:cut], whole[cut:]
+
+
+def largest_fit(size_of: Callable[[int], int], limit: int, *, least: int = 0, what: str = "a prompt") -> int:
+    """Return the largest n >= least with ``size_of(n) <= limit``, within a bounded number of tries.
+
+    Raises:
+        ConfigError: ``size_of(least)`` is above the limit.
+    """
+    smallest = size_of(least)
+    if smallest > limit:
+        raise ConfigError(
+            f"{what} needs {smallest} tokens at least, {limit} were allowed",
+            code="EV02",
+            expected=f"length >= {smallest}",
+            found=str(limit),
+            hint="raise the length",
+        )
+    low, high = least, max(1, 2 * least)
+    for _ in range(MAX_DOUBLINGS):
+        if size_of(high) > limit:
+            break
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size_of(middle) <= limit else (low, middle)
+    return low
+
+
+def hash_of(cases: Sequence[Case]) -> str:
+    """Return the sha256 over all prompts and answers, so that a report says exactly what was asked."""
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(repr((case.task, case.length, case.prompt_ids, case.answer_ids, case.gold)).encode())
+    return digest.hexdigest()
+
+
+def contained(gold: Sequence[str], text: str) -> float:
+    """Return the share of the gold strings that a text contains, whatever the case (RULER's match of all)."""
+    low = text.lower()
+    return sum(part.lower() in low for part in gold) / len(gold)

@@ -1,0 +1,237 @@
+"""A number hidden in a long prompt, scored by teacher forcing.
+
+The prompts follow RULER's ``niah_single`` tasks (arXiv 2404.06654): one sentence with a seven-digit number
+is placed at a given depth of a haystack, and the prompt ends in the beginning of the answer. Free generation
+of a small model fails on the format first, so the answer is scored instead: the case is a hit when every
+answer token is the model's first choice given the prompt and the answer tokens before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsa_convert.chat import render_chat
+from nsa_convert.errors import CheckFailedError, ConfigError
+from nsa_convert.methods.parts.prefill import STEP_TOKENS
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""The haystack sentence of RULER's niah_single_1."""
+TASK = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
+    "about the number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the "
+    "provided text?"
+)
+ANSWER_PREFIX = "The special magic number for {key} mentioned in the provided text is"
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+ADJECTIVES = ("amber", "brisk", "calm", "eager", "faint", "gentle", "hollow", "keen", "lively", "quiet")
+NOUNS = ("anchor", "basket", "candle", "engine", "forest", "harbor", "island", "lantern", "meadow", "violin")
+DEPTHS = (0.1, 0.35, 0.6, 0.85)
+MAX_TRIES = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleCase:
+    """One prompt with its answer.
+
+    Attributes:
+        length: Upper bound on prompt and answer together, in tokens.
+        depth: Where the needle stands in the haystack, 0 (start) to 1 (end).
+        prompt_ids: Tokens up to the answer.
+        answer_ids: Tokens of the answer.
+        key: What the number belongs to.
+        value: The number, as text.
+    """
+
+    length: int
+    depth: float
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    key: str
+    value: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleScore:
+    """Teacher-forced result of one case.
+
+    Attributes:
+        length: Of the case.
+        depth: Of the case.
+        tokens: Prompt and answer tokens the model read.
+        hit: Every answer token was the argmax.
+        correct_tokens: How many were.
+        answer_tokens: How many there are.
+        nll: Mean negative log-likelihood of the answer tokens.
+    """
+
+    length: int
+    depth: float
+    tokens: int
+    hit: bool
+    correct_tokens: int
+    answer_tokens: int
+    nll: float
+
+
+def haystack_sentences(text: str | None, rng: random.Random) -> Iterator[str]:
+    """Yield haystack sentences without end: RULER's noise, or the sentences of a text from a random start."""
+    if text is None:
+        while True:
+            yield NOISE
+    sentences = [s.strip() for s in text.replace("\n", " ").split(". ") if s.strip()]
+    if not sentences:
+        raise ConfigError("the haystack text has no sentence", code="EV02")
+    position = rng.randrange(len(sentences))
+    while True:
+        yield sentences[position % len(sentences)].rstrip(".") + "."
+        position += 1
+
+
+def build_case(
+    tokenizer: Any,
+    length: int,
+    depth: float,
+    *,
+    haystack: str | None = None,
+    chat: bool = False,
+    seed: int = 0,
+) -> NeedleCase:
+    """Build one prompt of at most ``length`` tokens, answer included.
+
+    The random draws depend on (seed, length, depth) alone, so adding a length changes no other case.
+
+    Args:
+        tokenizer: Tokenizer of transformers.
+        length: Tokens available.
+        depth: 0 to 1.
+        haystack: Text whose sentences surround the needle, or None for RULER's noise sentences.
+        chat: Put the question into the tokenizer's chat template as a user turn.
+        seed: Changes key, number and place in the haystack.
+
+    Raises:
+        ConfigError: The frame of the prompt alone does not fit into ``length`` tokens.
+    """
+    rng = random.Random(f"needle/{seed}/{length}/{depth}")
+    key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+    value = str(rng.randint(1_000_000, 9_999_999))
+    stream = haystack_sentences(haystack, rng)
+    sentences: list[str] = []
+
+    def encode(count: int) -> tuple[list[int], list[int]]:
+        while len(sentences) < count:
+            sentences.append(next(stream))
+        return _encode(tokenizer, _context(sentences[:count], depth, key, value), key, value, chat)
+
+    count = _largest_fit(lambda n: sum(map(len, encode(n))), length)
+    prompt, answer = encode(count)
+    return NeedleCase(
+        length=length, depth=depth, prompt_ids=tuple(prompt), answer_ids=tuple(answer), key=key, value=value
+    )
+
+
+def _context(sentences: Sequence[str], depth: float, key: str, value: str) -> str:
+    place = round(depth * len(sentences))
+    needle = NEEDLE.format(key=key, value=value)
+    return " ".join([*sentences[:place], needle, *sentences[place:]])
+
+
+def _encode(tokenizer: Any, context: str, key: str, value: str, chat: bool) -> tuple[list[int], list[int]]:
+    """Tokenise prompt and answer as one text, and cut before the first token of the number.
+
+    A tokenizer that splits off the space before a number leaves it in the prompt: whether a model answers
+    with a space, a colon or bold type is format, not retrieval.
+    """
+    question, prefix = TASK.format(context=context, key=key), ANSWER_PREFIX.format(key=key)
+    if chat:
+        prompt = render_chat(tokenizer, [{"role": "user", "content": question}]) + prefix
+    else:
+        prompt = f"{question} {prefix}"
+    # A template writes its own special tokens; a plain prompt gets those of the tokenizer (BOS).
+    before = tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"]
+    whole = tokenizer(f"{prompt} {value}", add_special_tokens=not chat, verbose=False)["input_ids"]
+    cut = 0
+    while cut < len(before) and before[cut] == whole[cut]:
+        cut += 1
+    while cut < len(whole) - 1 and not tokenizer.decode(whole[cut : cut + 1]).strip():
+        cut += 1
+    return whole[:cut], whole[cut:]
+
+
+def _largest_fit(size_of: Callable[[int], int], limit: int) -> int:
+    """Return the largest n with ``size_of(n) <= limit``, within a bounded number of tries."""
+    smallest = size_of(0)
+    if smallest > limit:
+        raise ConfigError(
+            f"a needle prompt needs {smallest} tokens without any haystack, {limit} were allowed",
+            code="EV02", expected=f"length >= {smallest}", found=str(limit), hint="raise the needle length",
+        )
+    low, high = 0, 1
+    for _ in range(MAX_TRIES):
+        if size_of(high) > limit:
+            break
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size_of(middle) <= limit else (low, middle)
+    return low
+
+
+@torch.inference_mode()
+def score_case(model: nn.Module, case: NeedleCase) -> NeedleScore:
+    """Score one case: read the prompt, then the answer in decoding steps.
+
+    Raises:
+        CheckFailedError: A logit is not finite.
+    """
+    from transformers import DynamicCache
+
+    ids = torch.tensor([case.prompt_ids + case.answer_ids], device=next(model.parameters()).device)
+    prompt, answer = ids[:, : len(case.prompt_ids)], ids[0, len(case.prompt_ids) :]
+    cache = DynamicCache(config=model.config)
+    out = [model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]]
+    for step in answer[None, :-1].split(STEP_TOKENS, 1):  # nothing is asked of the last token
+        if step.numel():
+            out.append(model(input_ids=step, past_key_values=cache, use_cache=True).logits[0])
+    logits = torch.cat(out).float()  # [A, V]
+    if not torch.isfinite(logits).all():
+        raise CheckFailedError(
+            f"the model's logits are not finite on a needle prompt of {ids.shape[1]} tokens", code="EV04"
+        )
+    correct = int((logits.argmax(-1) == answer).sum())
+    nll = -logits.log_softmax(-1).gather(1, answer[:, None]).mean().item()
+    return NeedleScore(
+        length=case.length, depth=case.depth, tokens=ids.shape[1], hit=correct == len(answer),
+        correct_tokens=correct, answer_tokens=len(answer), nll=nll,
+    )
+
+
+def build_cases(
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: Sequence[float] = DEPTHS,
+    *,
+    haystack: str | None = None,
+    chat: bool = False,
+    seed: int = 0,
+) -> list[NeedleCase]:
+    """Build the grid of lengths and depths; see :func:`build_case`."""
+    return [
+        build_case(tokenizer, length, depth, haystack=haystack, chat=chat, seed=seed)
+        for length in lengths
+        for depth in depths
+    ]
+
+
+def hits_by_length(scores: Sequence[NeedleScore]) -> dict[int, tuple[int, int]]:
+    """Return ``{length: (hits, cases)}``."""
+    out: dict[int, tuple[int, int]] = {}
+    for score in scores:
+        hits, cases = out.get(score.length, (0, 0))
+        out[score.length] = (hits + score.hit, cases + 1)
+    return out

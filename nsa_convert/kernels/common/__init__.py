@@ -1,0 +1,1 @@
+"""What every op shares: choosing a backend, checking tensors, tiles and documents, compiling kernels."""

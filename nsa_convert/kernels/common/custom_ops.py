@@ -1,0 +1,177 @@
+"""The ops of the torch backend as operators that torch.compile does not look into.
+
+An op loops over tiles whose number follows from its tensors, so that tracing it would break a graph at every
+tile. In a graph that is being compiled each call is one operator instead: its shapes follow from the shapes
+of its inputs, and what it needs of their values it reads when it runs. Outside of a graph nothing goes
+through here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_convert.kernels.common.checks import accumulate_dtype
+from nsa_convert.kernels.common.segments import is_decode
+from nsa_convert.kernels.common.tiles import TilePlan, backward_tiles
+from nsa_convert.patterns import SequenceLayout
+
+# A checkpoint's own copy of this file is another module, and so are its operators.
+NAMESPACE = "nsa_convert" if __name__.startswith("nsa_convert.") else re.sub(r"\W", "_", __name__)
+
+LAYOUT_SCHEMA = "Tensor? slot, SymInt first, Tensor? start, Tensor? cu_seqlens, SymInt? max_seqlen"
+"""A :class:`SequenceLayout` in the schema of an operator."""
+
+Flat = tuple[Tensor | None, int, Tensor | None, Tensor | None, int | None]
+"""A layout as :data:`LAYOUT_SCHEMA` has it; ``slot`` is the offset where that is a tensor, else ``first``."""
+
+
+def is_opaque(layout: SequenceLayout, q: Tensor, *others: Tensor | None) -> bool:
+    """Return whether a call is to be one operator of the graph that is being compiled.
+
+    A decoding step of one token is not: what it does follows from shapes alone, and a graph can join it with
+    what is around it. It reads where padded rows begin, though, when it knows how many tokens are cached.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    reads = layout.start is not None and not isinstance(layout.offset, Tensor)
+    return q.shape[1] != 1 or reads or not is_decode(layout, q, *others)
+
+
+def flatten(layout: SequenceLayout) -> Flat:
+    """Return a layout as an operator takes it."""
+    given = isinstance(layout.offset, Tensor)
+    slot, first = (layout.offset, 0) if given else (None, layout.offset)
+    return slot, first, layout.start, layout.cu_seqlens, layout.max_seqlen
+
+
+def restore(flat: Flat) -> SequenceLayout:
+    """Return the layout of :func:`flatten`, its offset read."""
+    slot, first, start, cu_seqlens, longest = flat
+    offset = first if slot is None else int(slot)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.unique_consecutive()  # a graph may count empty documents behind the others
+    return SequenceLayout(offset=offset, start=start, cu_seqlens=cu_seqlens, max_seqlen=longest)
+
+
+def reach(layout: SequenceLayout, q: Tensor, k: Tensor) -> int:
+    """Return how many keys the queries can reach: behind them a static cache holds nothing yet."""
+    return k.shape[1] if layout.cu_seqlens is not None else min(k.shape[1], layout.offset + q.shape[1])
+
+
+def list_size(most: int, items: int) -> int:
+    """Return the length of lists of at most ``most`` of so many items; a graph keeps it as an expression."""
+    return torch.sym_min(most, torch.sym_max(items, 1))
+
+
+def fit_lists(lists: Tensor, size: int) -> Tensor:
+    """Return ascending lists ``[..., S]`` with ``size`` entries each, -1 at the end; none is lost."""
+    return torch.nn.functional.pad(lists, (0, size - lists.shape[-1]), value=-1).contiguous()
+
+
+def new_name(name: str) -> str:
+    """Return a name in :data:`NAMESPACE` that no operator has yet: ``name``, or one with a number behind it.
+
+    Defining an operator again would free the first, which graphs and modules may still call: a module that is
+    executed a second time (reload, autoreload of notebooks) has operators of its own.
+    """
+    defined, free, number = getattr(torch.ops, NAMESPACE), name, 1
+    while hasattr(defined, free):
+        number += 1
+        free = f"{name}_{number}"
+    return f"{NAMESPACE}::{free}"
+
+
+def operator(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> torch.library.CustomOpDef:
+    """Define an operator without a gradient.
+
+    Args:
+        name: Its name in :data:`NAMESPACE`.
+        schema: Its arguments and results, as torch writes them.
+        run: Computes it; results are contiguous and new.
+        fake: Returns tensors of the results' shapes.
+    """
+    defined = torch.library.custom_op(new_name(name), _without_grad(run), mutates_args=(), schema=schema)
+    defined.register_fake(fake)
+    return defined
+
+
+def differentiable(
+    name: str,
+    arguments: str,
+    results: str,
+    run: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    plan: Callable[..., tuple[TilePlan, int, float]],
+) -> torch.library.CustomOpDef:
+    """Define an operator whose gradient is that of its tiles.
+
+    Args:
+        name: Its name in :data:`NAMESPACE`.
+        arguments: Its arguments as torch writes them, ``Tensor q, Tensor k, Tensor? v`` in front.
+        results: Its results, o and lse in front.
+        run: Computes it from all arguments; results are contiguous and new.
+        fake: Returns tensors of the results' shapes.
+        plan: Returns, from all arguments, the tiles of the call, how many keys they reach, and the factor on
+            the scores.
+    """
+    forward = operator(name, f"({arguments}) -> {results}", run, fake)
+
+    def gradients(do: Tensor, dlse: Tensor, lse: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = given[:3]
+        tiles, reach, scale = plan(*given)
+        grads = backward_tiles(q, k[:, :reach], v[:, :reach], lse, do, dlse, tiles(), scale)
+        unused = (0, 0, 0, 0, 0, k.shape[1] - reach)
+        dk, dv = (torch.nn.functional.pad(x, unused) for x in grads[1:])
+        return grads[0].contiguous(), dk.contiguous(), dv.contiguous()
+
+    backward = operator(
+        f"{name}_backward",
+        f"(Tensor do, Tensor dlse, Tensor lse, {arguments}) -> (Tensor, Tensor, Tensor)",
+        gradients,
+        lambda do, dlse, lse, *given: tuple(x.new_empty(x.shape) for x in given[:3]),
+    )
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(output[1], *(inputs[i] for i in ctx.places))
+
+    def differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        lse, *tensors = ctx.saved_tensors
+        given = list(ctx.rest)
+        for place, x in zip(ctx.places, tensors, strict=True):
+            given[place] = x
+        q, v = given[0], given[2]
+        none = (None,) * len(given)
+        if v is None:  # a choice alone
+            return none
+        do = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do
+        dlse = torch.zeros_like(lse) if dlse is None else dlse
+        return (*backward(do, dlse, lse, *given), *none[3:])
+
+    forward.register_autograd(differentiate, setup_context=save)
+    return forward
+
+
+def like_attention(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return empty tensors shaped as o ``[B, TQ, HQ, DV]`` and lse ``[B, TQ, HQ]``."""
+    lse = q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse
+
+
+def _without_grad(run: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with torch.no_grad():
+            return run(*args)
+
+    return call

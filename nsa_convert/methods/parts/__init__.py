@@ -1,0 +1,1 @@
+"""What papers share: the base class, budgets, scores, compressors, gates, indexes, losses."""

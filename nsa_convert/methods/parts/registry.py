@@ -1,0 +1,120 @@
+"""The methods there are: one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig, suggest
+from nsa_convert.errors import ConfigError
+from nsa_convert.methods.dsa import DSA
+from nsa_convert.methods.flexprefill import FlexPrefill
+from nsa_convert.methods.h2o import H2O
+from nsa_convert.methods.infllm import InfLLM
+from nsa_convert.methods.infllm_v2 import InfLLMv2
+from nsa_convert.methods.minference import MInference
+from nsa_convert.methods.moba import MoBA
+from nsa_convert.methods.msa import MSA
+from nsa_convert.methods.nsa import NSA
+from nsa_convert.methods.parts.base import MethodSpec, SparseMethod
+from nsa_convert.methods.parts.dense import FullAttention
+from nsa_convert.methods.parts.mix import HeadMix, HeadPart, neighbours
+from nsa_convert.methods.parts.phases import PhasePart, Phases, PhasesSettings
+from nsa_convert.methods.quest import Quest
+from nsa_convert.methods.razor import Razor
+from nsa_convert.methods.spargeattn import SpargeAttn
+from nsa_convert.methods.ssa import SSA
+from nsa_convert.methods.streaming import Streaming
+from nsa_convert.methods.tri_shape import TriShape
+from nsa_convert.methods.xattention import XAttention
+
+METHODS: dict[str, type[SparseMethod]] = {
+    "nsa": NSA,
+    "ssa": SSA,
+    "moba": MoBA,
+    "infllm_v2": InfLLMv2,
+    "dsa": DSA,
+    "msa": MSA,
+    "streaming": Streaming,
+    "quest": Quest,
+    "h2o": H2O,
+    "razor": Razor,
+    "infllm": InfLLM,
+    "xattention": XAttention,
+    "flexprefill": FlexPrefill,
+    "spargeattn": SpargeAttn,
+    "minference": MInference,
+    "tri_shape": TriShape,
+    "phases": Phases,
+}
+
+
+def method_class(name: str) -> type[SparseMethod]:
+    """Return the class of a method by name.
+
+    Raises:
+        ConfigError: No method has this name.
+    """
+    if name == FULL:
+        return FullAttention
+    if name not in METHODS:
+        raise ConfigError(f"unknown method '{name}'{suggest(name, {*METHODS, FULL})}", code="RC02")
+    return METHODS[name]
+
+
+def method_specs() -> list[MethodSpec]:
+    """Return the metadata of every method, in the order of the table."""
+    return [method.spec for method in METHODS.values()]
+
+
+def read_rule(rule: LayerRule, where: str) -> tuple[type[SparseMethod], Any]:
+    """Return the method class of a rule and its checked settings.
+
+    Raises:
+        ConfigError: Unknown method, unknown setting or bad value.
+    """
+    method = method_class(rule.method)
+    settings = method.read_settings(rule.settings, f"{where} ({rule.method})")
+    if method is Phases:
+        settings = settings.resolved(lambda part, phase: _read_phase(part, f"{where} {phase}"))
+    return method, settings
+
+
+def settings_dict(settings: Any) -> dict[str, Any]:
+    """Return checked settings as the mapping that a plan stores, with every default spelled out."""
+    if isinstance(settings, PhasesSettings):
+        return {name: part.to_dict() for name, part in vars(settings).items()}
+    return dataclasses.asdict(settings)
+
+
+def _read_phase(part: Mapping[str, Any], where: str) -> PhasePart:
+    method, settings = read_rule(LayerRule.from_dict(part, where), where)
+    return PhasePart(method=method, settings=settings)
+
+
+def build_method(rule: LayerRule, geometry: AttentionGeometry, layer_index: int) -> SparseMethod:
+    """Build the method module of one layer.
+
+    Raises:
+        ConfigError: Unknown method, unknown setting or bad value.
+    """
+    method, settings = read_rule(rule, f"layer {layer_index}")
+    return method(settings, geometry, layer_index)
+
+
+def build_layer(sparse: SparseAttentionConfig, geometry: AttentionGeometry, layer_index: int) -> SparseMethod:
+    """Build the method module of one layer of a plan whose layers count from the front.
+
+    Raises:
+        ConfigError: Unknown method, unknown setting or bad value.
+    """
+    rules = sparse.for_layer(layer_index, geometry.num_kv_heads)
+    if len(rules) == 1:
+        return build_method(rules[0], geometry, layer_index)
+    parts = []
+    for rule in rules:
+        method, settings = read_rule(rule, f"layer {layer_index}")
+        for heads in [rule.heads] if method.couples_heads else neighbours(rule.heads):
+            parts.append(HeadPart(method=method, settings=settings, heads=heads))
+    return HeadMix(tuple(sorted(parts, key=lambda part: part.heads)), geometry, layer_index)

@@ -1,0 +1,155 @@
+"""Methods with one softmax over what they choose; the same weights also run as dense attention."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_convert.config import AttentionGeometry
+from nsa_convert.kernels.attention import dense_attention, sparse_attention
+from nsa_convert.methods.parts.base import AttentionInputs, IndexSize, SparseMethod
+from nsa_convert.methods.parts.index import Index
+from nsa_convert.methods.parts.index_losses import index_kl, listed_tokens, visible_tokens
+from nsa_convert.methods.parts.losses import attention_mass, sample_queries
+from nsa_convert.methods.parts.training_mode import TrainingMode
+from nsa_convert.patterns import Pattern, TokenSelection
+
+NO_REUSE = -1
+"""``reuse_from`` of a layer that chooses for itself."""
+
+
+class SelectingMethod(SparseMethod):
+    """Dense in ``mode: full`` and while the context fits the budget, else attention over ``choose``.
+
+    With ``reuse_from`` a layer attends to what an earlier layer chose and needs no cells, no index and no
+    scores of its own (index sharing, as GLM-5.2 does it for every 4 layers).
+
+    Args:
+        settings: Checked settings with a ``mode``, and a ``rule`` unless :meth:`budget` is overridden.
+        geometry: Sizes of the layer.
+        layer_index: Index of the layer in the model.
+    """
+
+    runs_full = True
+
+    def __init__(self, settings: Any, geometry: AttentionGeometry, layer_index: int) -> None:
+        super().__init__(settings, geometry, layer_index)
+        self.mode = settings.mode
+        self.index: Index | None = None
+        """What a method that learns to choose scores with; it has none while another layer chooses."""
+
+    @property
+    def reuses(self) -> bool:
+        """Whether another layer chooses."""
+        return self.settings.reuse_from != NO_REUSE
+
+    @property
+    def cached_streams(self) -> tuple[str, ...]:
+        """Per-token vectors that are cached."""
+        return () if self.index is None else self.index.cached_streams
+
+    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return index queries and keys."""
+        return {} if self.index is None else self.index.streams(hidden, rotate)
+
+    def index_size(self) -> IndexSize | None:
+        """Return what the index reads of every earlier token."""
+        return None if self.index is None else self.index.size()
+
+    def dense_copies(self) -> dict[str, str]:
+        """Return where the index starts from."""
+        return {} if self.index is None else self.index.dense_copies("index.")
+
+    def choose(self, x: AttentionInputs) -> Pattern:
+        """Return the keys each query sees."""
+        raise NotImplementedError
+
+    def budget(self) -> int:
+        """Return the most keys one query sees in sparse mode."""
+        return self.settings.rule.budget
+
+    def visible_budget(self) -> int:
+        """Return the budget; in full mode a number no context exceeds."""
+        return sys.maxsize if self.mode == "full" else self.budget()
+
+    def keys_per_query(self) -> int | None:
+        """Return the budget, or None in full mode."""
+        return None if self.mode == "full" else self.budget()
+
+    def is_dense(self, x: AttentionInputs) -> bool:
+        """Return whether this call attends to everything."""
+        return self.cover is None and (self.mode == "full" or self.fits(x, self.visible_budget()))
+
+    def forward(self, x: AttentionInputs) -> Tensor:
+        """Attend to what is chosen, or to everything; returns ``[B, TQ, HQ, D]``."""
+        if self.is_dense(x):
+            self.record(x, x.k, {})
+            return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+        pattern = self.selection(x)
+        self.record(x, x.k, {"selected": pattern})
+        o = sparse_attention(x.q, x.k, x.v, pattern, layout=x.layout, scale=x.scale)[0]
+        length = self._unread_length(x)
+        if length is None:
+            return o
+        dense = dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+        return torch.where(length <= self.visible_budget(), dense, o)
+
+    def _unread_length(self, x: AttentionInputs) -> Tensor | None:
+        """Return the length that :meth:`is_dense` goes by where a graph cannot read it and it matters.
+
+        A method that is dense beyond its budget computes both then; else they are the same up to the budget.
+        """
+        same = self.cover is not None or self.visible_budget() <= self.budget()
+        if same or not torch.compiler.is_compiling():
+            return None
+        layout = x.layout
+        if layout.cu_seqlens is not None:
+            return layout.cu_seqlens.diff().max() if layout.max_seqlen is None else None
+        return layout.offset + x.q.shape[1] if isinstance(layout.offset, Tensor) else None
+
+    def selection(self, x: AttentionInputs) -> Pattern:
+        """Return what this layer chooses, or what the layer it reuses has chosen in this pass.
+
+        Raises:
+            ValueError: That layer attended densely or did not run.
+        """
+        if not self.reuses:
+            pattern = x.shared[self.layer_index, self.heads] = self.choose(x)
+            return pattern
+        source = self.settings.reuse_from
+        if (source, self.heads) not in x.shared:
+            raise ValueError(
+                f"layer {self.layer_index} reuses the selection of layer {source}, which made none"
+            )
+        return x.shared[source, self.heads]
+
+    def index_scores(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the scores of the index for sampled queries ``[NQ]``, with gradient.
+
+        Returns:
+            ``[B, h, NQ, TK]``, one row of scores for each list of a query.
+        """
+        raise NotImplementedError
+
+    def auxiliary_losses(
+        self, x: AttentionInputs, sparse: Tensor | None, dense: Tensor | None, mode: TrainingMode
+    ) -> dict[str, Tensor]:
+        """Add ``index_kl``: over all tokens while the stream is dense, else over the selected ones."""
+        losses = super().auxiliary_losses(x, sparse, dense, mode)
+        if self.index is None or "index_kl" not in mode.losses:
+            return losses
+        queries = sample_queries(x, mode.step)
+        mass = attention_mass(x.q, x.k, queries, x.layout, x.scale)  # [B, H, NQ, TK]
+        scores = self.index_scores(x, queries, mass.dtype)
+        seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)
+        if mode.stream in ("ordinary", "sparse") and not self.is_dense(x):
+            chosen = x.shared.get((self.layer_index, self.heads))  # the forward of this call made it
+            chosen = self.choose(x) if chosen is None else chosen
+            blocks = chosen.as_blocks() if isinstance(chosen, TokenSelection) else chosen
+            seen = seen & listed_tokens(blocks.block_indices[:, :, queries], relative, blocks.block_size)
+        mass = mass.unflatten(1, (scores.shape[1], -1)).mean(2)  # mean over the heads that share a list
+        return {**losses, "index_kl": index_kl(mass, scores, seen, mode.total)}

@@ -1,0 +1,41 @@
+"""What a training step asks of every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from nsa_convert.methods.parts.losses import Total, own
+
+CHOICE_LOSSES = ("index_kl", "score_kl")
+"""Auxiliary losses without which what chooses does not learn: a choice of keys passes no gradient on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingMode:
+    """What a training step asks of every layer.
+
+    It travels as an argument of the call, so a layer that gradient checkpointing runs a second time does the
+    same thing again, and every process of a step agrees.
+
+    Attributes:
+        stream: Which output the residual stream carries: ``"ordinary"`` (that of a forward without a training
+            mode), ``"sparse"``, ``"full"`` (the method's own dense mode, gates included) or ``"teacher"``
+            (dense attention as the dense model has it, no new weight).
+        losses: Names of the auxiliary losses wanted, in this order.
+        weights: Weight of each in the model's loss, of the sum over the layers; empty where the model only
+            reports them.
+        cross_entropy: Weight of the next-token loss in the model's loss.
+        teacher_kl: Weight of the divergence of the model's logits from those of dense attention.
+        step: Number of the optimizer step; losses on a sample of the queries draw it from this.
+        total: Adds a tensor over the processes that share the queries of a row; losses are ratios of such
+            sums.
+    """
+
+    stream: Literal["ordinary", "sparse", "full", "teacher"] = "sparse"
+    losses: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    cross_entropy: float = 1.0
+    teacher_kl: float = 0.0
+    step: int = 0
+    total: Total = own

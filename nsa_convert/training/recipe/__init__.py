@@ -1,0 +1,1 @@
+"""Recipes as data: read strictly, every problem at once."""

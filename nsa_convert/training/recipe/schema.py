@@ -1,0 +1,313 @@
+"""Recipes as data: which model, which method, which stages; read strictly, all problems at once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from nsa_convert.config import SparseAttentionConfig, raise_problems
+from nsa_convert.errors import ConfigError
+from nsa_convert.redaction import secret_places
+from nsa_convert.strict_files import read_mapping
+from nsa_convert.training.recipe.fields import read_dataclass
+from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, RopeScaling, Source
+
+SCHEMA = 1
+"""Version of the recipe format; a newer one is refused."""
+UNBOUND_KEYS = ("out", "schema", "report_to", "measure", "fsdp", "tensor", "context", "alarms")
+UNBOUND_STAGE_KEYS = ("save_every", "log_every", "keep", "checkpointing", "micro_batch")
+"""Keys that decide no number of a run, so that a resume may change them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: Names the stage in folders, logs and ``--set stages.NAME.key=value``.
+        kind: ``align`` (the new weights against dense attention, layer by layer), ``pretrain`` (next token),
+            ``extend`` (the same on longer sequences) or ``sft`` (chats, TRL).
+        train: ``new`` (weights that conversion added), ``attention`` (all of the attention layers), ``all``,
+            or ``lora`` (adapters, and the new weights whole).
+        seq_len: Tokens in a row.
+        tokens: Budget of the stage.
+        batch_tokens: Tokens of one optimizer step, over all processes.
+        micro_batch: Rows of one forward pass on one device.
+        data: The mixture.
+        lr: Learning rate of the dense weights (of the adapters with ``lora``).
+        lr_new: Learning rate of the new weights; ``lr`` when left out.
+        schedule: Form of the decay after the warm-up.
+        warmup: Share of the steps.
+        min_lr: Learning rate at the end, as a share of the peak.
+        weight_decay: On matrices of dense weights; new weights and vectors have none.
+        betas: Of AdamW.
+        clip: Largest norm of the gradient; 0 for no limit.
+        cross_entropy: Weight of the next-token loss; 1, or 0 in ``align``.
+        losses: Weight of each auxiliary loss of the method, by name; the method's own when left out.
+        teacher_kl: Weight of the KL from the logits of dense attention over the same weights, which a second
+            forward pass computes; in steps with the sparse stream.
+        full_ratio: Share of the steps whose residual stream carries dense attention; 0.5 where the method
+            trains two streams (SSA), else 0. MoBA's published schedule is a last stage with 1.
+        rope: RoPE scaling set at the start of the stage.
+        lora: Adapters; used with ``train: lora``.
+        checkpointing: Recompute activations in the backward pass.
+        save_every: Steps between checkpoints; 0 for none but the last.
+        log_every: Steps between progress lines.
+        keep: Checkpoints kept.
+    """
+
+    name: str
+    kind: Literal["align", "pretrain", "extend", "sft"]
+    train: Literal["new", "attention", "all", "lora"]
+    seq_len: int
+    tokens: int
+    batch_tokens: int
+    data: tuple[Source, ...]
+    micro_batch: int = 1
+    lr: float = 1e-5
+    lr_new: float | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.02
+    min_lr: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, ...] = (0.9, 0.95)
+    clip: float = 1.0
+    cross_entropy: float | None = None
+    losses: Mapping[str, float] | None = None
+    teacher_kl: float = 0.0
+    full_ratio: float | None = None
+    rope: RopeScaling | None = None
+    lora: Lora | None = None
+    checkpointing: bool = False
+    save_every: int = 0
+    log_every: int = 10
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        raise_problems([*self._size_problems(), *self._rate_problems(), *self._kind_problems()], code="RC08")
+
+    def _size_problems(self) -> list[str]:
+        problems = []
+        for key in ("seq_len", "tokens", "batch_tokens", "micro_batch", "log_every", "keep"):
+            least = 2 if key == "seq_len" else 1
+            if getattr(self, key) < least:
+                problems.append(f"{key} must be >= {least}, got {getattr(self, key)}")
+        if not problems:
+            rows = self.seq_len * self.micro_batch
+            if self.batch_tokens % rows:
+                problems.append(
+                    f"batch_tokens {self.batch_tokens} is not a multiple of micro_batch * seq_len = {rows}"
+                )
+            if self.tokens < self.batch_tokens:
+                problems.append(
+                    f"a budget of {self.tokens} tokens is below one step of {self.batch_tokens} tokens"
+                )
+        if self.save_every < 0:
+            problems.append(f"save_every must be >= 0, got {self.save_every}")
+        if not self.data:
+            problems.append("data is empty")
+        return problems
+
+    def _rate_problems(self) -> list[str]:
+        problems = []
+        for key in ("lr", "lr_new"):
+            value = getattr(self, key)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                problems.append(f"{key} must be a positive number, got {value}")
+        for key in ("warmup", "min_lr", "full_ratio"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                problems.append(f"{key} must be between 0 and 1, got {value}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            problems.append(f"betas must be two numbers from 0 and below 1, got {list(self.betas)}")
+        if self.weight_decay < 0 or self.clip < 0:
+            problems.append(f"weight_decay and clip must be >= 0, got {self.weight_decay} and {self.clip}")
+        weights = {"cross_entropy": self.cross_entropy or 0.0, "teacher_kl": self.teacher_kl}
+        weights |= self.losses or {}
+        problems += [
+            f"the weight of {name} must be a number from 0, got {weight}"
+            for name, weight in weights.items()
+            if not (weight >= 0 and math.isfinite(weight))
+        ]
+        return problems
+
+    def _kind_problems(self) -> list[str]:
+        problems = []
+        if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
+            problems.append(f"name must be letters, digits, - and _, got {self.name!r}")
+        if self.kind == "align" and self.train in ("all", "lora"):
+            problems.append(f"kind align trains new or attention, got {self.train}")
+        if self.kind == "align" and self.cross_entropy:
+            problems.append("kind align has no next-token loss; leave cross_entropy out")
+        if self.kind == "align" and self.teacher_kl:
+            problems.append("kind align has the dense model in its stream; leave teacher_kl out")
+        if self.lora is not None and self.train != "lora":
+            problems.append("lora has settings, but train is not lora")
+        if self.kind == "sft" and any(source.kind in GENERATED for source in self.data):
+            problems.append("kind sft needs chats: data of kind jsonl, parquet or hub")
+        return problems
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; the budget rounded down to whole steps."""
+        return self.tokens // self.batch_tokens
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, over all processes."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def adapters(self) -> Lora:
+        """LoRA settings, given or default."""
+        return self.lora or Lora()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A model, a plan of sparse attention, and the stages that train it.
+
+    Attributes:
+        model: Folder, Hub id or .gguf file of a dense or converted model, ``demo``, or a fresh model.
+        out: Folder for checkpoints, logs and the trained model.
+        stages: What is trained, in order.
+        sparse_attention: The plan as ``convert`` takes it; None trains the model as it is.
+        schema: Version of the recipe format.
+        seed: Of weights, data order, and the choice of streams.
+        precision: ``fp32``; ``bf16-mixed`` (fp32 weights, bf16 arithmetic); ``bf16`` (bf16 weights).
+        revision: Branch, tag or commit of a Hub model.
+        report_to: Where curves go beside ``log.jsonl``; ``auto`` is tensorboard where it is installed.
+        measure: Let ``--dry-run`` load the model and time two steps of each stage.
+        fsdp: Processes that share each weight (FSDP2): all of them, or 1.
+        tensor: Processes that share the heads and the inner width of every layer: all of them, or 1.
+        context: Processes that share the tokens of every row.
+        alarms: Whether a diverging loss or shut gates ``stop`` the run, or ``warn``.
+    """
+
+    model: str | FreshModel
+    out: str
+    stages: tuple[Stage, ...]
+    sparse_attention: Mapping[str, Any] | None = None
+    schema: int = SCHEMA
+    seed: int = 0
+    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+    revision: str | None = None
+    report_to: Literal["auto", "none", "tensorboard", "trackio", "wandb"] = "auto"
+    measure: bool = False
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    alarms: Literal["stop", "warn"] = "stop"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.schema > SCHEMA:
+            problems.append(
+                f"schema {self.schema} is newer than this version, which reads {SCHEMA}; update nsa-convert"
+            )
+        elif self.schema < 1:
+            problems.append(f"schema {self.schema} is not known; this version reads {SCHEMA}")
+        if not self.stages:
+            problems.append("stages is empty")
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            problems.append(f"stages share a name: {', '.join(twice)}")
+        if self.seed < 0:
+            problems.append(f"seed must be >= 0, got {self.seed}")
+        for key in ("fsdp", "tensor", "context"):
+            if getattr(self, key) < 1:
+                problems.append(f"{key} counts processes, from 1, got {getattr(self, key)}")
+        if self.sparse_attention is not None:
+            try:
+                SparseAttentionConfig.from_dict(self.sparse_attention)
+            except ConfigError as error:
+                problems.append(error.message)
+        raise_problems(problems, code="RC08")
+
+    @property
+    def plan(self) -> SparseAttentionConfig | None:
+        """The plan of sparse attention."""
+        if self.sparse_attention is None:
+            return None
+        return SparseAttentionConfig.from_dict(self.sparse_attention)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that :func:`recipe_from_dict` reads."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def fingerprint(self, stage: int) -> str:
+        """Return a hash of all that decides the numbers of a stage: what a resumed run must agree with."""
+        values = self.to_dict()
+        rows = [dict(row) for row in values.pop("stages")[: stage + 1]]
+        for key in UNBOUND_KEYS:
+            values.pop(key)
+        for row in rows:
+            for key in UNBOUND_STAGE_KEYS:
+                row.pop(key)
+        text = json.dumps({**values, "stages": rows}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: YAML file.
+        overrides: Dotted key -> value, such as ``stages.align.tokens``; applied before anything is checked.
+
+    Raises:
+        ConfigError: A syntax error, or every unknown key, wrong type and impossible value in one message.
+    """
+    return recipe_from_dict(read_mapping(path), overrides, where=path.name)
+
+
+def recipe_from_dict(
+    values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, where: str = "recipe"
+) -> Recipe:
+    """Build a recipe from plain values; see :func:`read_recipe`."""
+    values, problems = copy.deepcopy(dict(values)), []
+    if secrets := [*secret_places(values), *secret_places(dict(overrides or {}))]:
+        raise ConfigError(
+            f"{where}: {', '.join(secrets)} is a secret, which does not belong in a recipe",
+            code="RC14",
+            where=where,
+            hint="remove it, and set HF_TOKEN (or WANDB_API_KEY) in the environment, or `hf auth login`",
+        )
+    for key, value in (overrides or {}).items():
+        _override(values, key.split("."), value, key, problems)
+    recipe = read_dataclass(Recipe, values, where, problems)
+    raise_problems(
+        [line.removeprefix(f"{where}: ") if len(problems) == 1 else line for line in problems],
+        code="RC08",
+        hint="docs/training.md lists every key; secrets such as HF_TOKEN belong in the environment",
+    )
+    assert recipe is not None
+    return recipe
+
+
+def _override(values: Any, path: Sequence[str], value: Any, key: str, problems: list[str]) -> None:
+    """Set one dotted key; stages are named by their name or their number."""
+    for part in path[:-1]:
+        if isinstance(values, list):
+            names = [row.get("name") if isinstance(row, dict) else None for row in values]
+            if part not in names and not (part.isdigit() and int(part) < len(values)):
+                problems.append(f"--set {key}: there is no '{part}'")
+                return
+            values = values[names.index(part) if part in names else int(part)]
+        elif isinstance(values, dict):
+            if not isinstance(values.get(part), (dict, list)):
+                values[part] = {}
+            values = values[part]
+    if isinstance(values, list) and path[-1].isdigit() and int(path[-1]) < len(values):
+        values[int(path[-1])] = value
+    elif isinstance(values, dict):
+        values[path[-1]] = value
+    else:
+        problems.append(f"--set {key}: there is no '{path[-1]}'")

@@ -1,0 +1,1 @@
+"""A run: its model, its processes, its stages, its checkpoints."""

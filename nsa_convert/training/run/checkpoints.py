@@ -1,0 +1,136 @@
+"""Checkpoints that are whole or absent, and what a resumed run must agree with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nsa_convert.checkpoint.staging import machine_errors
+from nsa_convert.errors import CheckpointError
+from nsa_convert.training.run.trainer_states import OPTIMIZER, SCHEDULER, unreadable
+
+COMPLETE = "complete.json"
+"""Written last; lists the size of every file of a checkpoint."""
+SAVING = ".saving"
+NEEDED = ("trainer_state.json", OPTIMIZER, SCHEDULER, "data_state.json")
+
+
+def step_of(folder: Path) -> int:
+    """Return the optimizer step in a checkpoint's name; -1 for another name."""
+    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(found.group(1)) if found else -1
+
+
+def checkpoints(stage: Path) -> list[Path]:
+    """Return the checkpoint folders of a stage, newest first, whole or not."""
+    found = [path for path in stage.glob("checkpoint-*") if step_of(path) >= 0] if stage.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Note the size of every file and flush all of it: from now on the folder counts as whole."""
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != COMPLETE
+    }
+    (folder / COMPLETE).write_text(json.dumps({"files": files, **facts}, indent=1))
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damage(folder: Path) -> dict[str, str]:
+    """Return file -> what is wrong with it, by name and size; empty for a checkpoint that is whole."""
+    try:
+        facts = json.loads((folder / COMPLETE).read_text())
+        files = dict(facts["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {COMPLETE: f"{COMPLETE} is missing or damaged"}
+    problems = {name: f"{name} is missing" for name in NEEDED if name not in files}
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems[name] = f"{name} is missing"
+        elif path.stat().st_size != size:
+            problems[name] = f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return problems
+
+
+def newest(
+    stage: Path, say: Callable[[str], None], *, partial: bool = False
+) -> tuple[Path | None, frozenset[str]]:
+    """Choose the newest usable checkpoint of a stage, passing over damaged ones with a warning.
+
+    Args:
+        stage: Folder of the stage.
+        say: Called with warnings.
+        partial: Take one whose optimizer, schedule or random states are missing or damaged.
+
+    Returns:
+        The checkpoint, None where there is none at all, and the states to do without.
+
+    Raises:
+        CheckpointError: None of those there are is usable (TR06); one holds code (TR13) or NaN (TR08).
+    """
+    found, first = checkpoints(stage), ""
+    for folder in found:
+        problems = damage(folder)
+        if all(_optional(name) for name in problems):
+            problems |= unreadable(folder, step_of(folder), frozenset(problems))
+        if not problems:
+            return folder, frozenset()
+        reason = "; ".join(problems.values())
+        if partial and all(_optional(name) for name in problems):
+            say(f"warning [TR06]: going on from {folder.name} although {reason}: this is not the same run")
+            return folder, frozenset(problems)
+        first = first or f"{folder.name}: {reason}"
+        say(f"warning [TR05]: {folder} is passed over: {reason}")
+    if found:
+        raise CheckpointError(
+            f"no checkpoint in {stage} is whole ({first})",
+            code="TR06",
+            where=str(stage),
+            hint="--allow-partial-resume goes on where only optimizer, schedule or random states are "
+            "missing, with other numbers; or remove the folder to begin the stage again",
+        )
+    return None, frozenset()
+
+
+def _optional(name: str) -> bool:
+    """Return whether a run can go on without a file, though not as the same run."""
+    return name in (OPTIMIZER, SCHEDULER) or name.startswith("rng_state")
+
+
+def publish(staging: Path, stage: Path, keep: int) -> Path:
+    """Move a sealed checkpoint to its place, then remove old ones; the newest is never touched."""
+    target = stage / staging.name
+    with machine_errors():
+        if target.exists():
+            remove(target)
+        staging.rename(target)
+        sync(stage)
+        for old in [path for path in checkpoints(stage) if path != target][max(0, keep - 1) :]:
+            remove(old)
+    return target
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; its seal goes first, so that a half-removed one never counts as whole."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / COMPLETE).unlink()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,320 @@
+"""What a recipe will do, by arithmetic: steps, weights trained, memory; and every reason it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa_convert.checkpoint.staging import gigabytes
+from nsa_convert.config import raise_problems
+from nsa_convert.errors import ConfigError, NsaConvertError
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.training.data.sources import describe_source, held_out_overlap, open_source
+from nsa_convert.training.losses import loss_problems, stage_weights
+from nsa_convert.training.recipe.schema import Recipe, Stage
+from nsa_convert.training.recipe.sections import Source
+from nsa_convert.training.run.models import Start, rope_parameters
+from nsa_convert.training.run.parallel import Parallel, method_problems, parallel_of, size_problems
+from nsa_convert.training.run.parallel import stage_problems as sharing_problems
+
+ADAM_BYTES = 8
+"""Two float32 moments per trained weight."""
+LAYER_WIDTHS = 34
+"""Activations a layer keeps for the backward pass, in units of tokens * hidden_size, attention tiled."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage, resolved.
+
+    Attributes:
+        name: Of the stage.
+        kind: Of the stage.
+        train: What is trained.
+        seq_len: Tokens in a row.
+        steps: Optimizer steps.
+        tokens: Tokens that will be read.
+        trained: Weights trained.
+        trained_new: Those of them that conversion added.
+        losses: Loss -> weight.
+        memory: Bytes one device needs: weights, gradients, optimizer, activations.
+        seconds_per_step: Measured, or None.
+        warnings: What will work but may not be meant.
+        data: The sources, with paths resolved.
+    """
+
+    name: str
+    kind: str
+    train: str
+    seq_len: int
+    steps: int
+    tokens: int
+    trained: int
+    trained_new: int
+    losses: Mapping[str, float]
+    memory: int
+    seconds_per_step: float | None = None
+    warnings: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipePlan:
+    """All stages of a recipe, resolved.
+
+    Attributes:
+        model: What it starts from.
+        out: Where it writes.
+        parameters: Weights of the model in all.
+        method: Sparse methods by name, or ``dense``.
+        parallel: How the processes share the work.
+        stages: One plan per stage.
+    """
+
+    model: str
+    out: str
+    parameters: int
+    method: str
+    parallel: Parallel
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings of all stages."""
+        return tuple(f"{stage.name}: {line}" for stage in self.stages for line in stage.warnings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**dataclasses.asdict(self), "warnings": self.warnings}
+
+    def to_text(self) -> str:
+        """Return the plan for people."""
+        lines = [f"{self.model} ({self.parameters:,} weights, {self.method}) -> {self.out}"]
+        lines.append(f"  {self.parallel.to_text()}")
+        for stage in self.stages:
+            losses = " + ".join(
+                name if weight == 1 else f"{weight:g} {name}" for name, weight in stage.losses.items()
+            )
+            lines.append(
+                f"  {stage.name} ({stage.kind}): {stage.steps:,} steps, {stage.tokens:,} tokens in rows of "
+                f"{stage.seq_len:,}"
+            )
+            lines.append(
+                f"    trains {stage.train}: {stage.trained:,} weights, {stage.trained_new:,} of them new; "
+                f"minimises {losses}"
+            )
+            lines.append(f"    reads {', '.join(stage.data)}")
+            time = ""
+            if stage.seconds_per_step is not None:
+                hours = stage.steps * stage.seconds_per_step / 3600
+                time = f"; {stage.seconds_per_step:.2f} s a step, {hours:.2f} h"
+            lines.append(f"    about {gigabytes(stage.memory)} on one device{time}")
+        return "\n".join(lines)
+
+
+def plan_recipe(recipe: Recipe, start: Start, base: Path, *, parallel: Parallel | None = None) -> RecipePlan:
+    """Check a recipe against its model and data, and resolve it.
+
+    Args:
+        recipe: The recipe.
+        start: The model's config.
+        base: Folder that relative data paths start from.
+        parallel: How the processes will share the work; those of this run when left out.
+
+    Raises:
+        ConfigError: Every problem of every stage, in one message.
+    """
+    methods, shapes = start.methods(), weight_shapes(start)
+    problems: list[str] = []
+    plans = []
+    config = dict(start.config)
+    parallel = parallel_of(recipe) if parallel is None else parallel
+    unfit = size_problems(parallel)
+    problems += unfit or method_problems(parallel, methods, config)
+    for stage in recipe.stages:
+        found = stage_problems(stage, methods, config)
+        found += [] if unfit else sharing_problems(parallel, stage)
+        notes: list[str] = []
+        for source in stage.data:
+            try:
+                notes += source_notes(source, base, chats=stage.kind == "sft")
+            except NsaConvertError as error:
+                found.append(error.message)
+        problems += [f"stage {stage.name}: {line}" for line in found]
+        if not found:
+            if stage.rope is not None:
+                config["rope_parameters"], config["max_position_embeddings"] = rope_parameters(
+                    config, stage.rope
+                )
+            resolved = _resolve(stage, recipe, start, methods, shapes, parallel)
+            data = tuple(f"{s.weight:g} {describe_source(s, base)}" for s in stage.data)
+            plans.append(dataclasses.replace(resolved, data=data, warnings=(*resolved.warnings, *notes)))
+    raise_problems(problems, code="RC09", hint="no weight was read; correct the recipe and run again")
+    names = sorted({method.spec.name for method in methods})
+    return RecipePlan(
+        model=recipe.model if isinstance(recipe.model, str) else f"fresh {recipe.model.family}",
+        out=str(Path(recipe.out).resolve()),
+        parameters=sum(shapes.values()),
+        method=", ".join(names) or "dense",
+        parallel=parallel,
+        stages=tuple(plans),
+    )
+
+
+def source_notes(source: Source, base: Path, *, chats: bool) -> list[str]:
+    """Open a source; return what a user should know of it.
+
+    Raises:
+        NsaConvertError: It cannot be read.
+    """
+    documents = open_source(source, base, chats=chats)
+    shared, held = held_out_overlap(source, base)
+    if not shared:
+        return list(documents.notes)
+    return [
+        *documents.notes,
+        f"{shared} of {held} held-out documents of {describe_source(source, base)} are also in the training "
+        "part: an evaluation on them says too much",
+    ]
+
+
+def stage_problems(stage: Stage, methods: Sequence[SparseMethod], config: Mapping[str, Any]) -> list[str]:
+    """Return why a stage cannot run on this model."""
+    problems = loss_problems(stage, methods)
+    positions = config.get("max_position_embeddings")
+    if stage.rope is not None:
+        try:
+            _, positions = rope_parameters(config, stage.rope)
+        except ConfigError as error:
+            problems.append(error.message)
+    if positions and stage.seq_len > positions:
+        problems.append(
+            f"seq_len {stage.seq_len} is beyond the model's {positions} positions; shorten it, or set rope"
+        )
+    settings = [leaf.settings for method in methods for leaf in method.leaves()]
+    sizes = {size for s in settings if (size := getattr(s, "block_size", None))}
+    if sizes and stage.seq_len < max(sizes):
+        problems.append(f"seq_len {stage.seq_len} is below a block of {max(sizes)} tokens; lengthen it")
+    new = sum(parameter.numel() for method in methods for parameter in method.parameters())
+    if stage.train == "new" and not new:
+        what = "the plan adds no weights" if methods else "the model is dense"
+        problems.append(f"train is new, but {what}; train attention or all, or leave the stage out")
+    if stage.kind == "align" and not methods:
+        problems.append("kind align needs a sparse model: the recipe has no sparse_attention")
+    return problems
+
+
+def stage_warnings(recipe: Recipe, stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
+    """Return what will work but may not be meant."""
+    lines = []
+    if recipe.precision == "bf16":
+        lines.append(
+            "precision bf16 keeps the weights in bfloat16, where AdamW loses most updates by rounding (93 % "
+            "at a learning rate of 2e-5) and all weight decay; bf16-mixed does not"
+        )
+    budgets = [method.visible_budget() for method in methods if method.keys_per_query() is not None]
+    if budgets and stage.seq_len <= min(budgets):
+        lines.append(
+            f"rows of {stage.seq_len} tokens fit the visible budget of {min(budgets)}: nothing is hidden, "
+            "so nothing is learned about selection"
+        )
+    left = stage.tokens % stage.batch_tokens
+    if left:
+        lines.append(f"the budget is rounded down by {left} tokens to {stage.steps} whole steps")
+    return lines
+
+
+def weight_shapes(start: Start) -> dict[str, int]:
+    """Return parameter name -> numbers in it, of the model that will be trained; nothing is allocated."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from nsa_convert.patch.models import config_class, model_classes
+
+    values = dict(start.config)
+    model_type = values.pop("model_type")
+    for key in ("transformers_version", "auto_map", "architectures"):
+        values.pop(key, None)
+    with torch.device("meta"):
+        if start.plan is None:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+        else:
+            config = config_class(start.family)(**{**values, "sparse_attention": start.plan.to_dict()})
+            model = model_classes(start.family)["ForCausalLM"](config)
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+
+def is_trained(name: str, train: str) -> bool:
+    """Return whether a weight is trained, by its name; LoRA's own weights are added by peft."""
+    if ".self_attn.sparse." in name:
+        return True
+    return train == "all" or (train == "attention" and ".self_attn." in name)
+
+
+def _resolve(
+    stage: Stage,
+    recipe: Recipe,
+    start: Start,
+    methods: Sequence[SparseMethod],
+    shapes: Mapping[str, int],
+    parallel: Parallel,
+) -> StagePlan:
+    trained = sum(size for name, size in shapes.items() if is_trained(name, stage.train))
+    new = sum(size for name, size in shapes.items() if ".self_attn.sparse." in name)
+    if stage.train == "lora":
+        trained += _adapter_size(stage, start)
+    default = 0.0 if stage.kind == "align" else 1.0
+    cross_entropy = default if stage.cross_entropy is None else stage.cross_entropy
+    losses = {"cross_entropy": cross_entropy} if cross_entropy else {}
+    losses |= {"teacher_kl": stage.teacher_kl} if stage.teacher_kl else {}
+    return StagePlan(
+        name=stage.name,
+        kind=stage.kind,
+        train=stage.train,
+        seq_len=stage.seq_len,
+        steps=stage.steps,
+        tokens=stage.steps * stage.batch_tokens,
+        trained=trained,
+        trained_new=new,
+        losses={**losses, **stage_weights(stage, methods)},
+        memory=_memory(stage, recipe, start, sum(shapes.values()), trained, parallel),
+        warnings=tuple(stage_warnings(recipe, stage, methods)),
+    )
+
+
+def _adapter_size(stage: Stage, start: Start) -> int:
+    g, config = start.geometry, start.config
+    q, kv, inner = g.num_query_heads * g.head_dim, g.num_kv_heads * g.head_dim, config["intermediate_size"]
+    sizes = {
+        "q_proj": g.hidden_size + q,
+        "k_proj": g.hidden_size + kv,
+        "v_proj": g.hidden_size + kv,
+        "o_proj": q + g.hidden_size,
+        "gate_proj": g.hidden_size + inner,
+        "up_proj": g.hidden_size + inner,
+        "down_proj": inner + g.hidden_size,
+    }
+    lora = stage.adapters
+    return config["num_hidden_layers"] * lora.rank * sum(sizes.get(name, 0) for name in lora.targets)
+
+
+def _memory(stage: Stage, recipe: Recipe, start: Start, total: int, trained: int, parallel: Parallel) -> int:
+    """Estimate bytes on one device.
+
+    Weights, gradients and AdamW's moments, shared by the processes of one copy; per layer
+    ``LAYER_WIDTHS`` hidden widths of activations, or one with checkpointing plus one layer at work; logits
+    and their gradient in float32.
+    """
+    weight = 2 if recipe.precision == "bf16" else 4
+    number = 4 if recipe.precision == "fp32" else 2
+    static = (total * weight + trained * (weight + ADAM_BYTES)) // parallel.weight_parts
+    rows = stage.micro_batch * stage.seq_len // parallel.context
+    width = start.config["hidden_size"] * number * rows
+    layers = start.config["num_hidden_layers"]
+    kept = layers * width + LAYER_WIDTHS * width if stage.checkpointing else layers * LAYER_WIDTHS * width
+    logits = 0 if stage.kind == "align" else rows * start.config["vocab_size"] * 4 * 2
+    logits *= 3 if stage.teacher_kl else 1
+    return static + kept + logits

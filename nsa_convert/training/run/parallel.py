@@ -1,0 +1,170 @@
+"""How the processes of a run share its work: weights (FSDP2), the heads of a layer, the tokens of a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.patch.tensor_parallel import tensor_problems
+
+if TYPE_CHECKING:
+    from nsa_convert.training.recipe.schema import Recipe, Stage
+
+SHARDING_SINCE = (5, 19)
+"""Version of transformers whose Trainer leaves a model that is cut already as it is."""
+CONTEXT_METHODS = ("nsa", "ssa", "full", "dsa", "msa", "moba", "infllm_v2")
+"""Methods whose queries can be a part of the row."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How processes share the work.
+
+    Attributes:
+        processes: Of the run.
+        fsdp: Processes that share each weight (FSDP2).
+        tensor: Neighbouring processes that share the heads and the inner width of every layer.
+        context: Neighbouring processes that share the tokens of every row.
+    """
+
+    processes: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def data(self) -> int:
+        """Groups of processes that read different rows."""
+        return max(1, self.processes // (self.tensor * self.context))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are cut while they are loaded."""
+        return self.fsdp > 1 or self.tensor > 1
+
+    @property
+    def weight_parts(self) -> int:
+        """Processes that hold one copy of the weights together."""
+        return self.fsdp * self.tensor
+
+    def to_text(self) -> str:
+        """Return the plan for people."""
+        count = f"{self.processes} process" + ("es" if self.processes > 1 else "")
+        each = {
+            "every weight shared by {} (FSDP2)": self.fsdp,
+            "the heads of a layer by {} (tensor)": self.tensor,
+            "a row by {} (context)": self.context,
+        }
+        parts = [text.format(size) for text, size in each.items() if size > 1]
+        if self.processes > 1:
+            parts.append(f"{self.data} of them read different rows" if self.data > 1 else "all read one row")
+        return "; ".join([count, *parts])
+
+
+def world_size() -> int:
+    """Return how many processes torchrun or accelerate started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def parallel_of(recipe: Recipe, processes: int | None = None) -> Parallel:
+    """Return how a recipe's run shares its work among ``processes``, those of the run when left out."""
+    count = world_size() if processes is None else processes
+    return Parallel(processes=count, fsdp=recipe.fsdp, tensor=recipe.tensor, context=recipe.context)
+
+
+def planned(recipe: Recipe) -> Parallel:
+    """Return what ``--dry-run`` plans: the processes there are, or the fewest the recipe's keys take."""
+    count = world_size()
+    if count == 1:
+        count = max(recipe.tensor, recipe.fsdp, recipe.context)
+    return parallel_of(recipe, count)
+
+
+def can_shard() -> bool:
+    """Return whether this transformers trains models whose weights are cut while they load."""
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= SHARDING_SINCE
+
+
+def size_problems(parallel: Parallel) -> list[str]:
+    """Return why these keys do not fit the number of processes."""
+    count, fsdp, tensor, context = dataclasses.astuple(parallel)
+    how = f"start it with torchrun --nproc-per-node N, or change the keys (the run has {count})"
+    if tensor > 1 and context > 1:
+        return [f"tensor {tensor} and context {context} cannot be combined; set one of them to 1"]
+    problems = []
+    if parallel.sharded and not can_shard():
+        problems.append(
+            "fsdp and tensor need transformers {}.{} or newer, ".format(*SHARDING_SINCE)
+            + f"whose Trainer takes models that are cut while they load; this is {transformers.__version__}"
+        )
+    if tensor > 1 and (count != tensor or fsdp > 1):
+        problems.append(f"tensor {tensor} takes {tensor} processes and fsdp 1 (got fsdp {fsdp}); {how}")
+    elif fsdp not in (1, count):
+        allowed = f"1 or {count}" if count > 1 else "1"
+        problems.append(f"fsdp {fsdp} does not fit: with {count} processes it can be {allowed}; {how}")
+    if context > 1 and count % context:
+        problems.append(f"context {context} takes a multiple of {context} processes; {how}")
+    return problems
+
+
+def method_problems(
+    parallel: Parallel, methods: Sequence[SparseMethod], config: Mapping[str, Any]
+) -> list[str]:
+    """Return why the layers of this model cannot be shared that way."""
+    problems = []
+    rows = config["vocab_size"]
+    if parallel.fsdp > 1 and config.get("tie_word_embeddings") and rows % parallel.fsdp:
+        # torch pads both of the two parameters it sees, each for itself: one of them misses every update.
+        problems.append(f"fsdp {parallel.fsdp} has to divide the {rows} rows of tied embeddings")
+    if parallel.tensor > 1:
+        problems += tensor_problems(methods, config, parallel.tensor)
+    if parallel.context > 1:
+        problems += context_problems(methods)
+    return problems
+
+
+def context_problems(methods: Sequence[SparseMethod]) -> list[str]:
+    """Return why the queries of the layers cannot be a part of the row."""
+    if not methods:
+        return ["context needs a sparse model: the attention of a dense one sees its own tokens only"]
+    leaves = [leaf for method in methods for leaf in method.leaves()]
+    problems = _unknown("context", leaves, CONTEXT_METHODS)
+    mixing = sorted({m.spec.name for m in leaves if m.key_taps > 1})
+    if mixing:
+        problems.append(
+            f"context: key_conv of {', '.join(mixing)} needs tokens of other processes; set it to 0"
+        )
+    return problems
+
+
+def _unknown(key: str, methods: Sequence[SparseMethod], known: Sequence[str]) -> list[str]:
+    return [
+        f"{key} knows {', '.join(known)}, not {name}"
+        for name in sorted({m.spec.name for m in methods} - set(known))
+    ]
+
+
+def stage_problems(parallel: Parallel, stage: Stage) -> list[str]:
+    """Return why a stage cannot be shared that way."""
+    problems = []
+    if stage.rows_per_step % (stage.micro_batch * parallel.data):
+        problems.append(
+            f"a step of {stage.rows_per_step} rows cannot be shared by {parallel.data} processes with "
+            f"micro_batch {stage.micro_batch}"
+        )
+    if parallel.tensor > 1 and stage.train == "lora":
+        problems.append("tensor cannot be combined with train: lora; use fsdp or context")
+    if parallel.context == 1:
+        return problems
+    if stage.kind == "sft":
+        problems.append("context cannot be combined with kind sft, whose rows TRL packs; use fsdp or tensor")
+    if stage.micro_batch > 1:
+        problems.append(f"context takes rows one by one: micro_batch must be 1, got {stage.micro_batch}")
+    if stage.seq_len % parallel.context:
+        problems.append(f"seq_len {stage.seq_len} is not a multiple of context {parallel.context}")
+    return problems

@@ -1,0 +1,325 @@
+"""Run a recipe: stage after stage, each from the model the one before left, resumable at any point."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nsa_convert.checkpoint.staging import exclusive, machine_errors, staged
+from nsa_convert.checkpoint.trained import seal_trained
+from nsa_convert.errors import NsaConvertError, UsageError
+from nsa_convert.kernels.common.backend import use_backend
+from nsa_convert.training.recipe.schema import Recipe
+from nsa_convert.training.run.callbacks import StopOnSignal
+from nsa_convert.training.run.checkpoints import newest, step_of
+from nsa_convert.training.run.distributed import from_main, join_processes
+from nsa_convert.training.run.failures import KernelFailure, explained
+from nsa_convert.training.run.forecast import plan_recipe
+from nsa_convert.training.run.logs import trim_log
+from nsa_convert.training.run.models import Start, quiet, read_start, save_model
+from nsa_convert.training.run.parallel import Parallel, world_size
+from nsa_convert.training.run.resume import RUN_FILE, Allow, check_resume, stage_facts
+from nsa_convert.training.run.stages import (
+    MODEL,
+    check_data,
+    frozen_hash,
+    load_base,
+    load_stage_model,
+    make_trainer,
+    stage_folder,
+    stage_tokenizer,
+)
+from nsa_convert.training.run.trainer import Say, StageTrainer
+
+NOTHING = Allow()
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its state was saved.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """What a run did.
+
+    Attributes:
+        out: Folder of the run.
+        model: Folder of the trained model.
+        stages: Stage -> steps, seconds and last log line.
+    """
+
+    out: str
+    model: str
+    stages: dict[str, dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+    def to_text(self) -> str:
+        """Return the report for people."""
+        lines = []
+        for name, facts in self.stages.items():
+            last = facts.get("last", {})
+            loss = f", last loss {last['loss']:.4f}" if "loss" in last else ""
+            lines.append(f"{name}: {facts['steps']} steps{loss}")
+        return "\n".join([*lines, f"the trained model: {self.model}"])
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT instead of dying; a second one ends the process at once."""
+
+    def __init__(self, say: Say) -> None:
+        self.number = 0
+        self._say = say
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch the signals inside the block; does nothing outside the main thread."""
+        try:
+            before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, *_: Any) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        self._say("a signal came: saving after this step (once more to stop at once)")
+
+
+def train_recipe(
+    recipe: Recipe,
+    folder: Path | None,
+    *,
+    base: Path,
+    resume: bool = False,
+    say: Say = lambda line: None,
+    allow: Allow = NOTHING,
+) -> TrainingReport:
+    """Run all stages of a recipe.
+
+    Args:
+        recipe: The recipe.
+        folder: Checkpoint the recipe names; None for a fresh model.
+        base: Folder that relative data paths start from.
+        resume: Go on with the run in ``recipe.out``.
+        say: Called with progress lines.
+        allow: What may differ from an exact run.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: The recipe cannot run; every reason, before a weight is read.
+        UsageError: ``out`` is taken, or another process works there.
+        CheckpointError: ``resume`` from another run, or nothing whole to resume from.
+        CheckFailedError: A loss or gradient that is no number, or an alarm.
+        MachineError: No memory, no space.
+        BackendError: A kernel does not compile.
+        Interrupted: A signal came; the state is saved.
+    """
+    start = read_start(recipe, folder)
+    for line in plan_recipe(recipe, start, base).warnings:
+        say(f"warning: {line}")
+    check_data(recipe, start, base)
+    out = Path(recipe.out)
+    if world_size() > 1:
+        join_processes()
+    # The main process alone: it writes there as soon as it may, which others must not mistake for an old run.
+    from_main(lambda: _check_out(out, resume))
+    signals = Signals(say)
+    with exclusive(out), signals.caught():
+        check_resume(recipe, start)
+        if _is_main():
+            write_recipe(recipe, out / RUN_FILE)
+        run = _Run(recipe, start, base, signals, say, allow)
+        try:
+            report = run.stages()
+        except KernelFailure as error:
+            if not allow.eager_fallback:
+                raise
+            say(f"warning [TR20]: {error.message}; going on with plain torch, slower")
+            with use_backend("torch"):
+                report = run.stages()
+    final = out / recipe.stages[-1].name / MODEL
+    return TrainingReport(out=str(out), model=str(final), stages=report)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe with every key resolved; the file is whole or absent."""
+    import yaml
+
+    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    aside = path.with_suffix(".tmp")
+    with machine_errors():
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    begun = (out / RUN_FILE).is_file()
+    if resume or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    what = "holds a run already" if begun else "exists and holds something else"
+    raise UsageError(
+        f"{out} {what}",
+        code="TR15",
+        where=str(out),
+        hint="--resume goes on with it; --set out=ANOTHER starts beside it"
+        if begun
+        else "choose another out",
+    )
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The stages of a run, one after another; each call goes on where the last one ended."""
+
+    recipe: Recipe
+    start: Start
+    base: Path
+    signals: Signals
+    say: Say
+    allow: Allow
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Train what is not done yet; return stage -> report."""
+        return {stage.name: self._stage(index) for index, stage in enumerate(self.recipe.stages)}
+
+    def _stage(self, index: int) -> dict[str, Any]:
+        recipe, stage, say = self.recipe, self.recipe.stages[index], self.say
+        place = stage_folder(recipe, index)
+        done = place / MODEL / "stage.json"
+        if done.is_file():
+            say(f"{stage.name}: done already")
+            return json.loads(done.read_text())
+        checkpoint, lost = from_main(lambda: newest(place, say, partial=self.allow.partial_resume))
+        tokenizer = stage_tokenizer(recipe, index, self.start, self.base)
+        with explained(stage):
+            model = load_stage_model(recipe, index, self.start, checkpoint)
+            trainer = self._trainer(index, model, tokenizer, checkpoint, lost)
+            begin = time.perf_counter()
+            frozen = frozen_hash(model)
+            with quiet():
+                trainer.train_from(checkpoint)
+        if self.signals.number:
+            raise Interrupted(self.signals.number)
+        if frozen_hash(model) != frozen:
+            raise NsaConvertError(f"stage {stage.name}: a weight that is not trained changed", code="TR17")
+        report = {
+            "facts": trainer.facts,
+            "steps": trainer.state.global_step,
+            "seconds": round(time.perf_counter() - begin, 2),
+            "last": next((row for row in reversed(trainer.state.log_history) if "loss" in row), {}),
+        }
+        seal = lambda folder: _seal(folder, recipe, index, self.start, report)  # noqa: E731
+        whole = lambda: load_base(recipe, index, self.start, Parallel())  # noqa: E731
+        finish_stage(trainer, tokenizer, place, report, seal, whole)
+        return report
+
+    def _trainer(
+        self, index: int, model: Any, tokenizer: Any, checkpoint: Path | None, lost: frozenset[str]
+    ) -> StageTrainer:
+        """Return the trainer of a stage, its data where the checkpoint left them."""
+        recipe, stage, place = self.recipe, self.recipe.stages[index], stage_folder(self.recipe, index)
+        if _is_main():
+            place.mkdir(parents=True, exist_ok=True)
+            step = 0 if checkpoint is None else step_of(checkpoint)
+            trim_log(Path(recipe.out) / "log.jsonl", stage.name, step)
+        facts = stage_facts(recipe, index, self.start)
+        trainer = make_trainer(recipe, index, model, tokenizer, self.base, facts, self.say, lost)
+        trainer.add_callback(StopOnSignal(self.signals))
+        if checkpoint is not None:
+            trainer.restore_data(checkpoint, allow_change=self.allow.data_change)
+            self.say(f"{stage.name}: going on after step {step_of(checkpoint)}")
+        return trainer
+
+
+def _seal(folder: Path, recipe: Recipe, index: int, start: Start, report: dict[str, Any]) -> None:
+    """Write what the trained folder needs to be verified, described and published."""
+    stage = recipe.stages[index]
+    row = {"name": stage.name, "kind": stage.kind, "tokens": report["steps"] * stage.batch_tokens}
+    before = stage_folder(recipe, index - 1) / MODEL if index else start.folder
+    named = recipe.model if isinstance(recipe.model, str) else "a fresh model"
+    seal_trained(
+        folder,
+        recipe=recipe.to_dict(),
+        stages=[{**row, "steps": report["steps"], "seq_len": stage.seq_len}],
+        source=before,
+        source_id=named if not Path(named).exists() else Path(named).resolve().name,
+        revision=recipe.revision,
+    )
+
+
+def finish_stage(
+    trainer: StageTrainer,
+    tokenizer: Any,
+    place: Path,
+    report: dict[str, Any],
+    seal: Callable[[Path], None],
+    whole: Callable[[], nn.Module],
+) -> None:
+    """Write the trained model; the folder appears when it is complete.
+
+    Args:
+        trainer: Of the stage.
+        tokenizer: Of the model.
+        place: Folder of the stage.
+        report: What ``stage.json`` holds.
+        seal: Adds what a trained folder needs.
+        whole: Returns the model the stage began with, uncut: an adapter is merged into it.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.adapts:
+        from nsa_convert.training.run.lora import merged, save_adapters
+
+        save_adapters(model, place / "adapter", is_main=trainer.is_world_process_zero())
+    trainer.accelerator.wait_for_everyone()
+    if trainer.sharded and not trainer.adapts:
+        # Every process takes part in gathering the weights; the main one writes.
+        gathered = place / ".gathered"
+        with quiet():
+            trainer.model.save_pretrained(gathered, is_main_process=trainer.is_world_process_zero())
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(gathered)
+            (gathered / "stage.json").write_text(json.dumps(report, indent=1))
+            seal(gathered)
+            with staged(place / MODEL) as folder:
+                folder.rmdir()
+                gathered.rename(folder)
+    elif trainer.is_world_process_zero():
+        if trainer.adapts:
+            model = merged(model, place / "adapter", whole() if trainer.sharded else None)
+        with staged(place / MODEL) as folder:
+            save_model(model, tokenizer, folder)
+            (folder / "stage.json").write_text(json.dumps(report, indent=1))
+            seal(folder)
+    trainer.accelerator.wait_for_everyone()

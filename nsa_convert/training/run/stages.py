@@ -1,0 +1,298 @@
+"""How a stage is put together: its model, its trainer and their arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsa_convert.checkpoint.staging import staged
+from nsa_convert.errors import ConfigError, MachineError
+from nsa_convert.loading import load_causal_model, load_tokenizer, quiet
+from nsa_convert.training.data.rows import PackedRows, check_enough, collate
+from nsa_convert.training.losses import LossPlan, loss_plan, mix
+from nsa_convert.training.recipe.schema import Recipe, Stage
+from nsa_convert.training.run.distributed import load_sharded
+from nsa_convert.training.run.forecast import RecipePlan, is_trained
+from nsa_convert.training.run.models import DTYPES, Start, fresh_tokenizer, load_first, methods_of, set_rope
+from nsa_convert.training.run.parallel import Parallel, parallel_of
+from nsa_convert.training.run.trainer import Say, StageTrainer
+
+MODEL = "model"
+"""Folder of a stage's trained model."""
+START = "start"
+"""Folder of the first model, where its weights have to be sharded."""
+
+
+def stage_folder(recipe: Recipe, index: int) -> Path:
+    """Return the folder of a stage."""
+    return Path(recipe.out) / recipe.stages[index].name
+
+
+def stage_tokenizer(recipe: Recipe, index: int, start: Start, base: Path) -> Any:
+    """Return the tokenizer of a stage."""
+    if index > 0:
+        return load_tokenizer(stage_folder(recipe, index - 1) / MODEL)
+    return fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
+
+
+def check_data(recipe: Recipe, start: Start, base: Path) -> None:
+    """Check tokenizer and data against the model, before a weight is read.
+
+    Raises:
+        ConfigError: The tokenizer knows tokens that the model has no row for (DA09), or a stage has less data
+            than one step takes (DA06).
+    """
+    tokenizer = stage_tokenizer(recipe, 0, start, base)
+    last, rows = max(tokenizer.get_vocab().values()), start.config["vocab_size"]
+    if last >= rows:
+        raise ConfigError(
+            f"the tokenizer has token {last}, the model has embeddings for 0 to {rows - 1}",
+            code="DA09",
+            hint="use the model's own tokenizer",
+        )
+    for stage in recipe.stages:
+        check_enough(stage.data, tokenizer, stage.batch_tokens, base, chats=stage.kind == "sft")
+
+
+def write_start(recipe: Recipe, start: Start) -> Path:
+    """Write the first model as a folder, in the main process: weights are sharded while they are loaded."""
+    folder = Path(recipe.out) / START
+    if int(os.environ.get("RANK", "0")) == 0 and not folder.is_dir():
+        with staged(folder) as place, quiet():
+            load_first(recipe, start).save_pretrained(place)
+    torch.distributed.barrier()
+    return folder
+
+
+def load_base(
+    recipe: Recipe, index: int, start: Start, parallel: Parallel, checkpoint: Path | None = None
+) -> nn.Module:
+    """Return the model a stage begins with, cut among the processes, with the RoPE of the stage.
+
+    Args:
+        recipe: The recipe.
+        index: Of the stage.
+        start: The first model.
+        parallel: How the processes share its weights.
+        checkpoint: Where to read it instead.
+    """
+    stage, dtype = recipe.stages[index], DTYPES[recipe.precision]
+    written = stage_folder(recipe, index - 1) / MODEL if index else Path(recipe.out) / START
+    if parallel.sharded:
+        model = load_sharded(
+            checkpoint or (written if index else write_start(recipe, start)), dtype, parallel
+        )
+    elif written.is_dir():
+        model = load_causal_model(written, dtype)
+    else:
+        model = load_first(recipe, start)
+    if stage.rope is not None:
+        set_rope(model, stage.rope)
+    return model
+
+
+def load_stage_model(recipe: Recipe, index: int, start: Start, checkpoint: Path | None = None) -> nn.Module:
+    """Return the model a stage begins with, its trained weights unfrozen, adapters added.
+
+    Args:
+        recipe: The recipe.
+        index: Of the stage.
+        start: The first model.
+        checkpoint: Where to go on; read here only for a sharded model, the Trainer loads others itself.
+    """
+    stage, parallel = recipe.stages[index], parallel_of(recipe)
+    adapts = stage.train == "lora"
+    model = load_base(recipe, index, start, parallel, None if adapts else checkpoint)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name, stage.train))
+    if stage.checkpointing:
+        # transformers 5.23 renamed the method; a non-reentrant recompute needs no gradient on its inputs.
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    if adapts:
+        from nsa_convert.training.run.lora import add_adapters, load_adapters
+
+        torch.manual_seed(mix(recipe.seed, stage.name, "adapters"))
+        model = add_adapters(model, stage.adapters)
+        if parallel.sharded and checkpoint is not None:
+            load_adapters(model, checkpoint)
+    return model
+
+
+def make_trainer(
+    recipe: Recipe,
+    index: int,
+    model: nn.Module,
+    tokenizer: Any,
+    base: Path,
+    facts: dict[str, Any],
+    say: Say,
+    lost: frozenset[str] = frozenset(),
+) -> StageTrainer:
+    """Return the trainer of a stage; ``lost`` are state files of its checkpoint to do without."""
+    stage = recipe.stages[index]
+    methods = methods_of(model)
+    plan = loss_plan(stage, methods, recipe.seed, index)
+    args = training_arguments(recipe, index)
+    common = {
+        "stage": stage,
+        "parallel": parallel_of(recipe),
+        "losses": plan,
+        "sparse": bool(methods),
+        "facts": facts,
+        "say": say,
+        "log_file": Path(recipe.out) / "log.jsonl",
+        "alarms": recipe.alarms,
+        "lost": lost,
+        "model": model,
+        "args": args,
+        "flops_per_token": flops_per_token(model, stage),
+        "peak_flops": peak_flops(),
+    }
+    if stage.kind == "sft":
+        from nsa_convert.training.run.sft_trainer import make_sft_trainer
+
+        return make_sft_trainer(common, tokenizer, stage, base)
+    rows = PackedRows(stage.data, tokenizer, stage.seq_len, data_seed(recipe, index), base)
+    return StageTrainer(**common, train_dataset=rows, data_collator=collate)
+
+
+def data_seed(recipe: Recipe, index: int) -> int:
+    """Return the seed of a stage's order of documents.
+
+    It follows the stage's name, not its number: a control reads the rows of the run it is compared with.
+    """
+    return mix(recipe.seed, recipe.stages[index].name, "data")
+
+
+def argument_values(recipe: Recipe, index: int) -> dict[str, Any]:
+    """Return the arguments of transformers' Trainer for a stage."""
+    stage = recipe.stages[index]
+    return {
+        "output_dir": str(stage_folder(recipe, index)),
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.micro_batch,
+        "gradient_accumulation_steps": stage.rows_per_step // (stage.micro_batch * parallel_of(recipe).data),
+        "learning_rate": stage.lr,
+        "max_grad_norm": stage.clip,
+        "logging_steps": stage.log_every,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if stage.save_every else "no",
+        "save_steps": stage.save_every or stage.steps,
+        "bf16": recipe.precision != "fp32",
+        "seed": recipe.seed,
+        "report_to": _reporters(recipe.report_to),
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ignore_data_skip": True,
+        "disable_tqdm": True,
+        "accelerator_config": {"dispatch_batches": False, "split_batches": False},
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def training_arguments(recipe: Recipe, index: int) -> Any:
+    """Return transformers' TrainingArguments for a stage."""
+    stage = recipe.stages[index]
+    values = argument_values(recipe, index)
+    if stage.kind == "sft":
+        from nsa_convert.training.run.sft_trainer import sft_arguments
+
+        return sft_arguments(values, stage)
+    from transformers import TrainingArguments
+
+    return TrainingArguments(**values)
+
+
+def _reporters(choice: str) -> list[str]:
+    """Return what the Trainer reports to; a service that is asked for by name must be there."""
+    from importlib.util import find_spec
+
+    if choice == "auto":
+        return ["tensorboard"] if find_spec("tensorboard") else []
+    if choice != "none" and not find_spec(choice):
+        raise MachineError(
+            f"report_to asks for {choice}, which is not installed", code="CL11", hint=f"pip install {choice}"
+        )
+    return [] if choice == "none" else [choice]
+
+
+def frozen_hash(model: nn.Module) -> str:
+    """Return a hash of the weights that must not change; of a sharded model, of the local parts."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            local = getattr(parameter, "_local_tensor", parameter).detach()
+            digest.update(local.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def flops_per_token(model: nn.Module, stage: Stage) -> float:
+    """Return the FLOPs of one token: 6 per weight in a matrix, 12 per visible key, head and coordinate."""
+    config = model.config
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = stage.seq_len / 2
+    limits = [method.keys_per_query() for method in methods_of(model)] or [None] * config.num_hidden_layers
+    seen = sum(keys if limit is None else min(keys, limit) for limit in limits)
+    return 6.0 * matrices + 12.0 * seen * heads * dim
+
+
+PEAKS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
+"""Dense bf16 FLOPs a second, from the makers' data sheets."""
+
+
+def peak_flops() -> float | None:
+    """Return the peak of the device, for MFU; None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+def measure_plan(recipe: Recipe, start: Start, base: Path, plan: RecipePlan) -> RecipePlan:
+    """Return the plan with the seconds of a step, timed on the second of two steps of every stage."""
+    stages = []
+    for index, stage in enumerate(recipe.stages):
+        model = load_first(recipe, start)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_trained(name, stage.train))
+        tokenizer = fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
+        rows = iter(PackedRows(stage.data, tokenizer, stage.seq_len, recipe.seed, base))
+        losses = loss_plan(stage, methods_of(model), recipe.seed, index)
+        seconds = [_time_rows(model, losses, stage, rows) for _ in range(2)]
+        stages.append(dataclasses.replace(plan.stages[index], seconds_per_step=seconds[1]))
+    return dataclasses.replace(plan, stages=tuple(stages))
+
+
+def _time_rows(model: nn.Module, losses: LossPlan, stage: Stage, rows: Any) -> float:
+    """Return the seconds a step would take, from one micro-batch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    batch = {key: x.to(device) for key, x in collate([next(rows) for _ in range(stage.micro_batch)]).items()}
+    begin = time.perf_counter()
+    if methods_of(model):
+        losses.run(model, batch, losses.mode(0)).loss.backward()
+    else:
+        model(**batch, use_cache=False).loss.backward()
+    model.zero_grad()
+    return (time.perf_counter() - begin) * stage.rows_per_step / stage.micro_batch

@@ -1,0 +1,393 @@
+"""One stage on transformers' Trainer: losses of the layers, whole checkpoints, alarms."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import SaveStrategy
+
+from nsa_convert.checkpoint.staging import free_bytes, gigabytes, machine_errors
+from nsa_convert.errors import CheckFailedError, MachineError
+from nsa_convert.training.data.rows import PackedRows, check_same_data
+from nsa_convert.training.losses import LossPlan
+from nsa_convert.training.recipe.schema import Stage
+from nsa_convert.training.run.alarms import GateMeter, Watch
+from nsa_convert.training.run.callbacks import guarded
+from nsa_convert.training.run.checkpoints import SAVING, checkpoints, publish, seal, step_of
+from nsa_convert.training.run.distributed import (
+    load_optimizer_state,
+    row_mesh,
+    share_tokens,
+    split_tokens,
+    whole_optimizer_state,
+)
+from nsa_convert.training.run.logs import progress_line, read_log
+from nsa_convert.training.run.optimizer import parameter_groups, rate
+from nsa_convert.training.run.parallel import Parallel
+from nsa_convert.training.run.trainer_states import (
+    OPTIMIZER,
+    SCHEDULER,
+    forward_schedule,
+    load_state,
+    state_bytes,
+)
+
+Say = Callable[[str], None]
+
+
+class StageTrainer(Trainer):
+    """Trains one stage.
+
+    Args:
+        stage: The stage.
+        parallel: How the processes share the work.
+        losses: What it minimises.
+        sparse: Whether the model is a converted one, whose layers return losses.
+        facts: What a resumed run must agree with; noted in every checkpoint.
+        say: Called with progress lines.
+        log_file: Gets one JSON line per log.
+        alarms: ``stop`` ends the run at an alarm, ``warn`` says it and goes on.
+        lost: State files of the checkpoint that are not there and are done without.
+        data_fingerprint: Hash of what identifies the data, where they are not :class:`PackedRows`.
+        flops_per_token: Forward and backward work, for MFU; None where the peak of the device is unknown.
+        peak_flops: Of the device.
+        **kwargs: Of transformers' Trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: Stage,
+        parallel: Parallel,
+        losses: LossPlan,
+        sparse: bool,
+        facts: Mapping[str, Any],
+        say: Say,
+        log_file: Path,
+        alarms: str = "stop",
+        lost: frozenset[str] = frozenset(),
+        data_fingerprint: str = "",
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.parallel = parallel  # what the Trainer is made with asks for it
+        # transformers refuses to save a model sharded at load time, because it cannot save such an optimizer;
+        # this class can, see below.
+        args = kwargs["args"]
+        strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
+        super().__init__(**kwargs)
+        args.save_strategy = strategy
+        self.remove_callback(PrinterCallback)
+        self.accelerator.state.device_mesh = mesh = row_mesh(parallel)
+        self.context_group = mesh.get_group("cp") if parallel.context > 1 else None
+        if self.context_group is not None:
+            share_tokens(self.model, self.context_group)
+        self.stage = stage
+        self.losses = losses
+        self.sparse = sparse
+        self.facts = dict(facts)
+        self.say = say
+        self.log_file = log_file
+        self.alarms = alarms
+        self.lost = lost
+        self.data_fingerprint = data_fingerprint
+        config = self.accelerator.unwrap_model(self.model).config
+        self.watch = Watch(config.vocab_size, stage.steps, math.ceil(stage.warmup * stage.steps))
+        self.watch.replay(read_log(log_file, stage.name))
+        self.gates = GateMeter(self.model)
+        self._guard_callbacks()
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.loss_is_scaled_for_ga = True
+        self.sharded = bool(getattr(self, "is_distributed_loading_by_transformers", False))
+        self.adapts = stage.train == "lora"  # what is trained then is whole in every process
+        self._place: Path | None = None
+        self._sums: dict[str, list[float]] = {}
+        self._clock = (time.perf_counter(), 0)
+        self._batch: dict[str, Tensor] = {}
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Keep the tensor parallel size from accelerate, which has nothing to do and refuses it on CPUs."""
+        return super()._build_accelerator_args(**kwargs) | {"parallelism_config": None}
+
+    def get_cp_size(self) -> int:
+        """Return how many processes read the same row and take a run of its tokens each."""
+        return self.parallel.context
+
+    def _guard_callbacks(self) -> None:
+        """Keep the errors of services that draw curves away from the run."""
+
+        def tell(name: str, error: Exception) -> None:
+            text = str(error).strip().splitlines() or ["no message"]
+            self.say(f"warning [TR18]: {name} failed ({type(error).__name__}: {text[0]}); training goes on")
+            self._write_log({"error": f"{name}: {type(error).__name__}: {text[0]}"})
+
+        def is_service(callback: Any) -> bool:
+            return type(callback).__module__.startswith("transformers.integrations")
+
+        handler = self.callback_handler
+        handler.callbacks = [guarded(one, tell) if is_service(one) else one for one in handler.callbacks]
+
+    # ---- what is minimised ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of one micro-batch; the sum over those of a step is the loss of the step."""
+        self._batch = inputs
+        # Gradients are averaged over the processes; those that share heads have one loss.
+        devices = self.parallel.processes // self.parallel.tensor
+        items = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        if not self.sparse:
+            out = model(**inputs, **items, use_cache=False)
+            loss = out.loss * devices
+            self._note({"cross_entropy": out.loss * devices}, None)
+            return (loss, out) if return_outputs else loss
+        if self.context_group is not None:
+            inputs = split_tokens(inputs, self.context_group)
+        share = 1 / max(1, self.current_gradient_accumulation_steps)
+        mode = self.losses.mode(self.state.global_step, share=share, processes=devices)
+        out = self.losses.run(model, inputs | items, mode)
+        values = dict(zip(self.losses.names, self.losses.means(out.auxiliary) * share, strict=True))
+        for name in ("cross_entropy", "teacher_kl"):
+            value = getattr(out, name)
+            if value is not None:
+                values[name] = value * devices
+        self._note(values, mode.stream)
+        return (out.loss, out) if return_outputs else out.loss
+
+    def _note(self, values: Mapping[str, Tensor], stream: str | None) -> None:
+        for name, value in values.items():
+            key = f"{name}/{stream}" if name == "cross_entropy" and self.losses.dual_stream else name
+            total = self._sums.setdefault(key, [0.0, 0.0])
+            total[0] += value.detach().float().item()
+            total[1] += 1 / max(1, self.current_gradient_accumulation_steps)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Stop before a loss that is no number can reach the weights."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            self._stop("the loss", loss.item())
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Stop before a gradient that is no number can reach the weights."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = norm.item() if isinstance(norm, Tensor) else norm
+        if value is not None and not math.isfinite(value):
+            self._stop("the norm of the gradient", value)
+        return norm
+
+    def _stop(self, what: str, value: float) -> None:
+        step = self.state.global_step
+        note = Path(self.args.output_dir) / f"bad-batch-step-{step}-rank-{self.args.process_index}.json"
+        rows = {key: x.tolist() for key, x in self._batch.items() if isinstance(x, Tensor)}
+        note.write_text(json.dumps({"step": step, "what": what, "value": str(value), "batch": rows}))
+        raise CheckFailedError(
+            f"stage {self.stage.name}: {what} is {value} in step {step + 1}; nothing was updated with it",
+            code="TR09",
+            where=str(note),
+            hint="the last checkpoint is good: lower the learning rate, look at the batch in the file named "
+            "above, then --resume",
+        )
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make AdamW with the learning rates of the stage."""
+        if self.optimizer is None:
+            groups = parameter_groups(model or self.model, self.stage)
+            self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, eps=1e-8)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the schedule of the stage."""
+        if self.lr_scheduler is None:
+            stage = self.stage
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: rate(stage, step)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- logs ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the single losses, the gap between the streams, speed and MFU."""
+        if "loss" in logs:
+            logs |= self._readings()
+        super().log(logs, start_time)
+        if self.is_world_process_zero() and "loss" in logs:
+            self._write_log(logs)
+            self.say(progress_line(self.stage, self.state.global_step, logs))
+        if "loss" in logs:
+            self._raise_alarms(logs)
+
+    def _write_log(self, values: Mapping[str, Any]) -> None:
+        row = {"stage": self.stage.name, "step": self.state.global_step, **values}
+        with self.log_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _raise_alarms(self, logs: Mapping[str, float]) -> None:
+        for alarm in self.watch.alarms(self.state.global_step, logs):
+            if self.alarms == "stop":
+                raise CheckFailedError(
+                    f"stage {self.stage.name}, {alarm.message}",
+                    code=alarm.code,
+                    where=str(self.log_file),
+                    hint=alarm.hint,
+                )
+            self.say(f"warning [{alarm.code}]: {alarm.message}; {alarm.hint}")
+
+    def _readings(self) -> dict[str, float]:
+        steps = self.state.global_step - self._clock[1]
+        seconds = max(time.perf_counter() - self._clock[0], 1e-9)
+        self._clock = (time.perf_counter(), self.state.global_step)
+        means = {key: total / max(count, 1e-9) for key, (total, count) in self._sums.items()}
+        means |= self.gates.take()
+        if self.args.world_size > 1 and means:
+            values = torch.tensor(list(means.values()), device=self.args.device)
+            torch.distributed.all_reduce(values)
+            means = dict(zip(means, (values / self.args.world_size).tolist(), strict=True))
+        self._sums = {}
+        out = {key.replace("/", "_"): value for key, value in means.items()}
+        if {"cross_entropy/sparse", "cross_entropy/full"} <= means.keys():
+            out["gap"] = means["cross_entropy/sparse"] - means["cross_entropy/full"]
+        out["tokens_per_second"] = steps * self.stage.batch_tokens / seconds
+        if self.peak_flops:
+            work = out["tokens_per_second"] * self.flops_per_token
+            out["mfu"] = work / (self.peak_flops * self.args.world_size)
+        return out
+
+    # ---- checkpoints ----
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end of the stage.
+
+        A checkpoint of the last step is only loaded: transformers would do one step more.
+        """
+        if checkpoint is None or step_of(checkpoint) < self.stage.steps:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            return
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+    def restore_data(self, checkpoint: Path, *, allow_change: bool) -> None:
+        """Go to the position in the data that a checkpoint was written at.
+
+        Raises:
+            ConfigError: The data are others now, and that is not allowed (DA08).
+        """
+        state = json.loads((checkpoint / "data_state.json").read_text())
+        if isinstance(self.train_dataset, PackedRows):
+            self.train_dataset.restore(state, allow_change=allow_change, say=self.say)
+        else:  # the Trainer itself skips to the row
+            check_same_data(
+                state["fingerprint"], self.data_fingerprint, allow_change=allow_change, say=self.say
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights; a sharded model was loaded from the checkpoint to begin with."""
+        if not self.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimizer; of a sharded model its whole state is gathered first."""
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        cut = not self.adapts
+        state = whole_optimizer_state(self.model, self.optimizer) if cut else self.optimizer.state_dict()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load optimizer and schedule, but for lost ones; of a sharded model each process takes its part."""
+        if checkpoint is None or self.is_fsdp_enabled:  # accelerate's own FSDP has its own files
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if OPTIMIZER not in self.lost:
+            state = load_state(folder / OPTIMIZER)
+            if self.sharded and not self.adapts:
+                load_optimizer_state(self.model, self.optimizer, state)
+            else:
+                self.optimizer.load_state_dict(state)
+        if SCHEDULER not in self.lost:
+            self.lr_scheduler.load_state_dict(load_state(folder / SCHEDULER))
+        else:
+            forward_schedule(self.lr_scheduler, self.optimizer, step_of(folder))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random states, but for lost ones."""
+        if not any(name.startswith("rng_state") for name in self.lost):
+            super()._load_rng_state(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._place is None else str(self._place)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, seal it, and move it to its place: it is whole or absent."""
+        place = Path(self.args.output_dir) / SAVING
+        if self.is_world_process_zero():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._place = place
+        try:
+            with machine_errors():
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self._finish_checkpoint(place)
+        except MachineError as error:
+            raise self._not_saved(error, place) from error
+        finally:
+            self._place = None
+        self.accelerator.wait_for_everyone()
+
+    def _finish_checkpoint(self, place: Path) -> None:
+        """Add the position in the data, seal the folder and publish it."""
+        folder = place / f"checkpoint-{self.state.global_step}"
+        # A pickle of all arguments, which nothing reads; a token of the Hub would stand in it.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        rows = self.state.global_step * self.stage.rows_per_step
+        packed = isinstance(self.train_dataset, PackedRows)
+        other = {"rows": rows, "fingerprint": self.data_fingerprint}
+        state = self.train_dataset.state_after(rows) if packed else other
+        (folder / "data_state.json").write_text(json.dumps(state))
+        seal(folder, self.facts)
+        # While an alarm is near, the last good checkpoint may be an old one.
+        stage = place.parent
+        publish(folder, stage, len(checkpoints(stage)) + 1 if self.watch.suspicious else self.stage.keep)
+        place.rmdir()
+
+    def _not_saved(self, error: MachineError, place: Path) -> MachineError:
+        """Return the error of a checkpoint that could not be written; what there is of it is removed."""
+        shutil.rmtree(place, ignore_errors=True)
+        stage, step = place.parent, self.state.global_step
+        kept = next((path.name for path in checkpoints(stage)), None)
+        last = f"{kept} is whole" if kept else "there is none before it"
+        return MachineError(
+            f"checkpoint-{step} of stage {self.stage.name} could not be written: {error.message}; it needs "
+            f"about {gigabytes(state_bytes(self.model))}, {gigabytes(free_bytes(stage))} are free; {last}",
+            code="TR04",
+            where=str(stage),
+            hint="free some space (or set a smaller keep), then --resume",
+        )
