@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from nsa_convert import bench
 from nsa_convert.kernels import block_topk, sparse_attention
-from nsa_convert.kernels.union.torch import union_sizes
+from nsa_convert.kernels.union.torch_backend import union_sizes
 from nsa_convert.methods.nsa import NSASettings
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, SequenceLayout
 

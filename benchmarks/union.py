@@ -27,7 +27,7 @@ from nsa_convert.evaluation.models import load_model
 from nsa_convert.evaluation.tasks.text import file_text, first_tokens, prose_text
 from nsa_convert.hub import dense_folder, resolve_model
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.kernels.union.torch import union_sizes
+from nsa_convert.kernels.union.torch_backend import union_sizes
 from nsa_convert.kernels.union.triton_plan import Shape, choose_shape, readers_of
 from nsa_convert.kernels.union.triton_steps import key_steps
 from nsa_convert.loading import load_tokenizer

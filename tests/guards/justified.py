@@ -54,7 +54,7 @@ BROAD = {
 ASSERTS = {
     "evaluation/metrics/mass.py::MassProbe.add": "our own evaluation reads one unpadded sequence at a time",
     "evaluation/metrics/mass.py::_group_indices": "our own methods select per model, KV head or query head",
-    "kernels/gather/triton.py::_gradients": "the dispatch sends other shapes to other kernels",
+    "kernels/gather/triton_backend.py::_gradients": "the dispatch sends other shapes to other kernels",
     "kernels/union/triton_plan.py::tile_table": "the columns of a table built three lines above",
 }
 

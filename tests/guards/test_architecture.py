@@ -103,6 +103,18 @@ def form_problems(path: str, source: str, is_module: Callable[[str], bool]) -> l
     return problems
 
 
+def shadow_problems(path: str, source: str) -> list[str]:
+    """Return imports of a package's ``__init__`` that one of its own files hides once it is imported."""
+    if Path(path).name != "__init__.py":
+        return []
+    own = {file.stem for file in (ROOT / path).parent.glob("*.py")}
+    return [
+        f"{path}:{line}: {module} is hidden by {module}.py beside it"
+        for line, module, names in imports_of(ast.parse(source))
+        if not names and module in own
+    ]
+
+
 def size_problems(path: str, source: str) -> list[str]:
     problems = []
     lines = source.count("\n")
@@ -139,6 +151,10 @@ def test_imports_point_down_and_fences_hold():
 
 def test_bundled_files_import_in_the_form_that_can_be_flattened():
     report([problem for path, text in sources(PACKAGE) for problem in form_problems(path, text, is_module)])
+
+
+def test_no_file_of_a_package_hides_what_the_package_imports():
+    report([problem for path, text in sources(PACKAGE) for problem in shadow_problems(path, text)])
 
 
 def test_files_and_functions_stay_small():
@@ -189,6 +205,12 @@ def test_form_guard_can_fail():
     assert "is a module" in check("patch/x.py", "from nsa_convert.methods.parts import base")[0]
     assert "relative import" in check("cli.py", "from . import config")[0]
     assert check("methods/x.py", "from nsa_convert.methods.parts.base import Pool") == []
+
+
+def test_shadow_guard_can_fail():
+    path = f"{PACKAGE}/kernels/common/__init__.py"
+    assert "merge is hidden by merge.py" in shadow_problems(path, "import merge\nimport torch")[0]
+    assert shadow_problems(path, "import torch\nfrom x import merge") == []
 
 
 def test_size_guard_can_fail():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_convert.kernels import sparse_attention
-from nsa_convert.kernels.union.torch import WIDTHS, union, union_sizes
+from nsa_convert.kernels.union.torch_backend import WIDTHS, union, union_sizes
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, SequenceLayout, SinkWindow, TokenSelection
 from tests.kernels.utils import (
     LAYOUTS,
@@ -177,7 +177,7 @@ def test_union_lists_each_block_once() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_tile_width_follows_the_locality_of_the_lists(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
-    from nsa_convert.kernels.union import torch as module
+    from nsa_convert.kernels.union import torch_backend as module
 
     widths = []
     choose = module.choose_width

@@ -34,7 +34,8 @@ def dense_attention(
         ValueError: Shapes, dtypes or devices do not agree.
     """
     check_qkv(q, k, v)
-    run = implementation("attention.triton.attend_dense", q, attend_dense, dense_gathered, v.shape[-1])
+    name = "attention.triton_backend.attend_dense"
+    run = implementation(name, q, attend_dense, dense_gathered, v.shape[-1])
     return run(q, k, v, layout, default_scale(q, scale))
 
 
@@ -69,5 +70,6 @@ def sparse_attention(
         ValueError: Shapes, dtypes or devices do not agree.
     """
     check_qkv(q, k, v)
-    run = implementation("attention.triton.attend_pattern", q, attend_pattern, pattern_gathered, v.shape[-1])
+    name = "attention.triton_backend.attend_pattern"
+    run = implementation(name, q, attend_pattern, pattern_gathered, v.shape[-1])
     return run(q, k, v, pattern, layout, default_scale(q, scale))

@@ -17,9 +17,9 @@ from nsa_convert.kernels.common.custom_ops import (
 )
 from nsa_convert.kernels.common.segments import is_decode
 from nsa_convert.kernels.common.tiles import TilePlan
-from nsa_convert.kernels.gather.torch import decode_blocks, decode_window
+from nsa_convert.kernels.gather.torch_backend import decode_blocks, decode_window
 from nsa_convert.kernels.interval.window import attend_window, plan_window
-from nsa_convert.kernels.union.torch import attend_blocks, plan_blocks
+from nsa_convert.kernels.union.torch_backend import attend_blocks, plan_blocks
 from nsa_convert.patterns import BlockSelection, Pattern, SequenceLayout, SinkWindow, TokenSelection
 
 FETCH_BYTES = 1 << 26

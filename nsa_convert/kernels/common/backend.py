@@ -27,10 +27,10 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _IS_INSTALLED = __name__ == "nsa_convert.kernels.common.backend"
 _HAS_KERNELS = _IS_INSTALLED and importlib.util.find_spec("triton") is not None
 _ENTRIES = (
-    "attention.triton.attend_dense",
-    "attention.triton.attend_pattern",
-    "compressed.triton.attend",
-    "gates.triton.gated_sum",
+    "attention.triton_backend.attend_dense",
+    "attention.triton_backend.attend_pattern",
+    "compressed.triton_backend.attend",
+    "gates.triton_backend.gated_sum",
 )
 _loaded: dict[str, Callable] = {}
 _told: set[str] = set()

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from nsa_convert.kernels.union.torch import union_sizes
+from nsa_convert.kernels.union.torch_backend import union_sizes
 from nsa_convert.kernels.union.triton_lists import COLUMNS, Unions, lists_per_tile, unite
 from nsa_convert.patterns import SequenceLayout
 

@@ -386,7 +386,7 @@ def test_compiles_without_breaks_and_checkpoints(moving: bool, monkeypatch: pyte
 
 
 def test_operators_agree_with_their_fake_versions() -> None:
-    from nsa_convert.kernels.union.triton import selected_attention
+    from nsa_convert.kernels.union.triton_backend import selected_attention
 
     q, k, v = make_qkv(1, 20, 20, (2, 1), dtype=torch.float32)
     pattern = make_blocks(1, 1, 20, 20, 2, 8, 1, DENSE_LAYOUT)

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from nsa_convert.kernels.attention.reference import masked_softmax_attention
-from nsa_convert.kernels.gather import triton as triton_gather
-from nsa_convert.kernels.gather.triton import attend_lists, attend_runs, readers
-from nsa_convert.kernels.interval.triton import layout_intervals
+from nsa_convert.kernels.gather import triton_backend as triton_gather
+from nsa_convert.kernels.gather.triton_backend import attend_lists, attend_runs, readers
+from nsa_convert.kernels.interval.triton_backend import layout_intervals
 from nsa_convert.patterns import BlockSelection, SequenceLayout, SinkWindow, TokenSelection
 from tests.kernels.triton.checks import check, poison, run
 from tests.kernels.utils import as_cache, assert_close, make_blocks, make_layout, make_qkv

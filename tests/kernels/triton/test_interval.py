@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from nsa_convert.kernels.attention.reference import masked_softmax_attention
-from nsa_convert.kernels.interval.triton import interval_attention, layout_intervals, query_bounds
+from nsa_convert.kernels.interval.triton_backend import interval_attention, layout_intervals, query_bounds
 from nsa_convert.patterns import SequenceLayout, SinkWindow
 from tests.kernels.triton.checks import check, poison, run
 from tests.kernels.utils import as_cache, make_layout, make_qkv

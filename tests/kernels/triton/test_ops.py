@@ -92,7 +92,7 @@ def test_a_tensor_offset_is_not_read() -> None:
     layout = SequenceLayout(offset=torch.tensor(3, device="meta"))
     q, k, v = (torch.empty(1, n, h, 16, device="meta") for n, h in ((1, 4), (50, 2), (50, 2)))
     blocks = torch.empty(1, 2, 1, 3, dtype=torch.int32, device="meta")
-    from nsa_convert.kernels.attention.triton import attend_pattern
+    from nsa_convert.kernels.attention.triton_backend import attend_pattern
     from nsa_convert.patterns import BlockSelection
 
     for pattern in (BlockSelection(block_indices=blocks, block_size=8), SinkWindow(window_size=9)):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa_convert.kernels.common.custom_ops import new_name
 from nsa_convert.kernels.common.toolchain import Config, declare, padded_dim
-from nsa_convert.kernels.interval.triton import rows_contiguous, strides
+from nsa_convert.kernels.interval.triton_backend import rows_contiguous, strides
 from nsa_convert.kernels.interval.triton_forward import load_rows
 
 TYPES = {

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nsa_convert.kernels.common.segments import DECODE_QUERIES
-from nsa_convert.kernels.gather.triton import attend_lists, attend_runs
-from nsa_convert.kernels.interval.triton import interval_attention, layout_intervals
-from nsa_convert.kernels.union.triton import attend_blocks
+from nsa_convert.kernels.gather.triton_backend import attend_lists, attend_runs
+from nsa_convert.kernels.interval.triton_backend import interval_attention, layout_intervals
+from nsa_convert.kernels.union.triton_backend import attend_blocks
 from nsa_convert.patterns import Pattern, SequenceLayout, SinkWindow, TokenSelection
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nsa_convert.kernels.attention.triton import few_queries
+from nsa_convert.kernels.attention.triton_backend import few_queries
 from nsa_convert.kernels.compressed.cells import CellGrid, join_parts
 from nsa_convert.kernels.compressed.triton_blocks import cell_layout, choose_blocks
-from nsa_convert.kernels.gather.triton import attend_runs
-from nsa_convert.kernels.interval.triton import interval_attention
+from nsa_convert.kernels.gather.triton_backend import attend_runs
+from nsa_convert.kernels.interval.triton_backend import interval_attention
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 

@@ -17,7 +17,7 @@ from nsa_convert.kernels.gather.triton_backward import (
     sum_chunks,
 )
 from nsa_convert.kernels.gather.triton_forward import gather_forward, merge_parts
-from nsa_convert.kernels.interval.triton import (
+from nsa_convert.kernels.interval.triton_backend import (
     Intervals,
     key_row,
     new_lse,
