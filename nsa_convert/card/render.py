@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.evaluation.report.verdict import benchmark_cells, processor, task_rows, verdict
 from nsa_convert.extras import pip_line
 
-TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
+TEMPLATE = files("nsa_convert") / "templates" / "model_card.md"
 PLACEHOLDER_OWNER = "ORG"
 """Stands for the owner of the repository until ``push`` knows it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nsa_convert.evaluation.report.plots import plots_of
 from nsa_convert.evaluation.report.verdict import benchmark_cells, processor, task_rows, verdict
 from nsa_convert.extras import pip_line
 
-TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
+TEMPLATE = files("nsa_convert") / "templates" / "report.html"
 
 
 def write_html(report: Mapping[str, Any], folder: Path) -> Path:
