@@ -140,11 +140,11 @@ def model_folder(model: Any, revision: str | None, base: Path) -> Path | None:
 
 
 @click.command()
-@click.argument("action", required=False, type=click.Choice(["show", "copy"]))
+@click.argument("action", required=False, type=click.Choice(["show"]))
 @click.argument("name", required=False)
 @common
 def recipes(action: str | None, name: str | None, as_json: bool) -> None:
-    """List the recipes that come with the project; `show NAME` prints one, `copy NAME` puts it here."""
+    """List the recipes that come with the project; `show NAME` prints one, to be kept and edited."""
     known = known_recipes()
     if action is None:
         titles = {key: _title(path) for key, path in known.items()}
@@ -156,24 +156,13 @@ def recipes(action: str | None, name: str | None, as_json: bool) -> None:
         return
     if name is None:
         raise UsageError(
-            f"recipes {action} takes the NAME of a recipe", code="CL02", hint="see: nsa-convert recipes"
+            "recipes show takes the NAME of a recipe", code="CL02", hint="see: nsa-convert recipes"
         )
-    path = find_recipe(name)
-    text = path.read_text()
-    if action == "show":
-        if as_json:
-            print_json({"ok": True, "name": name, "text": text})
-        else:
-            click.echo(text, nl=False)
-        return
-    target = Path(path.name)
-    if target.exists():
-        raise UsageError(f"{target} exists already", code="SV05", where=str(target), hint="remove it first")
-    target.write_text(text)
+    text = find_recipe(name).read_text()
     if as_json:
-        print_json({"ok": True, "name": name, "path": str(target)})
+        print_json({"ok": True, "name": name, "text": text})
     else:
-        click.echo(f"{target} written; next: nsa-convert train {target} --dry-run")
+        click.echo(text, nl=False)
 
 
 def _title(path: Path) -> str:

@@ -68,7 +68,6 @@ PROCESSES = {
 WRITERS = {
     "bench.py": "the file of --csv; and /proc, to reset the high-water mark of memory",
     "cli/frame.py": "the traceback of an internal error, in the temporary folder, tokens taken out",
-    "cli/training.py": "recipes copy NAME: a new file in the working directory, never over another",
     "convert.py": "inside the staging folder of checkpoint/staging.py",
     "evaluation/suites/finished_cells.py": "finished cells, one synced line each, so that a kill loses none",
     "evaluation/report/suite_report.py": "the folder of --out, made for tables and report",
