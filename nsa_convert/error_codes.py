@@ -206,7 +206,7 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
     ("RC08", 3, "Keys or values of a recipe are wrong.", "docs/training.md lists all keys."),
     ("RC09", 3, "A recipe does not fit its model or its data.", "Correct what the message names."),
     ("RC11", 3, "A recipe contradicts its checkpoint.", "Leave sparse_attention out."),
-    ("RC12", 3, "A recipe file is missing, too big or not text.", "Check the path."),
+    ("RC12", 3, "A recipe file or its base is missing, too big or not text.", "Check the path."),
     ("RC14", 3, "A recipe holds a token.", "Remove it; set HF_TOKEN in the environment."),
     ("TR05", 0, "A checkpoint is incomplete.", "It is passed over; the one before it is used."),
     ("TR06", 3, "No checkpoint of a stage is whole.", "Remove the stage's folder to begin the stage again."),

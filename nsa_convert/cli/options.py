@@ -9,7 +9,8 @@ from typing import Any
 
 from nsa_convert.config import FULL, LayerRule, SparseAttentionConfig
 from nsa_convert.errors import ConfigError, UsageError
-from nsa_convert.strict_files import parse_yaml, read_mapping
+from nsa_convert.strict_files import parse_yaml
+from nsa_convert.training.recipe.bases import read_values
 
 
 def parse_lengths(text: str, option: str) -> tuple[int, ...]:
@@ -104,7 +105,7 @@ def read_plan(
 
 
 def read_plan_file(path: Path) -> SparseAttentionConfig:
-    """Return the plan of a YAML or JSON file with ``sparse_attention``, or of a MInference head file.
+    """Return the plan of a file with ``sparse_attention``, such as a recipe, or of MInference's head file.
 
     Raises:
         ConfigError: There is no such file, or it holds no plan.
@@ -113,7 +114,7 @@ def read_plan_file(path: Path) -> SparseAttentionConfig:
 
     if is_head_file(path):
         return read_head_file(path)
-    values = read_mapping(path)
+    values = read_values(path)
     if "sparse_attention" not in values:
         raise ConfigError(f"{path} has no key 'sparse_attention'", code="RC08", where=str(path))
     return SparseAttentionConfig.from_dict(values["sparse_attention"])

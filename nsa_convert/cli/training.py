@@ -12,54 +12,8 @@ import click
 
 from nsa_convert.cli.frame import common, hint, print_json, show, tell
 from nsa_convert.errors import UsageError
-
-
-def recipe_folder() -> Path:
-    """Return the folder of the recipes that come with the project: of the checkout, or where pip put them.
-
-    Raises:
-        UsageError: They are not installed.
-    """
-    import site
-    import sysconfig
-
-    import nsa_convert
-
-    root = Path(nsa_convert.__file__).parents[1]
-    prefixes = (root, Path(sysconfig.get_path("data")), Path(site.getuserbase()))
-    places = [root / "recipes", *(prefix / "share" / "nsa_convert" / "recipes" for prefix in prefixes)]
-    for place in places:
-        if (place / "tiny").is_dir():
-            return place
-    raise UsageError(
-        "the recipes of the project are not installed with it",
-        code="CL02",
-        hint="`pip install` the checkout or the release file, or give the path of a recipe",
-    )
-
-
-def known_recipes() -> dict[str, Path]:
-    """Return name -> file of the recipes that come with the project."""
-    root = recipe_folder()
-    files = sorted(path for path in root.rglob("*.yaml") if path.parent.name != "accelerate")
-    return {str(path.relative_to(root).with_suffix("")): path for path in files}
-
-
-def find_recipe(name: str) -> Path:
-    """Return the file of a recipe given by path or by name.
-
-    Raises:
-        UsageError: There is no such file and no such recipe.
-    """
-    path = Path(name)
-    if path.exists() or path.suffix in (".yaml", ".yml"):
-        return path
-    known = known_recipes()
-    if name not in known:
-        from nsa_convert.config import suggest
-
-        raise UsageError(f"there is no recipe '{name}'{suggest(name, known)}", code="CL02", found=name)
-    return known[name]
+from nsa_convert.training.recipe.bases import resolved_text
+from nsa_convert.training.recipe.library import find_recipe, known_recipes
 
 
 @click.command()
@@ -144,7 +98,7 @@ def model_folder(model: Any, revision: str | None, base: Path) -> Path | None:
 @click.argument("name", required=False)
 @common
 def recipes(action: str | None, name: str | None, as_json: bool) -> None:
-    """List the recipes that come with the project; `show NAME` prints one, to be kept and edited."""
+    """List the recipes that come with the project; `show NAME` prints one whole, to be kept and edited."""
     known = known_recipes()
     if action is None:
         titles = {key: _title(path) for key, path in known.items()}
@@ -158,7 +112,7 @@ def recipes(action: str | None, name: str | None, as_json: bool) -> None:
         raise UsageError(
             "recipes show takes the NAME of a recipe", code="CL02", hint="see: nsa-convert recipes"
         )
-    text = find_recipe(name).read_text()
+    text = resolved_text(find_recipe(name))
     if as_json:
         print_json({"ok": True, "name": name, "text": text})
     else:

@@ -98,6 +98,7 @@ CASES: dict[str, str] = {
     "RC14": "secret in a recipe",
     "RC15": "recipe of a newer version",
     "RC16": "override on the command line",
+    "RC17": "base that is missing, circular or ambiguous",
     # Data
     "DA01": "empty file",
     "DA02": "truncated last line",

@@ -252,3 +252,54 @@ def test_rc16_the_command_line_wins(tmp_path):
     assert tree_hash(tmp_path) == before
     says = "--set stages.align.tokens: there is no 'align'"
     dry(path, "--set", "stages.align.tokens=1", code="RC08", says=says)
+
+
+@pytest.mark.parametrize(
+    ("base", "code", "says"),
+    [
+        ("base/nsaa", "RC12", ("recipe.yaml: base: there is no recipe 'base/nsaa'", "mean 'base/nsa'?")),
+        ("gone.yaml", "RC12", ("recipe.yaml: base: no such file", "gone.yaml")),
+        ([1], "RC08", "base must be the name of a recipe, or a path from the folder of this one, got [1]"),
+        (None, "RC08", "got None"),
+        ("recipe.yaml", "RC08", ("recipes build on each other", "recipe.yaml -> ")),
+        ("other.yaml", "RC08", ("other.yaml: recipes build on each other", "other.yaml -> ")),
+        ("list.yaml", "RC01", "list.yaml must hold a mapping, got list"),
+        (TOKEN, "RC12", "there is no recipe '[a token]'"),
+    ],
+)
+def test_rc17_a_base_that_cannot_be_meant(tmp_path, base, code, says):
+    write_yaml(tmp_path / "other.yaml", {"base": "recipe.yaml"})
+    write_yaml(tmp_path / "list.yaml", [1])
+    values = recipe_values(tmp_path / "run", NSA, stage(), base=base)
+    dry(write_yaml(tmp_path / "recipe.yaml", values), code=code, says=says)
+
+
+@pytest.mark.parametrize("place", ["base.yaml", "recipe.yaml"])
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        ([{"seq_len": 32}], "stages[0] has no name; stages of a recipe and its base are matched by name"),
+        (["pretrain"], "stages[0] has no name"),
+        ([stage(), stage()], "stages[1] is named pretrain again"),
+    ],
+)
+def test_rc17_stages_that_cannot_be_matched(tmp_path, place, stages, says):
+    write_yaml(tmp_path / "base.yaml", recipe_values(tmp_path / "run", NSA, stage()))
+    values = {"base": "base.yaml", "stages": [{"name": "pretrain"}]}
+    write_yaml(tmp_path / "recipe.yaml", values)
+    values = yaml.safe_load((tmp_path / place).read_text())
+    write_yaml(tmp_path / place, {**values, "stages": stages})
+    dry(tmp_path / "recipe.yaml", code="RC08", says=f"{place}: {says}")
+
+
+def test_rc17_what_a_recipe_on_a_base_says_is_read_as_strictly(tmp_path):
+    base = recipe_values(tmp_path / "run", NSA, stage(), precison="bf16")
+    write_yaml(tmp_path / "base.yaml", base)
+    values = {"base": "base.yaml", "seeds": 1, "stages": [{"name": "pretrain", "seq_length": 64}]}
+    says = ("unknown key 'seeds'; did you mean 'seed'", "'precison'", "'seq_length'; did you mean 'seq_len'")
+    dry(write_yaml(tmp_path / "recipe.yaml", values), code="RC08", says=says)
+    values = {"base": "base.yaml", "stages": [{"name": "pretrian", "tokens": 64}]}
+    dry(write_yaml(tmp_path / "recipe.yaml", values), code="RC08", says="'kind' is missing")
+    says = ("unknown key 'base'", "'model' is missing")
+    dry("base/nsa", "--set", "base=tiny/nsa", code="RC08", says=says)
+    dry("base/nsa", code="RC08", says=("nsa.yaml: 'model' is missing", "'out' is missing"))

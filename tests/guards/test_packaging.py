@@ -26,8 +26,8 @@ from packaging.version import Version
 
 import nsa_convert
 from nsa_convert import extras
-from nsa_convert.cli.training import known_recipes
 from nsa_convert.hub import DEMO_PACKAGE
+from nsa_convert.training.recipe.library import known_recipes
 from nsa_convert.training.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]

@@ -66,6 +66,10 @@ def run_plan(piece: Piece, number: int) -> None:
 
         config = AutoConfig.for_model(**values, num_hidden_layers=4)
         assert config.sparse_attention == values["sparse_attention"]
+    elif "base" in values:
+        place.write_text(piece.text)
+        sizes = {f"stages.{one['name']}.tokens": 1024 for one in values["stages"]}
+        run_command(["nsa-convert", "train", str(place), *set_words(sizes)])
     elif "sparse_attention" in values:
         place.write_text(piece.text)
         run_command(["nsa-convert", "convert", "MODEL", out, "--config", str(place)])

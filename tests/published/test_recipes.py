@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from nsa_convert.cli.training import known_recipes
 from nsa_convert.config import FULL
 from nsa_convert.families import FAMILIES, geometry_of
 from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.plan import resolve_plan
+from nsa_convert.training.recipe.library import known_recipes
 from nsa_convert.training.recipe.schema import Recipe, read_recipe
 from nsa_convert.training.recipe.sections import FreshModel
 from nsa_convert.training.run.models import fresh_tokenizer, load_first, read_start

@@ -12,10 +12,11 @@ import transformers
 from click.testing import CliRunner
 
 from nsa_convert.cli import main
-from nsa_convert.cli.training import known_recipes, recipes
+from nsa_convert.cli.training import recipes
 from nsa_convert.errors import ConfigError, UsageError
 from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.training.data.rows import PackedRows, collate
+from nsa_convert.training.recipe.library import known_recipes
 from nsa_convert.training.recipe.schema import Recipe, read_recipe, recipe_from_dict
 from nsa_convert.training.recipe.sections import FreshModel
 from nsa_convert.training.run.forecast import plan_recipe

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from nsa_convert.config import SparseAttentionConfig, raise_problems
 from nsa_convert.errors import ConfigError
 from nsa_convert.redaction import secret_places
-from nsa_convert.strict_files import read_mapping
+from nsa_convert.training.recipe.bases import read_values
 from nsa_convert.training.recipe.fields import read_dataclass
 from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, RopeScaling, Source
 
@@ -256,7 +256,7 @@ class Recipe:
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe file.
+    """Read a recipe file, and what it builds on.
 
     Args:
         path: YAML file.
@@ -265,7 +265,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     Raises:
         ConfigError: A syntax error, or every unknown key, wrong type and impossible value in one message.
     """
-    return recipe_from_dict(read_mapping(path), overrides, where=path.name)
+    return recipe_from_dict(read_values(path), overrides, where=path.name)
 
 
 def recipe_from_dict(
