@@ -5,7 +5,7 @@
 
 A Qwen2 model with random weights and a small feed-forward part, bfloat16, transformers' own dynamic cache, or
 with --compile its static one and one graph for all positions. It is filled with random keys and values, and
-with the cells and streams that layers keep of them: no time here depends on what was said. `NAME:KEY=VALUE`
+with the cells and token states that layers keep: no time here depends on what was said. `NAME:KEY=VALUE`
 gives a method a setting. Beside the dense model as transformers runs it stands one whose query heads of a
 group are the rows of one product. Times are those of a whole step over the number of layers.
 """
@@ -38,7 +38,7 @@ from nsa_convert.methods.parts.inputs import select_heads
 from nsa_convert.patch.cache import sparse_cache_layer
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.patching import patch_model
-from nsa_convert.patch.pooling import grow_cells, grow_stream
+from nsa_convert.patch.pooling import grow_cells, grow_states
 from nsa_convert.patterns import SequenceLayout
 
 METHODS = (
@@ -146,13 +146,13 @@ def remember(model: PreTrainedModel, cache: Cache, index: int, k: Tensor, v: Ten
         return
     context = SparseContext(layout=SequenceLayout(), starts=None, rotary=model.model.rotary_emb)
     sources = {"key": k.transpose(1, 2), "value": v.transpose(1, 2)}
-    for pool in sparse.pools():
+    for pool in sparse.cache_needs().pools:
         source = select_heads(sources[pool.source], pool.heads)
         grow_cells(sparse, pool, cache.layers[index], source, k.shape[2], context, tracked=False)
     hidden = torch.randn(1, k.shape[2], sparse.geometry.hidden_size, dtype=k.dtype)
-    streams = sparse.streams(hidden, lambda x: x)
-    for name in sparse.cached_streams:
-        grow_stream(cache.layers[index], name, streams[name], 0)
+    states = sparse.project(hidden, lambda x: x).token_states
+    for name in sparse.cache_needs().token_states:
+        grow_states(cache.layers[index], name, states[name], 0)
     cache.layers[index].settle()
 
 

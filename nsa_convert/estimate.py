@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.mix import leaves_of
 
 CONTEXTS = (8192, 32768, 131072)
 FLOAT32 = 4
@@ -67,8 +68,8 @@ def parameter_count(methods: Sequence[SparseMethod]) -> int:
 
 def dense_until(methods: Sequence[SparseMethod]) -> int | None:
     """Return the context up to which every layer still sees everything; None when all layers are full."""
-    leaves = [leaf for method in methods for leaf in method.leaves()]
-    budgets = [leaf.visible_budget() for leaf in leaves if leaf.keys_per_query() is not None]
+    reaches = [leaf.reach() for leaf in leaves_of(methods)]
+    budgets = [reach.visible_budget for reach in reaches if reach.decode_keys is not None]
     return min(budgets, default=None)
 
 
@@ -80,25 +81,29 @@ def _cost(
     dense_entry = 2 * geometry.num_kv_heads * row
     kv = flops = decode = 0
     density = 0.0
-    for method in [leaf for layer in methods for leaf in layer.leaves()]:
-        limit, heads = method.keys_per_query(), method.geometry.num_kv_heads
-        policy = method.cache_policy()
+    for method in leaves_of(methods):
+        needs, reach, heads = method.cache_needs(), method.reach(), method.geometry.num_kv_heads
+        limit, policy = reach.decode_keys, needs.policy
+
+        # What the cache holds, and what of it one new token reads.
         kept = length if policy is None else policy.size(length)
         seen = kept if limit is None or kept < length else min(length, limit)
-        kv += 2 * heads * (1 + method.extra_head_sets()) * row * kept
-        kv += heads * row * length if method.key_taps > 1 else 0  # keys before they were mixed
+        kv += 2 * heads * (1 + needs.extra_head_sets) * row * kept
+        kv += heads * row * length if needs.key_taps > 1 else 0  # keys before they were mixed
         kv += 0 if policy is None else FLOAT32 * policy.numbers(length, method.geometry)
         decode += 2 * heads * row * seen
         work = 2 * method.geometry.num_query_heads * geometry.head_dim  # FLOPs of one product with a key
-        flops += 2 * work * _sum_of_keys(length, method.keys_per_prompt_query())
+        flops += 2 * work * _sum_of_keys(length, reach.prompt_keys)
         density += seen / length / len(methods) * heads / geometry.num_kv_heads
-        index = method.index_size()
+
+        # What choosing reads: an index of every token, or cells.
+        index = reach.index
         if index is not None:
             index_bytes = index.key_heads * row * length
             kv += index_bytes if index.cached else 0
             decode += index_bytes
             flops += 2 * index.query_heads * geometry.head_dim * _sum_of_keys(length, None)
-        for pool in method.pools():
+        for pool in needs.pools:
             cells = max(0, (length - pool.width) // pool.stride + 1)
             pool_bytes = len(pool.heads) * row * cells
             kv += pool_bytes
@@ -110,7 +115,7 @@ def _cost(
         sparse_kv_bytes=kv,
         dense_prefill_flops=dense_work * _sum_of_keys(length, None) * len(methods),
         sparse_prefill_flops=flops,
-        prefill_depends_on_text=any(leaf.adapts_to_prompt() for layer in methods for leaf in layer.leaves()),
+        prefill_depends_on_text=any(leaf.reach().adapts_to_prompt for leaf in leaves_of(methods)),
         dense_decode_bytes=dense_entry * length * len(methods),
         sparse_decode_bytes=decode,
         density=density,

@@ -14,6 +14,7 @@ from nsa_convert.config import AttentionGeometry, SparseAttentionConfig, raise_p
 from nsa_convert.errors import ConfigError
 from nsa_convert.families import family_of, geometry_of
 from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.mix import leaves
 from nsa_convert.methods.parts.registry import build_layer, read_rule
 from nsa_convert.methods.parts.selection import NO_REUSE
 
@@ -69,7 +70,7 @@ def _reuse_problems(methods: list[SparseMethod]) -> list[str]:
     """Return what is wrong with layers that reuse the selection of another one."""
     chosen, problems = {}, []
     for layer, method in enumerate(methods):
-        for leaf in method.leaves():
+        for leaf in leaves(method):
             source = getattr(leaf.settings, "reuse_from", NO_REUSE)
             if source == NO_REUSE:
                 chosen[layer, leaf.heads] = leaf.settings
@@ -85,7 +86,7 @@ def _reuse_problems(methods: list[SparseMethod]) -> list[str]:
 
 def visible_budget(sparse: SparseAttentionConfig, num_layers: int, geometry: AttentionGeometry) -> int:
     """Return the longest context at which a freshly converted model equals the dense one."""
-    return min(method.visible_budget() for method in resolve_plan(sparse, num_layers, geometry))
+    return min(method.reach().visible_budget for method in resolve_plan(sparse, num_layers, geometry))
 
 
 def sparse_prefix(layer: int) -> str:
@@ -125,9 +126,9 @@ def new_tensors(
 
 def copy_dense_rows(method: SparseMethod, read: Callable[[str], Tensor]) -> None:
     """Write the dense rows into the parameters of a method that start as copies of them."""
-    for own, dense in method.dense_copies().items():
+    for own, copy_ in method.dense_copies().items():
         with torch.no_grad():
-            method.get_parameter(own).copy_(method.initial_rows(own, dense, read(dense)))
+            method.get_parameter(own).copy_(copy_.rows(read(copy_.dense)))
 
 
 def sparse_config_dict(config: Mapping[str, Any], sparse: SparseAttentionConfig) -> dict[str, Any]:

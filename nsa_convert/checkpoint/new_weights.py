@@ -100,7 +100,7 @@ def _initial_values(method: SparseMethod) -> dict[str, str]:
     """Say in words where each parameter of a method starts."""
     copies = method.dense_copies()
     return {
-        name: f"copy of {copies[name]}" if name in copies else _describe(parameter.detach())
+        name: f"copy of {copies[name].dense}" if name in copies else _describe(parameter.detach())
         for name, parameter in method.named_parameters()
     }
 

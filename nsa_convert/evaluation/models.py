@@ -15,6 +15,7 @@ from nsa_convert.errors import CheckpointError, ConfigError
 from nsa_convert.families import FAMILIES, family_of_sparse, geometry_of
 from nsa_convert.loading import load_causal_model
 from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.mix import leaves_of
 from nsa_convert.methods.parts.phases import Phases
 from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.patch.attention import SparseAttention
@@ -95,12 +96,12 @@ def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> M
         methods = resolve_plan(stored, config["num_hidden_layers"], geometry)
     elif plan is not None:
         methods = resolve_plan(plan, config["num_hidden_layers"], geometry_of(config))
-    budgets = [method.visible_budget() for method in methods]
+    budgets = [method.reach().visible_budget for method in methods]
     return ModelFacts(
         path=path, model_type=model_type, max_positions=config.get("max_position_embeddings"),
         vocab_size=config.get("vocab_size"), methods=tuple(method.spec.name for method in methods),
         visible_budget=min(budgets) if budgets and min(budgets) < UNLIMITED else None, plan=plan,
-        one_pass=all(reads_texts(leaf) for method in methods for leaf in method.leaves()),
+        one_pass=all(map(reads_texts, leaves_of(methods))),
     )
 
 
@@ -114,7 +115,7 @@ def read_both_facts(
 def reads_texts(method: SparseMethod) -> bool:
     """Return whether reading a text in one pass shows, causally, all that a method does."""
     in_prompts = "prefill" in method.spec.phases and not isinstance(method, Phases)
-    return method.chooses_causally() and in_prompts
+    return method.reach().is_causal and in_prompts
 
 
 def load_model(

@@ -17,7 +17,7 @@ from nsa_convert.config import AttentionGeometry, raise_problems
 from nsa_convert.errors import ConfigError
 from nsa_convert.kernels.indexed import token_topk
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.parts.index import INDEX_LOSSES, Index, IndexKey, index_weights
+from nsa_convert.methods.parts.index import INDEX_TRAINING, Index, IndexKey, index_weights
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import TokenSelection
 
@@ -85,10 +85,10 @@ class DSA(SelectingMethod):
             "mode": "paper section 2.3 (dense warm-up)",
             "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
+        couples_heads=True,
     )
     Settings = DSASettings
-    couples_heads = True
-    stage_losses = INDEX_LOSSES
+    training_spec = INDEX_TRAINING
 
     def __init__(self, settings: DSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
@@ -115,7 +115,7 @@ class DSA(SelectingMethod):
             self.index.queries(x),
             self.index.keys(x),
             self._weights(x.hidden),
-            num_tokens=max(s.num_tokens, self.cover or 0),
+            num_tokens=max(s.num_tokens, self.forced_budget or 0),
             num_sinks=s.num_sinks,
             window_size=s.window_size,
             layout=x.layout,

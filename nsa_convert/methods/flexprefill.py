@@ -86,7 +86,7 @@ class FlexPrefill(BlockPrefillMethod):
     )
     Settings = FlexPrefillSettings
 
-    def visible_budget(self) -> int:
+    def least_budget(self) -> int:
         """Return the longest prompt that is attended to densely."""
         return max(2 * self.settings.block_size, self.settings.min_budget)
 

@@ -18,7 +18,15 @@ from torch.nn import functional
 
 from nsa_convert.config import AttentionGeometry, at_least, raise_problems
 from nsa_convert.kernels.attention import dense_attention
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, SparseMethod
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    CacheNeeds,
+    MethodSpec,
+    Reach,
+    SparseMethod,
+    TrainingSpec,
+    record,
+)
 from nsa_convert.methods.parts.cache_policy import CachePolicy
 from nsa_convert.methods.parts.column_sums import attend_and_sum
 
@@ -90,28 +98,21 @@ class H2O(SparseMethod):
         },
     )
     Settings = H2OSettings
-    stage_losses = {}
+    training_spec = TrainingSpec(stage_losses={})
 
-    def visible_budget(self) -> int:
-        """Return num_heavy + num_recent."""
-        return self.settings.num_heavy + self.settings.num_recent
-
-    def keys_per_query(self) -> int | None:
-        """Return what is kept and the query's own token."""
-        return self.visible_budget() + 1
-
-    def keys_per_prompt_query(self) -> int | None:
-        """Return None: a prompt is read densely."""
-        return None
-
-    def cache_policy(self) -> CachePolicy | None:
+    def cache_needs(self) -> CacheNeeds:
         """Keep heavy hitters and the last tokens."""
-        recent = max(self.settings.num_recent, self.cover or 0)
-        return HeavyHitters(num_heavy=self.settings.num_heavy, num_recent=recent)
+        recent = max(self.settings.num_recent, self.forced_budget or 0)
+        return CacheNeeds(policy=HeavyHitters(num_heavy=self.settings.num_heavy, num_recent=recent))
+
+    def reach(self) -> Reach:
+        """Decoding reads what is kept and the query's own token; a prompt is read densely."""
+        budget = self.settings.num_heavy + self.settings.num_recent
+        return Reach(visible_budget=budget, decode_keys=budget + 1, prompt_keys=None)
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to all that is left, and note who received how much; returns ``[B, TQ, HQ, D]``."""
-        self.record(x, x.k, {})
+        record(self, x, x.k, {})
         if x.memory is None:
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
         o, received = attend_and_sum(x.q, x.k, x.v, layout=x.layout, scale=x.scale)

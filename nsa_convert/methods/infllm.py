@@ -22,8 +22,18 @@ from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.common.flash import attend_rows, plain_attention
 from nsa_convert.kernels.common.merge import merge_lse
 from nsa_convert.kernels.common.segments import Segment, segments
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, SparseMethod, is_observed
-from nsa_convert.methods.parts.cache_policy import CachePolicy, KeepAll
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    CacheNeeds,
+    MethodSpec,
+    Reach,
+    SparseMethod,
+    TrainingSpec,
+    is_observed,
+    is_within_budget,
+    record,
+)
+from nsa_convert.methods.parts.cache_policy import KeepAll
 from nsa_convert.methods.parts.column_sums import column_sums
 from nsa_convert.patterns import BlockSelection, Pattern, SequenceLayout, SinkWindow, TokenSelection
 
@@ -125,33 +135,34 @@ class InfLLM(SparseMethod):
             "query_block": "the authors' configuration (exc_block_size)",
         },
         causal_selection=False,
+        couples_heads=True,
     )
     Settings = InfLLMSettings
-    stage_losses = {}
-    couples_heads = True
+    training_spec = TrainingSpec(stage_losses={})
 
-    def visible_budget(self) -> int:
-        """Return window_size: beyond it positions differ from the dense model's."""
-        return self.settings.window_size
-
-    def keys_per_query(self) -> int | None:
-        """Return sinks, window, blocks, and what has left the window but fills no block yet."""
-        s = self.settings
-        return s.num_sinks + s.window_size + s.num_blocks * s.block_size + s.block_size + s.query_block
-
-    def chooses_causally(self) -> bool:
-        """Return whether each query looks up alone."""
-        return self.settings.query_block == 1
-
-    def cache_policy(self) -> CachePolicy | None:
+    def cache_needs(self) -> CacheNeeds:
         """Keep every token, and beside them what blocks are known by."""
-        return self._blocks()
+        return CacheNeeds(policy=self._blocks())
+
+    def reach(self) -> Reach:
+        """Beyond the window positions differ from the dense model's.
+
+        A query reads sinks, window, blocks, and what has left the window but fills no block yet.
+        """
+        s = self.settings
+        keys = s.num_sinks + s.window_size + s.num_blocks * s.block_size + s.block_size + s.query_block
+        return Reach(
+            visible_budget=s.window_size,
+            decode_keys=keys,
+            prompt_keys=keys,
+            is_causal=s.query_block == 1,  # then each query looks up alone
+        )
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to the window and the far past; returns ``[B, TQ, HQ, D]``."""
         s = self.settings
-        if x.memory is None and self.fits(x, s.window_size):
-            self.record(x, x.k, {})
+        if x.memory is None and is_within_budget(self, x, s.window_size):
+            record(self, x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
         o, texts = torch.zeros_like(x.q), {}
         for part in segments(x.layout, *x.q.shape[:2], x.k.shape[1]):
@@ -164,7 +175,7 @@ class InfLLM(SparseMethod):
         return o
 
     def _window(self) -> int:
-        return max(self.settings.window_size, self.cover or 0)
+        return max(self.settings.window_size, self.forced_budget or 0)
 
     def _blocks(self) -> KeepAllAndBlocks:
         s = self.settings
@@ -178,7 +189,7 @@ class InfLLM(SparseMethod):
         patterns = {"window": SinkWindow(**sizes)}
         patterns |= far_patterns(text.found, block_size=self.settings.block_size, **sizes)
         own = dataclasses.replace(x, q=q[None], layout=SequenceLayout(offset=first))
-        self.record(own, text.k[None], patterns)
+        record(self, own, text.k[None], patterns)
 
     def _recall(self, x: AttentionInputs, part: Segment) -> _Text:
         """Return a document's keys and values, with what is remembered of the tokens before the call."""

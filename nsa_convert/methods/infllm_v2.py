@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from nsa_convert.config import at_least, raise_problems, unknown_keys
+from nsa_convert.config import at_least, raise_problems, strict_dataclass, unknown_keys
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, Reach
+from nsa_convert.methods.parts.budget import widened
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection, BlockTopK
 
@@ -116,8 +117,6 @@ class InfLLMv2(SelectingMethod):
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the pooled keys."""
-        if self.reuses:
-            return ()
         s, heads = self.settings, range(self.geometry.num_kv_heads)
         factors = {"key": 1, "coarse": COARSER} if s.lse == "coarse" else {"key": 1}
         return tuple(
@@ -129,9 +128,10 @@ class InfLLMv2(SelectingMethod):
         """Return the mean key of each cell."""
         return windows.mean(2)
 
-    def visible_budget(self) -> int:
-        """Return the tokens of all blocks, or ``dense_len`` where that is longer."""
-        return max(self.settings.dense_len, super().visible_budget())
+    def reach(self) -> Reach:
+        """Up to ``dense_len`` tokens the layer is dense, where that is beyond the blocks."""
+        reach = super().reach()
+        return dataclasses.replace(reach, visible_budget=max(self.settings.dense_len, reach.visible_budget))
 
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Return the best blocks of each query and key/value head."""
@@ -141,7 +141,7 @@ class InfLLMv2(SelectingMethod):
             x.pooled["key"].detach(),
             width=s.kernel_size,
             stride=s.kernel_stride,
-            rule=self.block_rule(),
+            rule=widened(s.rule, self.forced_budget),
             layout=x.layout,
             scale=x.scale,
             lse=self._coarse_lse(x) if s.lse == "coarse" else None,
@@ -180,7 +180,7 @@ def from_sparse_config(values: Mapping[str, Any]) -> InfLLMv2Settings:
         problems.append("use_nope true is not supported: scores use rotated keys; convert without it")
     raise_problems(problems, code="CF22")
     shared = {key: values[key] for key in _SHARED_KEYS if key in values}
-    return InfLLMv2.read_settings(shared, "sparse_config")
+    return strict_dataclass(InfLLMv2Settings, shared, "sparse_config")
 
 
 def to_sparse_config(settings: InfLLMv2Settings) -> dict[str, Any]:

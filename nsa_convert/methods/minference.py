@@ -123,7 +123,7 @@ class MInference(PrefillMethod):
             raise_problems([f"head_patterns lists {listed} query heads, the layer has {wanted}"], code="CF22")
         self.patterns_by_head = settings.head_patterns or (settings.default_head,) * wanted
 
-    def visible_budget(self) -> int:
+    def least_budget(self) -> int:
         """Return the longest prompt of which every head sees everything."""
         return min(least_budget(head, self.settings.block_size) for head in self.patterns_by_head)
 
@@ -136,7 +136,7 @@ class MInference(PrefillMethod):
             block_size=self.settings.block_size,
         )
         reach = grid.reach(x.q.device)
-        if self.cover is not None:
+        if self.forced_budget is not None:
             return {"selected": blocks_of(reach.expand(x.q.shape[0], x.q.shape[2], -1, -1), grid)}
         with torch.no_grad():
             keep, columns = self.choose(x, grid)

@@ -18,8 +18,15 @@ from torch.nn import functional
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.methods.parts.base import AttentionInputs, InitialisedModule, MethodSpec, Pool
-from nsa_convert.methods.parts.budget import HeadBudget
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    CacheNeeds,
+    InitialisedModule,
+    MethodSpec,
+    Pool,
+    Reach,
+)
+from nsa_convert.methods.parts.budget import HeadBudget, widened
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
@@ -113,41 +120,39 @@ class MoBA(SelectingMethod):
 
     def __init__(self, settings: MoBASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
-        self.key_taps = max(1, settings.key_conv)
         sizes = geometry.num_kv_heads, geometry.head_dim, settings.key_conv
         self.key_conv = KeyConv(*sizes) if settings.key_conv else None
 
     def mix_keys(self, taps: Sequence[Tensor]) -> Tensor:
         """Return the keys through the convolution."""
-        return taps[0] if self.key_conv is None or self.cover is not None else self.key_conv(taps)
+        return taps[0] if self.key_conv is None or self.forced_budget is not None else self.key_conv(taps)
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the block means of the keys."""
-        if self.reuses:
-            return ()
         size = self.settings.block_size
         heads = range(self.geometry.num_kv_heads)
         return (Pool(name="key", source="key", heads=heads, width=size, stride=size),)
+
+    def cache_needs(self) -> CacheNeeds:
+        """Return the block means, and the neighbours that the convolution mixes."""
+        return dataclasses.replace(super().cache_needs(), key_taps=max(1, self.settings.key_conv))
+
+    def reach(self) -> Reach:
+        """Dense decoding reads everything, and leaves the prompt sparse."""
+        reach = super().reach()
+        return dataclasses.replace(reach, decode_keys=None) if self.settings.decode == "dense" else reach
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """Return the mean key of each block."""
         return windows.mean(2)
 
-    def keys_per_query(self) -> int | None:
-        """Return num_blocks * block_size, or None where all keys are read."""
-        return None if self.settings.decode == "dense" else super().keys_per_query()
-
-    def keys_per_prompt_query(self) -> int | None:
-        """Return num_blocks * block_size: dense decoding leaves the prompt sparse."""
-        return super().keys_per_query()
-
     def is_dense(self, x: AttentionInputs) -> bool:
         """Return whether this call attends to everything: also a step of one token if decoding is dense."""
-        step = self.settings.decode == "dense" and x.q.shape[1] == 1 and self.cover is None
+        step = self.settings.decode == "dense" and x.q.shape[1] == 1 and self.forced_budget is None
         return step or super().is_dense(x)
 
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Rank by softmax over the blocks: the order of the products, since the choice is per head."""
         ck, size = x.pooled["key"], self.settings.block_size
-        rule = self.block_rule()
+        rule = widened(self.settings.rule, self.forced_budget)
         return block_topk(x.q, ck, width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale)

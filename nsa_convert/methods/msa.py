@@ -16,8 +16,8 @@ from torch import Tensor
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.indexed import block_max_topk
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.parts.budget import BlockBudget
-from nsa_convert.methods.parts.index import INDEX_LOSSES, Index, IndexKey
+from nsa_convert.methods.parts.budget import BlockBudget, widened
+from nsa_convert.methods.parts.index import INDEX_TRAINING, Index, IndexKey
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
@@ -68,7 +68,7 @@ class MSA(SelectingMethod):
         },
     )
     Settings = MSASettings
-    stage_losses = INDEX_LOSSES
+    training_spec = INDEX_TRAINING
 
     def __init__(self, settings: MSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
@@ -78,7 +78,8 @@ class MSA(SelectingMethod):
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Return the best blocks of each query and key/value head."""
         q, k = self.index.queries(x), self.index.keys(x)
-        return block_max_topk(q, k, rule=self.block_rule(), layout=x.layout, scale=x.scale)
+        rule = widened(self.settings.rule, self.forced_budget)
+        return block_max_topk(q, k, rule=rule, layout=x.layout, scale=x.scale)
 
     def index_scores(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``[B, H, NQ, TK]``: a list for each key/value head."""

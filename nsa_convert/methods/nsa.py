@@ -9,6 +9,7 @@ is dense attention as long as the context has at most n blocks.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -18,8 +19,21 @@ from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.common.merge import gated_sum
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
 from nsa_convert.kernels.compressed.cells import CellGrid
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, SparseMethod
-from nsa_convert.methods.parts.budget import BlockBudget
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    CacheNeeds,
+    DenseCopy,
+    MethodSpec,
+    Pool,
+    Projection,
+    Reach,
+    SparseMethod,
+    TrainingSpec,
+    copy_of,
+    is_within_budget,
+    record,
+)
+from nsa_convert.methods.parts.budget import BlockBudget, widened
 from nsa_convert.methods.parts.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.parts.gates import BranchGate
 from nsa_convert.methods.parts.losses import score_kl
@@ -114,14 +128,14 @@ class NSA(SparseMethod):
         },
     )
     Settings = NSASettings
-    stage_losses = {"align": {"output_error": 1.0, "score_kl": 0.1}}
+    training_spec = TrainingSpec(stage_losses={"align": {"output_error": 1.0, "score_kl": 0.1}})
 
     def __init__(self, settings: NSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
         heads, dim, width = geometry.num_kv_heads, geometry.head_dim, settings.compression_block
         self.compress_key = build_compressor(settings.key_compressor, heads, width, dim)
         if has_weights(self.compress_key):
-            self.stage_losses = with_scores(self.stage_losses)
+            self.training_spec = with_scores(self.training_spec)
         self.compress_value = build_compressor(settings.value_compressor, heads, width, dim)
         self.gate = BranchGate(
             geometry.hidden_size,
@@ -136,26 +150,38 @@ class NSA(SparseMethod):
             self.branch_k_proj = nn.Linear(geometry.hidden_size, size, bias=bias)
             self.branch_v_proj = nn.Linear(geometry.hidden_size, size, bias=bias)
 
-    def pools(self) -> tuple[Pool, ...]:
-        """Return the compressed keys and values."""
+    def cache_needs(self) -> CacheNeeds:
+        """Return the compressed keys and values, and the two further sets of independent branches."""
         s, heads = self.settings, self.geometry.num_kv_heads
         span = range(heads) if s.branch_kv == "shared" else range(heads, 2 * heads)
         sizes = {"heads": span, "width": s.compression_block, "stride": s.compression_stride}
-        pools = (
-            Pool(name="key", source="key", rope=s.compress_rope, **sizes),
-            Pool(name="value", source="value", **sizes),
-        )
-        return (
-            pools
-            if s.scorer == "first_order"
-            else (*pools, Pool(name="half_variance", source="key", **sizes))
+
+        key = Pool(name="key", source="key", rope=s.compress_rope, **sizes)
+        pools = [key, Pool(name="value", source="value", **sizes)]
+        if s.scorer == "second_order":
+            pools.append(Pool(name="half_variance", source="key", **sizes))
+
+        # The keys once more, for a loss that teaches the compressor alone.
+        taught = (dataclasses.replace(key, name=TAUGHT),) if has_weights(self.compress_key) else ()
+        return CacheNeeds(
+            pools=tuple(pools),
+            loss_pools=taught,
+            extra_head_sets=0 if self.branch_k_proj is None else 2,
         )
 
-    def loss_pools(self) -> tuple[Pool, ...]:
-        """Return the compressed keys once more, for a loss that teaches the compressor alone."""
-        if not has_weights(self.compress_key):
-            return ()
-        return (dataclasses.replace(self.pools()[0], name=TAUGHT),)
+    def reach(self) -> Reach:
+        """Up to n * l' tokens the selected branch is dense attention; a query reads n * l' + w."""
+        budget = self.settings.rule.budget
+        keys = budget + self.settings.window_size
+        return Reach(visible_budget=budget, decode_keys=keys, prompt_keys=keys)
+
+    def project(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> Projection:
+        """Return the compressed and window branches' own keys and values, ``[B, T, 2 H, D]``."""
+        if self.branch_k_proj is None:
+            return Projection()
+        shape = (2 * self.geometry.num_kv_heads, self.geometry.head_dim)
+        k, v = (branch(hidden).unflatten(-1, shape) for branch in (self.branch_k_proj, self.branch_v_proj))
+        return Projection(k=k, v=v)
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """See the base class."""
@@ -164,40 +190,23 @@ class NSA(SparseMethod):
         compressors = {"key": self.compress_key, "value": self.compress_value, "half_variance": half_variance}
         return compressors[name](windows)
 
-    def extra_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the compressed and window branches' own keys and values, ``[B, T, 2 H, D]``."""
-        if self.branch_k_proj is None:
-            return None
-        shape = (2 * self.geometry.num_kv_heads, self.geometry.head_dim)
-        return self.branch_k_proj(hidden).unflatten(-1, shape), self.branch_v_proj(hidden).unflatten(
-            -1, shape
-        )
-
-    def extra_head_sets(self) -> int:
-        """Return 2 for independent branches."""
-        return 0 if self.branch_k_proj is None else 2
-
-    def dense_copies(self) -> dict[str, str]:
+    def dense_copies(self) -> dict[str, DenseCopy]:
         """Return which dense projection each own projection repeats."""
         if self.branch_k_proj is None:
             return {}
-        parts = ("weight", "bias") if self.geometry.qkv_bias else ("weight",)
-        return {f"branch_{kind}_proj.{part}": f"{kind}_proj.{part}" for kind in "kv" for part in parts}
-
-    def visible_budget(self) -> int:
-        """Return n * l': up to there the selected branch is dense attention."""
-        return self.settings.rule.budget
-
-    def keys_per_query(self) -> int | None:
-        """Return n * l' + w."""
-        return self.settings.rule.budget + self.settings.window_size
+        copies = {}
+        for kind, branch in (("k", self.branch_k_proj), ("v", self.branch_v_proj)):
+            for part, parameter in branch.named_parameters():
+                dense = f"{kind}_proj.{part}"
+                copies[f"branch_{dense}"] = copy_of(dense, parameter, self.geometry.head_dim)
+        return copies
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend through the three branches; returns ``[B, TQ, HQ, D]``."""
         s, heads = self.settings, self.geometry.num_kv_heads
         k, v = x.k[:, :, :heads], x.v[:, :, :heads]
         window_k, window_v = x.k[:, :, -heads:], x.v[:, :, -heads:]
-        fits = self.fits(x, s.rule.budget)
+        fits = is_within_budget(self, x, s.rule.budget)
         compressed = self._compressed(x, choose=not fits)
         window = SinkWindow(window_size=s.window_size)
         windowed, _ = sparse_attention(x.q, window_k, window_v, window, layout=x.layout, scale=x.scale)
@@ -207,7 +216,7 @@ class NSA(SparseMethod):
             selected, _ = sparse_attention(x.q, k, v, compressed.selection, layout=x.layout, scale=x.scale)
         gates = self.gate(x.hidden)  # [B, TQ, HQ, 3]
         patterns = {} if fits else {"selected": compressed.selection, "window": window}
-        self.record(x, k, patterns, gates)
+        record(self, x, k, patterns, gates)
         return gated_sum((compressed.o, selected, windowed), gates)
 
     def auxiliary_losses(
@@ -231,7 +240,7 @@ class NSA(SparseMethod):
         """Attend to the compressed cells and, unless everything is visible anyway, choose blocks."""
         s, ck = self.settings, x.pooled["key"]
         sizes = {"width": s.compression_block, "stride": s.compression_stride}
-        rule = self.block_rule() if choose else None
+        rule = widened(self.settings.rule, self.forced_budget) if choose else None
         first_order = rule if s.scorer == "first_order" else None
         out = compressed_attention(
             x.q, ck, x.pooled["value"], rule=first_order, layout=x.layout, scale=x.scale, **sizes

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nsa_convert.kernels.compressed import block_topk
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool
-from nsa_convert.methods.parts.budget import HeadBudget
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, Reach, TrainingSpec
+from nsa_convert.methods.parts.budget import HeadBudget, widened
 from nsa_convert.methods.parts.prefill import STEP_TOKENS
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
@@ -69,12 +69,10 @@ class Quest(SelectingMethod):
         },
     )
     Settings = QuestSettings
-    stage_losses = {}
+    training_spec = TrainingSpec(stage_losses={}, has_dense_mode=True)
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the smallest and largest key coordinates of each page."""
-        if self.reuses:
-            return ()
         size, heads = self.settings.block_size, range(self.geometry.num_kv_heads)
         return tuple(
             Pool(name=name, source="key", heads=heads, width=size, stride=size) for name in ("min", "max")
@@ -86,12 +84,15 @@ class Quest(SelectingMethod):
 
     def is_dense(self, x: AttentionInputs) -> bool:
         """Return whether this call attends to everything: a prompt does."""
-        prompt = self.settings.prefill == "dense" and x.q.shape[1] > STEP_TOKENS and self.cover is None
-        return prompt or super().is_dense(x)
+        is_prompt = x.q.shape[1] > STEP_TOKENS and self.forced_budget is None
+        return (is_prompt and self.settings.prefill == "dense") or super().is_dense(x)
 
-    def keys_per_prompt_query(self) -> int | None:
-        """Return None where a prompt is read densely."""
-        return None if self.settings.prefill == "dense" else self.keys_per_query()
+    def reach(self) -> Reach:
+        """A prompt is read densely, unless it selects too."""
+        reach = super().reach()
+        if self.settings.prefill == "sparse":
+            return reach
+        return dataclasses.replace(reach, prompt_keys=None)
 
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Return the pages with the largest bound, which is one product with ``[M, m]``.
@@ -101,5 +102,5 @@ class Quest(SelectingMethod):
         """
         q = torch.cat([x.q.relu(), -(-x.q).relu()], -1)
         bounds, size = (x.pooled["max"], x.pooled["min"]), self.settings.block_size
-        rule = self.block_rule()
+        rule = widened(self.settings.rule, self.forced_budget)
         return block_topk(q, bounds, width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale)

@@ -17,8 +17,16 @@ from torch import Tensor
 from nsa_convert.config import AttentionGeometry, at_least, raise_problems
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.common.merge import merge_lse
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, SparseMethod
-from nsa_convert.methods.parts.cache_policy import CachePolicy, KeepRecent
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    CacheNeeds,
+    MethodSpec,
+    Reach,
+    SparseMethod,
+    TrainingSpec,
+    record,
+)
+from nsa_convert.methods.parts.cache_policy import KeepRecent
 from nsa_convert.patterns import SinkWindow
 
 
@@ -94,29 +102,24 @@ class Razor(SparseMethod):
         },
     )
     Settings = RazorSettings
-    stage_losses = {}
+    training_spec = TrainingSpec(stage_losses={})
 
-    def visible_budget(self) -> int:
-        """Return num_sinks + window_size."""
-        return self.settings.num_sinks + self.settings.window_size
-
-    def keys_per_query(self) -> int | None:
-        """Return what is kept of a short text, the query's own token and the compensation token."""
-        return self.visible_budget() + 2
-
-    def keys_per_prompt_query(self) -> int | None:
-        """Return None: a prompt is read densely."""
-        return None
-
-    def cache_policy(self) -> CachePolicy | None:
+    def cache_needs(self) -> CacheNeeds:
         """Keep sinks, window and sums."""
         s = self.settings
-        recent = max(s.window_size, self.cover or 0)
-        return KeepRecentAndSums(num_sinks=s.num_sinks, num_recent=recent, share=s.window_share)
+        recent = max(s.window_size, self.forced_budget or 0)
+        return CacheNeeds(
+            policy=KeepRecentAndSums(num_sinks=s.num_sinks, num_recent=recent, share=s.window_share)
+        )
+
+    def reach(self) -> Reach:
+        """Decoding reads what is kept of a short text, the own token and the compensation token."""
+        budget = self.settings.num_sinks + self.settings.window_size
+        return Reach(visible_budget=budget, decode_keys=budget + 2, prompt_keys=None)
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to what is left and to the compensation token; returns ``[B, TQ, HQ, D]``."""
-        self.record(x, x.k, {})
+        record(self, x, x.k, {})
         if x.dropped is None:
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
         everything = SinkWindow(window_size=x.k.shape[1])

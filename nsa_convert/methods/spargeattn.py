@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsa_convert.config import at_least, between, one_or_more, raise_problems
 from nsa_convert.kernels.union.skipping import LEAST_ROWS, skipping_attention
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, record
 from nsa_convert.methods.parts.prefill import BlockPrefillMethod
 from nsa_convert.methods.parts.tile_budgets import (
     BlockGrid,
@@ -100,7 +100,7 @@ class SpargeAttn(BlockPrefillMethod):
     )
     Settings = SpargeAttnSettings
 
-    def visible_budget(self) -> int:
+    def least_budget(self) -> int:
         """Return the blocks that are always kept."""
         return (self.settings.num_sink_blocks + 1) * self.settings.block_size
 
@@ -110,7 +110,7 @@ class SpargeAttn(BlockPrefillMethod):
         if not skip:
             return super().attend(x)
         patterns = self.patterns(x)
-        self.record(x, x.k, patterns)
+        record(self, x, x.k, patterns)
         (pattern,) = patterns.values()
         return skipping_attention(
             x.q, x.k, x.v, pattern, value_skip=skip, layout=x.layout, scale=x.scale

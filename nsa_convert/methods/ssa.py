@@ -17,8 +17,19 @@ from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.kernels.compressed.cells import CellGrid
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, SparseMethod
-from nsa_convert.methods.parts.budget import BlockBudget
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    CacheNeeds,
+    MethodSpec,
+    Pool,
+    Reach,
+    SparseMethod,
+    TrainingSpec,
+    is_within_budget,
+    record,
+    teacher_output,
+)
+from nsa_convert.methods.parts.budget import BlockBudget, widened
 from nsa_convert.methods.parts.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.parts.gates import BranchGate
 from nsa_convert.methods.parts.losses import bidirectional_alignment, score_kl
@@ -78,13 +89,15 @@ class SSA(SparseMethod):
         },
     )
     Settings = SSASettings
-    stage_losses = {
-        "align": {"output_error": 1.0},
-        "pretrain": {"alignment": 10.0, "score_kl": 0.0},
-        "extend": {"alignment": 10.0},
-        "sft": {"alignment": 10.0},
-    }
-    dual_stream = True
+    training_spec = TrainingSpec(
+        stage_losses={
+            "align": {"output_error": 1.0},
+            "pretrain": {"alignment": 10.0, "score_kl": 0.0},
+            "extend": {"alignment": 10.0},
+            "sft": {"alignment": 10.0},
+        },
+        dual_stream=True,
+    )
 
     def __init__(self, settings: SSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
@@ -92,19 +105,25 @@ class SSA(SparseMethod):
         sizes = geometry.num_kv_heads, settings.block_size, geometry.head_dim
         self.compress_key = build_compressor(settings.key_compressor, *sizes)
         if has_weights(self.compress_key):
-            self.stage_losses = with_scores(self.stage_losses)
+            self.training_spec = with_scores(self.training_spec)
         self.gate = None
         if settings.gate != "none":
             self.gate = BranchGate(
                 geometry.hidden_size, geometry.num_query_heads, open_branches=(True,), kind=settings.gate
             )
 
-    def pools(self) -> tuple[Pool, ...]:
+    def cache_needs(self) -> CacheNeeds:
         """Return the block keys, and the spread of the keys where the scorer wants it."""
         size = self.settings.block_size
         sizes = {"source": "key", "heads": range(self.geometry.num_kv_heads), "width": size, "stride": size}
         names = ("key",) if self.settings.scorer == "first_order" else ("key", "half_variance")
-        return tuple(Pool(name=name, **sizes) for name in names)
+        return CacheNeeds(pools=tuple(Pool(name=name, **sizes) for name in names))
+
+    def reach(self) -> Reach:
+        """A query reads num_blocks * block_size keys, or all of them in full mode."""
+        budget = self.settings.rule.budget
+        keys = None if self.mode == "full" else budget
+        return Reach(visible_budget=budget, decode_keys=keys, prompt_keys=keys)
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """Return the key of each block, or half the variance of its keys.
@@ -115,24 +134,17 @@ class SSA(SparseMethod):
             return half_variance(windows)
         return self.compress_key(windows.detach() if has_weights(self.compress_key) else windows)
 
-    def visible_budget(self) -> int:
-        """Return num_blocks * block_size."""
-        return self.settings.rule.budget
-
-    def keys_per_query(self) -> int | None:
-        """Return num_blocks * block_size, or None in full mode."""
-        return None if self.mode == "full" else self.settings.rule.budget
-
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to the selected blocks, or to everything in full mode; returns ``[B, TQ, HQ, D]``."""
         gates = None if self.gate is None else self.gate(x.hidden)  # [B, TQ, HQ, 1]
-        if (self.mode == "full" and self.cover is None) or self.fits(x, self.settings.rule.budget):
+        in_full_mode = self.mode == "full" and self.forced_budget is None
+        if in_full_mode or is_within_budget(self, x, self.settings.rule.budget):
             o = dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
-            self.record(x, x.k, {}, gates)
+            record(self, x, x.k, {}, gates)
         else:
             selection = self._choose(x)
             o, _ = sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)
-            self.record(x, x.k, {"selected": selection}, gates)
+            record(self, x, x.k, {"selected": selection}, gates)
         return o if gates is None else o * gates.to(o.dtype)
 
     def train_forward(self, x: AttentionInputs, mode: TrainingMode) -> tuple[Tensor, dict[str, Tensor]]:
@@ -144,10 +156,10 @@ class SSA(SparseMethod):
         gate = 1.0 if self.gate is None else self.gate(x.hidden).to(x.q.dtype)  # [B, TQ, HQ, 1]
         stream = mode.stream
         if stream == "ordinary":
-            stream = "full" if self.mode == "full" and self.cover is None else "sparse"
-        fits = self.fits(x, self.settings.rule.budget)
+            stream = "full" if self.mode == "full" and self.forced_budget is None else "sparse"
+        fits = is_within_budget(self, x, self.settings.rule.budget)
         compared = not {"output_error", "alignment"}.isdisjoint(mode.losses)
-        full = self.teacher(x) if fits or compared or stream != "sparse" else None
+        full = teacher_output(self, x) if fits or compared or stream != "sparse" else None
         sparse = full
         if not fits and (compared or stream == "sparse"):
             sparse, _ = sparse_attention(x.q, x.k, x.v, self._choose(x), layout=x.layout, scale=x.scale)
@@ -177,6 +189,7 @@ class SSA(SparseMethod):
         return losses
 
     def _choose(self, x: AttentionInputs) -> BlockSelection:
-        size, rule = self.settings.block_size, self.block_rule()
+        size = self.settings.block_size
+        rule = widened(self.settings.rule, self.forced_budget)
         pair = scored(x, self.settings.scorer)
         return block_topk(*pair, width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale)

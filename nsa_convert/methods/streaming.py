@@ -18,8 +18,16 @@ from torch import Tensor
 from nsa_convert.config import at_least, raise_problems
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.common.merge import merge_lse
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, SparseMethod
-from nsa_convert.methods.parts.cache_policy import CachePolicy, KeepRecent
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    CacheNeeds,
+    MethodSpec,
+    Reach,
+    SparseMethod,
+    is_within_budget,
+    record,
+)
+from nsa_convert.methods.parts.cache_policy import KeepRecent
 from nsa_convert.patterns import SinkWindow, TokenSelection
 
 
@@ -65,36 +73,35 @@ class Streaming(SparseMethod):
     )
     Settings = StreamingSettings
 
-    def visible_budget(self) -> int:
-        """Return num_sinks + window_size."""
-        return self.settings.num_sinks + self.settings.window_size
-
-    def keys_per_query(self) -> int | None:
-        """Return num_sinks + window_size."""
-        return self.visible_budget()
-
-    def cache_policy(self) -> CachePolicy | None:
+    def cache_needs(self) -> CacheNeeds:
         """Keep the sinks and what the next query's window holds."""
         if self.settings.cache == "keep":
-            return None
-        return KeepRecent(num_sinks=self.settings.num_sinks, num_recent=self._window() - 1)
+            return CacheNeeds()
+        return CacheNeeds(
+            policy=KeepRecent(num_sinks=self.settings.num_sinks, num_recent=self._window() - 1)
+        )
+
+    def reach(self) -> Reach:
+        """Every query reads sinks and window."""
+        budget = self.settings.num_sinks + self.settings.window_size
+        return Reach(visible_budget=budget, decode_keys=budget, prompt_keys=budget)
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to the band; returns ``[B, TQ, HQ, D]``."""
         s = self.settings
-        fits = self.fits(x, self.visible_budget())
+        fits = is_within_budget(self, x, s.num_sinks + s.window_size)
         moved = s.positions == "cache" and s.num_sinks > 0 and (x.dropped is not None or not fits)
         if fits and not moved:
-            self.record(x, x.k, {})
+            record(self, x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
         band = SinkWindow(num_sinks=s.num_sinks, window_size=self._window())
-        self.record(x, x.k, {"window": band})
+        record(self, x, x.k, {"window": band})
         if moved:
             return self._attend_in_cache(x)
         return sparse_attention(x.q, x.k, x.v, band, layout=x.layout, scale=x.scale)[0]
 
     def _window(self) -> int:
-        return max(self.settings.window_size, self.cover or 0)
+        return max(self.settings.window_size, self.forced_budget or 0)
 
     def _attend_in_cache(self, x: AttentionInputs) -> Tensor:
         """Attend to the window, and to the sinks outside of it with the query turned to its place."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nsa_convert.config import at_least, raise_problems
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Reach, record
 from nsa_convert.methods.parts.prefill import PrefillMethod
 from nsa_convert.patterns import SequenceLayout, SinkWindow
 
@@ -68,22 +68,20 @@ class TriShape(PrefillMethod):
         """Whether last queries are treated apart."""
         return self.settings.num_last > 0
 
-    def chooses_causally(self) -> bool:
-        """Return whether this is A-shape: then what a query sees does not depend on where the prompt ends."""
-        return not self.needs_prompt_end
-
-    def visible_budget(self) -> int:
-        """Return num_sinks + window_size."""
-        return self.settings.num_sinks + self.settings.window_size
-
-    def keys_per_prompt_query(self) -> int | None:
-        """Return num_sinks + window_size."""
-        return self.visible_budget()
+    def reach(self) -> Reach:
+        """A query of the prompt reads the band; its end decides nothing where no last queries see more."""
+        budget = self.settings.num_sinks + self.settings.window_size
+        return Reach(
+            visible_budget=budget,
+            decode_keys=None,
+            prompt_keys=budget,
+            is_causal=not self.needs_prompt_end,
+        )
 
     def attend(self, x: AttentionInputs) -> Tensor:
         """Attend to the band, the last queries to everything; returns ``[B, TQ, HQ, D]``."""
         s = self.settings
-        band = SinkWindow(num_sinks=s.num_sinks, window_size=max(s.window_size, self.cover or 0))
+        band = SinkWindow(num_sinks=s.num_sinks, window_size=max(s.window_size, self.forced_budget or 0))
         first = max(0, x.q.shape[1] - s.num_last)
         end = int(x.layout.offset) + first
         parts = []
@@ -91,12 +89,12 @@ class TriShape(PrefillMethod):
             head = dataclasses.replace(
                 x, q=x.q[:, :first], k=x.k[:, :end], v=x.v[:, :end], hidden=x.hidden[:, :first]
             )
-            self.record(head, head.k, {"window": band})
+            record(self, head, head.k, {"window": band})
             parts.append(sparse_attention(head.q, head.k, head.v, band, layout=head.layout, scale=x.scale)[0])
         if s.num_last:
             tail = dataclasses.replace(
                 x, q=x.q[:, first:], hidden=x.hidden[:, first:], layout=SequenceLayout(offset=end)
             )
-            self.record(tail, tail.k, {})
+            record(self, tail, tail.k, {})
             parts.append(dense_attention(tail.q, tail.k, tail.v, layout=tail.layout, scale=x.scale))
         return torch.cat(parts, 1)

@@ -85,7 +85,7 @@ class XAttention(BlockPrefillMethod):
     )
     Settings = XAttentionSettings
 
-    def visible_budget(self) -> int:
+    def least_budget(self) -> int:
         """Return the blocks that are always kept."""
         s = self.settings
         return (s.num_sink_blocks + s.num_local_blocks) * s.block_size

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.parts.base import AttentionInputs, Pool, SparseMethod
+from nsa_convert.methods.parts.base import AttentionInputs, Pool, Projection, SparseMethod
 from nsa_convert.methods.parts.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import held_tokens, sparse_cache_layer
 from nsa_convert.patch.collectives import gather_tokens, mean_over, total_over
 from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads
 from nsa_convert.patch.layout import SparseContext
-from nsa_convert.patch.pooling import grow_cells, grow_stream, pool_sequence
+from nsa_convert.patch.pooling import grow_cells, grow_states, pool_sequence
 from nsa_convert.patch.precision import attention_dtype, without_autocast
 from nsa_convert.patch.rope import mover, rotate
 
@@ -82,7 +82,7 @@ class SparseAttention(nn.Module):
             raise NotImplementedError(
                 "attention dropout is not supported by sparse layers; set attention_dropout to 0"
             )
-        if not self.sparse.chooses_causally() and sparse_context.right_padded:
+        if not self.sparse.reach().is_causal and sparse_context.right_padded:
             raise ConfigError(
                 "a prompt of this batch ends before the others: the tokens that pad it would choose keys for "
                 "its own last ones",
@@ -90,30 +90,37 @@ class SparseAttention(nn.Module):
                 hint="pad on the left (tokenizer.padding_side = 'left')",
             )
         batch, length = hidden_states.shape[:2]
-        q, k, v = self._project(hidden_states)
+        needs = self.sparse.cache_needs()
+        own = self.sparse.project(hidden_states, lambda x: rotate(x, *position_embeddings))
+        q, k, v = self._project(hidden_states, own)
+
+        # RoPE; a method may mix the keys of neighbours before it, and training compares with unmixed ones.
         q, plain_keys = rotate(q, *position_embeddings), None
-        if self.sparse.key_taps > 1:
+        if needs.key_taps > 1:
             if sparse_context.training is not None:
                 plain_keys = rotate(k, *position_embeddings)
-            k = self._mix_keys(k, past_key_values, sparse_context)
+            k = self._mix_keys(k, needs.key_taps, past_key_values, sparse_context)
         k = rotate(k, *position_embeddings)
-        streams = self.sparse.streams(hidden_states, lambda x: rotate(x, *position_embeddings))
+
+        # One dtype for all that attends.
         dtype = attention_dtype(v)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        streams = {name: x.to(dtype) for name, x in streams.items()}
+        states = {name: x.to(dtype) for name, x in own.token_states.items()}
         plain_keys = None if plain_keys is None else plain_keys.to(dtype)
+
+        # Packed documents are one row; tokens of other processes are fetched.
         if sparse_context.layout.cu_seqlens is not None:
             q, k, v, hidden_states = (_one_row(x) for x in (q, k, v, hidden_states))
-            streams = {name: _one_row(x) for name, x in streams.items()}
+            states = {name: _one_row(x) for name, x in states.items()}
             plain_keys = None if plain_keys is None else _one_row(plain_keys)
             past_key_values = None
         if self.context_group is not None:
             k, v = (gather_tokens(x, self.context_group) for x in (k, v))
-            kept = self.sparse.cached_streams
-            streams |= {name: gather_tokens(streams[name], self.context_group) for name in kept}
+            states |= {name: gather_tokens(states[name], self.context_group) for name in needs.token_states}
+
         with without_autocast(q.device.type):
             o, losses = self._attend(
-                q, k, v, streams, plain_keys, hidden_states, past_key_values, sparse_context
+                q, k, v, states, plain_keys, hidden_states, past_key_values, sparse_context
             )
         out = self.o_proj(o.reshape(batch, length, -1))
         training = sparse_context.training
@@ -124,7 +131,7 @@ class SparseAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        streams: dict[str, Tensor],
+        states: dict[str, Tensor],
         plain_keys: Tensor | None,
         hidden: Tensor,
         cache: Any,
@@ -136,14 +143,14 @@ class SparseAttention(nn.Module):
             ``[B, TQ, HQ, D]``, and in training the auxiliary losses ``[K]`` in at least float32, else None.
         """
         new_tokens = k.shape[1]
-        parts, pooled, streams = self._remember(k, v, streams, cache, context)
+        parts, pooled, states = self._remember(k, v, states, cache, context)
         inputs = AttentionInputs(
             **vars(parts[0]),
             q=q,
             hidden=hidden,
             pooled=pooled,
             scale=self.scaling,
-            streams=streams,
+            token_states=states,
             plain_keys=plain_keys,
             shared=context.shared,
             move=mover(context.rotary),
@@ -163,7 +170,7 @@ class SparseAttention(nn.Module):
         values = torch.stack([none, *(losses.get(name, none) for name in mode.losses)])[1:]
         return o, values if self.loss_group is None else mean_over(values, self.loss_group)
 
-    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, hidden: Tensor, own: Projection) -> tuple[Tensor, Tensor, Tensor]:
         """Return q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]`` before RoPE, a method's extra heads last."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         q, k, v = (
@@ -171,20 +178,20 @@ class SparseAttention(nn.Module):
             self.k_proj(hidden).view(shape),
             self.v_proj(hidden).view(shape),
         )
-        extra = self.sparse.extra_kv(hidden)
-        if extra is not None:
-            k, v = torch.cat([k, extra[0]], 2), torch.cat([v, extra[1]], 2)
+        if own.k is not None:
+            k, v = torch.cat([k, own.k], 2), torch.cat([v, own.v], 2)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def _mix_keys(self, k: Tensor, cache: Any, context: SparseContext) -> Tensor:
+    def _mix_keys(self, k: Tensor, count: int, cache: Any, context: SparseContext) -> Tensor:
         """Let the method mix the keys of neighbouring tokens, before RoPE.
 
         The cache keeps the keys as they were, so that it can be cropped and continued at any token.
 
         Args:
             k: ``[B, T, Hc, D]`` keys before RoPE.
+            count: Neighbouring tokens that are mixed, the own one included.
             cache: A transformers cache, or None.
             context: Offset, padding and packing.
 
@@ -197,33 +204,34 @@ class SparseAttention(nn.Module):
                 "set key_conv to 0 or train without context parallelism"
             )
         layout, packed = context.layout, context.layout.cu_seqlens is not None
-        own = known = _one_row(k) if packed else k
+        new = known = _one_row(k) if packed else k
         if cache is not None and not packed:
             layer = sparse_cache_layer(cache, self.layer_idx)
             layer.open(self.sparse, context.starts, layout.offset)
-            known = grow_stream(layer, "plain keys", k, layout.offset)
-        slots = layout.positions(own.shape[1], k.device)  # [T]
-        starts = layout.row_starts(own.shape[1], k.device)  # [B or 1, T]
-        taps = [own]
-        for lag in range(1, self.sparse.key_taps):
+            known = grow_states(layer, "plain keys", k, layout.offset)
+        slots = layout.positions(new.shape[1], k.device)  # [T]
+        starts = layout.row_starts(new.shape[1], k.device)  # [B or 1, T]
+        taps = [new]
+        for lag in range(1, count):
             missing = slots - lag < starts
             earlier = known[:, (slots - lag).clamp(min=0)]
             taps.append(earlier.masked_fill(missing[..., None, None], 0.0))
         return self.sparse.mix_keys(taps).reshape(k.shape)
 
     def _remember(
-        self, k: Tensor, v: Tensor, streams: dict[str, Tensor], cache: Any, context: SparseContext
+        self, k: Tensor, v: Tensor, states: dict[str, Tensor], cache: Any, context: SparseContext
     ) -> tuple[tuple[CachedPart, ...], dict[str, Tensor], dict[str, Tensor]]:
-        """Append to the cache; return what the method may read, the compressed cells and the streams.
+        """Append to the cache; return what the method may read, the compressed cells and the token states.
 
         Where a part of the layer forgets, there is one entry for each part, else one for all.
         """
-        pools = self.sparse.pools()
+        needs = self.sparse.cache_needs()
+        pools = needs.pools
         if cache is None:
             if context.training is not None and context.training.mode.losses:
-                pools = (*pools, *self.sparse.loss_pools())
+                pools = (*pools, *needs.loss_pools)
             cells = {p.name: pool_sequence(self.sparse, p, _source(p, k, v), context) for p in pools}
-            return (CachedPart(k=k, v=v, layout=context.layout),), cells, streams
+            return (CachedPart(k=k, v=v, layout=context.layout),), cells, states
         new_tokens, offset = k.shape[1], context.layout.offset
         if forgets(self.sparse):
             layer = evicting_cache_layer(cache, self.layer_idx, self.sparse, k, context)
@@ -243,10 +251,10 @@ class SparseAttention(nn.Module):
             p.name: grow_cells(self.sparse, p, layer, _source(p, k, v), new_tokens, context, tracked=tracked)
             for p in pools
         }
-        kept = {name: grow_stream(layer, name, streams[name], offset) for name in self.sparse.cached_streams}
+        kept = {name: grow_states(layer, name, states[name], offset) for name in needs.token_states}
         if not forgets(self.sparse):  # else when it has forgotten
             layer.settle()
-        return parts, cells, {**streams, **kept}
+        return parts, cells, {**states, **kept}
 
 
 def _one_row(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The KV cache of a sparse layer: any transformers cache layer, retyped in place to hold cells too.
 
-What lies beside keys and values (compressed cells, per-token streams) covers all the tokens the layer holds,
+What lies beside keys and values (compressed cells, token states) covers all the tokens the layer holds,
 or is not there. A layer remembers how a call of its method left it: by which method, that the call came to
 its end, which tensors keys and values were. What happened since (another model appended, keys were replaced
 or edited, a call broke off) shows as a difference, and what lies beside is dropped: cells are pooled again
@@ -87,7 +87,9 @@ class SparseCacheLayer:
             CacheError: The layer's kind cannot carry what the method keeps beside keys and values, or its
                 keys were replaced by others of unknown positions.
         """
-        if hasattr(self, "_quantize") and (method.pools() or method.cached_streams or method.key_taps > 1):
+        needs = method.cache_needs()
+        keeps_states = bool(needs.token_states) or needs.key_taps > 1
+        if hasattr(self, "_quantize") and (needs.pools or keeps_states):
             raise CacheError(
                 f"{method.spec.name} keeps more than keys and values, which a quantised cache "
                 f"({self.sparse_base.__name__}) cannot carry: use the default dynamic cache",
@@ -100,10 +102,9 @@ class SparseCacheLayer:
             self._refuse_unknown_places(method, past)
             self.cells = None
         elif self.writer is not method:
-            alike = method.cached_streams or method.key_taps > 1
-            self._keep_streams(bool(alike) and not compiling and writes_alike(self.writer, method))
+            self._keep_states(keeps_states and not compiling and writes_alike(self.writer, method))
         elif not compiling and not same_rows(self.starts, starts, past):
-            self._keep_streams(True)
+            self._keep_states(True)
         self.writer = method
         if not compiling:
             self.starts = starts
@@ -183,8 +184,8 @@ class SparseCacheLayer:
             self.starts = ()
         self.settle()
 
-    def _keep_streams(self, keep: bool) -> None:
-        """Drop the cells, and the streams too unless told otherwise."""
+    def _keep_states(self, keep: bool) -> None:
+        """Drop the cells, and the token states too unless told otherwise."""
         kept = {name: x for name, x in (self.cells or {}).items() if keep and name.startswith(STREAM)}
         self.cells = kept or None
 
@@ -192,7 +193,7 @@ class SparseCacheLayer:
         """Refuse keys that took the place of more or fewer where a cell must know where each key stood."""
         left = self.known[0][0]() if self.known else None
         same = left is not None and left.shape == self.keys.shape
-        if past and not same and any(pool.rope == "before" for pool in method.pools()):
+        if past and not same and any(pool.rope == "before" for pool in method.cache_needs().pools):
             raise CacheError(
                 "the cached keys were replaced since this model wrote them, so the positions that cells "
                 f"compressed before RoPE need are not known: {AGAIN}"

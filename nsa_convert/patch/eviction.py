@@ -19,6 +19,7 @@ from nsa_convert.errors import CacheError
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.cache_policy import CachePolicy, forget
 from nsa_convert.methods.parts.inputs import CachedPart, select_heads
+from nsa_convert.methods.parts.mix import cached_heads, leaves
 from nsa_convert.patch.cache import (
     AGAIN,
     SparseDynamicLayer,
@@ -154,7 +155,7 @@ class EvictingLayer(SparseDynamicLayer):
 
 def forgets(method: SparseMethod) -> bool:
     """Return whether any part of a layer's method has a cache policy."""
-    return any(leaf.cache_policy() is not None for leaf in method.leaves())
+    return any(leaf.cache_needs().policy is not None for leaf in leaves(method))
 
 
 def evicting_cache_layer(
@@ -201,7 +202,7 @@ def _take_over(
     method: SparseMethod, layer: SparseDynamicLayer, past: int, k: Tensor, context: SparseContext
 ) -> None:
     """Move cached tokens to where the method's parts keep theirs, and forget what they give up."""
-    policies, heads = [leaf.cache_policy() for leaf in method.leaves()], method.cached_heads()
+    policies, heads = [leaf.cache_needs().policy for leaf in leaves(method)], cached_heads(method)
     if any(policy is not None and policy.asks_attention for policy in policies):
         raise CacheError(
             "this cache was filled from elsewhere, and the method decides what to keep by the attention that "
@@ -240,7 +241,7 @@ def recall(
     if not layer.is_initialized:
         layer.lazy_initialization(k, v)
     layer.settled = False
-    policies, heads = [leaf.cache_policy() for leaf in method.leaves()], method.cached_heads()
+    policies, heads = [leaf.cache_needs().policy for leaf in leaves(method)], cached_heads(method)
     rows = _Rows.of(context, layer.seen, k.shape[0], k.shape[1])
     place = whole_heads(method)
     whole: tuple[Tensor, Tensor] = (k, v)
@@ -279,8 +280,8 @@ def let_go(
     """
     rows = _Rows.of(context, layer.seen, parts[0].k.shape[0], new_tokens)
     layer.held = layer.held or {}
-    for i, (leaf, part) in enumerate(zip(method.leaves(), parts, strict=True)):
-        policy = leaf.cache_policy()
+    for i, (leaf, part) in enumerate(zip(leaves(method), parts, strict=True)):
+        policy = leaf.cache_needs().policy
         if policy is not None:
             held, stay = rows.held(policy), rows.stay(policy)
             k, v, memory = forget(policy, part.k, part.v, part.memory, held, stay)
@@ -310,8 +311,8 @@ def _append(layer: EvictingLayer, part: int, policy: CachePolicy, *new: Tensor) 
 
 def whole_heads(method: SparseMethod) -> dict[int, int]:
     """Return cached head -> its place among the heads of a layer that keep all tokens."""
-    pairs = zip(method.leaves(), method.cached_heads(), strict=True)
-    kept = [head for leaf, heads in pairs if leaf.cache_policy() is None for head in heads]
+    pairs = zip(leaves(method), cached_heads(method), strict=True)
+    kept = [head for leaf, heads in pairs if leaf.cache_needs().policy is None for head in heads]
     return {head: place for place, head in enumerate(kept)}
 
 

@@ -265,7 +265,7 @@ class SparseHeadMixin(SparsePreTrainedMixin):
         if not (self.training and torch.is_grad_enabled()):
             return None
         coefficient = self.config.sparse_aux_loss_coef
-        layers = [layer.self_attn.sparse.choice_losses() for layer in self.base_model.layers]
+        layers = [layer.self_attn.sparse.training_spec.choice_losses() for layer in self.base_model.layers]
         names = sorted({name for losses in layers for name in losses})
         if not self.told and not torch.compiler.is_compiling():
             self.told = True

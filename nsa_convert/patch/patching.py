@@ -14,6 +14,7 @@ from nsa_convert.errors import ConfigError, UnsupportedModelError
 from nsa_convert.families import ModelFamily, check_config, family_of, geometry_of
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.gates import BranchGate
+from nsa_convert.methods.parts.mix import leaves_of, methods_in
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.model_classes import adopt_class
 from nsa_convert.patch.modeling import install_sparse_attention
@@ -162,17 +163,17 @@ def with_full_budget(model: nn.Module, length: int) -> Iterator[None]:
 
     The output must then equal dense attention; ``verify`` relies on it.
     """
-    methods = [leaf for method in sparse_methods(model) for leaf in method.leaves()]
+    methods = [inner for method in sparse_methods(model) for inner in methods_in(method)]
     gates = [module for method in methods for module in method.modules() if isinstance(module, BranchGate)]
     for method in methods:
-        method.cover = length
+        method.forced_budget = length
     for gate in gates:
         gate.pass_through = True
     try:
         yield
     finally:
         for method in methods:
-            method.cover = None
+            method.forced_budget = None
         for gate in gates:
             gate.pass_through = False
 
@@ -185,8 +186,7 @@ def set_mode(model: nn.Module, mode: str) -> None:
     """
     if mode not in ("sparse", "full"):
         raise ValueError(f"mode must be 'sparse' or 'full', got {mode!r}")
-    leaves = [leaf for method in sparse_methods(model) for leaf in method.leaves()]
-    switchable = [leaf for leaf in leaves if hasattr(leaf, "mode")]
+    switchable = [leaf for leaf in leaves_of(sparse_methods(model)) if hasattr(leaf, "mode")]
     if not switchable:
         raise ValueError(
             "no layer of this model has a method with modes; NSA and streaming heads cannot run as full "

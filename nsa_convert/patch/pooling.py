@@ -88,7 +88,7 @@ def grow_cells(
     return cells if tracked else buffer.transpose(1, 2).to(source.dtype)
 
 
-def grow_stream(layer: SparseCacheLayer, name: str, new: Tensor, past: int | Tensor) -> Tensor:
+def grow_states(layer: SparseCacheLayer, name: str, new: Tensor, past: int | Tensor) -> Tensor:
     """Append per-token vectors to the cache and return all of them.
 
     Args:

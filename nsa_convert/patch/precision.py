@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def attention_dtype(projected: Tensor) -> torch.dtype:
-    """Return the dtype of queries, keys, values and streams, as autocast chooses it for SDPA.
+    """Return the dtype of queries, keys, values and token states, as autocast chooses it for SDPA.
 
     Under autocast that is its dtype (float64 stays): RoPE and norms leave float32 beside values in half
     precision. Elsewhere it is that of the projections.

@@ -22,9 +22,9 @@ def tensor_problems(methods: Sequence[SparseMethod], config: Mapping[str, Any], 
         f"tensor parallel knows {', '.join(TENSOR_METHODS)}, not {name}"
         for name in sorted({m.spec.name for m in methods} - set(TENSOR_METHODS))
     ]
-    if any(m.extra_head_sets() for m in methods):
+    if any(m.cache_needs().extra_head_sets for m in methods):
         problems.append("tensor parallel needs branch_kv shared, not independent")
-    if any(m.key_taps > 1 for m in methods):
+    if any(m.cache_needs().key_taps > 1 for m in methods):
         problems.append("tensor parallel needs key_conv 0")
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     if heads % size:

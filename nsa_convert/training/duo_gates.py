@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nsa_convert.config import LayerRule, SparseAttentionConfig, raise_problems
 from nsa_convert.heads.profile import HeadProfile
+from nsa_convert.methods.parts.base import teacher_output
 from nsa_convert.patch.patching import patch_model, unpatch_model
 
 Encode = Callable[[str], Sequence[int]]
@@ -192,7 +193,7 @@ def _mixed(model: nn.Module, gates: Tensor) -> Iterator[dict[str, bool]]:
     switch = {"dense": False}
 
     def mix(method: nn.Module, args: tuple, streaming: Tensor) -> Tensor:
-        dense = method.teacher(args[0])
+        dense = teacher_output(method, args[0])
         if switch["dense"]:
             return dense
         alpha = gates[method.layer_index].repeat_interleave(method.geometry.group_size)[:, None]

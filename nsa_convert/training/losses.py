@@ -107,12 +107,12 @@ def full_ratio(stage: Stage, methods: Sequence[SparseMethod]) -> float:
     """Return the share of the steps with the full stream: the stage's, or the usual one of the methods."""
     if stage.full_ratio is not None:
         return stage.full_ratio
-    return 0.5 if any(m.dual_stream for m in methods) else 0.0
+    return 0.5 if any(m.training_spec.dual_stream for m in methods) else 0.0
 
 
 def known_losses(method: SparseMethod | type[SparseMethod]) -> set[str]:
     """Return the names of all auxiliary losses a method has."""
-    return {name for names in method.stage_losses.values() for name in names}
+    return {name for names in method.training_spec.stage_losses.values() for name in names}
 
 
 def stage_weights(stage: Stage, methods: Sequence[SparseMethod]) -> dict[str, float]:
@@ -121,7 +121,7 @@ def stage_weights(stage: Stage, methods: Sequence[SparseMethod]) -> dict[str, fl
         return {name: weight for name, weight in stage.losses.items() if weight > 0}
     usual: dict[str, float] = {}
     for method in methods:
-        usual |= method.stage_losses.get(stage.kind, {})
+        usual |= method.training_spec.stage_losses.get(stage.kind, {})
     return {name: weight for name, weight in usual.items() if weight > 0}
 
 
@@ -133,12 +133,13 @@ def loss_problems(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
         for name in stage.losses or {}
         if name not in known
     ]
-    unable = sorted({m.spec.name for m in methods if not (m.dual_stream or m.runs_full)} - {FULL})
+    able = {m.spec.name for m in methods if m.training_spec.dual_stream or m.training_spec.has_dense_mode}
+    unable = sorted({m.spec.name for m in methods} - able - {FULL})
     if stage.full_ratio and unable:
         problems.append(
             f"full_ratio {stage.full_ratio:g} needs a method that also runs dense; {', '.join(unable)} cannot"
         )
-    ahead = sorted({m.spec.name for m in methods if not m.chooses_causally()})
+    ahead = sorted({m.spec.name for m in methods if not m.reach().is_causal})
     if ahead and stage.kind != "align" and full_ratio(stage, methods) < 1:
         problems.append(
             f"{', '.join(ahead)} chooses keys by later tokens, which a next-token loss would learn to read; "

@@ -194,13 +194,13 @@ def test_a_budget_is_the_budget(name: str, budget: int) -> None:
         s = method.settings
         assert s.num_sinks + s.window_size + s.num_blocks * s.block_size == budget
     else:
-        assert method.visible_budget() == budget
+        assert method.reach().visible_budget == budget
 
 
 def test_every_method_has_a_budget() -> None:
     assert {*FIXED, *SEARCHED, "phases"} == set(METHODS)
     settings = paired(512, {"threshold": 0.5})
-    assert build_method(LayerRule(method="phases", settings=settings), GEOMETRY, 0).keys_per_query() == 512
+    assert build_method(LayerRule(method="phases", settings=settings), GEOMETRY, 0).reach().decode_keys == 512
 
 
 def test_shares_of_a_length_and_equal_densities() -> None:

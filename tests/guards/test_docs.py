@@ -222,7 +222,7 @@ def test_the_method_of_add_a_method_works():
         banded, _ = sparse_attention(q, k, v, SinkWindow(num_sinks=2, window_size=5), scale=0.3)
         dense = dense_attention(q, k, v, scale=0.3)
     torch.testing.assert_close(method(inputs), banded)
-    method.cover = 20
+    method.forced_budget = 20
     torch.testing.assert_close(method(inputs), dense)
 
 

@@ -8,6 +8,7 @@ import inspect
 import pytest
 
 import nsa_convert
+from nsa_convert.methods.parts.base import SparseMethod
 
 FUNCTIONS = {
     "block_topk": "(q, ck, *, width, stride, rule, layout=…, scale=…, lse=…)",
@@ -79,3 +80,9 @@ def test_call_form_sees_a_change():
 
     assert call_form(before) == "(a, *, b=…)"
     assert call_form(after) == "(a, b=…)"
+
+
+def test_the_base_of_a_method_has_at_most_twelve_members():
+    """Composites have to merge each of them; what is a fact goes into one of the values they return."""
+    own = {name for name in (*vars(SparseMethod), *SparseMethod.__annotations__) if not name.startswith("_")}
+    assert len(own) <= 12, sorted(own)

@@ -12,6 +12,7 @@ from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.heads.classes import import_profile, plan_of_classes
 from nsa_convert.heads.profile import HeadProfile
+from nsa_convert.methods.parts.mix import leaves, leaves_of
 from nsa_convert.plan import resolve_plan
 
 SCORES = torch.tensor([[0.1, 0.9], [0.8, 0.7], [0.2, 0.3]])
@@ -27,7 +28,7 @@ def dense_heads(plan: SparseAttentionConfig) -> set[tuple[int, int]]:
     """Return (layer, head) of the dense heads, as the model would be built."""
     found = set()
     for layer, method in enumerate(resolve_plan(plan, 3, GEOMETRY)):
-        for leaf in method.leaves():
+        for leaf in leaves(method):
             if leaf.spec.name == "full":
                 found |= {(layer, head) for head in leaf.heads or range(2)}
     return found
@@ -48,7 +49,7 @@ def test_a_share_takes_the_largest_scores(share: float, count: int) -> None:
 
 def test_the_other_heads_follow_the_rule() -> None:
     plan = plan_of_classes(profile(), 0.5, {"method": "razor", "window_size": 7})
-    leaves = [leaf for method in resolve_plan(plan, 3, GEOMETRY) for leaf in method.leaves()]
+    leaves = leaves_of(resolve_plan(plan, 3, GEOMETRY))
     others = [leaf for leaf in leaves if leaf.spec.name != "full"]
     assert {(leaf.spec.name, leaf.settings.window_size) for leaf in others} == {("razor", 7)}
 

@@ -26,7 +26,7 @@ def run(method: str, settings: dict, heads: int, kv_heads: int) -> tuple:
     q, k, v = (2 * torch.randn(1, TOTAL, n, DIM, dtype=torch.float64) for n in (heads, kv_heads, kv_heads))
     pooled = {
         p.name: layer.compress(p.name, k.unfold(1, p.width, p.stride).permute(0, 1, 4, 2, 3))
-        for p in layer.pools()
+        for p in layer.cache_needs().pools
     }
     hidden = torch.randn(1, TOTAL, 10, dtype=torch.float64)
     inputs = AttentionInputs(
@@ -162,7 +162,7 @@ def test_moba_decodes_densely_when_asked() -> None:
     for h in range(4):
         expected = attend(q[0, 0, h], k[0, :, h // 2], v[0, :, h // 2], list(range(TOTAL)))
         assert (out[0, 0, h] - expected).abs().max() < 1e-12
-    assert layer.keys_per_query() is None
+    assert layer.reach().decode_keys is None
 
 
 class TestSparseConfig:

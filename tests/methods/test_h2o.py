@@ -84,7 +84,7 @@ def test_a_budget_that_covers_the_text_is_dense() -> None:
     assert (out - dense).abs().max() < 1e-12
     small = build(H2O, 3, num_heavy=1, num_recent=1)
     assert (run(small, data, [17, *[1] * 23]) - dense).abs().max() > 0.1
-    small.cover = 40
+    small.forced_budget = 40
     assert (run(small, data, [17, *[1] * 23]) - dense).abs().max() < 1e-12
 
 

@@ -93,8 +93,8 @@ def test_losses_are_means_over_the_heads_that_have_them() -> None:
         dense_model("llama", **FOUR_HEADS), plan(SSA, {**MSA, "layers": [1], "heads": [3]})
     )
     method = sparse_methods(model)[1]
-    assert method.dual_stream
-    assert method.stage_losses["align"] == {"output_error": 1.0, "index_kl": 1.0}
+    assert method.training_spec.dual_stream
+    assert method.training_spec.stage_losses["align"] == {"output_error": 1.0, "index_kl": 1.0}
     seen = {}
     original = method.train_forward
 

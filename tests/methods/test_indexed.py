@@ -30,7 +30,8 @@ def layer_and_inputs(method: str, settings: dict, heads: int, kv_heads: int) -> 
     hidden = torch.randn(1, TOTAL, 10, dtype=F64)
     inputs = AttentionInputs(
         q=q, k=k, v=v, hidden=hidden, pooled={}, layout=SequenceLayout(), scale=DIM**-0.5,
-        streams=layer.streams(hidden, lambda x: x.flip(1) * 0.5),  # any map of positions will do for RoPE
+        # Any map of positions will do for RoPE.
+        token_states=layer.project(hidden, lambda x: x.flip(1) * 0.5).token_states,
     )
     return layer, inputs
 

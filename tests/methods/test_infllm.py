@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.infllm import InfLLM
+from nsa_convert.methods.infllm import InfLLM, InfLLMSettings
 from nsa_convert.methods.parts.base import AttentionRecord, observe
 from nsa_convert.patch.eviction import EvictingLayer
 from tests.marks import slow
@@ -136,7 +136,7 @@ def test_a_window_that_covers_the_text_is_dense() -> None:
     dense = uncached(build(InfLLM, 3), data)
     small = build(InfLLM, 3, **SETTINGS)
     assert (run(small, data, [17, *[1] * 23]) - dense).abs().max() > 0.1
-    small.cover = 40
+    small.forced_budget = 40
     assert (run(small, data, [17, *[1] * 23]) - dense).abs().max() < 1e-12
 
 
@@ -147,7 +147,7 @@ def test_one_query_a_tile_is_causal_and_more_are_not() -> None:
         method = build(InfLLM, 2, **SETTINGS, query_block=tile)
         gap = (uncached(method, data) - uncached(method, other))[:, :50].abs().max()
         assert (gap < 1e-12) == same
-        assert method.chooses_causally() == same
+        assert method.reach().is_causal == same
 
 
 def test_memory_has_the_size_it_says() -> None:
@@ -155,7 +155,7 @@ def test_memory_has_the_size_it_says() -> None:
     run(method, sequences(64, 2), [64], layer)
     memory = layer.held[0].memory
     assert memory["keys"].shape == (1, 10, 4, evicting.HEAD_DIM)
-    policy = method.cache_policy()
+    policy = method.cache_needs().policy
     assert sum(x[0].numel() for x in memory.values()) == policy.numbers(64, method.geometry)
 
 
@@ -163,4 +163,4 @@ def test_settings_are_checked_together() -> None:
     with pytest.raises(
         ConfigError, match=r"window_size must be >= 1, got 0; num_representatives 9 is larger"
     ):
-        InfLLM.read_settings({"window_size": 0, "num_representatives": 9, "block_size": 4}, "rule")
+        InfLLMSettings(window_size=0, num_representatives=9, block_size=4)

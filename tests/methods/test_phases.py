@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from nsa_convert.config import SparseAttentionConfig
+from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
+from nsa_convert.methods.parts.registry import build_layer
 from nsa_convert.patch.patching import patch_model, sparse_methods
 from tests.models import (
     DSA,
@@ -70,7 +71,7 @@ def test_each_call_runs_the_method_of_its_phase() -> None:
     assert torch.equal(*first)
     dense, paged = (logits(m, steps, past_key_values=c) for m, c in zip((alone, pair), caches, strict=True))
     assert (dense - paged).abs().max() > 1e-3
-    assert not sparse_methods(pair)[0].chooses_causally()
+    assert not sparse_methods(pair)[0].reach().is_causal
 
 
 def test_what_decoding_forgets_is_not_kept() -> None:
@@ -123,3 +124,13 @@ def test_plans_are_stored_as_they_are_given() -> None:
 def test_pairs_that_cannot_be(prefill: object, decode: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         patch_model(dense_model("llama"), plan(phases(prefill, decode)))
+
+
+def test_heads_that_choose_together_stay_together_in_a_hybrid() -> None:
+    """DSA has one list for all its heads, whichever phase it serves."""
+    geometry = AttentionGeometry(hidden_size=48, num_query_heads=6, num_kv_heads=3, head_dim=8)
+    for method, parts in ((phases("full", DSA), [(0, 2)]), (phases("full", QUEST), [(0,), (2,)])):
+        rule = {**method, "layers": [0], "heads": [0, 2]}
+        sparse = plan({"method": "full"}, rule)
+        layer = build_layer(sparse, geometry, 0)
+        assert [part.heads for part in layer.settings if part.method.spec.name == "phases"] == parts

@@ -70,12 +70,12 @@ def test_a_window_that_covers_the_text_is_dense() -> None:
     dense = uncached(build(Razor, 3), data)
     small = build(Razor, 3, num_sinks=1, window_size=2, window_share=0)
     assert (run(small, data, [17, *[1] * 23]) - dense).abs().max() > 0.1
-    small.cover = 40
+    small.forced_budget = 40
     assert (run(small, data, [17, *[1] * 23]) - dense).abs().max() < 1e-12
 
 
 def test_size_never_jumps() -> None:
-    policy = build(Razor, 1, num_sinks=3, window_size=5, window_share=2).cache_policy()
+    policy = build(Razor, 1, num_sinks=3, window_size=5, window_share=2).cache_needs().policy
     sizes = [policy.size(n) for n in range(200)]
     assert all(0 <= b - a <= 1 for a, b in zip(sizes, sizes[1:], strict=False))
     assert evicting.HEAD_DIM == 16

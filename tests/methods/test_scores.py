@@ -51,7 +51,7 @@ def test_finds_a_needle_that_the_mean_hides() -> None:
         geometry = AttentionGeometry(hidden_size=4, num_query_heads=1, num_kv_heads=1, head_dim=dim)
         method = SSA(SSASettings(block_size=size, num_blocks=3, scorer=scorer), geometry, 0)
         windows = k.unfold(1, size, size).permute(0, 1, 4, 2, 3)
-        pooled = {pool.name: method.compress(pool.name, windows) for pool in method.pools()}
+        pooled = {pool.name: method.compress(pool.name, windows) for pool in method.cache_needs().pools}
         inputs = AttentionInputs(
             q=q, k=k, v=k, hidden=q[..., 0, :4], pooled=pooled, layout=SequenceLayout(), scale=dim**-0.5
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from nsa_convert.errors import CacheError
+from nsa_convert.methods.parts.mix import cached_heads, leaves_of
 from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.patching import sparse_methods
@@ -65,24 +66,24 @@ def without_gradients() -> Iterator[None]:
 
 
 def leaves(model: PreTrainedModel) -> list:
-    return [leaf for method in sparse_methods(model) for leaf in method.leaves()]
+    return leaves_of(sparse_methods(model))
 
 
 def forgets(model: PreTrainedModel) -> bool:
-    return any(leaf.cache_policy() is not None for leaf in leaves(model))
+    return any(leaf.cache_needs().policy is not None for leaf in leaves(model))
 
 
 def streams(model: PreTrainedModel) -> bool:
     """Return whether a layer keeps what keys and values do not tell."""
-    policies = [leaf.cache_policy() for leaf in leaves(model)]
+    policies = [leaf.cache_needs().policy for leaf in leaves(model)]
     return any(policy is not None and policy.asks_attention for policy in policies) or any(
-        method.cached_streams or method.key_taps > 1 for method in sparse_methods(model)
+        (needs := method.cache_needs()).token_states or needs.key_taps > 1 for method in sparse_methods(model)
     )
 
 
 def extra_heads(model: PreTrainedModel) -> bool:
     """Return whether a layer caches more heads than the dense model's."""
-    return any(sum(map(len, method.cached_heads())) > 2 for method in sparse_methods(model))
+    return any(sum(map(len, cached_heads(method))) > 2 for method in sparse_methods(model))
 
 
 def needs_its_own(model: PreTrainedModel) -> bool:

@@ -57,7 +57,7 @@ def without_gradients() -> Iterator[None]:
 
 def keeps_more(model: PreTrainedModel) -> bool:
     """Return whether a layer keeps more than keys and values."""
-    return streams(model) or any(layer.self_attn.sparse.pools() for layer in model.model.layers)
+    return streams(model) or any(layer.self_attn.sparse.cache_needs().pools for layer in model.model.layers)
 
 
 class Lossless(QuantizedLayer):

@@ -40,7 +40,7 @@ class TestConversion:
             pytest.skip("a sigmoid gate starts near the dense model, not at it")
         model = dense_model(family)
         methods = resolve_plan(plan(settings), 3, GEOMETRY)
-        budget = min(method.visible_budget() for method in methods)
+        budget = min(method.reach().visible_budget for method in methods)
         for length in (1, 7, budget - 1, budget):
             ids = tokens(2, length)
             with torch.no_grad():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from nsa_convert.methods.parts.mix import leaves_of
 from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patch.patching import sparse_methods
 from tests.models import EVERY, dense_model, tokens, trained_model
@@ -70,8 +71,8 @@ CALLS = {
 
 
 def calls(model: PreTrainedModel) -> dict[str, Callable]:
-    leaves = [leaf for method in sparse_methods(model) for leaf in method.leaves()]
-    evicts = any(leaf.cache_policy() is not None for leaf in leaves)
+    leaves = leaves_of(sparse_methods(model))
+    evicts = any(leaf.cache_needs().policy is not None for leaf in leaves)
     return {name: call for name, call in CALLS.items() if not (evicts and name == "static cache")}
 
 

@@ -37,7 +37,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, **options: object) -> torc
 
 def test_budget_and_full_budget_are_dense(name: str) -> None:
     model = dense_model(FAMILY[name])
-    budget = min(m.visible_budget() for m in resolve_plan(plan(PREFILL[name]), 3, GEOMETRY))
+    budget = min(m.reach().visible_budget for m in resolve_plan(plan(PREFILL[name]), 3, GEOMETRY))
     ids = tokens(2, LENGTH)
     dense = logits(model, ids)
     patch_model(model, plan(PREFILL[name]))
@@ -124,7 +124,7 @@ def test_no_query_sees_a_later_key(model: PreTrainedModel) -> None:
     """A tile may be chosen by its last query, but values of later tokens never reach an earlier one."""
     ids = tokens(1, LENGTH)
     first = sparse_methods(model)[0]
-    assert not first.chooses_causally()
+    assert not first.reach().is_causal
     seen = []
     forward = first.forward
     first.forward = lambda x: seen.append(x) or forward(x)

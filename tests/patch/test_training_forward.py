@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_sum(variant: str, checkpointing: bool | None
     model, ids = trained_model("qwen3", LEARNED[variant]).train(), tokens(2, LENGTH)
     names = (
         "output_error",
-        *sorted({n for m in model.model.layers for n in m.self_attn.sparse.choice_losses()}),
+        *sorted({n for m in model.model.layers for n in m.self_attn.sparse.training_spec.choice_losses()}),
     )
     weights = tuple(0.3 * (k + 1) for k in range(len(names)))
     plain = model(ids, labels=ids, training_mode=TrainingMode(losses=names))
@@ -219,7 +219,8 @@ def test_elsewhere_an_ordinary_forward_costs_and_returns_what_it_did(variant: st
 def test_a_method_with_nothing_to_choose_by_has_the_ordinary_loss() -> None:
     for variant in ("nsa", "ssa", "moba", "infllm_v2", "streaming"):
         model = trained_model("llama", VARIANTS[variant]).train()
-        assert not any(layer.self_attn.sparse.choice_losses() for layer in model.model.layers), variant
+        methods = [layer.self_attn.sparse for layer in model.model.layers]
+        assert not any(method.training_spec.choice_losses() for method in methods), variant
         assert not hasattr(model(tokens(1, 40), labels=tokens(1, 40)), "aux_loss")
 
 

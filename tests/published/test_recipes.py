@@ -201,7 +201,7 @@ def test_a_small_recipe_sees_the_same_share_of_its_rows(name):
 
     def budget(recipe: Recipe, base: Base) -> float:
         (method,) = resolve_plan(recipe.plan, 1, geometry_of({"model_type": base.family, **base.config()}))
-        return method.visible_budget() / recipe.stages[0].seq_len
+        return method.reach().visible_budget / recipe.stages[0].seq_len
 
     small = read_recipe(FILES[name], changes(RECIPES[name]))
     assert budget(small, base.small(SHRINK)) == pytest.approx(budget(RECIPES[name], base), rel=0.05)

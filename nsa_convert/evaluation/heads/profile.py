@@ -19,6 +19,7 @@ from nsa_convert.evaluation.models import load_model
 from nsa_convert.evaluation.tasks.text import code_text, first_tokens, prose_text
 from nsa_convert.heads.profile import HeadProfile
 from nsa_convert.loading import load_tokenizer
+from nsa_convert.methods.parts.base import teacher_output
 from nsa_convert.methods.parts.registry import METHODS, read_rule
 from nsa_convert.patch.patching import patch_model, unpatch_model
 
@@ -101,7 +102,7 @@ def _errors(model: nn.Module) -> Iterator[list[Tensor]]:
         residual = (args[0] if args else kwargs["hidden_states"])[0].float().square().sum(-1)  # [T]
 
     def after_method(attention: nn.Module, method: nn.Module, args: tuple, sparse: Tensor) -> Tensor:
-        dense = method.teacher(args[0])
+        dense = teacher_output(method, args[0])
         gap = (sparse - dense)[0].float().transpose(0, 1)  # [HQ, T, D]
         maps = attention.o_proj.weight.float().unflatten(1, (gap.shape[0], -1)).permute(1, 2, 0)
         by_head = torch.stack(

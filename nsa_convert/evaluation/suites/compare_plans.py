@@ -12,6 +12,7 @@ from nsa_convert.evaluation.models import UNLIMITED, reads_texts
 from nsa_convert.evaluation.suites.compare_settings import GRAIN, CompareSettings, budget_at, budget_label
 from nsa_convert.heads.profile import density_of
 from nsa_convert.methods.parts.at_budget import FIXED, PAIRED_PREFILL, SEARCHED, fixed_settings, paired
+from nsa_convert.methods.parts.mix import leaves_of
 from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.plan import resolve_plan
 
@@ -147,21 +148,21 @@ def _row(
     geometry: AttentionGeometry,
 ) -> Row:
     methods = resolve_plan(plan, layers, geometry)
-    leaves = [leaf for method in methods for leaf in method.leaves()]
-    visible = min(method.visible_budget() for method in methods)
+    leaves = leaves_of(methods)
+    visible = min(method.reach().visible_budget for method in methods)
     spec = METHODS[named.name].spec if named.name in METHODS else None
     kind = "plan" if spec is None else "trainable" if spec.trainable else "training-free"
     own = not named.takes_budget
     return Row(
         name=named.name, kind=kind, budget="own" if own else label, length=length,
         tokens=None if own else tokens, plan=plan, visible=visible if visible < UNLIMITED else None,
-        causal=all(method.chooses_causally() for method in methods), one_pass=all(map(reads_texts, leaves)),
+        causal=all(method.reach().is_causal for method in methods), one_pass=all(map(reads_texts, leaves)),
     )  # fmt: skip
 
 
 def _dense_share(plan: SparseAttentionConfig, layers: int, geometry: AttentionGeometry) -> float:
     """Return the share of the key/value heads that a plan leaves dense."""
-    leaves = [leaf for method in resolve_plan(plan, layers, geometry) for leaf in method.leaves()]
+    leaves = leaves_of(resolve_plan(plan, layers, geometry))
     dense = sum(leaf.geometry.num_kv_heads for leaf in leaves if leaf.spec.name == FULL)
     return dense / (layers * geometry.num_kv_heads)
 

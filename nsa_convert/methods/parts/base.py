@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from nsa_convert.config import AttentionGeometry, strict_dataclass
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.attention import dense_attention
 from nsa_convert.methods.parts.cache_policy import CachePolicy
 from nsa_convert.methods.parts.inputs import AttentionInputs
 from nsa_convert.methods.parts.losses import output_error
 from nsa_convert.methods.parts.training_mode import CHOICE_LOSSES, TrainingMode
-from nsa_convert.patterns import BlockTopK, Pattern, SequenceLayout
+from nsa_convert.patterns import Pattern, SequenceLayout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class MethodSpec:
         sources: Setting -> where its default comes from.
         causal_selection: Whether no query's keys are chosen by later tokens. Where they are, reading a text
             in one pass and scoring it is no measure of the model; score what follows a prompt.
+        couples_heads: Whether the heads of a layer choose together, so that a hybrid must not split them.
     """
 
     name: str
@@ -45,6 +46,7 @@ class MethodSpec:
     granularity: str
     sources: Mapping[str, str]
     causal_selection: bool = True
+    couples_heads: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,121 @@ class IndexSize:
     query_heads: int
     key_heads: int
     cached: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheNeeds:
+    """What a method keeps of every token beside the dense model's keys and values, and what it lets go.
+
+    Attributes:
+        pools: Streams of compressed cells.
+        loss_pools: Further cells that auxiliary losses read: made in training alone, never cached.
+        token_states: Names of the states of :meth:`SparseMethod.project` that are kept in the cache.
+        key_taps: Neighbouring tokens whose keys :meth:`SparseMethod.mix_keys` reads, its own included.
+        extra_head_sets: Further sets of H keys and values, behind the dense ones.
+        policy: What of the cache may be forgotten; None keeps every token.
+    """
+
+    pools: tuple[Pool, ...] = ()
+    loss_pools: tuple[Pool, ...] = ()
+    token_states: tuple[str, ...] = ()
+    key_taps: int = 1
+    extra_head_sets: int = 0
+    policy: CachePolicy | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reach:
+    """What one query sees and what choosing it costs.
+
+    Attributes:
+        visible_budget: Longest context at which a freshly converted layer equals dense attention.
+        decode_keys: The most raw keys a query reads over all branches while decoding; None for all of them.
+        prompt_keys: The same while a prompt is read.
+        adapts_to_prompt: Whether how much of a prompt is read depends on its text, so that nobody can say it
+            before.
+        index: What choosing reads of every earlier token; None for methods that read cells only.
+        is_causal: Whether no query's keys are chosen by later tokens.
+    """
+
+    visible_budget: int
+    decode_keys: int | None
+    prompt_keys: int | None
+    adapts_to_prompt: bool = False
+    index: IndexSize | None = None
+    is_causal: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSpec:
+    """How a method is trained.
+
+    Attributes:
+        stage_losses: Kind of training stage -> auxiliary losses with their usual weights; a recipe may
+            choose others.
+        dual_stream: Whether pretraining draws, step by step, sparse or dense attention for the residual
+            stream.
+        has_dense_mode: Whether dense attention over the same keys and values is a mode of the method.
+    """
+
+    stage_losses: Mapping[str, Mapping[str, float]] = dataclasses.field(
+        default_factory=lambda: {"align": {"output_error": 1.0}}
+    )
+    dual_stream: bool = False
+    has_dense_mode: bool = False
+
+    def choice_losses(self) -> dict[str, float]:
+        """Return the auxiliary losses that teach the method to choose, with their usual weights.
+
+        An ordinary forward with labels adds them in training. Empty where nothing that chooses has weights.
+        """
+        usual = self.stage_losses.get("pretrain", {})
+        return {name: usual[name] for name in CHOICE_LOSSES if usual.get(name, 0.0) > 0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+    """What a method projects from the input of its layer.
+
+    Attributes:
+        k: ``[B, T, He, D]`` further keys before norm and RoPE, or None.
+        v: ``[B, T, He, D]`` further values, or None.
+        token_states: Name -> ``[B, T, h, d]`` vectors of the new tokens, such as index keys and queries;
+            those in :attr:`CacheNeeds.token_states` arrive in ``forward`` with their past in front.
+    """
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+    token_states: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseCopy:
+    """Where a parameter of a method starts: at rows of a parameter of the dense attention.
+
+    Attributes:
+        dense: Name of the dense parameter.
+        rows: Returns the rows to start with from those of the dense parameter.
+    """
+
+    dense: str
+    rows: Callable[[Tensor], Tensor]
+
+
+def copy_of(dense: str, parameter: Tensor, head_dim: int) -> DenseCopy:
+    """Return how ``parameter`` starts from the dense parameter ``dense``.
+
+    More rows than the dense parameter has are repeats of them; fewer are means over neighbouring heads.
+    """
+    count = parameter.shape[0]
+
+    def rows(dense_rows: Tensor) -> Tensor:
+        if count >= dense_rows.shape[0]:
+            return torch.cat([dense_rows] * (count // dense_rows.shape[0]))
+        heads = dense_rows.float().unflatten(0, (count // head_dim, -1, head_dim))
+        return heads.mean(1).flatten(0, 1).to(dense_rows.dtype)
+
+    return DenseCopy(dense=dense, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +263,8 @@ class InitialisedModule(nn.Module):
 class SparseMethod(nn.Module):
     """One layer's sparse attention: owns what is learned and scored, and chooses patterns.
 
-    A subclass sets ``spec`` and ``Settings`` and implements ``forward``.
+    A subclass sets ``spec`` and ``Settings`` and implements ``reach`` and ``forward``; the rest is for
+    methods that keep something in the cache, learn something, or project something of their own.
 
     Args:
         settings: Checked settings of the method.
@@ -156,18 +274,7 @@ class SparseMethod(nn.Module):
 
     spec: ClassVar[MethodSpec]
     Settings: ClassVar[type]
-    stage_losses: ClassVar[Mapping[str, Mapping[str, float]]] = {"align": {"output_error": 1.0}}
-    """Kind of training stage -> auxiliary losses with their usual weights; a recipe may choose others."""
-    dual_stream: ClassVar[bool] = False
-    """Whether pretraining draws, step by step, sparse or full attention for the residual stream."""
-    runs_full: ClassVar[bool] = False
-    """Whether dense attention over the same keys and values is a mode of the method."""
-    couples_heads: ClassVar[bool] = False
-    """Whether the heads of a layer choose together, so that a hybrid must not split them."""
-    cached_streams: tuple[str, ...] = ()
-    """Names of the :meth:`streams` that are kept in the cache."""
-    key_taps: int = 1
-    """Neighbouring tokens whose keys :meth:`mix_keys` reads, the token's own included."""
+    training_spec: TrainingSpec = TrainingSpec()
 
     def __init__(self, settings: Any, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__()
@@ -176,30 +283,26 @@ class SparseMethod(nn.Module):
         self.layer_index = layer_index
         self.heads: tuple[int, ...] | None = None
         """Key/value heads of the layer this method serves in a hybrid; None for all."""
-        self.cover: int | None = None
+        self.forced_budget: int | None = None
         """While set, the sparse path runs with a budget that covers this many tokens and with gates at their
         starting values, so that its output must equal dense attention (see ``verify``)."""
 
-    @classmethod
-    def read_settings(cls, values: Mapping[str, Any], where: str) -> Any:
-        """Return checked settings; raises ConfigError that lists every problem."""
-        return strict_dataclass(cls.Settings, values, where)
+    def cache_needs(self) -> CacheNeeds:
+        """Return what the method keeps of every token, and what it lets go."""
+        return CacheNeeds()
 
-    def choice_losses(self) -> dict[str, float]:
-        """Return the auxiliary losses that teach the method to choose, with their usual weights.
+    def reach(self) -> Reach:
+        """Return what one query sees and what choosing costs."""
+        raise NotImplementedError
 
-        An ordinary forward with labels adds them in training. Empty where nothing that chooses has weights.
+    def project(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> Projection:
+        """Return what the method projects from the input of its layer.
+
+        Args:
+            hidden: ``[B, T, hidden]`` input of the attention layer.
+            rotate: Applies RoPE at the tokens' positions to ``[B, T, h, D]``.
         """
-        usual = self.stage_losses.get("pretrain", {})
-        return {name: usual[name] for name in CHOICE_LOSSES if usual.get(name, 0.0) > 0}
-
-    def pools(self) -> tuple[Pool, ...]:
-        """Return the streams of compressed cells the method needs."""
-        return ()
-
-    def loss_pools(self) -> tuple[Pool, ...]:
-        """Return further cells that auxiliary losses read: made in training alone, never cached."""
-        return ()
+        return Projection()
 
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """Compress cells of pool ``name``.
@@ -213,81 +316,18 @@ class SparseMethod(nn.Module):
         """
         raise NotImplementedError
 
-    def extra_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return further keys and values ``[B, T, He, D]`` before norm and RoPE, or None."""
-        return None
-
     def mix_keys(self, taps: Sequence[Tensor]) -> Tensor:
         """Return the keys of the new tokens before RoPE.
 
         Args:
-            taps: :attr:`key_taps` tensors ``[B, T, H, D]``: the keys of the tokens themselves, of the tokens
-                before them, and so on; 0 where the document has no such token.
+            taps: :attr:`CacheNeeds.key_taps` tensors ``[B, T, H, D]``: the keys of the tokens themselves, of
+                the tokens before them, and so on; 0 where the document has no such token.
         """
         return taps[0]
 
-    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return per-token vectors of the new tokens, such as index keys and index queries.
-
-        Args:
-            hidden: ``[B, T, hidden]`` input of the attention layer.
-            rotate: Applies RoPE at the tokens' positions to ``[B, T, h, D]``.
-
-        Returns:
-            Name -> ``[B, T, h, d]``; :attr:`cached_streams` arrives in ``forward`` with its past in front.
-        """
+    def dense_copies(self) -> dict[str, DenseCopy]:
+        """Return own parameter name -> where it starts, for those that start as dense weights."""
         return {}
-
-    def dense_copies(self) -> dict[str, str]:
-        """Return own parameter name -> parameter of the dense attention whose rows it starts with.
-
-        More rows than the dense parameter has are repeats of them; fewer are means over neighbouring heads.
-        """
-        return {}
-
-    def initial_rows(self, own: str, dense: str, rows: Tensor) -> Tensor:
-        """Return where the parameter ``own`` starts, from the rows of the dense parameter ``dense``."""
-        count = self.get_parameter(own).shape[0]
-        if count >= rows.shape[0]:
-            return torch.cat([rows] * (count // rows.shape[0]))
-        heads = rows.float().unflatten(0, (count // self.geometry.head_dim, -1, self.geometry.head_dim))
-        return heads.mean(1).flatten(0, 1).to(rows.dtype)
-
-    def leaves(self) -> Iterator[SparseMethod]:
-        """Yield the methods that choose: this one, or those of the heads of a hybrid layer."""
-        yield self
-
-    def chooses_causally(self) -> bool:
-        """Return whether no query's keys are chosen by later tokens."""
-        return self.spec.causal_selection
-
-    def cached_heads(self) -> list[tuple[int, ...]]:
-        """Return the cached heads of each of the :meth:`leaves`, its further ones included."""
-        return [tuple(range(self.geometry.num_kv_heads * (1 + self.extra_head_sets())))]
-
-    def cache_policy(self) -> CachePolicy | None:
-        """Return what of the cache may be forgotten; None keeps every token."""
-        return None
-
-    def visible_budget(self) -> int:
-        """Return the longest context at which a freshly converted layer equals dense attention."""
-        raise NotImplementedError
-
-    def keys_per_query(self) -> int | None:
-        """Return the most raw keys one query reads over all branches; None when it reads all of them."""
-        return None
-
-    def keys_per_prompt_query(self) -> int | None:
-        """Return what :meth:`keys_per_query` is while a prompt is read, where that differs."""
-        return self.keys_per_query()
-
-    def adapts_to_prompt(self) -> bool:
-        """Return whether how much of a prompt is read depends on its text, so that none can say before."""
-        return False
-
-    def index_size(self) -> IndexSize | None:
-        """Return what choosing reads of every earlier token, or None for methods that read cells only."""
-        return None
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend; returns ``[B, TQ, HQ, D]``."""
@@ -305,33 +345,23 @@ class SparseMethod(nn.Module):
             method has: scalars in float32 (float64 for float64 inputs), means over tokens and heads.
 
         Raises:
-            ValueError: The method has no full mode.
+            ValueError: The method has no dense mode.
         """
-        if mode.stream == "full" and not self.runs_full:
+        if mode.stream == "full" and not self.training_spec.has_dense_mode:
             raise ValueError(f"{self.spec.name} cannot run as dense attention with its own weights")
+
+        # Both attentions are computed only where the step needs them.
         compared = "output_error" in mode.losses
         sparse = self(x) if compared or mode.stream in ("ordinary", "sparse") else None
-        dense = self.teacher(x) if compared or mode.stream == "teacher" else None
+        dense = teacher_output(self, x) if compared or mode.stream == "teacher" else None
+
         if mode.stream == "teacher":
             o = dense.detach()
         elif mode.stream == "full":
-            o = self.dense(x) if dense is None or x.plain_keys is not None else dense
+            o = dense_output(self, x) if dense is None or x.plain_keys is not None else dense
         else:
             o = sparse
         return o, self.auxiliary_losses(x, sparse, dense, mode)
-
-    def teacher(self, x: AttentionInputs) -> Tensor:
-        """Return the dense model's attention, ``[B, TQ, HQ, D]``."""
-        return self.dense(x if x.plain_keys is None else dataclasses.replace(x, k=x.plain_keys))
-
-    def dense(self, x: AttentionInputs) -> Tensor:
-        """Return dense attention over the keys and values of the method, ``[B, TQ, HQ, D]``."""
-        heads = x.k.shape[2] // (1 + self.extra_head_sets())
-        return dense_attention(x.q, x.k[:, :, :heads], x.v[:, :, :heads], layout=x.layout, scale=x.scale)
-
-    def extra_head_sets(self) -> int:
-        """Return how many further sets of H keys and values :meth:`extra_kv` adds."""
-        return 0
 
     def auxiliary_losses(
         self, x: AttentionInputs, sparse: Tensor | None, dense: Tensor | None, mode: TrainingMode
@@ -344,35 +374,46 @@ class SparseMethod(nn.Module):
             dense: ``[B, TQ, HQ, D]`` dense attention; None likewise.
             mode: What the step asks for.
         """
-        return (
-            {"output_error": output_error(sparse, dense, mode.total)} if "output_error" in mode.losses else {}
+        if "output_error" not in mode.losses:
+            return {}
+        return {"output_error": output_error(sparse, dense, mode.total)}
+
+
+def dense_output(method: SparseMethod, x: AttentionInputs) -> Tensor:
+    """Return dense attention over the keys and values of a method, ``[B, TQ, HQ, D]``."""
+    heads = x.k.shape[2] // (1 + method.cache_needs().extra_head_sets)
+    return dense_attention(x.q, x.k[:, :, :heads], x.v[:, :, :heads], layout=x.layout, scale=x.scale)
+
+
+def teacher_output(method: SparseMethod, x: AttentionInputs) -> Tensor:
+    """Return the dense model's attention, ``[B, TQ, HQ, D]``: over keys that the method has not mixed."""
+    return dense_output(method, x if x.plain_keys is None else dataclasses.replace(x, k=x.plain_keys))
+
+
+def is_within_budget(method: SparseMethod, x: AttentionInputs, budget: int) -> bool:
+    """Return whether no query can have more keys than ``budget``, so that dense attention is the same."""
+    return method.forced_budget is None and x.layout.longest(x.k.shape[1]) <= budget
+
+
+def record(
+    method: SparseMethod,
+    x: AttentionInputs,
+    k: Tensor,
+    patterns: Mapping[str, Pattern],
+    gates: Tensor | None = None,
+) -> None:
+    """Report to :func:`observe` what a call attends to: ``patterns`` over the keys ``k``."""
+    if _observer is None:
+        return
+    _observer(
+        AttentionRecord(
+            layer_index=method.layer_index,
+            q=x.q,
+            k=k,
+            patterns=patterns,
+            layout=x.layout,
+            scale=x.scale,
+            gates=gates,
+            heads=method.heads,
         )
-
-    def fits(self, x: AttentionInputs, budget: int) -> bool:
-        """Return whether no query can have more keys than ``budget``, so that dense attention is the same."""
-        return self.cover is None and x.layout.longest(x.k.shape[1]) <= budget
-
-    def block_rule(self) -> BlockTopK:
-        """Return the block budget of the settings, widened while ``cover`` is set."""
-        rule = self.settings.rule
-        if self.cover is None:
-            return rule
-        return dataclasses.replace(rule, num_blocks=max(rule.num_blocks, -(-self.cover // rule.block_size)))
-
-    def record(
-        self, x: AttentionInputs, k: Tensor, patterns: Mapping[str, Pattern], gates: Tensor | None = None
-    ) -> None:
-        """Report to :func:`observe` what this call attends to."""
-        if _observer is not None:
-            _observer(
-                AttentionRecord(
-                    layer_index=self.layer_index,
-                    q=x.q,
-                    k=k,
-                    patterns=patterns,
-                    layout=x.layout,
-                    scale=x.scale,
-                    gates=gates,
-                    heads=self.heads,
-                )
-            )
+    )

@@ -80,3 +80,10 @@ class HeadBudget(BlockBudget):
     def rule(self) -> BlockTopK:
         """The block budget as the kernels take it."""
         return self.rule_with("sum", per_head=self.share == "none")
+
+
+def widened(rule: BlockTopK, tokens: int | None) -> BlockTopK:
+    """Return a block budget that covers at least so many tokens; None leaves it as it is."""
+    if tokens is None:
+        return rule
+    return dataclasses.replace(rule, num_blocks=max(rule.num_blocks, -(-tokens // rule.block_size)))

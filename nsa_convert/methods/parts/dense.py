@@ -8,7 +8,14 @@ import sys
 from torch import Tensor
 
 from nsa_convert.kernels.attention import dense_attention
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, SparseMethod
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    MethodSpec,
+    Reach,
+    SparseMethod,
+    TrainingSpec,
+    record,
+)
 from nsa_convert.methods.parts.training_mode import TrainingMode
 
 
@@ -31,15 +38,15 @@ class FullAttention(SparseMethod):
         sources={},
     )
     Settings = FullSettings
-    stage_losses = {}
+    training_spec = TrainingSpec(stage_losses={})
 
-    def visible_budget(self) -> int:
-        """Return a number no context exceeds."""
-        return sys.maxsize
+    def reach(self) -> Reach:
+        """Every query reads every earlier key, at any context."""
+        return Reach(visible_budget=sys.maxsize, decode_keys=None, prompt_keys=None)
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend densely; returns ``[B, TQ, HQ, D]``."""
-        self.record(x, x.k, {})
+        record(self, x, x.k, {})
         return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
 
     def train_forward(self, x: AttentionInputs, mode: TrainingMode) -> tuple[Tensor, dict[str, Tensor]]:

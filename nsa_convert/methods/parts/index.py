@@ -13,11 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry
-from nsa_convert.methods.parts.base import AttentionInputs, IndexSize
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    DenseCopy,
+    IndexSize,
+    Projection,
+    TrainingSpec,
+    copy_of,
+)
 
 IndexKey = Literal["cached", "shared"]
-INDEX_LOSSES = {kind: {"index_kl": 1.0} for kind in ("align", "pretrain", "extend", "sft")}
-"""``stage_losses`` of a method with an index."""
+INDEX_TRAINING = TrainingSpec(
+    stage_losses={kind: {"index_kl": 1.0} for kind in ("align", "pretrain", "extend", "sft")},
+    has_dense_mode=True,
+)
+"""How a method with an index is trained."""
 
 
 class Index(nn.Module):
@@ -52,8 +62,8 @@ class Index(nn.Module):
             nn.init.zeros_(self.q.weight)
 
     @property
-    def cached_streams(self) -> tuple[str, ...]:
-        """Names of the streams that are cached."""
+    def cached_states(self) -> tuple[str, ...]:
+        """Names of the token states that are cached."""
         return () if self.k is None else ("index_k",)
 
     def size(self) -> IndexSize:
@@ -61,24 +71,27 @@ class Index(nn.Module):
         own = self.k is not None
         return IndexSize(query_heads=self.num_heads, key_heads=1 if own else self.num_heads, cached=own)
 
-    def dense_copies(self, prefix: str) -> dict[str, str]:
-        """Return own parameter name -> dense parameter it starts from."""
+    def dense_copies(self, prefix: str) -> dict[str, DenseCopy]:
+        """Return own parameter name, behind ``prefix`` -> where it starts."""
         if self.k is None:
             return {}
-        kinds = ("weight", "bias") if self.q.bias is not None else ("weight",)
-        return {f"{prefix}{own}.{kind}": f"{own}_proj.{kind}" for own in "qk" for kind in kinds}
+        return {
+            f"{prefix}{own}.{kind}": copy_of(f"{own}_proj.{kind}", parameter, self.head_dim)
+            for own, projection in (("q", self.q), ("k", self.k))
+            for kind, parameter in projection.named_parameters()
+        }
 
-    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def project(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> Projection:
         """Return what the layer caches and hands back: index keys, and the learned part of the queries."""
         hidden = hidden.detach()
-        streams = {"index_q": rotate(self.q(hidden).unflatten(-1, (self.num_heads, self.head_dim)))}
+        states = {"index_q": rotate(self.q(hidden).unflatten(-1, (self.num_heads, self.head_dim)))}
         if self.k is not None:
-            streams["index_k"] = rotate(self.norm(self.k(hidden)).unsqueeze(2))
-        return streams
+            states["index_k"] = rotate(self.norm(self.k(hidden)).unsqueeze(2))
+        return Projection(token_states=states)
 
     def queries(self, x: AttentionInputs) -> Tensor:
         """Return index queries ``[B, TQ, heads, D]``."""
-        learned = x.streams["index_q"]
+        learned = x.token_states["index_q"]
         if self.k is not None:
             return learned
         mean = x.q.detach().unflatten(2, (self.num_heads, self.group_size)).mean(3)
@@ -91,7 +104,7 @@ class Index(nn.Module):
 
     def keys(self, x: AttentionInputs) -> Tensor:
         """Return index keys ``[B, TK, heads or 1, D]``."""
-        return x.k.detach() if self.k is None else x.streams["index_k"]
+        return x.k.detach() if self.k is None else x.token_states["index_k"]
 
 
 def index_weights(hidden_size: int, num_heads: int) -> nn.Linear:

@@ -43,7 +43,8 @@ class AttentionInputs:
         plain_keys: In training, ``[B, TK, H, D]`` rotated keys as the dense model has them, where the method
             mixes neighbouring keys; else None, and k are these.
         shared: What layers of one forward pass tell each other: selections that later layers reuse.
-        streams: Name -> ``[B, TK, h, d]`` for the method's cached streams, ``[B, TQ, h, d]`` for its others.
+        token_states: Name -> ``[B, TK, h, d]`` for the states that the method caches, ``[B, TQ, h, d]`` for
+            its others.
         layout: Position of the queries, padding and packing; a cache that forgot is a shorter sequence.
         scale: Factor on the scores.
         move: ``move(x, old, new)`` turns rotated vectors ``[B, T, h, D]`` from positions ``old [B or 1, T]``
@@ -61,7 +62,7 @@ class AttentionInputs:
     pooled: Mapping[str, Tensor]
     layout: SequenceLayout
     scale: float
-    streams: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    token_states: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     plain_keys: Tensor | None = None
     shared: dict[Any, Pattern] = dataclasses.field(default_factory=dict)
     move: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None

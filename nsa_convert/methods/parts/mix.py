@@ -1,16 +1,27 @@
-"""A layer whose key/value heads run different methods, or one method with different budgets."""
+"""Layers that run several methods: a method for each group of heads, or for each phase (phases.py)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, SparseMethod
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    CacheNeeds,
+    DenseCopy,
+    IndexSize,
+    MethodSpec,
+    Pool,
+    Projection,
+    Reach,
+    SparseMethod,
+    TrainingSpec,
+)
 from nsa_convert.methods.parts.inputs import CachedPart, select_heads
 from nsa_convert.methods.parts.training_mode import TrainingMode
 
@@ -41,8 +52,112 @@ def neighbours(heads: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [tuple(run) for run in runs]
 
 
-class HeadMix(SparseMethod):
-    """Runs one method per group of key/value heads over the same projections and cache.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member:
+    """One method of a mix.
+
+    Attributes:
+        name: What its pools and token states are told apart by.
+        path: Its place among the submodules of the mix.
+        method: The method.
+        heads: Key/value heads of the layer that it reads.
+    """
+
+    name: str
+    path: str
+    method: SparseMethod
+    heads: tuple[int, ...]
+
+
+class Mix(SparseMethod):
+    """Several methods over the same projections and one cache; a subclass says who serves what.
+
+    What each member keeps, projects and learns stands under its name. The further key/value heads of the
+    members lie one after the other behind the dense ones.
+    """
+
+    def members(self) -> list[Member]:
+        """Return the methods, in the order of their further heads."""
+        raise NotImplementedError
+
+    def cached_heads(self) -> list[tuple[int, ...]]:
+        """Return the cached heads of each member: its share of the dense ones, then its further ones."""
+        place, heads = self.geometry.num_kv_heads, []
+        for member in self.members():
+            extra = member.method.cache_needs().extra_head_sets * len(member.heads)
+            heads.append((*member.heads, *range(place, place + extra)))
+            place += extra
+        return heads
+
+    def cache_needs(self) -> CacheNeeds:
+        """Return the needs of all members, each under its name; what is forgotten is the members' own."""
+        pools, loss_pools, states, taps = [], [], [], 1
+        for member, heads in zip(self.members(), self.cached_heads(), strict=True):
+            needs = member.method.cache_needs()
+            pools += [_renamed(pool, member.name, heads) for pool in needs.pools]
+            loss_pools += [_renamed(pool, member.name, heads) for pool in needs.loss_pools]
+            states += [f"{member.name}.{state}" for state in needs.token_states]
+            taps = max(taps, needs.key_taps)
+        return CacheNeeds(
+            pools=tuple(pools), loss_pools=tuple(loss_pools), token_states=tuple(states), key_taps=taps
+        )
+
+    def reach(self) -> Reach:
+        """Return the smallest visible budget, the most keys that a member reads, and all indexes together."""
+        reaches = [member.method.reach() for member in self.members()]
+        return Reach(
+            visible_budget=min(reach.visible_budget for reach in reaches),
+            decode_keys=_most(reach.decode_keys for reach in reaches),
+            prompt_keys=_most(reach.prompt_keys for reach in reaches),
+            adapts_to_prompt=any(reach.adapts_to_prompt for reach in reaches),
+            index=_joined_index([reach.index for reach in reaches if reach.index is not None]),
+            is_causal=all(reach.is_causal for reach in reaches),
+        )
+
+    def project(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> Projection:
+        """Return what all members project."""
+        keys, values, states = [], [], {}
+        for member in self.members():
+            own = member.method.project(hidden, rotate)
+            if own.k is not None:
+                keys.append(own.k)
+                values.append(own.v)
+            states |= {f"{member.name}.{name}": x for name, x in own.token_states.items()}
+        if not keys:
+            return Projection(token_states=states)
+        return Projection(k=torch.cat(keys, 2), v=torch.cat(values, 2), token_states=states)
+
+    def compress(self, name: str, windows: Tensor) -> Tensor:
+        """Compress with the member that owns the pool."""
+        owner, _, own = name.partition(".")
+        return next(m.method for m in self.members() if m.name == owner).compress(own, windows)
+
+    def mix_keys(self, taps: Sequence[Tensor]) -> Tensor:
+        """Let each member mix the keys of its heads."""
+        mixed = taps[0].clone()
+        for member, cached in zip(self.members(), self.cached_heads(), strict=True):
+            reached = member.method.cache_needs().key_taps
+            if reached > 1:
+                own = member.method.mix_keys([select_heads(x, cached) for x in taps[:reached]])
+                mixed[:, :, list(cached)] = own.to(mixed.dtype)
+        return mixed
+
+    def dense_copies(self) -> dict[str, DenseCopy]:
+        """Return the copies of all members, from the rows of their heads."""
+        return {
+            f"{member.path}.{own}": DenseCopy(dense=copy.dense, rows=self._rows_of(member.heads, copy))
+            for member in self.members()
+            for own, copy in member.method.dense_copies().items()
+        }
+
+    def _rows_of(self, heads: tuple[int, ...], copy: DenseCopy) -> Callable[[Tensor], Tensor]:
+        geometry = self.geometry
+        per_head = geometry.head_dim * (geometry.group_size if copy.dense.startswith("q_proj") else 1)
+        return lambda rows: copy.rows(rows.unflatten(0, (-1, per_head))[list(heads)].flatten(0, 1))
+
+
+class HeadMix(Mix):
+    """Runs one method per group of key/value heads.
 
     Args:
         settings: The parts; together they name every key/value head once.
@@ -67,98 +182,28 @@ class HeadMix(SparseMethod):
             part.method(part.settings, _geometry_of(geometry, part.heads), layer_index) for part in settings
         )
         for part, method in zip(settings, self.parts, strict=True):
-            method.heads = part.heads
+            for module in methods_in(method):
+                module.heads = part.heads
+
         order = [head for part in settings for head in _query_heads(geometry, part.heads)]
         in_order = order == sorted(order)
         self.query_order = None if in_order else sorted(range(len(order)), key=order.__getitem__)
         """Where each query head's output is among the outputs of the parts; None where they are in order."""
-        self.stage_losses = _merge(method.stage_losses for method in self.parts)
-        self.dual_stream = any(method.dual_stream for method in self.parts)
-        self.runs_full = True
-        self.key_taps = max(method.key_taps for method in self.parts)
-        self.cached_streams = tuple(
-            f"{i}.{name}" for i, method in enumerate(self.parts) for name in method.cached_streams
+
+        specs = [method.training_spec for method in self.parts]
+        self.training_spec = TrainingSpec(
+            stage_losses=_merge(spec.stage_losses for spec in specs),
+            dual_stream=any(spec.dual_stream for spec in specs),
+            has_dense_mode=True,
         )
 
-    def leaves(self) -> Iterator[SparseMethod]:
-        """Yield the methods of the parts."""
-        yield from self.parts
-
-    def chooses_causally(self) -> bool:
-        """Return whether all parts choose causally."""
-        return all(method.chooses_causally() for method in self.parts)
-
-    def pools(self) -> tuple[Pool, ...]:
-        """Return the pools of all parts, reading the part's heads."""
-        return self._own_pools([method.pools() for method in self.parts])
-
-    def loss_pools(self) -> tuple[Pool, ...]:
-        """Return the further pools of all parts that losses read."""
-        return self._own_pools([method.loss_pools() for method in self.parts])
-
-    def _own_pools(self, pools: Sequence[tuple[Pool, ...]]) -> tuple[Pool, ...]:
-        """Return the pools of each part under the part's number, reading the part's heads."""
-        renamed = []
-        for i, (own, heads) in enumerate(zip(pools, self.cached_heads(), strict=True)):
-            for pool in own:
-                places = tuple(heads[head] for head in pool.heads)
-                renamed.append(dataclasses.replace(pool, name=f"{i}.{pool.name}", heads=places))
-        return tuple(renamed)
-
-    def compress(self, name: str, windows: Tensor) -> Tensor:
-        """Compress with the part that owns the pool."""
-        part, _, own = name.partition(".")
-        return self.parts[int(part)].compress(own, windows)
-
-    def extra_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the further keys and values of all parts, one part after another."""
-        extra = [pair for pair in (method.extra_kv(hidden) for method in self.parts) if pair is not None]
-        if not extra:
-            return None
-        keys, values = zip(*extra, strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2)
-
-    def mix_keys(self, taps: Sequence[Tensor]) -> Tensor:
-        """Let each part mix the keys of its heads."""
-        mixed = taps[0].clone()
-        for method, cached in zip(self.parts, self.cached_heads(), strict=True):
-            if method.key_taps > 1:
-                own = method.mix_keys([select_heads(x, cached) for x in taps[: method.key_taps]])
-                mixed[:, :, list(cached)] = own.to(mixed.dtype)
-        return mixed
-
-    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return the streams of all parts."""
-        return {
-            f"{i}.{name}": x
-            for i, method in enumerate(self.parts)
-            for name, x in method.streams(hidden, rotate).items()
-        }
-
-    def dense_copies(self) -> dict[str, str]:
-        """Return the copies of all parts."""
-        return {
-            f"parts.{i}.{own}": dense
-            for i, method in enumerate(self.parts)
-            for own, dense in method.dense_copies().items()
-        }
-
-    def initial_rows(self, own: str, dense: str, rows: Tensor) -> Tensor:
-        """Return where a part's parameter starts: from the rows of the part's heads."""
-        _, part, name = own.split(".", 2)
-        heads, geometry = self.settings[int(part)].heads, self.geometry
-        per_head = geometry.head_dim * (geometry.group_size if dense.startswith("q_proj") else 1)
-        kept = rows.unflatten(0, (-1, per_head))[list(heads)].flatten(0, 1)
-        return self.parts[int(part)].initial_rows(name, dense, kept)
-
-    def visible_budget(self) -> int:
-        """Return the smallest budget of a part."""
-        return min(method.visible_budget() for method in self.parts)
-
-    def keys_per_query(self) -> int | None:
-        """Return the largest number of keys a part reads; None when one reads all."""
-        limits = [method.keys_per_query() for method in self.parts]
-        return None if None in limits else max(limits)
+    def members(self) -> list[Member]:
+        """Return the parts by their numbers."""
+        pairs = enumerate(zip(self.settings, self.parts, strict=True))
+        return [
+            Member(name=str(i), path=f"parts.{i}", method=method, heads=part.heads)
+            for i, (part, method) in pairs
+        ]
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend part by part; returns ``[B, TQ, HQ, D]``."""
@@ -168,11 +213,12 @@ class HeadMix(SparseMethod):
         """Attend part by part; a loss is the mean over the heads whose method has it."""
         outputs, sums, weights = [], {}, {}
         for method, part, inputs in zip(self.parts, self.settings, self._split(x), strict=True):
-            stream = mode
-            if mode.stream == "full" and not method.runs_full and not method.dual_stream:
-                stream = dataclasses.replace(mode, stream="sparse")
-            o, losses = method.train_forward(inputs, stream)
+            spec, own_mode = method.training_spec, mode
+            if mode.stream == "full" and not spec.has_dense_mode and not spec.dual_stream:
+                own_mode = dataclasses.replace(mode, stream="sparse")
+            o, losses = method.train_forward(inputs, own_mode)
             outputs.append(o)
+
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + len(part.heads) * value
                 weights[name] = weights.get(name, 0) + len(part.heads)
@@ -188,24 +234,65 @@ class HeadMix(SparseMethod):
                 x,
                 **vars(own),
                 q=select_heads(x.q, _query_heads(self.geometry, part.heads)),
-                pooled=_own(x.pooled, i),
-                streams=_own(x.streams, i),
+                pooled=of_member(x.pooled, str(i)),
+                token_states=of_member(x.token_states, str(i)),
                 plain_keys=None if x.plain_keys is None else select_heads(x.plain_keys, cached),
                 parts=(),
             )
 
-    def cached_heads(self) -> list[tuple[int, ...]]:
-        """Return the cached heads of each part: its share of the dense ones, then its further ones."""
-        place, heads = self.geometry.num_kv_heads, []
-        for part, method in zip(self.settings, self.parts, strict=True):
-            extra = method.extra_head_sets() * len(part.heads)
-            heads.append((*part.heads, *range(place, place + extra)))
-            place += extra
-        return heads
-
     def _join(self, outputs: list[Tensor]) -> Tensor:
         o = torch.cat(outputs, 2)
         return o if self.query_order is None else o[:, :, self.query_order]
+
+
+def leaves(method: SparseMethod) -> tuple[SparseMethod, ...]:
+    """Return the methods that share a layer by heads: those of a hybrid layer, else the method itself."""
+    return tuple(method.parts) if isinstance(method, HeadMix) else (method,)
+
+
+def leaves_of(methods: Iterable[SparseMethod]) -> list[SparseMethod]:
+    """Return the :func:`leaves` of several layers, one after the other."""
+    return [leaf for method in methods for leaf in leaves(method)]
+
+
+def cached_heads(method: SparseMethod) -> list[tuple[int, ...]]:
+    """Return the cached heads of each of the :func:`leaves`, its further ones included."""
+    if isinstance(method, HeadMix):
+        return method.cached_heads()
+    return [tuple(range(method.geometry.num_kv_heads * (1 + method.cache_needs().extra_head_sets)))]
+
+
+def methods_in(method: SparseMethod) -> list[SparseMethod]:
+    """Return a method and all methods inside it."""
+    return [module for module in method.modules() if isinstance(module, SparseMethod)]
+
+
+def of_member(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of one member of a mix, by the names it knows them by."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+
+
+def _renamed(pool: Pool, owner: str, heads: tuple[int, ...]) -> Pool:
+    """Return the pool of a member under its name, reading the heads that the layer's cache has them at."""
+    places = tuple(heads[head] for head in pool.heads)
+    return dataclasses.replace(pool, name=f"{owner}.{pool.name}", heads=places)
+
+
+def _most(limits: Iterable[int | None]) -> int | None:
+    """Return the largest of some limits; None where one of them is none."""
+    known = list(limits)
+    return None if None in known else max(known)
+
+
+def _joined_index(sizes: list[IndexSize]) -> IndexSize | None:
+    if not sizes:
+        return None
+    return IndexSize(
+        query_heads=sum(size.query_heads for size in sizes),
+        key_heads=sum(size.key_heads for size in sizes),
+        cached=any(size.cached for size in sizes),
+    )
 
 
 def _geometry_of(geometry: AttentionGeometry, heads: tuple[int, ...]) -> AttentionGeometry:
@@ -216,11 +303,6 @@ def _geometry_of(geometry: AttentionGeometry, heads: tuple[int, ...]) -> Attenti
 def _query_heads(geometry: AttentionGeometry, heads: tuple[int, ...]) -> tuple[int, ...]:
     group = geometry.group_size
     return tuple(head * group + g for head in heads for g in range(group))
-
-
-def _own(tensors: Mapping[str, Tensor], part: int) -> dict[str, Tensor]:
-    prefix = f"{part}."
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def _merge(tables: Iterator[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:

@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry, raise_problems
-from nsa_convert.methods.parts.base import AttentionInputs, IndexSize, MethodSpec, Pool, SparseMethod
-from nsa_convert.methods.parts.cache_policy import CachePolicy
+from nsa_convert.methods.parts.base import AttentionInputs, CacheNeeds, MethodSpec, Reach, SparseMethod
 from nsa_convert.methods.parts.inputs import select_heads
+from nsa_convert.methods.parts.mix import Member, Mix, of_member
 from nsa_convert.methods.parts.prefill import is_step
 from nsa_convert.methods.parts.training_mode import TrainingMode
 
@@ -65,7 +64,7 @@ class PhasesSettings:
         return PhasesSettings(**parts)
 
 
-class Phases(SparseMethod):
+class Phases(Mix):
     """Hands each call to the method of its phase; both see the whole cache.
 
     Args:
@@ -91,173 +90,68 @@ class Phases(SparseMethod):
         self.prefill = settings.prefill.method(settings.prefill.settings, geometry, layer_index)
         self.decode = settings.decode.method(settings.decode.settings, geometry, layer_index)
         raise_problems(self._problems(), code="CF22")
-        self.stage_losses = self.prefill.stage_losses
-        self.dual_stream, self.runs_full = self.prefill.dual_stream, self.prefill.runs_full
-        self.couples_heads = self.prefill.couples_heads or self.decode.couples_heads
-        self.cached_streams = tuple(
-            f"{name}.{own}" for name, part in self._parts().items() for own in part.cached_streams
-        )
+        # A training text is read like a prompt.
+        self.training_spec = self.prefill.training_spec
 
-    def _parts(self) -> dict[str, SparseMethod]:
-        return {"prefill": self.prefill, "decode": self.decode} if hasattr(self, "decode") else {}
+    def members(self) -> list[Member]:
+        """Return the methods by their phases; both read all heads."""
+        heads = tuple(range(self.geometry.num_kv_heads))
+        pairs = {"prefill": self.prefill, "decode": self.decode}
+        return [Member(name=name, path=name, method=own, heads=heads) for name, own in pairs.items()]
 
     def _problems(self) -> list[str]:
         """Return why the two methods cannot share a layer."""
+        needs = {member.name: member.method.cache_needs() for member in self.members()}
         problems = [
-            f"{name}: {part.spec.name} changes the keys themselves, which the other phase reads too"
-            for name, part in self._parts().items()
-            if part.key_taps > 1
+            f"{member.name}: {member.method.spec.name} changes the keys themselves, which the other phase "
+            "reads too"
+            for member in self.members()
+            if needs[member.name].key_taps > 1
         ]
-        if self.prefill.cache_policy() is not None:
+        if needs["prefill"].policy is not None:
             problems.append(
                 f"prefill: {self.prefill.spec.name} forgets tokens, which belongs to decoding; where it can, "
                 "set cache: keep"
             )
-        policy = self.decode.cache_policy()
+        policy = needs["decode"].policy
         if policy is not None and policy.per_token:
             problems.append(
                 f"decode: {self.decode.spec.name} has to read the prompt itself to know what to forget"
             )
         return problems
 
-    @property
-    def cover(self) -> int | None:
-        """Tokens that the budgets of both methods are widened to; None for the budgets they have."""
-        return self._cover
-
-    @cover.setter
-    def cover(self, tokens: int | None) -> None:
-        self._cover = tokens
-        for part in self._parts().values():
-            part.cover = tokens
-
-    @property
-    def heads(self) -> tuple[int, ...] | None:
-        """Key/value heads of the layer in a hybrid; None for all."""
-        return self._heads
-
-    @heads.setter
-    def heads(self, heads: tuple[int, ...] | None) -> None:
-        self._heads = heads
-        for part in self._parts().values():
-            part.heads = heads
-
-    def chooses_causally(self) -> bool:
-        """Return whether both methods choose causally."""
-        return all(part.chooses_causally() for part in self._parts().values())
-
-    def pools(self) -> tuple[Pool, ...]:
-        """Return the pools of both methods."""
-        return tuple(
-            own for name, part in self._parts().items() for own in self._own_pools(name, part.pools())
+    def cache_needs(self) -> CacheNeeds:
+        """Return the needs of both methods; training reads prompts, decoding decides what is forgotten."""
+        needs, decode = super().cache_needs(), self.decode.cache_needs()
+        sets = self.prefill.cache_needs().extra_head_sets + decode.extra_head_sets
+        trained = tuple(pool for pool in needs.loss_pools if pool.name.startswith("prefill."))
+        return dataclasses.replace(
+            needs, loss_pools=trained, extra_head_sets=sets, policy=decode.policy
         )
 
-    def loss_pools(self) -> tuple[Pool, ...]:
-        """Return the further pools that the losses of the trained method read."""
-        return self._own_pools("prefill", self.prefill.loss_pools())
-
-    def _own_pools(self, name: str, pools: tuple[Pool, ...]) -> tuple[Pool, ...]:
-        """Return the pools of a method under its phase, reading its heads."""
-        heads = self._own_heads(name)
-        return tuple(
-            dataclasses.replace(
-                pool, name=f"{name}.{pool.name}", heads=tuple(heads[head] for head in pool.heads)
-            )
-            for pool in pools
-        )
-
-    def compress(self, name: str, windows: Tensor) -> Tensor:
-        """Compress with the method that owns the pool."""
-        phase, _, own = name.partition(".")
-        return self._parts()[phase].compress(own, windows)
-
-    def extra_head_sets(self) -> int:
-        """Return the further sets of heads of both methods."""
-        return sum(part.extra_head_sets() for part in self._parts().values())
-
-    def extra_kv(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the further keys and values of both methods, one after the other."""
-        extra = [pair for part in self._parts().values() if (pair := part.extra_kv(hidden)) is not None]
-        if not extra:
-            return None
-        keys, values = zip(*extra, strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2)
-
-    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return the streams of both methods."""
-        return {
-            f"{name}.{own}": x
-            for name, part in self._parts().items()
-            for own, x in part.streams(hidden, rotate).items()
-        }
-
-    def dense_copies(self) -> dict[str, str]:
-        """Return the copies of both methods."""
-        return {
-            f"{name}.{own}": dense
-            for name, part in self._parts().items()
-            for own, dense in part.dense_copies().items()
-        }
-
-    def initial_rows(self, own: str, dense: str, rows: Tensor) -> Tensor:
-        """Return where a method's parameter starts."""
-        phase, _, name = own.partition(".")
-        return self._parts()[phase].initial_rows(name, dense, rows)
-
-    def cache_policy(self) -> CachePolicy | None:
-        """Return what decoding may forget."""
-        return self.decode.cache_policy()
-
-    def visible_budget(self) -> int:
-        """Return the smaller budget."""
-        return min(part.visible_budget() for part in self._parts().values())
-
-    def keys_per_query(self) -> int | None:
-        """Return what decoding reads."""
-        return self.decode.keys_per_query()
-
-    def keys_per_prompt_query(self) -> int | None:
-        """Return what a query of a prompt reads."""
-        return self.prefill.keys_per_prompt_query()
-
-    def adapts_to_prompt(self) -> bool:
-        """Return whether the method that reads prompts adapts to them."""
-        return self.prefill.adapts_to_prompt()
-
-    def index_size(self) -> IndexSize | None:
-        """Return what choosing reads, of both methods together."""
-        sizes = [size for part in self._parts().values() if (size := part.index_size()) is not None]
-        if not sizes:
-            return None
-        return IndexSize(
-            query_heads=sum(size.query_heads for size in sizes),
-            key_heads=sum(size.key_heads for size in sizes),
-            cached=any(size.cached for size in sizes),
+    def reach(self) -> Reach:
+        """Return what each phase reads, and what both have to be asked for together."""
+        prefill, decode = self.prefill.reach(), self.decode.reach()
+        return dataclasses.replace(
+            super().reach(),
+            decode_keys=decode.decode_keys,
+            prompt_keys=prefill.prompt_keys,
+            adapts_to_prompt=prefill.adapts_to_prompt,
         )
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend with the method of the phase; returns ``[B, TQ, HQ, D]``."""
         phase = "decode" if is_step(x) else "prefill"
-        return self._parts()[phase](self._own(x, phase))
+        return getattr(self, phase)(self._own(x, phase))
 
     def train_forward(self, x: AttentionInputs, mode: TrainingMode) -> tuple[Tensor, dict[str, Tensor]]:
         """Train the method that reads prompts: a training text is read like one."""
         return self.prefill.train_forward(self._own(x, "prefill"), mode)
 
-    def _own_heads(self, phase: str) -> tuple[int, ...]:
-        """Return the cached heads a method reads: the dense ones, then its further ones."""
-        count, place = self.geometry.num_kv_heads, self.geometry.num_kv_heads
-        if phase == "decode":
-            place += count * self.prefill.extra_head_sets()
-        extra = count * self._parts()[phase].extra_head_sets()
-        return (*range(count), *range(place, place + extra))
-
     def _own(self, x: AttentionInputs, phase: str) -> AttentionInputs:
-        heads, prefix = self._own_heads(phase), f"{phase}."
+        heads = self.cached_heads()[0 if phase == "prefill" else 1]
         if x.k.shape[2] != len(heads):
             x = dataclasses.replace(x, k=select_heads(x.k, heads), v=select_heads(x.v, heads))
-        own = {
-            kind: {k.removeprefix(prefix): y for k, y in tensors.items() if k.startswith(prefix)}
-            for kind, tensors in (("pooled", x.pooled), ("streams", x.streams))
-        }
-        return dataclasses.replace(x, **own)
+        return dataclasses.replace(
+            x, pooled=of_member(x.pooled, phase), token_states=of_member(x.token_states, phase)
+        )

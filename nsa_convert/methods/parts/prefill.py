@@ -18,7 +18,14 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.common.merge import merge_lse
 from nsa_convert.kernels.common.segments import segments
-from nsa_convert.methods.parts.base import AttentionInputs, SparseMethod
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    Reach,
+    SparseMethod,
+    TrainingSpec,
+    is_within_budget,
+    record,
+)
 from nsa_convert.methods.parts.tile_budgets import BlockGrid, blocks_of
 from nsa_convert.patterns import BlockSelection, Pattern, SequenceLayout
 
@@ -36,8 +43,7 @@ def is_step(x: AttentionInputs) -> bool:
 class PrefillMethod(SparseMethod):
     """Attends to :meth:`patterns` of each sequence of a prompt; steps and short prompts are dense."""
 
-    stage_losses = {}
-    runs_full = True
+    training_spec = TrainingSpec(stage_losses={}, has_dense_mode=True)
     needs_prompt_end: ClassVar[bool] = False
     """Whether the choice is made from the last queries of the prompt, so that it cannot be read in chunks."""
 
@@ -49,22 +55,28 @@ class PrefillMethod(SparseMethod):
         """
         raise NotImplementedError
 
-    def keys_per_query(self) -> int | None:
-        """Return None: decoding reads everything."""
-        return None
+    def least_budget(self) -> int:
+        """Return the longest prompt that is read as a whole, whatever it says."""
+        raise NotImplementedError
 
-    def adapts_to_prompt(self) -> bool:
-        """Return whether no number of keys bounds what a query of a prompt reads."""
-        return self.keys_per_prompt_query() is None
+    def reach(self) -> Reach:
+        """How much of a prompt a query reads depends on its text; decoding reads everything."""
+        return Reach(
+            visible_budget=self.least_budget(),
+            decode_keys=None,
+            prompt_keys=None,
+            adapts_to_prompt=True,
+            is_causal=self.spec.causal_selection,
+        )
 
     def is_dense(self, x: AttentionInputs) -> bool:
         """Return whether this call attends to everything."""
-        return is_step(x) or self.fits(x, self.visible_budget())
+        return is_step(x) or is_within_budget(self, x, self.reach().visible_budget)
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend; returns ``[B, TQ, HQ, D]``."""
         if self.is_dense(x):
-            self.record(x, x.k, {})
+            record(self, x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
         self._check_whole(x)
         if x.layout.start is None and x.layout.cu_seqlens is None:
@@ -86,7 +98,7 @@ class PrefillMethod(SparseMethod):
     def attend(self, x: AttentionInputs) -> Tensor:
         """Attend sparsely to sequences of one length without padding; returns ``[B, TQ, HQ, D]``."""
         patterns = self.patterns(x)
-        self.record(x, x.k, patterns)
+        record(self, x, x.k, patterns)
         return attend_patterns(x, patterns)
 
     def _check_whole(self, x: AttentionInputs) -> None:
@@ -120,9 +132,9 @@ class BlockPrefillMethod(PrefillMethod):
         raise NotImplementedError
 
     def patterns(self, x: AttentionInputs) -> dict[str, BlockSelection]:
-        """Return the chosen blocks; all of them while ``cover`` is set."""
+        """Return the chosen blocks; all of them while ``forced_budget`` is set."""
         grid = self.grid(x)
-        if self.cover is None:
+        if self.forced_budget is None:
             with torch.no_grad():
                 chosen = self.keep(x, grid)
         else:
@@ -144,7 +156,7 @@ def sequences(x: AttentionInputs) -> Iterator[tuple[int, tuple[int, int], Attent
                 v=x.v[row, keys],
                 hidden=x.hidden[row, queries],
                 pooled={},
-                streams={},
+                token_states={},
                 layout=SequenceLayout(offset=s.offset),
             ),
         )

@@ -6,7 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig, suggest
+from nsa_convert.config import (
+    FULL,
+    AttentionGeometry,
+    LayerRule,
+    SparseAttentionConfig,
+    strict_dataclass,
+    suggest,
+)
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.dsa import DSA
 from nsa_convert.methods.flexprefill import FlexPrefill
@@ -75,7 +82,7 @@ def read_rule(rule: LayerRule, where: str) -> tuple[type[SparseMethod], Any]:
         ConfigError: Unknown method, unknown setting or bad value.
     """
     method = method_class(rule.method)
-    settings = method.read_settings(rule.settings, f"{where} ({rule.method})")
+    settings = strict_dataclass(method.Settings, rule.settings, f"{where} ({rule.method})")
     if method is Phases:
         settings = settings.resolved(lambda part, phase: _read_phase(part, f"{where} {phase}"))
     return method, settings
@@ -103,6 +110,13 @@ def build_method(rule: LayerRule, geometry: AttentionGeometry, layer_index: int)
     return method(settings, geometry, layer_index)
 
 
+def _couples_heads(method: type[SparseMethod], settings: Any) -> bool:
+    """Return whether the heads of a layer choose together; in either phase."""
+    if isinstance(settings, PhasesSettings):
+        return any(part.method.spec.couples_heads for part in vars(settings).values())
+    return method.spec.couples_heads
+
+
 def build_layer(sparse: SparseAttentionConfig, geometry: AttentionGeometry, layer_index: int) -> SparseMethod:
     """Build the method module of one layer of a plan whose layers count from the front.
 
@@ -115,6 +129,6 @@ def build_layer(sparse: SparseAttentionConfig, geometry: AttentionGeometry, laye
     parts = []
     for rule in rules:
         method, settings = read_rule(rule, f"layer {layer_index}")
-        for heads in [rule.heads] if method.couples_heads else neighbours(rule.heads):
+        for heads in [rule.heads] if _couples_heads(method, settings) else neighbours(rule.heads):
             parts.append(HeadPart(method=method, settings=settings, heads=heads))
     return HeadMix(tuple(sorted(parts, key=lambda part: part.heads)), geometry, layer_index)

@@ -10,12 +10,11 @@ kernels score with both as with one key of 2 D numbers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from nsa_convert.methods.parts.base import AttentionInputs
+from nsa_convert.methods.parts.base import AttentionInputs, TrainingSpec
 
 
 def half_variance(windows: Tensor) -> Tensor:
@@ -59,14 +58,14 @@ def scored(x: AttentionInputs, scorer: str) -> tuple[Tensor, tuple[Tensor, ...]]
     return second_order(x.q, x.scale), (x.pooled["key"], x.pooled["half_variance"])
 
 
-def with_scores(losses: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return ``stage_losses`` with ``score_kl`` in every stage, for a method whose compressor has weights.
+def with_scores(spec: TrainingSpec) -> TrainingSpec:
+    """Return how a method is trained whose compressor has weights: with ``score_kl`` in every stage.
 
     A compressor that learns in one stage alone is left behind by the keys that the next ones move.
     """
-    return {
-        kind: {**losses.get(kind, {}), "score_kl": 1.0} for kind in ("align", "pretrain", "extend", "sft")
-    }
+    kinds = ("align", "pretrain", "extend", "sft")
+    losses = {kind: {**spec.stage_losses.get(kind, {}), "score_kl": 1.0} for kind in kinds}
+    return dataclasses.replace(spec, stage_losses=losses)
 
 
 def for_loss(x: AttentionInputs, cells: str, *, alone: bool) -> AttentionInputs:

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
-from nsa_convert.methods.parts.base import AttentionInputs, IndexSize, SparseMethod
+from nsa_convert.methods.parts.base import (
+    AttentionInputs,
+    CacheNeeds,
+    DenseCopy,
+    Pool,
+    Projection,
+    Reach,
+    SparseMethod,
+    TrainingSpec,
+    is_within_budget,
+    record,
+)
 from nsa_convert.methods.parts.index import Index
 from nsa_convert.methods.parts.index_losses import index_kl, listed_tokens, visible_tokens
 from nsa_convert.methods.parts.losses import attention_mass, sample_queries
@@ -34,7 +45,7 @@ class SelectingMethod(SparseMethod):
         layer_index: Index of the layer in the model.
     """
 
-    runs_full = True
+    training_spec = TrainingSpec(has_dense_mode=True)
 
     def __init__(self, settings: Any, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
@@ -47,20 +58,28 @@ class SelectingMethod(SparseMethod):
         """Whether another layer chooses."""
         return self.settings.reuse_from != NO_REUSE
 
-    @property
-    def cached_streams(self) -> tuple[str, ...]:
-        """Per-token vectors that are cached."""
-        return () if self.index is None else self.index.cached_streams
+    def pools(self) -> tuple[Pool, ...]:
+        """Return the compressed cells that choosing reads; none while another layer chooses."""
+        return ()
 
-    def streams(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def cache_needs(self) -> CacheNeeds:
+        """Return the cells and the index keys, unless another layer chooses."""
+        states = () if self.index is None else self.index.cached_states
+        return CacheNeeds(pools=() if self.reuses else self.pools(), token_states=states)
+
+    def reach(self) -> Reach:
+        """In full mode a query reads everything, at any context."""
+        index = None if self.index is None else self.index.size()
+        if self.mode == "full":
+            return Reach(visible_budget=sys.maxsize, decode_keys=None, prompt_keys=None, index=index)
+        budget = self.budget()
+        return Reach(visible_budget=budget, decode_keys=budget, prompt_keys=budget, index=index)
+
+    def project(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> Projection:
         """Return index queries and keys."""
-        return {} if self.index is None else self.index.streams(hidden, rotate)
+        return Projection() if self.index is None else self.index.project(hidden, rotate)
 
-    def index_size(self) -> IndexSize | None:
-        """Return what the index reads of every earlier token."""
-        return None if self.index is None else self.index.size()
-
-    def dense_copies(self) -> dict[str, str]:
+    def dense_copies(self) -> dict[str, DenseCopy]:
         """Return where the index starts from."""
         return {} if self.index is None else self.index.dense_copies("index.")
 
@@ -72,38 +91,32 @@ class SelectingMethod(SparseMethod):
         """Return the most keys one query sees in sparse mode."""
         return self.settings.rule.budget
 
-    def visible_budget(self) -> int:
-        """Return the budget; in full mode a number no context exceeds."""
-        return sys.maxsize if self.mode == "full" else self.budget()
-
-    def keys_per_query(self) -> int | None:
-        """Return the budget, or None in full mode."""
-        return None if self.mode == "full" else self.budget()
-
     def is_dense(self, x: AttentionInputs) -> bool:
         """Return whether this call attends to everything."""
-        return self.cover is None and (self.mode == "full" or self.fits(x, self.visible_budget()))
+        if self.mode == "full" and self.forced_budget is None:
+            return True
+        return is_within_budget(self, x, self.reach().visible_budget)
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to what is chosen, or to everything; returns ``[B, TQ, HQ, D]``."""
         if self.is_dense(x):
-            self.record(x, x.k, {})
+            record(self, x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
         pattern = self.selection(x)
-        self.record(x, x.k, {"selected": pattern})
+        record(self, x, x.k, {"selected": pattern})
         o = sparse_attention(x.q, x.k, x.v, pattern, layout=x.layout, scale=x.scale)[0]
         length = self._unread_length(x)
         if length is None:
             return o
         dense = dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
-        return torch.where(length <= self.visible_budget(), dense, o)
+        return torch.where(length <= self.reach().visible_budget, dense, o)
 
     def _unread_length(self, x: AttentionInputs) -> Tensor | None:
         """Return the length that :meth:`is_dense` goes by where a graph cannot read it and it matters.
 
         A method that is dense beyond its budget computes both then; else they are the same up to the budget.
         """
-        same = self.cover is not None or self.visible_budget() <= self.budget()
+        same = self.forced_budget is not None or self.reach().visible_budget <= self.budget()
         if same or not torch.compiler.is_compiling():
             return None
         layout = x.layout

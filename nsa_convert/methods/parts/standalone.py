@@ -23,17 +23,17 @@ def inputs_alone(method: SparseMethod, q: Tensor, k: Tensor, v: Tensor) -> Atten
         v: ``[1, TK, H, D]``.
 
     Returns:
-        Inputs with compressed cells of the keys as they are, and with streams and further keys and values
-        from random hidden states.
+        Inputs with compressed cells of the keys as they are, and with token states and further keys and
+        values from random hidden states.
     """
     hidden = torch.randn(k.shape[0], k.shape[1], method.geometry.hidden_size, dtype=k.dtype, device=k.device)
-    extra = method.extra_kv(hidden)
-    if extra is not None:
-        shape = (*k.shape[:2], -1, k.shape[3])
-        k, v = (torch.cat([x, y.reshape(shape)], 2) for x, y in zip((k, v), extra, strict=True))
-    streams = method.streams(hidden, lambda x: x)
-    new = q.shape[1]
-    kept = {name: x if name in method.cached_streams else x[:, -new:] for name, x in streams.items()}
+    own = method.project(hidden, lambda x: x)
+    if own.k is not None:
+        k, v = torch.cat([k, own.k], 2), torch.cat([v, own.v], 2)
+
+    # States that are cached are there for every token, the others for the queries alone.
+    new, cached = q.shape[1], method.cache_needs().token_states
+    states = {name: x if name in cached else x[:, -new:] for name, x in own.token_states.items()}
     return AttentionInputs(
         q=q,
         k=k,
@@ -42,13 +42,13 @@ def inputs_alone(method: SparseMethod, q: Tensor, k: Tensor, v: Tensor) -> Atten
         pooled=_cells(method, k, v),
         layout=SequenceLayout(offset=k.shape[1] - new),
         scale=q.shape[3] ** -0.5,
-        streams=kept,
+        token_states=states,
     )
 
 
 def _cells(method: SparseMethod, k: Tensor, v: Tensor) -> dict[str, Tensor]:
     cells = {}
-    for pool in method.pools():
+    for pool in method.cache_needs().pools:
         source = select_heads(k if pool.source == "key" else v, pool.heads)
         windows = source.unfold(1, pool.width, pool.stride).permute(0, 1, 4, 2, 3)
         cells[pool.name] = method.compress(pool.name, windows)
@@ -56,7 +56,7 @@ def _cells(method: SparseMethod, k: Tensor, v: Tensor) -> dict[str, Tensor]:
 
 
 def prompt_case(method: SparseMethod, q: Tensor, k: Tensor, v: Tensor) -> tuple[str, Callable[[], Tensor]]:
-    """Return name and run of reading a prompt, cells, streams and choice included."""
+    """Return name and run of reading a prompt, cells, token states and choice included."""
     return method.spec.name, lambda: method(inputs_alone(method, q, k, v))
 
 
@@ -64,7 +64,7 @@ def step_cases(
     method: SparseMethod, q: Tensor, k: Tensor, v: Tensor
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Yield name and run of a decoding step on cached cells; nothing for methods that forget."""
-    if method.cache_policy() is None:
+    if method.cache_needs().policy is None:
         x = inputs_alone(method, q, k, v)
         # A cache holds its cells head by head.
         pooled = {name: y.transpose(1, 2).contiguous().transpose(1, 2) for name, y in x.pooled.items()}

@@ -13,6 +13,7 @@ from nsa_convert.checkpoint.staging import gigabytes
 from nsa_convert.config import raise_problems
 from nsa_convert.errors import ConfigError, NsaConvertError
 from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.mix import leaves_of
 from nsa_convert.training.data.sources import describe_source, held_out_overlap, open_source
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.recipe.schema import Recipe, Stage
@@ -195,7 +196,7 @@ def stage_problems(stage: Stage, methods: Sequence[SparseMethod], config: Mappin
         problems.append(
             f"seq_len {stage.seq_len} is beyond the model's {positions} positions; shorten it, or set rope"
         )
-    settings = [leaf.settings for method in methods for leaf in method.leaves()]
+    settings = [leaf.settings for leaf in leaves_of(methods)]
     sizes = {size for s in settings if (size := getattr(s, "block_size", None))}
     if sizes and stage.seq_len < max(sizes):
         problems.append(f"seq_len {stage.seq_len} is below a block of {max(sizes)} tokens; lengthen it")
@@ -216,7 +217,8 @@ def stage_warnings(recipe: Recipe, stage: Stage, methods: Sequence[SparseMethod]
             "precision bf16 keeps the weights in bfloat16, where AdamW loses most updates by rounding (93 % "
             "at a learning rate of 2e-5) and all weight decay; bf16-mixed does not"
         )
-    budgets = [method.visible_budget() for method in methods if method.keys_per_query() is not None]
+    reaches = [method.reach() for method in methods]
+    budgets = [reach.visible_budget for reach in reaches if reach.decode_keys is not None]
     if budgets and stage.seq_len <= min(budgets):
         lines.append(
             f"rows of {stage.seq_len} tokens fit the visible budget of {min(budgets)}: nothing is hidden, "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.mix import leaves_of
 from nsa_convert.patch.tensor_parallel import tensor_problems
 
 if TYPE_CHECKING:
@@ -132,9 +133,9 @@ def context_problems(methods: Sequence[SparseMethod]) -> list[str]:
     """Return why the queries of the layers cannot be a part of the row."""
     if not methods:
         return ["context needs a sparse model: the attention of a dense one sees its own tokens only"]
-    leaves = [leaf for method in methods for leaf in method.leaves()]
+    leaves = leaves_of(methods)
     problems = _unknown("context", leaves, CONTEXT_METHODS)
-    mixing = sorted({m.spec.name for m in leaves if m.key_taps > 1})
+    mixing = sorted({m.spec.name for m in leaves if m.cache_needs().key_taps > 1})
     if mixing:
         problems.append(
             f"context: key_conv of {', '.join(mixing)} needs tokens of other processes; set it to 0"

@@ -244,7 +244,7 @@ def flops_per_token(model: nn.Module, stage: Stage) -> float:
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = stage.seq_len / 2
-    limits = [method.keys_per_query() for method in methods_of(model)] or [None] * config.num_hidden_layers
+    limits = [method.reach().decode_keys for method in methods_of(model)] or [None] * config.num_hidden_layers
     seen = sum(keys if limit is None else min(keys, limit) for limit in limits)
     return 6.0 * matrices + 12.0 * seen * heads * dim
 
