@@ -106,7 +106,7 @@ class BenchReport:
     def write_csv(self, path: Path | str) -> None:
         """Write one line per row; geometry, dtype and environment are repeated on each."""
         common = {"geometry": self.geometry, "dtype": self.dtype, **self.environment}
-        with Path(path).open("w", newline="") as file:
+        with Path(path).open("w", newline="") as file:  # why: the file that --csv names
             names = [*common, *(field.name for field in dataclasses.fields(BenchRow))]
             writer = csv.DictWriter(file, names)
             writer.writeheader()
@@ -339,11 +339,12 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide new allocations
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present size
+        # why: sets the high-water mark back to the present size
+        Path("/proc/self/clear_refs").write_text("5")
         before = _resident_mib("VmRSS")
         run()
         return _resident_mib("VmHWM") - before
-    except (OSError, AttributeError):
+    except (OSError, AttributeError):  # why: without /proc there is no peak to report; the column says None
         run()
         return None
 
@@ -394,6 +395,6 @@ def environment(device: str) -> dict[str, str]:
 def _cpu_name() -> str:
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
+    except OSError:  # why: without /proc the architecture stands for the processor's name
         found = None
     return found[1].strip() if found else platform.machine()

@@ -36,7 +36,7 @@ def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: A
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("this tokenizer has no chat template", code="TK04", hint="leave out --chat")
     reader, writer = os.pipe()
-    child = os.fork()
+    child = os.fork()  # why: a child with limits renders a stranger's chat template
     if child == 0:
         os.close(reader)
         _render_and_exit(writer, tokenizer, turns, {"add_generation_prompt": True, **options})
@@ -45,7 +45,7 @@ def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: A
         answer = _read_all(reader)
     finally:
         os.close(reader)
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)  # why: the child is done or past its limits
         os.waitpid(child, 0)
     if answer is None:
         raise _failed(f"takes more than {SECONDS} s, {MEMORY_BYTES / 1e6:.0f} MB, or writes without end")
@@ -68,15 +68,15 @@ def _render_and_exit(
         result: dict[str, str] | None
         try:
             result = {"text": tokenizer.apply_chat_template(list(turns), tokenize=False, **options)}
-        except MemoryError:
+        except MemoryError:  # why: the parent takes an empty answer for too much memory
             result = None
-        except Exception as error:
+        except Exception as error:  # why: a stranger's template may raise anything; it goes back as text
             result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         left = memoryview(json.dumps(result).encode())
         while left:
             left = left[os.write(writer, left) :]
     finally:
-        os._exit(0)
+        os._exit(0)  # why: the child ends without running the parent's exit handlers
 
 
 def _read_all(reader: int) -> dict[str, str] | None:

@@ -321,7 +321,7 @@ def _convert_foreign(
         report = _report(job, {**info, **foreign.facts()}, contexts, foreign.placed)
         report = dataclasses.replace(report, warnings=list(dict.fromkeys([*notes, *report.warnings])))
         report, hashes = _fill(folder, job, report, copy=False, **options)
-        shutil.rmtree(dense)
+        shutil.rmtree(dense)  # why: the dense model made on the way, inside the staging folder
         write_manifest(folder, hashes)
     return dataclasses.replace(report, out=out)
 
@@ -359,6 +359,7 @@ def _fill(
         placed=how if report.placed in {"linked", "copied"} else report.placed,
         warnings=[*report.warnings, *notes, *(line for scan in scans for line in scan.warnings)],
     )
+    # why: inside the staging folder of the caller
     (folder / RECIPE).write_text(recipe_text(report, job.sparse), encoding="utf-8")
     stored = {"schema": 1, "versions": _versions(), **report.to_dict()}
     del stored["out"]

@@ -90,7 +90,7 @@ def _versions() -> dict[str, str]:
     for name in PACKAGES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:
+        except PackageNotFoundError:  # why: a missing package is what this report is there to show
             found[name] = "missing"
     return found
 
@@ -121,7 +121,7 @@ def _kernel_run() -> tuple[str, bool]:
         begin = time.perf_counter()
         got, _ = sparse_attention(q, k, v, pattern)
         milliseconds = (time.perf_counter() - begin) * 1e3
-    except Exception as error:  # the report is there to show just this
+    except Exception as error:  # why: a failing kernel is what this report is there to show
         return f"failed: {type(error).__name__}: {error}", False
     difference = float((got - expected).abs().max())
     return f"torch backend within {difference:.0e} of the reference, {milliseconds:.1f} ms", difference < 1e-5
@@ -130,7 +130,7 @@ def _kernel_run() -> tuple[str, bool]:
 def _memory() -> tuple[float, float] | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+    except OSError:  # why: without /proc the memory is not known, and the report says so
         return None
     sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
     return round(sizes["MemTotal"] / 1e6, 1), round(sizes.get("MemAvailable", 0) / 1e6, 1)

@@ -94,10 +94,12 @@ def bare_logits(folder: Path, length: int) -> Tensor:
     Raises:
         CheckFailedError: It does not load there.
     """
+    # why: the logits of the other process, removed after they are read
     with tempfile.TemporaryDirectory(prefix="nsa-verify-") as scratch:
         result = Path(scratch) / "logits.pt"
         command = [sys.executable, "-I", "-c", _BARE_SCRIPT, str(folder.resolve()), str(result)]
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        # why: the folder has to load in a Python that cannot see this package
         done = subprocess.run(
             [*command, str(length), str(SEED)], env=environment, capture_output=True, text=True, check=False
         )

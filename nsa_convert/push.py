@@ -184,7 +184,7 @@ def push_plan(
     Raises:
         HubError: No token, no right, a conflict, or a fault that did not go away; the message says which.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi, get_token  # why: publishes the folder that the user named
     from huggingface_hub.utils import get_session
 
     if get_token() is None:
@@ -301,6 +301,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _commit(api: Any, plan: PushPlan, removed: list[str], parent: str | None) -> Any:
+    # why: publishes the folder that the user named, in one commit
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in removed]
@@ -343,6 +344,7 @@ def _check_remote(
             bad.append(name)
     if not bad:
         return
+    # why: withdraws the config of a commit that arrived damaged
     from huggingface_hub import CommitOperationDelete
 
     withdrawn = [CommitOperationDelete(path_in_repo="config.json")]

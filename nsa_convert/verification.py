@@ -245,6 +245,7 @@ def _source_files(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
         if all(isinstance(name, str) for name in [*names, *source["side_files"]]):
             return shards, list(source["side_files"])
     except (KeyError, TypeError, ValueError, AttributeError, OSError):
+        # why: every kind of damage ends in the one error below it
         pass
     raise CheckpointError(f"{REPORT} is missing or damaged", code="SV17", where=REPORT, hint="convert again")
 

@@ -97,11 +97,12 @@ def is_current(report: Mapping[str, Any], folder: Path) -> bool:
 
 def check_card(text: str) -> list[str]:
     """Return what the Hub would refuse or a reader would miss in a card, without asking the Hub."""
+    # why: its checks of a card's header run on this machine; nothing is sent
     from huggingface_hub import ModelCard
 
     try:
         data = ModelCard(text).data
-    except Exception as error:  # yaml, or the checks of huggingface_hub: whatever it says is the reason
+    except Exception as error:  # why: whatever yaml or huggingface_hub say about a header is the reason shown
         return [f"the header cannot be read: {str(error).splitlines()[0]}"]
     problems = [f"the header has no {key}" for key in ("license", "library_name") if not data.get(key)]
     base = data.get("base_model")

@@ -126,7 +126,7 @@ def _fill(
     name: str,
     results: list[Any],
 ) -> str:
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData  # why: data classes for a card; nothing is sent
 
     methods = list(dict.fromkeys(run["method"] for run in facts["layers"]))
     data = ModelCardData(
@@ -247,7 +247,7 @@ def _speed_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _results(report: Mapping[str, Any]) -> list[Any]:
     """Return the figures as entries of a model-index."""
-    from huggingface_hub import EvalResult
+    from huggingface_hub import EvalResult  # why: a data class for a card; nothing is sent
 
     common = {"task_type": "text-generation", "task_name": "Text generation"}
     out = []
@@ -280,6 +280,8 @@ def _results(report: Mapping[str, Any]) -> list[Any]:
 def _write_eval_results(folder: Path, results: list[Any]) -> None:
     """Write the same figures in the Hub's newer format."""
     import yaml
+
+    # why: data classes for a card; nothing is sent
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     entries = [

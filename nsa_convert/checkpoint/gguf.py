@@ -110,10 +110,10 @@ def write_dense_folder(path: Path, folder: Path, dtype: str) -> None:
     model = load_gguf_model(path, dtype)
     tied = set(model.all_tied_weights_keys)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)  # why: a dequantised model, inside the staging folder of the caller
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     use_umask(folder / SINGLE_FILE)
-    model.config.save_pretrained(folder)
+    model.config.save_pretrained(folder)  # why: beside the weights, inside the staging folder of the caller
     model.generation_config.save_pretrained(folder)
     load_gguf_tokenizer(path).save_pretrained(folder)
 
@@ -128,7 +128,7 @@ def load_gguf_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the tokenizers library raises nothing more precise
+    except Exception as error:  # why: the tokenizers library raises nothing more precise
         raise CheckpointError(f"the tokenizer in {path.name} cannot be read: {error}", code="TK01") from error
 
 
@@ -169,7 +169,7 @@ def _dequantise() -> dict[str, Any]:
     """Return the argument that keeps transformers from leaving the weights packed; older ones never do."""
     try:
         from transformers import GgufConfig
-    except ImportError:
+    except ImportError:  # why: older transformers have no such option and always dequantise
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
 

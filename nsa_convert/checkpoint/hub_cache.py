@@ -34,7 +34,7 @@ def check_snapshot(folder: Path, seen: Seen) -> dict[str, list[int]]:
     right = run_threads(lambda path: _is_right(blobs[path]), new)
     wrong = [path for path, good in zip(new, right, strict=True) if not good]
     for path in wrong:
-        blobs[path].unlink()
+        blobs[path].unlink()  # why: a download whose hash is wrong has to be fetched again
         path.unlink()
     if wrong:
         names = ", ".join(str(path.relative_to(folder)) for path in wrong[:5])

@@ -22,6 +22,7 @@ SOURCE_FOLDER = "source"
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON the same way every time."""
+    # why: inside the staging folder of the caller
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

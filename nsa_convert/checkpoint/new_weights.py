@@ -79,6 +79,7 @@ def write_new_shard(path: Path, checkpoint: Checkpoint, sparse: SparseAttentionC
     """Write the new tensors at their initial values; the file gets the mode that the umask gives."""
     dtype = getattr(torch, WEIGHT_DTYPES[checkpoint.weights.dtype()])
     tensors = new_tensors(checkpoint.config, sparse, dtype, tensor_reader(checkpoint))
+    # why: the new shard, inside the staging folder of the caller
     save_file(tensors, path, metadata={"format": "pt"})
     use_umask(path)
 

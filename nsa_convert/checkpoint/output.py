@@ -73,7 +73,7 @@ def place_shards(
 def keep_originals(folder: Path, checkpoint: Checkpoint) -> None:
     """Keep the files that conversion replaces, so that revert gives the very same bytes back."""
     kept = folder / SOURCE_FOLDER
-    kept.mkdir()
+    kept.mkdir()  # why: the kept originals, inside the staging folder of the caller
     for name in ("config.json", INDEX_FILE, SOURCE_README):
         if (checkpoint.folder / name).exists():
             copy_file(resolve_inside(checkpoint.folder, name), kept / name)

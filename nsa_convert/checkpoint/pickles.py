@@ -83,10 +83,11 @@ def write_unpickled(folder: Path, target: Path, side_files: tuple[str, ...]) -> 
     """
     from safetensors.torch import save_file
 
-    target.mkdir()
+    target.mkdir()  # why: the unpickled model, inside the staging folder of the caller
     weight_map: dict[str, str] = {}
     for name, tensors in _parts(folder):
         new = _new_name(name)
+        # why: the unpickled model, inside the staging folder of the caller
         save_file(tensors, target / new, metadata={"format": "pt"})
         use_umask(target / new)
         weight_map |= dict.fromkeys(tensors, new)
@@ -122,7 +123,8 @@ def _parts(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
 def _load(path: Path, name: str) -> Any:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for bytes that are no pickle, or a forbidden one
+    except Exception as error:
+        # why: torch raises many kinds for bytes that are no pickle, or a forbidden one
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
             f"{name} is damaged or holds more than tensors: {reason}",

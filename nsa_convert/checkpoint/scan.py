@@ -219,7 +219,7 @@ def run_threads(work: Callable[[Any], Any], items: Sequence[Any], threads: int |
         futures = [pool.submit(work, item) for item in items]
         try:
             return [future.result() for future in futures]
-        except BaseException:
+        except BaseException:  # why: the first error stops the other threads and is raised again
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -239,7 +239,7 @@ def _synced(path: Path | None) -> Iterator[BinaryIO | None]:
     if path is None:
         yield None
         return
-    with path.open("wb") as file:
+    with path.open("wb") as file:  # why: a copy of a shard, inside the staging folder of the caller
         yield file
         file.flush()
         os.fsync(file.fileno())

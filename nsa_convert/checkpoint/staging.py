@@ -39,7 +39,7 @@ def machine_errors() -> Iterator[None]:
     except OSError as error:
         raise machine_error(error) from error
     except Exception as error:
-        # safetensors reports a full disk as its own error with the system's text inside.
+        # why: safetensors reports a full disk as its own error with the system's text inside
         if type(error).__name__ == "SafetensorError" and "os error" in str(error):
             raise MachineError(
                 f"writing failed: {error}", code="SV03", hint="free space or quota and run again"
@@ -133,14 +133,15 @@ def staged(out: Path) -> Iterator[Path]:
     tag = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
     staging, old = parent / f".nsa-staging-{tag}", parent / f".nsa-replaced-{tag}"
     with machine_errors():
-        parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)  # why: the folder in which staging folder, lock and OUT lie
         with _lock(parent / f".nsa-lock-{tag}", out):
             _recover(out, staging, old)
-            staging.mkdir()
+            staging.mkdir()  # why: everything is written here and renamed when it is whole
             try:
                 yield staging
                 _publish(staging, out, old)
             finally:
+                # why: published by now, or left half-written by an error
                 shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -155,7 +156,7 @@ def exclusive(out: Path) -> Iterator[None]:
         MachineError: The folder cannot be written.
     """
     with machine_errors():
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)  # why: the lock of a run lies inside its folder
     if int(os.environ.get("RANK", "0")):
         yield
         return
@@ -194,14 +195,15 @@ def gigabytes(count: int) -> str:
 def link_file(source: Path, target: Path) -> bool:
     """Make a hard link; return False where that is impossible, as between two file systems."""
     try:
-        os.link(source, target)
-    except OSError:
+        os.link(source, target)  # why: a shard of the source, inside the staging folder of the caller
+    except OSError:  # why: where no hard link is possible the caller copies
         return False
     return True
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the bytes of a file; the copy gets the mode the umask asks for."""
+    # why: a file of the source, inside the staging folder of the caller
     with source.open("rb") as read, target.open("xb") as write:
         shutil.copyfileobj(read, write, 4 << 20)
 
@@ -214,22 +216,24 @@ def write_whole(path: Path, text: str) -> None:
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with machine_errors():
+        # why: the folder of a file that the caller was asked for
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # why: written aside and renamed, so that the file is whole or absent
             with aside.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
         finally:
-            aside.unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)  # why: renamed by now, or left half-written by an error
 
 
 def use_umask(path: Path) -> None:
     """Give a file the mode the umask asks for; safetensors creates its files for the owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(0o666 & ~mask)  # why: the safetensors writer makes files that only their owner may read
 
 
 def _publish(staging: Path, out: Path, old: Path) -> None:
@@ -242,9 +246,10 @@ def _publish(staging: Path, out: Path, old: Path) -> None:
     taken = out.is_dir() and any(out.iterdir())
     if not (taken and _exchange(staging, out)):
         if taken:
-            out.rename(old)
-        staging.rename(out)
+            out.rename(old)  # why: without an exchange in one step OUT is absent for a moment, never half
+        staging.rename(out)  # why: the whole folder takes its final name
     _sync(out.absolute().parent)
+    # why: what --overwrite asked to replace, after its successor is in place
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -259,11 +264,11 @@ def _recover(out: Path, staging: Path, old: Path) -> None:
     """Clear what a dead run left; one that died between its two renames gets its old folder back."""
     if old.exists():
         if out.exists():
-            shutil.rmtree(old)
+            shutil.rmtree(old)  # why: its successor was published before the process was killed
         else:
-            old.rename(out)
+            old.rename(out)  # why: killed before its successor was published: the old folder comes back
     if staging.exists():
-        shutil.rmtree(staging)
+        shutil.rmtree(staging)  # why: what a killed process left half-written
 
 
 def _sync(path: Path) -> None:
@@ -290,7 +295,7 @@ def _lock(path: Path, out: Path) -> Iterator[None]:
                 where=str(out),
                 hint="wait for it to end",
             ) from error
-        # The file may have been removed by its last owner between our open and our lock.
+        # why: the last owner removed the lock file between our open and our lock: another turn
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(handle).st_ino == path.stat().st_ino:
                 break
@@ -300,5 +305,5 @@ def _lock(path: Path, out: Path) -> Iterator[None]:
         os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # why: the lock file is ours, and nobody needs it any more
         os.close(handle)

@@ -58,6 +58,7 @@ def seal_trained(
     report = {"schema": 1, "tokens": tokens, "stages": stages, "source": base}
     write_json(folder / TRAINING, report)
     text = yaml.safe_dump(_public(dict(recipe)), sort_keys=False)
+    # why: the recipe of a trained folder, inside the staging folder of the caller
     (folder / RECIPE).write_text(f"# nsa-convert train {RECIPE}\n{text}", encoding="utf-8")
     if source is not None:
         _carry_over(source, folder)
@@ -141,6 +142,7 @@ def _carry_over(source: Path, folder: Path) -> None:
     kept = source / SOURCE_FOLDER / CARD
     card = kept if kept.is_file() else source / CARD
     if card.is_file():
+        # why: the card of the source, inside the staging folder of the caller
         (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
         (folder / SOURCE_FOLDER / CARD).unlink(missing_ok=True)
         copy_file(card, folder / SOURCE_FOLDER / CARD)

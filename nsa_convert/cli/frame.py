@@ -50,12 +50,13 @@ class Commands(click.Group):
             except click.exceptions.Exit as error:
                 status = error.exit_code
             except BrokenPipeError:
-                # The reader has gone; Python must not flush into the closed pipe at its end.
+                # why: the reader has gone; Python must not flush into the closed pipe at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except (KeyboardInterrupt, click.Abort):
+                # why: whoever pressed Ctrl-C wants the program to end, with a status of its own
                 click.echo("interrupted; nothing half-written is left", err=True)
                 status = INTERRUPTED
-            except Exception as error:
+            except Exception as error:  # why: the last stop: one paragraph, a traceback file, exit status 1
                 if "--debug" in words:
                     raise
                 status = _print_error(_known_error(error), as_json="--json" in words)
@@ -83,7 +84,7 @@ def _exit_on_terminate() -> Iterator[None]:
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread
+    except ValueError:  # why: outside the main thread there are no signals to handle
         yield
         return
     try:
@@ -130,9 +131,10 @@ def _traceback_file(error: Exception) -> str | None:
     """Write the traceback to a file and return its path, or None where no file can be written."""
     options = {"prefix": "nsa-convert-", "suffix": ".txt", "delete": False, "encoding": "utf-8"}
     try:
+        # why: the traceback of an internal error, in the temporary folder, tokens taken out
         with tempfile.NamedTemporaryFile("w", **options) as file:
             file.write(redact("".join(traceback.format_exception(error))))
-    except OSError:
+    except OSError:  # why: where no file can be written the error is told without one
         return None
     return file.name
 

@@ -17,7 +17,7 @@ def parse_lengths(text: str, option: str) -> tuple[int, ...]:
     """Read ``8192,32768``."""
     try:
         lengths = tuple(int(part) for part in text.split(","))
-    except ValueError:
+    except ValueError:  # why: what is no number is refused two lines further down
         lengths = ()
     if not lengths or min(lengths) < 1:
         raise UsageError(

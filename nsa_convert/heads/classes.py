@@ -96,7 +96,7 @@ def _read_duo(path: Path, num_layers: int, num_kv_heads: int) -> HeadProfile:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             rows.append([float(cell) for cell in line.split()])
-        except ValueError:
+        except ValueError:  # why: collected with the line number and raised together
             problems.append(f"line {number} holds no numbers")
     if not problems and (len(rows), *{len(row) for row in rows}) != (num_layers, num_kv_heads):
         sizes = " or ".join(str(size) for size in sorted({len(row) for row in rows}))

@@ -26,7 +26,7 @@ def is_head_file(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return file.read(4096).lstrip().startswith(b"[")
-    except OSError:
+    except OSError:  # why: a file that cannot be read is refused where it is read
         return False
 
 
@@ -87,6 +87,7 @@ def write_head_file(
         {str(i): [*head, score] for i, (head, score) in enumerate(zip(heads, row, strict=True))}
         for heads, row in zip(patterns, scores, strict=True)
     ]
+    # why: head patterns in their published form, where the caller asks
     path.write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
 
 

@@ -62,6 +62,7 @@ class HeadProfile:
         if self.budgets is not None:
             tensors["budgets"] = self.budgets.long()
             tensors |= {name: getattr(self, name).float().contiguous() for name in ("captured", "error")}
+        # why: the profile that inspect --measure was asked for
         save_file(tensors, path, metadata={"format": FORMAT, "meta": json.dumps(dict(self.meta))})
 
     @classmethod

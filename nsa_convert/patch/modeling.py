@@ -45,7 +45,7 @@ from nsa_convert.plan import resolve_plan
 
 try:  # transformers 5: does not touch parameters that were loaded
     from transformers.initialization import copy_ as init_copy_
-except ImportError:
+except ImportError:  # why: older transformers lack this helper; its stand-in follows
 
     def init_copy_(parameter: Tensor, value: Tensor) -> None:
         """Write a value into a parameter."""
@@ -146,9 +146,9 @@ class SparsePreTrainedMixin:
         """
         is_main = kwargs.get("is_main_process", True)
         if is_main:
-            os.makedirs(save_directory, exist_ok=True)
+            os.makedirs(save_directory, exist_ok=True)  # why: where the user says, before code files go there
             write_own_code(save_directory, self.config.model_type)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)  # why: the weights, where the user says
         if is_main:
             write_own_reports(save_directory, self)
 

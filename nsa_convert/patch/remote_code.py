@@ -47,6 +47,7 @@ def write_code_files(folder: str | os.PathLike, model_type: str) -> list[Path]:
     """
     files = code_files(model_type)
     for name, text in files.items():
+        # why: code files beside the weights, inside the staging folder of the caller
         (Path(folder) / name).write_text(text, encoding="utf-8")
     return [Path(folder) / name for name in files]
 

@@ -18,6 +18,7 @@ def write_own_code(folder: str | os.PathLike, model_type: str) -> None:
         importlib.import_module("nsa_convert.patch.remote_code").write_code_files(folder, model_type)
         return
     for path in Path(__file__).parent.glob("[!_]*.py"):
+        # why: code files beside the weights, where the user saves a model
         (Path(folder) / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
 
 

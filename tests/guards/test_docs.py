@@ -33,8 +33,7 @@ README = ROOT / "README.md"
 # Traces of one machine or one way of working; the project speaks of itself alone.
 FOREIGN = re.compile(
     r"/work/|/tmp/dev|/root/|/home/\w|/opt/pypi|pypi-more|CONTRACT\.md|DESIGN\.md|STYLE\.md|faults\.md"
-    r"|methods_trainable|spikes/|\b(?:this|the|a|my) session\b(?! fixture)|\bsub-?agents?\b|\bworker [A-Z]\b"
-    r"|\bissue #?\d+\b",
+    r"|methods_trainable|spikes/|\b(?:this|the|a|my) session\b(?! fixture)|\bsub-?agents?\b|\bworker [A-Z]\b",
     re.IGNORECASE,
 )
 

@@ -79,6 +79,7 @@ class MassProbe:
     def add(self, record: AttentionRecord) -> None:
         """Collect from one call of a layer."""
         layout = record.layout
+        # why: our own evaluation reads one unpadded sequence at a time
         assert record.q.shape[0] == 1, "the probe reads one sequence at a time"
         assert layout.start is None, "the probe reads unpadded sequences"
         assert layout.cu_seqlens is None, "the probe reads one document"
@@ -194,6 +195,7 @@ def _group_indices(blocks: BlockSelection, queries: Tensor, head: int, kv_heads:
     if indices.shape[0] == 1:
         return indices
     per_head = indices.shape[0] // kv_heads
+    # why: our own methods select per model, per KV head or per query head
     assert per_head in (1, group), "a selection is per model, per KV head or per query head"
     return indices[head * per_head : (head + 1) * per_head]
 

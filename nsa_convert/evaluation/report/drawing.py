@@ -77,7 +77,7 @@ def save_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # why: the folder of --out, which may not exist yet
     written = []
     for plot in plots:
         height, lines = max(panel.height for panel in plot.panels), -(-len(plot.panels) // ABREAST)
@@ -88,7 +88,7 @@ def save_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
             axis = figure.add_subplot(lines, min(ABREAST, len(plot.panels)), number)
             axis.set_title(panel.title, fontsize=10)
             panel.draw(axis)
-        figure.savefig(folder / f"{plot.name}.png", dpi=120)
+        figure.savefig(folder / f"{plot.name}.png", dpi=120)  # why: a plot in the folder of --out
         written.append(folder / f"{plot.name}.png")
     return written
 
@@ -112,6 +112,7 @@ def panel_svg(panel: Panel, name: str) -> str:
         axis = figure.subplots()
         panel.draw(axis)
         out = io.StringIO()
+        # why: into memory; the caller puts it into the page
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")

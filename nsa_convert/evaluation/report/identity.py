@@ -71,7 +71,7 @@ def processor_name() -> str:
     """Return the processor's name where Linux tells it, else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    except OSError:  # why: without /proc the architecture stands for the processor's name
         return platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

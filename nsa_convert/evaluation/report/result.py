@@ -176,7 +176,7 @@ class QuickReport:
                 for score in scores
             ],
         }
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # why: the folder of --out, which may not exist yet
         written = [folder / name for name, rows in tables.items() if rows]
         for path in written:
             write_csv(path, tables[path.name])
@@ -188,7 +188,7 @@ class QuickReport:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows that share their keys; the keys are the header."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:  # why: a table in the folder of --out
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -55,7 +55,7 @@ class SuiteReport:
 
     def write(self, folder: Path, files: Sequence[Path] = ()) -> SuiteReport:
         """Write ``report.json`` and the CSV files; return the report that lists them and ``files``."""
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # why: the folder of --out, which may not exist yet
         tables = {name: rows for name, rows in _csv_tables(self.values).items() if rows}
         for name, rows in tables.items():
             write_csv(folder / name, rows)

@@ -38,6 +38,7 @@ class CellStore:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
+            # why: a line cut off by a kill goes, so that the next one starts a line
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         for line in whole.decode("utf-8", errors="replace").splitlines():
@@ -45,8 +46,8 @@ class CellStore:
                 row = json.loads(line)
                 if row["run"] == self.run:
                     self.values[row["cell"]] = row["value"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a damaged line is a cell that was not finished
+            except (ValueError, KeyError, TypeError):  # why: a damaged line is a cell that was not finished
+                continue
 
     def get(self, name: str, work: Callable[[], Any]) -> Any:
         """Return the value of a cell, computing and keeping it when it is not there.
@@ -70,6 +71,7 @@ class CellStore:
     def _append(self, row: Mapping[str, Any]) -> None:
         assert self.path is not None
         try:
+            # why: one synced line for each finished cell, so that a kill loses none
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write(json.dumps(row, allow_nan=False).encode() + b"\n")

@@ -65,7 +65,7 @@ def read_lists(settings: Any, **kinds: type) -> list[str]:
         value = getattr(settings, name)
         try:
             object.__setattr__(settings, name, numbers(value, kind))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError):  # why: collected with the value and raised together
             problems.append(f"{name} must be a list{'' if kind is str else ' of numbers'}, got {value!r}")
     return problems
 

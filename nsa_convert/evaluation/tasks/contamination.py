@@ -47,7 +47,7 @@ def _sources(folder: Path) -> list[dict]:
         return []
     try:
         stages = read_mapping(folder / RECIPE).get("stages")
-    except NsaConvertError:
+    except NsaConvertError:  # why: without a readable recipe nothing can be compared
         return []
     rows = [row for row in stages if isinstance(row, dict)] if isinstance(stages, list) else []
     found = [source for row in rows for source in row.get("data") or []]

@@ -84,7 +84,7 @@ def build_qa(
 def _row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except ValueError:  # why: the caller refuses the line by its number
         return None
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "context")):
         return None

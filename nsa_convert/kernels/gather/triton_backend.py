@@ -313,6 +313,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _gradients(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, items, list_of, lo, hi = ctx.saved_tensors
     assert items is not None, "runs have other kernels for gradients"
+    # why: the dispatch sends other shapes to other kernels
     assert ctx.block_size == 1, "blocks have other kernels for gradients"
     dq, dk, dv = _backward(do, dlse, q, k, v, o, lse, items, list_of, lo, hi, ctx.query_block, ctx.scale)
     return dq, dk, dv, *[None] * 10

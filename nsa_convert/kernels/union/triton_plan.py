@@ -212,7 +212,7 @@ def tile_table(
             first, count, first + layout.offset, bounds[document], bounds[document + 1],
             block_base[document], list_base[document] + inner // query_block, inner % query_block,
         )  # fmt: skip
-    assert len(columns) == COLUMNS
+    assert len(columns) == COLUMNS  # why: the table is built above, and read by these numbers
     return torch.stack([x.expand(batch, len(first)) for x in columns], -1).to(torch.int32)
 
 

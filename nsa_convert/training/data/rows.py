@@ -175,7 +175,7 @@ class PackedRows(IterableDataset):
                 return held[1]
             try:
                 text = documents.read(documents.order(*key, self.seed + index))
-            except EndOfStream:
+            except EndOfStream:  # why: the end of a stream begins its next epoch
                 if cursor.position == 0:
                     break
                 cursor.epoch, cursor.position = cursor.epoch + 1, 0

@@ -305,7 +305,7 @@ def load_table(source: Source, base: Path) -> tuple[Any, Any]:
     builder = {"jsonl": "json", "parquet": "parquet"}[source.kind]
     try:
         table = datasets.load_dataset(builder, data_files=[str(path) for path in files], split="train")
-    except Exception as error:
+    except Exception as error:  # why: datasets wraps every kind of damage; raised with file and line
         cause = error.__cause__ or error
         raise ConfigError(
             f"data {source.kind}: {files[0]} cannot be read: {str(cause).splitlines()[0]}",
@@ -321,7 +321,7 @@ def _hub_table(datasets: Any, source: Source) -> Any:
         return datasets.load_dataset(
             source.path, source.config, split=source.split, streaming=source.streaming
         )
-    except Exception as error:
+    except Exception as error:  # why: datasets and the Hub raise many kinds; raised with the name
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "script" in text.lower() or "trust_remote_code" in text:
             raise ConfigError(

@@ -48,7 +48,7 @@ def guarded(callback: Any, tell: Callable[[str, Exception], None]) -> Any:
             try:
                 return getattr(callback, name)(args, state, control, **kwargs)
             except Exception as error:
-                # A broken service must not cost a run of days; what it raised is told once.
+                # why: a broken service must not cost a run of days; what it raised is told once
                 if name not in told:
                     told.add(name)
                     tell(f"{type(callback).__name__}.{name}", error)

@@ -40,6 +40,7 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != COMPLETE
     }
+    # why: the seal of a checkpoint, written last
     (folder / COMPLETE).write_text(json.dumps({"files": files, **facts}, indent=1))
     for path in (*folder.rglob("*"), folder):
         sync(path)
@@ -60,6 +61,7 @@ def damage(folder: Path) -> dict[str, str]:
         facts = json.loads((folder / COMPLETE).read_text())
         files = dict(facts["files"])
     except (OSError, ValueError, KeyError, TypeError):
+        # why: an unreadable seal is returned as the damage it is
         return {COMPLETE: f"{COMPLETE} is missing or damaged"}
     problems = {name: f"{name} is missing" for name in NEEDED if name not in files}
     for name, size in files.items():
@@ -122,7 +124,7 @@ def publish(staging: Path, stage: Path, keep: int) -> Path:
     with machine_errors():
         if target.exists():
             remove(target)
-        staging.rename(target)
+        staging.rename(target)  # why: sealed and whole, so it takes its final name
         sync(stage)
         for old in [path for path in checkpoints(stage) if path != target][max(0, keep - 1) :]:
             remove(old)
@@ -131,6 +133,6 @@ def publish(staging: Path, stage: Path, keep: int) -> Path:
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint; its seal goes first, so that a half-removed one never counts as whole."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder / COMPLETE).unlink()
+    with contextlib.suppress(FileNotFoundError):  # why: a checkpoint without a seal is removed just the same
+        (folder / COMPLETE).unlink()  # why: without its seal a half-removed checkpoint never counts as whole
     shutil.rmtree(folder, ignore_errors=True)

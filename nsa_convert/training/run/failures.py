@@ -28,7 +28,7 @@ def explained(stage: Stage) -> Iterator[None]:
         yield
     except NsaConvertError:
         raise
-    except Exception as error:
+    except Exception as error:  # why: told apart into memory, disk and kernels, and raised again
         if is_kernel_failure(error):
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise KernelFailure(

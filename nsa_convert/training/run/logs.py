@@ -29,7 +29,7 @@ def read_log(log_file: Path, stage: str) -> list[dict[str, Any]]:
     """Return the log lines of a stage; a line cut off by a crash is left out."""
     rows = []
     for line in log_file.read_text().splitlines() if log_file.is_file() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # why: a line cut off by a kill is left out
             rows.append(json.loads(line))
     return [row for row in rows if row["stage"] == stage]
 
@@ -40,10 +40,11 @@ def trim_log(log_file: Path, stage: str, step: int) -> None:
         return
     kept = []
     for line in log_file.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line cut off by a crash
+        with contextlib.suppress(ValueError):  # why: a line cut off by a kill is left out
             row = json.loads(line)
             if row["stage"] != stage or row["step"] <= step:
                 kept.append(line)
     aside = log_file.with_suffix(".tmp")
+    # why: the log of a resumed run, renamed into place
     aside.write_text("".join(f"{line}\n" for line in kept))
     aside.replace(log_file)

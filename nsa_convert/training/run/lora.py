@@ -86,7 +86,7 @@ def _targets(model: nn.Module, lora: Lora) -> list[str]:
 def save_adapters(model: Any, folder: Path, *, is_main: bool) -> None:
     """Write the adapter to ``folder``; every process of a cut model has to call this, the main one writes."""
     with staged(folder) if is_main else contextlib.nullcontext(folder) as place, quiet():
-        model.save_pretrained(place, is_main_process=is_main)
+        model.save_pretrained(place, is_main_process=is_main)  # why: the adapter, inside a staging folder
 
 
 def merged(model: Any, folder: Path, base: nn.Module | None) -> nn.Module:

@@ -119,6 +119,7 @@ def _fresh_config(fresh: FreshModel) -> Any:
     try:
         return AutoConfig.for_model(fresh.family, **values)
     except Exception as error:
+        # why: transformers refuses a config by many kinds of errors; raised with the key
         raise ConfigError(f"model.config: {str(error).splitlines()[0]}", code="RC08") from error
 
 
@@ -224,7 +225,7 @@ def set_rope(model: nn.Module, scaling: RopeScaling) -> None:
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a model with its tokenizer to an existing, empty folder."""
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder)  # why: a stage's model, inside the staging folder of the caller
         tokenizer.save_pretrained(folder)
 
 

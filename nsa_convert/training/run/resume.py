@@ -85,7 +85,7 @@ def _changes(recipe: Recipe) -> Iterator[str]:
     """Yield the keys that the recipe of the run had otherwise."""
     try:
         before = read_recipe(Path(recipe.out) / RUN_FILE).to_dict()
-    except NsaConvertError:
+    except NsaConvertError:  # why: without the old recipe the message cannot name the changed keys
         return
     now = recipe.to_dict()
     for values in (before, now):

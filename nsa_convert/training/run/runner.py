@@ -95,7 +95,7 @@ class Signals:
         """Catch the signals inside the block; does nothing outside the main thread."""
         try:
             before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:
+        except ValueError:  # why: outside the main thread there are no signals to catch
             yield
             return
         try:
@@ -176,7 +176,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
     aside = path.with_suffix(".tmp")
     with machine_errors():
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")  # why: the resolved recipe, renamed into place
         aside.replace(path)
 
 
@@ -251,7 +251,7 @@ class _Run:
         """Return the trainer of a stage, its data where the checkpoint left them."""
         recipe, stage, place = self.recipe, self.recipe.stages[index], stage_folder(self.recipe, index)
         if _is_main():
-            place.mkdir(parents=True, exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)  # why: the folder of the stage, inside the run's own
             step = 0 if checkpoint is None else step_of(checkpoint)
             trim_log(Path(recipe.out) / "log.jsonl", stage.name, step)
         facts = stage_facts(recipe, index, self.start)
@@ -307,19 +307,21 @@ def finish_stage(
         # Every process takes part in gathering the weights; the main one writes.
         gathered = place / ".gathered"
         with quiet():
+            # why: a sharded model is gathered aside, and renamed when it is sealed
             trainer.model.save_pretrained(gathered, is_main_process=trainer.is_world_process_zero())
         if trainer.is_world_process_zero():
-            tokenizer.save_pretrained(gathered)
+            tokenizer.save_pretrained(gathered)  # why: beside the gathered weights, before the seal
             (gathered / "stage.json").write_text(json.dumps(report, indent=1))
             seal(gathered)
             with staged(place / MODEL) as folder:
-                folder.rmdir()
+                folder.rmdir()  # why: the gathered folder takes the place of the empty staging folder
                 gathered.rename(folder)
     elif trainer.is_world_process_zero():
         if trainer.adapts:
             model = merged(model, place / "adapter", whole() if trainer.sharded else None)
         with staged(place / MODEL) as folder:
             save_model(model, tokenizer, folder)
+            # why: the report of the stage, inside the staging folder
             (folder / "stage.json").write_text(json.dumps(report, indent=1))
             seal(folder)
     trainer.accelerator.wait_for_everyone()

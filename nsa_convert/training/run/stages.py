@@ -66,6 +66,7 @@ def write_start(recipe: Recipe, start: Start) -> Path:
     folder = Path(recipe.out) / START
     if int(os.environ.get("RANK", "0")) == 0 and not folder.is_dir():
         with staged(folder) as place, quiet():
+            # why: the first model of a sharded run, inside a staging folder
             load_first(recipe, start).save_pretrained(place)
     torch.distributed.barrier()
     return folder

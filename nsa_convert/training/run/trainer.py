@@ -197,6 +197,7 @@ class StageTrainer(Trainer):
         step = self.state.global_step
         note = Path(self.args.output_dir) / f"bad-batch-step-{step}-rank-{self.args.process_index}.json"
         rows = {key: x.tolist() for key, x in self._batch.items() if isinstance(x, Tensor)}
+        # why: the batch of an alarm, for whoever looks for its cause
         note.write_text(json.dumps({"step": step, "what": what, "value": str(value), "batch": rows}))
         raise CheckFailedError(
             f"stage {self.stage.name}: {what} is {value} in step {step + 1}; nothing was updated with it",
@@ -240,7 +241,7 @@ class StageTrainer(Trainer):
 
     def _write_log(self, values: Mapping[str, Any]) -> None:
         row = {"stage": self.stage.name, "step": self.state.global_step, **values}
-        with self.log_file.open("a") as file:
+        with self.log_file.open("a") as file:  # why: one line of the run's log
             file.write(json.dumps(row) + "\n")
 
     def _raise_alarms(self, logs: Mapping[str, float]) -> None:
@@ -314,6 +315,7 @@ class StageTrainer(Trainer):
         cut = not self.adapts
         state = whole_optimizer_state(self.model, self.optimizer) if cut else self.optimizer.state_dict()
         if self.args.should_save:
+            # why: states of a checkpoint that is sealed when it is whole
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -346,6 +348,7 @@ class StageTrainer(Trainer):
         """Write a checkpoint aside, seal it, and move it to its place: it is whole or absent."""
         place = Path(self.args.output_dir) / SAVING
         if self.is_world_process_zero():
+            # why: the folder of an unfinished checkpoint, emptied for this one
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
@@ -365,21 +368,23 @@ class StageTrainer(Trainer):
     def _finish_checkpoint(self, place: Path) -> None:
         """Add the position in the data, seal the folder and publish it."""
         folder = place / f"checkpoint-{self.state.global_step}"
-        # A pickle of all arguments, which nothing reads; a token of the Hub would stand in it.
+        # why: a pickle of all arguments, which nothing reads; a token of the Hub would stand in it
         (folder / "training_args.bin").unlink(missing_ok=True)
         rows = self.state.global_step * self.stage.rows_per_step
         packed = isinstance(self.train_dataset, PackedRows)
         other = {"rows": rows, "fingerprint": self.data_fingerprint}
         state = self.train_dataset.state_after(rows) if packed else other
+        # why: where the data stand, before the checkpoint is sealed
         (folder / "data_state.json").write_text(json.dumps(state))
         seal(folder, self.facts)
         # While an alarm is near, the last good checkpoint may be an old one.
         stage = place.parent
         publish(folder, stage, len(checkpoints(stage)) + 1 if self.watch.suspicious else self.stage.keep)
-        place.rmdir()
+        place.rmdir()  # why: the checkpoint has left it for its final place
 
     def _not_saved(self, error: MachineError, place: Path) -> MachineError:
         """Return the error of a checkpoint that could not be written; what there is of it is removed."""
+        # why: half a checkpoint is of no use, and the disk may be full
         shutil.rmtree(place, ignore_errors=True)
         stage, step = place.parent, self.state.global_step
         kept = next((path.name for path in checkpoints(stage)), None)

@@ -45,7 +45,7 @@ def load_state(path: Path, device: Any = "cpu") -> Any:
             hint=f"do not trust this run; remove {path.parent} to go on from the checkpoint before",
         ) from error
     except Exception as error:
-        # torch and the zip reader raise many kinds for bytes that are no file of theirs.
+        # why: torch and the zip reader raise many kinds for bytes that are no file of theirs
         raise Damaged(f"{path.name} cannot be read ({type(error).__name__})") from error
 
 
