@@ -36,7 +36,7 @@ help:
 	@echo "make test-all  the slow ones too"
 	@echo "make test-oldest  patch, method, cache, training and generation tests at the oldest allowed versions"
 	@echo "make test-hf   transformers' own model tests on converted models, held against stock Llama"
-	@echo "make lint      ruff, and pip-audit where it can run"
+	@echo "make lint      ruff, mypy, and pip-audit where it can run"
 	@echo "make fuzz      damaged checkpoints and recipes, for FUZZ_SECONDS"
 	@echo "make demo      SmolLM2-135M to NSA and SSA: convert, verify, evaluate, generate"
 	@echo "make bench     sparse against dense attention on this machine"
@@ -78,6 +78,7 @@ test-hf: $(HF)/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python .ci/audit $(VENV)/audit
 
 fuzz: $(READY)
@@ -96,5 +97,5 @@ test-gpu: $(READY)
 	OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(TESTS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -231,6 +232,8 @@ def nsa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
         q, x.cell_keys, x.cell_values, width=s.compression_block, stride=s.compression_stride, rule=s.rule,
         layout=layout,
     )
+    assert cells.o is not None
+    assert cells.selection is not None
     selected, _ = sparse_attention(q, x.k, x.v, cells.selection, layout=layout)
     window, _ = sparse_attention(q, x.k, x.v, SinkWindow(window_size=s.window_size), layout=layout)
     return cells.o + selected + window
@@ -251,7 +254,8 @@ Case = tuple[str, Callable[[], object]]
 def sparse_cases(x: Inputs, q: Tensor, layout: SequenceLayout) -> Iterator[Case]:
     """Yield NSA, its branches, and SSA."""
     s = NSASettings()
-    cells = {"width": s.compression_block, "stride": s.compression_stride, "rule": s.rule, "layout": layout}
+    cells: dict[str, Any] = {"width": s.compression_block, "stride": s.compression_stride}
+    cells |= {"rule": s.rule, "layout": layout}
     window = SinkWindow(window_size=s.window_size)
     chosen = block_topk(q, x.cell_keys, **cells)
     yield "nsa", lambda: nsa(x, q, layout)
@@ -266,11 +270,13 @@ def prefill_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = No
     q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
     if dense:
         group = q.shape[1] // k.shape[1]
-        wide = [y.repeat_interleave(group, 1) for y in (k, v)]
+        wide_k, wide_v = (y.repeat_interleave(group, 1) for y in (k, v))
         yield DENSE + "SDPA enable_gqa", lambda: scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )
-        yield DENSE + "SDPA, keys repeated", lambda: scaled_dot_product_attention(q, *wide, is_causal=True)
+        yield DENSE + "SDPA, keys repeated", lambda: scaled_dot_product_attention(
+            q, wide_k, wide_v, is_causal=True
+        )
     yield from sparse_cases(x, x.q, DENSE_LAYOUT) if layer is None else [prompt_case(layer, x.q, x.k, x.v)]
 
 
@@ -304,7 +310,7 @@ def time_cases(
     burst = 10 if phase == "decode" else 1
     for _ in range(-(-repeats // burst)):
         for name, run in runs.items():
-            warm = WARM_MS if phase == "decode" else 0
+            warm = WARM_MS if phase == "decode" else 0.0
             while warm > 0:
                 warm -= elapsed_ms(run, device)
             times[name] += [elapsed_ms(run, device) for _ in range(burst)]
@@ -334,9 +340,9 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
     """Return how much memory one call held above what was held before, in MiB; None if unknown here."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     try:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide new allocations
         # why: sets the high-water mark back to the present size
@@ -363,7 +369,7 @@ def check_ops(sizes: AttentionGeometry, dtype: torch.dtype, device: str) -> None
     x = dataclasses.replace(x, **{f.name: getattr(x, f.name).to(dtype) for f in dataclasses.fields(x)})
     # Scores that differ in the last bit may choose another block, so the lists are made once.
     s = NSASettings()
-    cells = {"width": s.compression_block, "stride": s.compression_stride}
+    cells: dict[str, Any] = {"width": s.compression_block, "stride": s.compression_stride}
     for q, layout in ((x.q, DENSE_LAYOUT), (x.q[:, -1:], SequenceLayout(offset=1530))):
         chosen = block_topk(q, x.cell_keys, rule=s.rule, layout=layout, **cells)
         results = []

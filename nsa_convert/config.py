@@ -275,7 +275,7 @@ class SparseAttentionConfig:
             parts.append(dataclasses.replace(self.default, heads=rest))
         if len(parts) == 1:
             return [dataclasses.replace(parts[0], heads=None)]
-        return sorted(parts, key=lambda rule: rule.heads)
+        return sorted(parts, key=lambda rule: rule.heads or ())
 
     def resolved(self, num_layers: int, num_kv_heads: int) -> SparseAttentionConfig:
         """Return the plan with layers counted from the front.

@@ -274,9 +274,9 @@ class _Foreign:
 def _foreign(source: Path, dtype: str, allow_pickle: bool, allow_extra_tensors: bool) -> _Foreign | None:
     """Return how to read a source that is no folder of safetensors; None for one that is."""
     if is_gguf(source):
-        names = WEIGHT_DTYPES.values()
-        if dtype not in names:
-            raise UsageError(f"unknown dtype {dtype!r}", code="CL03", expected=", ".join(names))
+        dtypes = WEIGHT_DTYPES.values()
+        if dtype not in dtypes:
+            raise UsageError(f"unknown dtype {dtype!r}", code="CL03", expected=", ".join(dtypes))
         return _Foreign(
             format="gguf",
             placed="dequantised",

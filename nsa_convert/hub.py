@@ -265,12 +265,12 @@ def with_retries(
         if not passing or number == TRIES:
             raise explained from failure
         pause = min(LONGEST_WAIT, seconds if seconds is not None else FIRST_WAIT * 2 ** (number - 1))
-        tell(f"{explained.message}; again in {pause:.0f} s")
+        tell(f"{explained}; again in {pause:.0f} s")
         wait(pause)
     raise AssertionError("the last try returns or raises")
 
 
-def _explain(failure: Exception, what: str, repo: str) -> tuple[Exception, bool, float | None]:
+def _explain(failure: Exception, what: str, repo: str) -> tuple[BaseException, bool, float | None]:
     """Return the error to raise, whether the fault may pass, and the seconds the Hub asks to wait."""
     # why: error classes, to tell one fault from another
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -301,7 +301,9 @@ def _explain(failure: Exception, what: str, repo: str) -> tuple[Exception, bool,
     return error, status == 429 or status >= 500, float(asked) if asked.isdigit() else None
 
 
-def _explain_network(failure: Exception, what: str, repo: str) -> tuple[Exception, bool, float | None]:
+def _explain_network(
+    failure: BaseException, what: str, repo: str
+) -> tuple[BaseException, bool, float | None]:
     """Explain a failure without an answer; one that is not of the network is returned as it is."""
     # The errors of the HTTP library (httpx and its successors) share no base with OSError.
     is_network = isinstance(failure, (ConnectionError, TimeoutError)) or type(failure).__module__.startswith(

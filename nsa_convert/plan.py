@@ -118,7 +118,11 @@ def new_tensors(
     tensors = {}
     for layer in range(num_layers):
         method = build_layer(sparse, geometry, layer)
-        copy_dense_rows(method, lambda name, layer=layer: read(f"model.layers.{layer}.self_attn.{name}"))
+
+        def dense(name: str, layer: int = layer) -> Tensor:
+            return read(f"model.layers.{layer}.self_attn.{name}")
+
+        copy_dense_rows(method, dense)
         for name, parameter in method.named_parameters():
             tensors[sparse_prefix(layer) + name] = parameter.detach().to(dtype).contiguous()
     return tensors

@@ -43,13 +43,13 @@ class PushFile:
     Attributes:
         name: Path in the repository.
         path: Where it lies.
-        bytes: Its size.
+        size: In bytes.
         content: What is sent instead of the file, where push changes it.
     """
 
     name: str
     path: Path
-    bytes: int
+    size: int
     content: bytes | None = None
 
 
@@ -76,15 +76,15 @@ class PushPlan:
         return {
             "repo": self.repo,
             "private": self.private,
-            "files": [{"name": file.name, "bytes": file.bytes} for file in self.files],
+            "files": [{"name": file.name, "bytes": file.size} for file in self.files],
             "left_out": self.left_out,
             "warnings": self.warnings,
         }
 
     def to_text(self) -> str:
         """Return the plan for people."""
-        lines = [f"{file.bytes:>14,}  {file.name}" for file in self.files]
-        total = sum(file.bytes for file in self.files)
+        lines = [f"{file.size:>14,}  {file.name}" for file in self.files]
+        total = sum(file.size for file in self.files)
         kind = "private" if self.private else "PUBLIC"
         lines.append(
             f"{total:>14,}  bytes in {len(self.files)} files to {self.repo} ({kind} if it is created)"
@@ -157,7 +157,7 @@ def plan_push(
     files = [_card_file(folder, repo)]
     for name in names:
         path = folder / name
-        files.append(PushFile(name=name, path=path, bytes=path.stat().st_size))
+        files.append(PushFile(name=name, path=path, size=path.stat().st_size))
     _scan(folder, files)
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     left_out = sorted(present - {file.name for file in files})
@@ -197,8 +197,10 @@ def push_plan(
 
     tell(f"hashing {len(plan.files)} files")
     hashes = {file.name: _hashes(file) for file in plan.files}
-    create = {"private": plan.private, "exist_ok": True}
-    attempt("creating the repository", lambda: api.create_repo(plan.repo, **create))
+    attempt(
+        "creating the repository",
+        lambda: api.create_repo(plan.repo, private=plan.private, exist_ok=True),
+    )
     info = attempt("looking at the repository", lambda: api.model_info(plan.repo))
     sent = {file.name for file in plan.files}
     removed = [
@@ -214,7 +216,7 @@ def push_plan(
         url=commit.commit_url,
         private=info.private,
         files=len(plan.files),
-        bytes=sum(file.bytes for file in plan.files),
+        bytes=sum(file.size for file in plan.files),
         removed=removed,
     )
 
@@ -261,7 +263,7 @@ def _card_file(folder: Path, repo: str) -> PushFile:
     if problems := check_card(text):
         raise ConfigError(f"the card: {'; '.join(problems)}", code="HB15", where=CARD)
     content = re.sub(rf'"{PLACEHOLDER_OWNER}/[^"]+"', f'"{repo}"', text).encode()
-    return PushFile(name=CARD, path=path, bytes=len(content), content=content)
+    return PushFile(name=CARD, path=path, size=len(content), content=content)
 
 
 def _scan(folder: Path, files: list[PushFile]) -> None:
@@ -289,7 +291,7 @@ def _readable(file: PushFile) -> str:
     if kind == ".safetensors":
         with file.path.open("rb") as weights:
             size = int.from_bytes(weights.read(8), "little")
-            return weights.read(min(size, file.bytes)).decode("utf-8", errors="replace")
+            return weights.read(min(size, file.size)).decode("utf-8", errors="replace")
     if kind not in TEXT_FILES:
         return ""
     return (file.content or file.path.read_bytes()).decode("utf-8", errors="replace")
@@ -318,7 +320,7 @@ def _hashes(file: PushFile) -> tuple[str, str]:
     """Return the sha256 (of an LFS file) and the git blob id (of a regular file)."""
     if file.content is not None:
         return hashlib.sha256(file.content).hexdigest(), _blob_id(file.content)
-    if file.bytes > 64_000_000:
+    if file.size > 64_000_000:
         return hash_file(file.path), ""
     data = file.path.read_bytes()
     return hashlib.sha256(data).hexdigest(), _blob_id(data)

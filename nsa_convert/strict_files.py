@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,8 +81,8 @@ def parse_json(
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        seen: set[str] = set()
-        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
+        counts = Counter(key for key, _ in pairs)
+        twice = sorted(key for key, count in counts.items() if count > 1)
         raise ValueError(f"key listed twice: {', '.join(map(ascii, twice))}")
     return out
 
@@ -202,7 +203,9 @@ def _quoting_loader() -> type:
     """Return the strict loader, which here refuses text that YAML 1.1 takes for something else."""
     import yaml
 
-    class QuotingLoader(_strict_loader()):
+    strict: Any = _strict_loader()
+
+    class QuotingLoader(strict):
         def compose_scalar_node(self, anchor: Any) -> Any:
             event = self.peek_event()
             node = super().compose_scalar_node(anchor)

@@ -129,9 +129,10 @@ def _fill(
     from huggingface_hub import ModelCard, ModelCardData  # why: data classes for a card; nothing is sent
 
     methods = list(dict.fromkeys(run["method"] for run in facts["layers"]))
+    if "base_model" in header:
+        header = {**header, "base_model_relation": "finetune"}
     data = ModelCardData(
         **header,
-        **({"base_model_relation": "finetune"} if "base_model" in header else {}),
         library_name="transformers",
         pipeline_tag="text-generation",
         model_name=name,
@@ -249,11 +250,11 @@ def _results(report: Mapping[str, Any]) -> list[Any]:
     """Return the figures as entries of a model-index."""
     from huggingface_hub import EvalResult  # why: a data class for a card; nothing is sent
 
-    common = {"task_type": "text-generation", "task_name": "Text generation"}
+    common: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text generation"}
     out = []
     for text in report.get("texts", []):
-        place = {"dataset_type": f"nsa-convert-text-{text['name']}", "dataset_name": text["source"]}
-        place["dataset_revision"] = text["sha256"]
+        place: dict[str, Any] = {"dataset_type": f"nsa-convert-text-{text['name']}"}
+        place |= {"dataset_name": text["source"], "dataset_revision": text["sha256"]}
         for metric, title, key in (
             ("perplexity", "Perplexity beyond the visible budget", "sparse_ppl"),
             ("kl_divergence", "KL from the dense model beyond the visible budget", "kl_mean"),

@@ -58,8 +58,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     manifest = read_json_mapping(folder / MANIFEST, code="SV17")
     files = manifest.get("files")
     # Strict to the last key: the manifest is the one file whose hash is written nowhere.
-    whole = manifest.keys() == {"schema", "files"} and manifest["schema"] == 1 and isinstance(files, dict)
-    if not whole or not all(_is_entry(name, entry) for name, entry in files.items()):
+    whole = manifest.keys() == {"schema", "files"} and manifest["schema"] == 1
+    if not isinstance(files, dict) or not whole or not all(_is_entry(*item) for item in files.items()):
         raise CheckpointError(
             f"{MANIFEST} is damaged", code="SV17", where=MANIFEST, hint="convert the source again"
         )

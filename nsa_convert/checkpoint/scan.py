@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,7 +72,7 @@ class TensorScan:
             return
         kind, mask, infinity = self.layout
         whole = piece[: piece.size - piece.size % np.dtype(kind).itemsize]
-        values = whole.view(kind)
+        values: np.ndarray = whole.view(kind)
         if not values.size:
             return
         magnitude = np.bitwise_and(values, kind(mask), out=scratch[: whole.size].view(kind))
@@ -126,7 +127,7 @@ def magnitude_bits(value: float, dtype: str) -> int:
 class ShardReader:
     """Reads one file from front to end, hashing everything and copying it where a sink is given."""
 
-    def __init__(self, file: BinaryIO, sink: BinaryIO | None) -> None:
+    def __init__(self, file: FileIO, sink: BinaryIO | None) -> None:
         self.file, self.sink = file, sink
         self.digest = hashlib.sha256()
         self.buffer = np.empty(CHUNK_BYTES, np.uint8)
@@ -135,9 +136,9 @@ class ShardReader:
         """Yield the next ``length`` bytes in pieces; the array is overwritten by the next piece."""
         while length and (count := _fill(self.file, self.buffer, length)):
             piece = self.buffer[:count]
-            self.digest.update(piece)
+            self.digest.update(piece.data)
             if self.sink is not None:
-                self.sink.write(piece)
+                self.sink.write(piece.data)
             length -= count
             yield piece
 
@@ -205,7 +206,7 @@ def tensor_digest(path: Path, entry: TensorEntry) -> str:
     with path.open("rb", buffering=0) as file:
         file.seek(entry.start)
         while left and (count := _fill(file, buffer, left)):
-            digest.update(buffer[:count])
+            digest.update(buffer.data[:count])
             left -= count
     return digest.hexdigest()
 
@@ -224,9 +225,9 @@ def run_threads(work: Callable[[Any], Any], items: Sequence[Any], threads: int |
             raise
 
 
-def _fill(file: BinaryIO, buffer: np.ndarray, limit: int) -> int:
+def _fill(file: FileIO, buffer: np.ndarray, limit: int) -> int:
     """Read until the buffer (or ``limit`` bytes) is full or the file ends; return the count."""
-    view = memoryview(buffer)[: min(limit, buffer.size)]
+    view = buffer.data[: min(limit, buffer.size)]
     count = 0
     while count < len(view) and (got := file.readinto(view[count:])):
         count += got

@@ -79,7 +79,8 @@ def seal_saved(model: PreTrainedModel, folder: Path) -> None:
     """
     name = getattr(model.config, "_name_or_path", "") or ""
     source = Path(name) if name and (Path(name) / "config.json").is_file() else None
-    named = {"id": Path(name).resolve().name if source else name or "a fresh model", "files": {}}
+    place = Path(name).resolve().name if source else name or "a fresh model"
+    named: dict[str, Any] = {"id": place, "files": {}}
     origin = {**named, "revision": getattr(model.config, "_commit_hash", None)}
     origin["format"] = "safetensors" if name else "fresh"
 

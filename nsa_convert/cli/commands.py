@@ -291,8 +291,8 @@ def generate(
     _, plan = read_method(method, pairs, ())
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give either --prompt or --prompt-file", code="CL02")
-    if prompt_file is not None:
-        prompt = read_text(prompt_file)
+    text = prompt if prompt_file is None else read_text(prompt_file)
+    assert text is not None
     folder = dense_folder(resolve_model(model, tell=tell), tell)
     tokenizer = load_tokenizer(folder)
     stream = None if as_json else lambda piece: click.echo(piece, nl=False)
@@ -301,7 +301,7 @@ def generate(
     result = generate_text(
         load_model(folder, plan=plan),
         tokenizer,
-        prompt,
+        text,
         max_new_tokens=max_new_tokens,
         stream=stream,
         chat=chat,

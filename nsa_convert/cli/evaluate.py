@@ -62,12 +62,10 @@ def evaluate(
 
     settings, plan = read_method(method, pairs, suite_settings(suite))
     rows = _named_plans(suite, method, against, plans)
-    folders = [
-        None if name is None else dense_folder(resolve_model(name, tell=tell), tell)
-        for name in (model, against)
-    ]
-    own: dict[str, Any] = {"plans": rows} if suite == "compare" else {"against": folders[1], "plan": plan}
-    report = _run(suite, folders[0], out, {**own, **settings})
+    folder = dense_folder(resolve_model(model, tell=tell), tell)
+    other = None if against is None else dense_folder(resolve_model(against, tell=tell), tell)
+    own: dict[str, Any] = {"plans": rows} if suite == "compare" else {"against": other, "plan": plan}
+    report = _run(suite, folder, out, {**own, **settings})
     if as_json:
         print_json(report.to_dict())
         return

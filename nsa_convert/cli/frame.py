@@ -38,7 +38,10 @@ class Commands(click.Group):
             raise UsageError(f"there is no command '{name}'", code="CL02", found=name, hint=hint)
         return super().resolve_command(ctx, args)
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+    # click promises that main never returns unless standalone_mode is False, as it always is here.
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
         """Run the command line and exit."""
         words = list(sys.argv[1:] if args is None else args)
         _prepare_process()
@@ -129,10 +132,10 @@ def _known_error(error: Exception) -> NsaConvertError:
 
 def _traceback_file(error: Exception) -> str | None:
     """Write the traceback to a file and return its path, or None where no file can be written."""
-    options = {"prefix": "nsa-convert-", "suffix": ".txt", "delete": False, "encoding": "utf-8"}
+    options: dict[str, Any] = {"prefix": "nsa-convert-", "suffix": ".txt", "encoding": "utf-8"}
     try:
         # why: the traceback of an internal error, in the temporary folder, tokens taken out
-        with tempfile.NamedTemporaryFile("w", **options) as file:
+        with tempfile.NamedTemporaryFile("w", delete=False, **options) as file:
             file.write(redact("".join(traceback.format_exception(error))))
     except OSError:  # why: where no file can be written the error is told without one
         return None

@@ -92,7 +92,7 @@ def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> M
                 f"{str(path)!r} is converted already", code="CK35", where=str(path), hint="leave out --method"
             )
         geometry = geometry_of(config, family_of_sparse(model_type))
-        stored = SparseAttentionConfig.from_dict(config.get("sparse_attention"))
+        stored = SparseAttentionConfig.from_dict(config.get("sparse_attention", {}))
         methods = resolve_plan(stored, config["num_hidden_layers"], geometry)
     elif plan is not None:
         methods = resolve_plan(plan, config["num_hidden_layers"], geometry_of(config))

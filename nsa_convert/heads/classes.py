@@ -46,6 +46,7 @@ def plan_of_classes(
     if share is not None and not 0 <= share <= 1:
         raise ConfigError(f"the share of dense heads must be between 0 and 1, got {share:g}", code="CF22")
     if share is None:
+        assert threshold is not None
         dense = scores >= threshold
     else:
         order = scores.flatten().argsort(descending=True, stable=True)

@@ -47,7 +47,7 @@ class HeadProfile:
         elif self.budgets is not None:
             wanted = (*self.scores.shape, len(self.budgets))
             for name, x in (("captured", self.captured), ("error", self.error)):
-                if tuple(x.shape) != wanted:
+                if x is not None and tuple(x.shape) != wanted:
                     problems.append(f"{name} must be {wanted}, got {tuple(x.shape)}")
             if (self.budgets.diff() <= 0).any() or (self.budgets < 1).any():
                 problems.append(f"budgets must rise from at least 1, got {self.budgets.tolist()}")
@@ -90,7 +90,7 @@ class HeadProfile:
         )
 
     def _optional(self) -> tuple[Tensor, ...]:
-        return () if self.budgets is None else (self.captured, self.error)
+        return tuple(x for x in (self.captured, self.error) if x is not None)
 
 
 def density_of(budget: int, length: int) -> float:
@@ -118,7 +118,7 @@ def allocate(profile: HeadProfile, density: float, length: int) -> Tensor:
     Raises:
         ConfigError: The profile has scores only, or the density cannot be reached.
     """
-    if profile.error is None:
+    if profile.error is None or profile.budgets is None:
         raise ConfigError("this head profile has scores only, no errors by budget", code="CF22")
     budgets = [b for b in profile.budgets.tolist() if b < length]
     costs = [density_of(b, length) for b in budgets] + [1.0]

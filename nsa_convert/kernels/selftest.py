@@ -193,7 +193,7 @@ def ops(tensors: Sequence[Tensor], layout: SequenceLayout) -> dict[str, Op]:
     rule = BlockTopK(block_size=8, num_blocks=4)
 
     def pattern_op(pattern: BlockSelection | TokenSelection | SinkWindow) -> Op:
-        return lambda x, layout: sparse_attention(*x[:3], pattern, layout=layout)
+        return lambda x, layout: sparse_attention(x[0], x[1], x[2], pattern, layout=layout)
 
     def compressed(
         x: Sequence[Tensor], layout: SequenceLayout, values: bool = True
@@ -209,7 +209,7 @@ def ops(tensors: Sequence[Tensor], layout: SequenceLayout) -> dict[str, Op]:
 
     def skipping(x: Sequence[Tensor], layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         # So low a limit leaves nothing out: rounding could decide about any other.
-        return skipping_attention(*x[:3], per_head, value_skip=-1e4, layout=layout)
+        return skipping_attention(x[0], x[1], x[2], per_head, value_skip=-1e4, layout=layout)
 
     plain = layout.start is None and layout.cu_seqlens is None
     return {

@@ -110,10 +110,10 @@ class DSA(SelectingMethod):
 
     def choose(self, x: AttentionInputs) -> TokenSelection:
         """Return the best tokens of each query."""
-        s = self.settings
+        s, index = self.settings, self.own_index()
         return token_topk(
-            self.index.queries(x),
-            self.index.keys(x),
+            index.queries(x),
+            index.keys(x),
             self._weights(x.hidden),
             num_tokens=max(s.num_tokens, self.forced_budget or 0),
             num_sinks=s.num_sinks,
@@ -124,7 +124,7 @@ class DSA(SelectingMethod):
 
     def index_scores(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``[B, 1, NQ, TK]``: one list serves all heads."""
-        products = self.index.products(x, queries, dtype).relu()
+        products = self.own_index().products(x, queries, dtype).relu()
         weights = self._weights(x.hidden[:, queries]).to(dtype)
         return torch.einsum("bhnt,bnh->bnt", products, weights)[:, None]
 

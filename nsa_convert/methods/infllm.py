@@ -165,7 +165,8 @@ class InfLLM(SparseMethod):
             record(self, x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
         o, texts = torch.zeros_like(x.q), {}
-        for part in segments(x.layout, *x.q.shape[:2], x.k.shape[1]):
+        batch, num_queries = x.q.shape[:2]
+        for part in segments(x.layout, batch, num_queries, x.k.shape[1]):
             texts[part.row] = text = self._recall(x, part)
             own = slice(*part.queries)
             o[part.row, own] = self._read(x, x.q[part.row, own], text, part.offset)
@@ -186,7 +187,7 @@ class InfLLM(SparseMethod):
         if not is_observed():
             return
         sizes = {"num_sinks": self.settings.num_sinks, "window_size": self._window()}
-        patterns = {"window": SinkWindow(**sizes)}
+        patterns: dict[str, Pattern] = {"window": SinkWindow(**sizes)}
         patterns |= far_patterns(text.found, block_size=self.settings.block_size, **sizes)
         own = dataclasses.replace(x, q=q[None], layout=SequenceLayout(offset=first))
         record(self, own, text.k[None], patterns)
@@ -256,6 +257,7 @@ class InfLLM(SparseMethod):
         text.keys = torch.cat([text.keys, plain.gather(1, index).to(text.keys.dtype).mean(1)])
 
     def _turn_back(self, x: AttentionInputs, k: Tensor, positions: Tensor) -> Tensor:
+        assert x.move is not None
         return x.move(k[None], positions[None], torch.zeros_like(positions)[None])[0]
 
     def _look_up(self, q: Tensor, text: _Text, position: int) -> Lookup:
@@ -269,6 +271,7 @@ class InfLLM(SparseMethod):
     def _equally_far(self, x: AttentionInputs, tile: Tensor, position: int) -> Tensor:
         """Turn the queries of a tile to where every far key is ``window_size - 1`` away."""
         queries = torch.arange(position, position + tile.shape[1], device=tile.device)
+        assert x.move is not None
         return x.move(tile, queries[None], torch.full_like(queries, self._window() - 1)[None])
 
     def _attend_far(self, x: AttentionInputs, q: Tensor, text: _Text) -> tuple[Tensor, Tensor]:
@@ -334,11 +337,13 @@ def far_patterns(
         ``"blocks"``, one list for each tile, and ``"between"``, for each query the tokens between the last
         block and its window. Each token is in one of them at most; what is empty is left out.
     """
-    found = {
-        "blocks": _looked_up(tiles, num_sinks, block_size),
-        "between": _between(tiles, window_size),
-    }
-    return {name: pattern for name, pattern in found.items() if pattern.budget}
+    blocks, between = _looked_up(tiles, num_sinks, block_size), _between(tiles, window_size)
+    found: dict[str, Pattern] = {}
+    if blocks.budget:
+        found["blocks"] = blocks
+    if between.budget:
+        found["between"] = between
+    return found
 
 
 def _looked_up(tiles: Sequence[Lookup], num_sinks: int, block_size: int) -> BlockSelection:

@@ -57,7 +57,7 @@ class MInferenceSettings:
     block_size: int = 64
     vertical_size: int = 1000
     slash_size: int = 6096
-    head_patterns: list = ()
+    head_patterns: list = ()  # type: ignore[assignment]  # a list in JSON, frozen as a tuple below
     chunks: Literal["refuse", "own"] = "refuse"
 
     def __post_init__(self) -> None:
@@ -150,13 +150,12 @@ class MInference(PrefillMethod):
         """Return blocks, bool ``[B, HQ, NQ, NK]``, and tokens for all tiles, bool ``[B, HQ, TK]`` or None."""
         batch, heads = x.q.shape[0], x.q.shape[2]
         keep = torch.zeros(batch, heads, grid.num_tiles, grid.num_blocks, dtype=torch.bool, device=x.q.device)
-        columns = None
-        by_token = by_distance = None
+        columns = by_token = by_distance = None
         for pattern in sorted(set(self.patterns_by_head)):
             kind, first, second = pattern
             served = [i for i, other in enumerate(self.patterns_by_head) if other == pattern]
             if kind == "vertical_and_slash":
-                if by_token is None:
+                if by_token is None or by_distance is None or columns is None:
                     by_token, by_distance = last_attention(x.q, x.k, LAST_QUERIES, x.scale)
                     columns = torch.zeros_like(by_token, dtype=torch.bool)
                 columns[:, served] = best_tokens(by_token[:, served], first, SURE_VERTICALS)

@@ -89,8 +89,8 @@ class KeyConv(InitialisedModule):
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
         """Return the mixed keys ``[B, T, H, D]``."""
-        weights = self.weight.unbind(-1)
-        return taps[0] + functional.silu(sum(w * x for w, x in zip(weights, taps, strict=True)))
+        own, *before = (w * x for w, x in zip(self.weight.unbind(-1), taps, strict=True))
+        return taps[0] + functional.silu(sum(before, start=own))
 
 
 class MoBA(SelectingMethod):

@@ -77,10 +77,11 @@ class MSA(SelectingMethod):
 
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Return the best blocks of each query and key/value head."""
-        q, k = self.index.queries(x), self.index.keys(x)
+        index = self.own_index()
+        q, k = index.queries(x), index.keys(x)
         rule = widened(self.settings.rule, self.forced_budget)
         return block_max_topk(q, k, rule=rule, layout=x.layout, scale=x.scale)
 
     def index_scores(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``[B, H, NQ, TK]``: a list for each key/value head."""
-        return self.index.products(x, queries, dtype)
+        return self.own_index().products(x, queries, dtype)

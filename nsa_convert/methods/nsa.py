@@ -39,7 +39,7 @@ from nsa_convert.methods.parts.gates import BranchGate
 from nsa_convert.methods.parts.losses import score_kl
 from nsa_convert.methods.parts.scores import for_loss, half_variance, scored, with_scores
 from nsa_convert.methods.parts.training_mode import TrainingMode
-from nsa_convert.patterns import BlockTopK, SinkWindow
+from nsa_convert.patterns import BlockTopK, Pattern, SinkWindow
 
 TAUGHT = "taught key"
 """Pool of compressed keys that pass no gradient on to the keys."""
@@ -177,7 +177,7 @@ class NSA(SparseMethod):
 
     def project(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> Projection:
         """Return the compressed and window branches' own keys and values, ``[B, T, 2 H, D]``."""
-        if self.branch_k_proj is None:
+        if self.branch_k_proj is None or self.branch_v_proj is None:
             return Projection()
         shape = (2 * self.geometry.num_kv_heads, self.geometry.head_dim)
         k, v = (branch(hidden).unflatten(-1, shape) for branch in (self.branch_k_proj, self.branch_v_proj))
@@ -187,12 +187,13 @@ class NSA(SparseMethod):
         """See the base class."""
         if name == TAUGHT:
             return self.compress_key(windows.detach())
-        compressors = {"key": self.compress_key, "value": self.compress_value, "half_variance": half_variance}
+        compressors: dict[str, Callable[[Tensor], Tensor]] = {"half_variance": half_variance}
+        compressors |= {"key": self.compress_key, "value": self.compress_value}
         return compressors[name](windows)
 
     def dense_copies(self) -> dict[str, DenseCopy]:
         """Return which dense projection each own projection repeats."""
-        if self.branch_k_proj is None:
+        if self.branch_k_proj is None or self.branch_v_proj is None:
             return {}
         copies = {}
         for kind, branch in (("k", self.branch_k_proj), ("v", self.branch_v_proj)):
@@ -206,16 +207,17 @@ class NSA(SparseMethod):
         s, heads = self.settings, self.geometry.num_kv_heads
         k, v = x.k[:, :, :heads], x.v[:, :, :heads]
         window_k, window_v = x.k[:, :, -heads:], x.v[:, :, -heads:]
-        fits = is_within_budget(self, x, s.rule.budget)
-        compressed = self._compressed(x, choose=not fits)
+        compressed = self._compressed(x, choose=not is_within_budget(self, x, s.rule.budget))
         window = SinkWindow(window_size=s.window_size)
         windowed, _ = sparse_attention(x.q, window_k, window_v, window, layout=x.layout, scale=x.scale)
-        if fits:
+        patterns: dict[str, Pattern] = {}
+        if compressed.selection is None:  # everything is visible
             selected = dense_attention(x.q, k, v, layout=x.layout, scale=x.scale)
         else:
             selected, _ = sparse_attention(x.q, k, v, compressed.selection, layout=x.layout, scale=x.scale)
+            patterns = {"selected": compressed.selection, "window": window}
+        assert compressed.o is not None
         gates = self.gate(x.hidden)  # [B, TQ, HQ, 3]
-        patterns = {} if fits else {"selected": compressed.selection, "window": window}
         record(self, x, k, patterns, gates)
         return gated_sum((compressed.o, selected, windowed), gates)
 

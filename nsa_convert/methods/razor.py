@@ -129,10 +129,13 @@ class Razor(SparseMethod):
 
     def _compensation(self, x: AttentionInputs) -> tuple[Tensor, Tensor]:
         """Return the attention to the compensation token alone: its value, and its score as lse."""
-        count = x.dropped.to(x.memory["key_sum"].dtype)[:, None, None]  # [B, 1, 1]
+        dropped, memory = x.dropped, x.memory
+        assert dropped is not None
+        assert memory is not None
+        count = dropped.to(memory["key_sum"].dtype)[:, None, None]  # [B, 1, 1]
         group = self.geometry.group_size
         key, value = (
-            (x.memory[name] / count.clamp(min=1)).repeat_interleave(group, 1)
+            (memory[name] / count.clamp(min=1)).repeat_interleave(group, 1)
             for name in ("key_sum", "value_sum")
         )  # [B, HQ, D]
         lse = torch.einsum("bthd,bhd->bth", x.q.to(key.dtype), key) * x.scale

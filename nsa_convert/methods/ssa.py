@@ -167,10 +167,14 @@ class SSA(SparseMethod):
         gated = None if sparse is None else sparse * gate
         losses = self.auxiliary_losses(x, gated, full, mode)
         if "alignment" in mode.losses:
+            assert full is not None
+            assert sparse is not None
             losses["alignment"] = bidirectional_alignment(full, sparse, mode.total)
-        if stream == "teacher":
-            return full.detach(), losses
-        return (gated if stream == "sparse" else full * gate), losses
+        if stream == "sparse":
+            assert gated is not None
+            return gated, losses
+        assert full is not None
+        return (full.detach() if stream == "teacher" else full * gate), losses
 
     def auxiliary_losses(
         self, x: AttentionInputs, sparse: Tensor | None, dense: Tensor | None, mode: TrainingMode

@@ -108,6 +108,7 @@ class Streaming(SparseMethod):
         s, window = self.settings, self._window()
         position = x.positions()  # [B or 1, TQ]
         place = position.clamp(max=s.num_sinks + window - 1)
+        assert x.move is not None
         q = x.move(x.q, position.clamp(min=0), place.clamp(min=0))
         length, device = x.q.shape[1], x.q.device
         behind = x.layout.positions(length, device) - x.layout.row_starts(length, device) - window

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.parts.base import AttentionInputs, Pool, Projection, SparseMethod
 from nsa_convert.methods.parts.inputs import CachedPart, select_heads
-from nsa_convert.patch.cache import held_tokens, sparse_cache_layer
+from nsa_convert.patch.cache import SparseCacheLayer, held_tokens, sparse_cache_layer
 from nsa_convert.patch.collectives import gather_tokens, mean_over, total_over
 from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads
 from nsa_convert.patch.layout import SparseContext
@@ -32,7 +32,7 @@ class SparseAttention(nn.Module):
         method: The sparse method of this layer.
     """
 
-    def __init__(self, dense: nn.Module, method: SparseMethod) -> None:
+    def __init__(self, dense: Any, method: SparseMethod) -> None:
         super().__init__()
         self.config = dense.config
         self.layer_idx: int = dense.layer_idx
@@ -40,6 +40,12 @@ class SparseAttention(nn.Module):
         self.scaling: float = dense.scaling
         self.attention_dropout: float = dense.attention_dropout
         self.is_causal = True
+        self.q_proj: nn.Module
+        self.k_proj: nn.Module
+        self.v_proj: nn.Module
+        self.o_proj: nn.Module
+        self.q_norm: nn.Module
+        self.k_norm: nn.Module
         for name, child in dense.named_children():
             self.add_module(name, child)
         self.sparse = method
@@ -124,7 +130,10 @@ class SparseAttention(nn.Module):
             )
         out = self.o_proj(o.reshape(batch, length, -1))
         training = sparse_context.training
-        return (out if training is None else training.hand_in(self.layer_idx, out, losses)), None
+        if training is not None:
+            assert losses is not None
+            out = training.hand_in(self.layer_idx, out, losses)
+        return out, None
 
     def _attend(
         self,
@@ -178,7 +187,7 @@ class SparseAttention(nn.Module):
             self.k_proj(hidden).view(shape),
             self.v_proj(hidden).view(shape),
         )
-        if own.k is not None:
+        if own.k is not None and own.v is not None:
             k, v = torch.cat([k, own.k], 2), torch.cat([v, own.v], 2)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -234,7 +243,7 @@ class SparseAttention(nn.Module):
             return (CachedPart(k=k, v=v, layout=context.layout),), cells, states
         new_tokens, offset = k.shape[1], context.layout.offset
         if forgets(self.sparse):
-            layer = evicting_cache_layer(cache, self.layer_idx, self.sparse, k, context)
+            layer: SparseCacheLayer = evicting_cache_layer(cache, self.layer_idx, self.sparse, k, context)
             parts = recall(self.sparse, layer, k, v, context)
             place = whole_heads(self.sparse)
             pools = tuple(dataclasses.replace(p, heads=[place[head] for head in p.heads]) for p in pools)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,11 @@ STREAM = "stream "
 AGAIN = "read the prompt again with this model, from an empty cache"
 
 
-class SparseCacheLayer:
+# The members below end up in subclasses of cache layers: a type checker sees them in one.
+_Layer: Any = object
+
+
+class SparseCacheLayer(_Layer):
     """What a cache layer does differently once a sparse layer has used it; see :func:`sparse_cache_class`.
 
     Its members go into subclasses of cache layer classes one by one: an object can be retyped in place to a
@@ -46,6 +50,9 @@ class SparseCacheLayer:
     """
 
     sparse_base: type[CacheLayerMixin]
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
     _layer_type = None  # a subclass of a layer class must not take its place in transformers' tables
     is_sparse = True
     cells: dict[str, Tensor] | None = None  # pool or stream -> [B, H, capacity, D]
@@ -133,7 +140,8 @@ class SparseCacheLayer:
         """Forget everything."""
         if issubclass(self.sparse_base, DynamicLayer):
             # Before 5.18 transformers zeroes the keys of a dynamic cache and goes on counting them.
-            self.keys, self.values, self.is_initialized = None, None, False
+            self.keys = self.values = None  # type: ignore[assignment]  # as transformers makes them
+            self.is_initialized = False
         self.sparse_base.reset(self)
         self.cells, self.buffers, self.writer = None, (None, None), None
         self.settled, self.starts, self.known = False, (), None
@@ -251,18 +259,23 @@ def sparse_cache_class(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
     if base not in _CLASSES:
         name = f"Sparse{base.__name__}"
         own = {key: value for key, value in vars(SparseCacheLayer).items() if key not in _OF_THE_TEMPLATE}
-        _CLASSES[base] = type(base)(name, (base,), {**own, "__qualname__": name, "sparse_base": base})
+        metaclass: Any = type(base)
+        _CLASSES[base] = metaclass(name, (base,), {**own, "__qualname__": name, "sparse_base": base})
     return _CLASSES[base]
 
 
-SparseDynamicLayer = sparse_cache_class(DynamicLayer)
-SparseStaticLayer = sparse_cache_class(StaticLayer)
+if TYPE_CHECKING:
+    SparseDynamicLayer = SparseCacheLayer
+    SparseStaticLayer = SparseCacheLayer
+else:
+    SparseDynamicLayer = sparse_cache_class(DynamicLayer)
+    SparseStaticLayer = sparse_cache_class(StaticLayer)
 
 
 def blank_layer(cls: type[CacheLayerMixin], retype: bool) -> SparseCacheLayer:
     """Return an empty layer for a pickle to fill: of ``cls``, or of its subclass that keeps cells."""
     cls = sparse_cache_class(cls) if retype else cls
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def _class_for_graph(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
@@ -270,7 +283,7 @@ def _class_for_graph(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
     return sparse_cache_class(base)
 
 
-_class_for_graph._dynamo_marked_constant = True
+_class_for_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sparse_cache_layer(cache: Cache, layer_index: int) -> SparseCacheLayer:
@@ -292,7 +305,7 @@ def sparse_cache_layer(cache: Cache, layer_index: int) -> SparseCacheLayer:
             )
         if torch.compiler.is_compiling():  # a graph cannot retype an object: another one takes its place
             cls = _class_for_graph(type(layer))
-            held, layer = layer, cls.__new__(cls)
+            held, layer = layer, object.__new__(cls)
             for name, value in vars(held).items():
                 setattr(layer, name, value)
             cache.layers[layer_index] = layer
@@ -340,7 +353,7 @@ def same_rows(left: tuple[int, ...] | None, starts: tuple[int, ...] | None, past
     """Return whether the rows of a cache begin where they began; a row without a token may begin anywhere."""
     if left == starts or left == ():
         return True
-    rows = len(left or starts)
+    rows = len(left or starts or ())
     left, starts = left or (0,) * rows, starts or (0,) * rows
     return len(left) == len(starts) and all(
         a == b or min(a, b) >= past for a, b in zip(left, starts, strict=True)

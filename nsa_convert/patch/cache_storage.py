@@ -38,15 +38,14 @@ def append_tokens(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Ten
     """
     length = held.shape[2] if held.dim() == 4 else 0  # an empty DynamicLayer holds a 1-D tensor
     total = length + new.shape[2]
-    fits = (
+    if not (
         buffer is not None
         and buffer.shape[2] >= total
         and buffer.data_ptr() == held.data_ptr()
         and buffer.stride() == held.stride()
         and buffer.shape[:2] == held.shape[:2]
         and may_be_written(buffer)
-    )
-    if not fits:
+    ):
         buffer = held.new_empty(*new.shape[:2], total + max(GROWTH, total // 64), new.shape[3])
         if length:
             buffer[:, :, :length] = held

@@ -112,7 +112,8 @@ def read_padding(
     Raises:
         ValueError: A row has a hole or several documents, or the positions do not continue it.
     """
-    padding, real, start = Padding(), None, 0
+    padding, real = Padding(), None
+    start: int | Tensor = 0
     if numbers is not None:
         padding, real, start = _read_rows(numbers, past + length)
     if positions is not None:
@@ -133,7 +134,8 @@ def _read_rows(numbers: Tensor, total: int | Tensor) -> tuple[Padding, Tensor, T
     end, slots = start + real.sum(-1), torch.arange(real.shape[1], device=real.device)
     one_run = (slots >= start[:, None]) & (slots < end[:, None])
     require((one_run == real).all(), _HOLE)
-    right, starts = (end < total).any(), None
+    right: bool | Tensor = (end < total).any()
+    starts: tuple[int, ...] | None = None
     if not torch.compiler.is_compiling():
         right, starts = bool(right), tuple(start.tolist())
         if not any(starts):
@@ -157,12 +159,13 @@ def document_bounds(numbers: Tensor | None, positions: Tensor | None) -> Tensor 
         ValueError: The numbers do not rise, or the positions neither count up nor restart at 0.
     """
     given = positions if numbers is None else numbers
+    assert given is not None
     begins = torch.zeros(given.shape, dtype=torch.bool, device=given.device)
     begins[:, 0] = True
     real = None if numbers is None else numbers > 0
     if numbers is not None:
         begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-        _check_rising(numbers, begins & real)
+        _check_rising(numbers, begins & (numbers > 0))
     if positions is not None:
         begins = begins | (positions == 0 if real is None else (positions == 0) & real)
         counted = torch.cat([positions[:, :1], positions[:, :-1] + 1], 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -193,9 +193,10 @@ def evicting_cache_layer(
     if past:
         _take_over(method, layer, past, k, context)
     layer.__class__ = EvictingLayer
-    layer.seen = past
-    layer.settle()
-    return layer
+    evicting = cast(EvictingLayer, layer)
+    evicting.seen = past
+    evicting.settle()
+    return evicting
 
 
 def _take_over(
@@ -215,8 +216,8 @@ def _take_over(
     parts = {}
     for i, (policy, own) in enumerate(zip(policies, heads, strict=True)):
         if policy is not None:
-            mine = (select_heads(x, own) for x in tokens)
-            keys, values, memory = forget(policy, *mine, {}, list(rows.before), rows.stay(policy))
+            keys, values = (select_heads(x, own) for x in tokens)
+            keys, values, memory = forget(policy, keys, values, {}, list(rows.before), rows.stay(policy))
             parts[i] = Held(keys=keys.transpose(1, 2), values=values.transpose(1, 2), memory=memory)
     whole = list(whole_heads(method))
     layer.held, layer.buffers = parts, (None, None)
@@ -254,11 +255,12 @@ def recall(
             keys, values = (select_heads(x, [place[head] for head in own]) for x in whole)
             parts.append(CachedPart(k=keys, v=values, layout=context.layout))
             continue
-        new, held = (select_heads(x, own) for x in (k, v)), (layer.held or {}).get(i)
-        new = _append(layer, i, policy, *(x.transpose(1, 2) for x in new))
+        held = (layer.held or {}).get(i)
+        keys, values = (select_heads(x, own).transpose(1, 2) for x in (k, v))
+        keys, values = _append(layer, i, policy, keys, values)
         memory = {} if held is None else dict(held.memory)
-        layout, dropped = rows.layout(policy, new[0].shape[1], k.shape[1], k.device)
-        parts.append(CachedPart(k=new[0], v=new[1], layout=layout, dropped=dropped, memory=memory))
+        layout, dropped = rows.layout(policy, keys.shape[1], k.shape[1], k.device)
+        parts.append(CachedPart(k=keys, v=values, layout=layout, dropped=dropped, memory=memory))
     return tuple(parts)
 
 
@@ -284,7 +286,7 @@ def let_go(
         policy = leaf.cache_needs().policy
         if policy is not None:
             held, stay = rows.held(policy), rows.stay(policy)
-            k, v, memory = forget(policy, part.k, part.v, part.memory, held, stay)
+            k, v, memory = forget(policy, part.k, part.v, part.memory or {}, held, stay)
             k, v = (x.transpose(1, 2).to(layer.keys.dtype) for x in (k, v))
             layer.held[i] = Held(keys=k, values=v, memory=memory)
     layer.seen += new_tokens
@@ -304,7 +306,8 @@ def _append(layer: EvictingLayer, part: int, policy: CachePolicy, *new: Tensor) 
         grown = [torch.cat(pair, 2) for pair in pairs]
     else:
         appended = [append_tokens(b, *pair) for b, pair in zip(room or (None, None), pairs, strict=True)]
-        layer.rooms = {**(layer.rooms or {}), part: tuple(buffer for buffer, _ in appended)}
+        (key_room, _), (value_room, _) = appended
+        layer.rooms = {**(layer.rooms or {}), part: (key_room, value_room)}
         grown = [x for _, x in appended]
     return [x.transpose(1, 2).to(dtype) for x, dtype in zip(grown, dtypes, strict=True)]
 

@@ -21,7 +21,7 @@ from nsa_convert.patch.modeling import (
 from nsa_convert.plan import AUTO_CLASSES
 
 
-def sparse_config_class(family: ModelFamily, module: str) -> type:
+def sparse_config_class(family: ModelFamily, module: str) -> Any:
     """Make the config class of a converted family: the dense one plus two fields.
 
     ``sparse_attention`` is the plan; ``sparse_aux_loss_coef`` weighs the losses that teach the methods to
@@ -51,7 +51,7 @@ def sparse_model_classes(family: ModelFamily, config_class: type, module: str) -
         Ending of the class name (``"Model"``, ``"ForCausalLM"``, ...) -> class, for each Auto class of
         transformers for which the family has one.
     """
-    library, made = _library(family, "modeling"), {}
+    library, made = _library(family, "modeling"), dict[str, type]()
     for ending in AUTO_CLASSES.values():
         dense = getattr(library, f"{family.class_prefix}{ending}", None)
         if dense is None:
@@ -74,7 +74,7 @@ def adopt_class(instance: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
     The base initialiser notes for each class which outputs it can record (``output_hidden_states``); it runs
     here on an empty object, because ``instance`` keeps its weights.
     """
-    PreTrainedModel.__init__(cls.__new__(cls), copy.copy(instance.config))
+    PreTrainedModel.__init__(object.__new__(cls), copy.copy(instance.config))
     instance.__class__ = cls
 
 
@@ -83,7 +83,7 @@ def _library(family: ModelFamily, kind: str) -> ModuleType:
     return importlib.import_module(f"transformers.models.{name}.{kind}_{name}")
 
 
-def _head_forward(dense: type) -> Callable[..., Any]:
+def _head_forward(dense: Any) -> Callable[..., Any]:
     """Return the forward of a head under the dense signature, which trainers read the arguments from."""
 
     @functools.wraps(dense.forward)
@@ -93,7 +93,7 @@ def _head_forward(dense: type) -> Callable[..., Any]:
     return forward
 
 
-def _initialiser(ending: str, dense: type, made: dict[str, type]) -> Callable[[Any, Any], None]:
+def _initialiser(ending: str, dense: Any, made: dict[str, type]) -> Callable[[Any, Any], None]:
     """Return the ``__init__`` of a class; ``made`` will hold the family's decoder class by then."""
 
     def decoder(self: Any, config: Any) -> None:

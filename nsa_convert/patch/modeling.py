@@ -71,7 +71,11 @@ AttentionInterface.register(ATTENTION_NAME, _no_dense_layer)
 AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
-class SparsePreTrainedMixin:
+# The mixins stand before a family's class: a type checker sees them on one.
+_Family: Any = object
+
+
+class SparsePreTrainedMixin(_Family):
     """What every converted model class does differently from its family's."""
 
     _supports_flash_attn = False
@@ -121,7 +125,7 @@ class SparsePreTrainedMixin:
         self._check_and_adjust_attn_implementation(wanted)
 
     @classmethod
-    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> Any:
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         """Cut a model among processes as transformers does, the new weights by their heads.
 
         Raises:
@@ -176,6 +180,7 @@ class SparseModelMixin(SparsePreTrainedMixin):
 
         Raises:
             NotImplementedError: Attention weights are asked for.
+            ValueError: There are neither ids nor embeddings, or both; or masks and positions do not fit.
         """
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise NotImplementedError(
@@ -183,6 +188,9 @@ class SparseModelMixin(SparsePreTrainedMixin):
                 "`nsa_convert.methods.parts.base.observe` reports what each layer attends to, and a dense "
                 "model (unpatch_model, nsa-convert revert) returns them"
             )
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give either input_ids or inputs_embeds: what the model reads")
         past: int | Tensor = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(past, Tensor):
             # A static cache hands out the very tensor that it is about to change.
@@ -192,7 +200,7 @@ class SparseModelMixin(SparsePreTrainedMixin):
             context = shard_context(position_ids, bounds, self.rotary_emb, self.context_group)
         else:
             context, position_ids = read_context(
-                tokens=input_ids if inputs_embeds is None else inputs_embeds,
+                tokens=tokens,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past=past,
@@ -367,7 +375,7 @@ class SparseCausalLMMixin(SparseHeadMixin):
         return nn.functional.pad(attention_mask.bool(), (0, capacity - attention_mask.shape[1]), value=True)
 
 
-def install_sparse_attention(decoder: nn.Module) -> None:
+def install_sparse_attention(decoder: Any) -> None:
     """Replace every layer's attention module by the method that ``config.sparse_attention`` plans for it.
 
     Raises:

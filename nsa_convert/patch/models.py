@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 
 from nsa_convert.families import FAMILIES, ModelFamily
 from nsa_convert.patch.model_classes import sparse_config_class, sparse_model_classes
 from nsa_convert.plan import AUTO_CLASSES
 
-_CONFIGS: dict[str, type] = {}
+_CONFIGS: dict[str, Any] = {}
 _MODELS: dict[str, dict[str, type]] = {}
 for _family in FAMILIES.values():
     _config = _CONFIGS[_family.model_type] = sparse_config_class(_family, __name__)

@@ -186,7 +186,7 @@ def set_mode(model: nn.Module, mode: str) -> None:
     """
     if mode not in ("sparse", "full"):
         raise ValueError(f"mode must be 'sparse' or 'full', got {mode!r}")
-    switchable = [leaf for leaf in leaves_of(sparse_methods(model)) if hasattr(leaf, "mode")]
+    switchable: list[Any] = [leaf for leaf in leaves_of(sparse_methods(model)) if hasattr(leaf, "mode")]
     if not switchable:
         raise ValueError(
             "no layer of this model has a method with modes; NSA and streaming heads cannot run as full "

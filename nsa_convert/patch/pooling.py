@@ -219,6 +219,7 @@ def _windows(source: Tensor, pool: Pool, first: int | Tensor, count: int, start:
         begin = first * pool.stride
         span = source[:, begin : begin + (count - 1) * pool.stride + pool.width]
         return span.unfold(1, pool.width, pool.stride).permute(0, 1, 4, 2, 3)
+    assert isinstance(first, Tensor)
     cell = first[:, None] + torch.arange(count, device=source.device)  # [B, N]
     token = (start[:, None] + cell * pool.stride)[..., None] + torch.arange(pool.width, device=source.device)
     token = token.clamp(max=source.shape[1] - 1)

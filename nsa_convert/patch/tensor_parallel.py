@@ -63,7 +63,7 @@ def register_head_style() -> None:
             return True
 
         def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
-            whole = module._parameters[param]
+            whole = module.get_parameter(param)
             module._parameters[param] = nn.Parameter(
                 distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None),
                 requires_grad=whole.requires_grad,

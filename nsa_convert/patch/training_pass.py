@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -99,13 +99,13 @@ class TrainingPass:
         auxiliary, extra = self.auxiliary(), None
         attached = [values.detach() for layer, values in self.values.items() if layer not in self.live]
         if self.mode.weights and attached:
-            extra = self._weighted(sum(attached))
+            extra = self._weighted(_sum(attached))
             if getattr(out, "log_probs", None) is not None:
                 out.log_probs = _Observe.apply(out.log_probs, self, "log_probs", out.label_mask)
             base = out.logits.sum().to(extra.dtype) * 0.0 if out.loss is None else out.loss
             out.loss = _Observe.apply(base, self, "loss", None) + extra
         if self.mode.weights and self.live:
-            live = self._weighted(sum(self.live.values()))
+            live = self._weighted(_sum(self.live.values()))
             if getattr(out, "log_probs", None) is not None:
                 out.log_probs = _Carry.apply(out.log_probs, live, out.label_mask)
             out.loss = live if out.loss is None else out.loss + live
@@ -115,11 +115,16 @@ class TrainingPass:
 
     def gradient(self) -> Tensor | None:
         """Return the gradient of the model's loss once its backward has begun; None where nothing used it."""
-        found = list(self.seen.values())
-        return sum(found[1:], start=found[0]) if found else None
+        return _sum(self.seen.values()) if self.seen else None
 
     def _weighted(self, values: Tensor) -> Tensor:
-        return sum(weight * values[k] for k, weight in enumerate(self.mode.weights))
+        return _sum(weight * values[k] for k, weight in enumerate(self.mode.weights))
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Return the sum of one or more tensors."""
+    first, *others = terms
+    return sum(others, start=first)
 
 
 class _Attach(torch.autograd.Function):
@@ -225,8 +230,10 @@ def count_labels(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
         labels: ``[B, T]``; -100 where there is none.
         shift_labels: ``[B, T]`` labels of the tokens that follow, instead of ``labels``.
     """
-    following = labels[..., 1:] if shift_labels is None else shift_labels
-    return (following != -100).sum()
+    if shift_labels is not None:
+        return (shift_labels != -100).sum()
+    assert labels is not None
+    return (labels[..., 1:] != -100).sum()
 
 
 def logit_kl(

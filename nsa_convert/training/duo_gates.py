@@ -11,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsa_convert.config import LayerRule, SparseAttentionConfig, raise_problems
 from nsa_convert.heads.profile import HeadProfile
 from nsa_convert.methods.parts.base import teacher_output
 from nsa_convert.patch.patching import patch_model, unpatch_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Encode = Callable[[str], Sequence[int]]
 LENGTHS = 50
@@ -125,7 +129,7 @@ def passkey_cases(
 
 
 def train_gates(
-    model: nn.Module,
+    model: PreTrainedModel,
     cases: Iterator[tuple[Tensor, Tensor]],
     settings: GateSettings,
     say: Callable[[str], None] = lambda _: None,
@@ -177,7 +181,7 @@ def train_gates(
     return HeadProfile(scores=gates.detach().cpu(), meta=meta)
 
 
-def _loss(model: nn.Module, ids: Tensor, labelled: Tensor, switch: dict[str, bool]) -> Tensor:
+def _loss(model: PreTrainedModel, ids: Tensor, labelled: Tensor, switch: dict[str, bool]) -> Tensor:
     """Return the mean squared difference of the last hidden state at the labelled tokens."""
     with torch.no_grad():
         switch["dense"] = True
@@ -188,11 +192,11 @@ def _loss(model: nn.Module, ids: Tensor, labelled: Tensor, switch: dict[str, boo
 
 
 @contextlib.contextmanager
-def _mixed(model: nn.Module, gates: Tensor) -> Iterator[dict[str, bool]]:
+def _mixed(model: PreTrainedModel, gates: Tensor) -> Iterator[dict[str, bool]]:
     """Mix each head's streaming output with dense attention; with ``switch["dense"]`` it is all dense."""
     switch = {"dense": False}
 
-    def mix(method: nn.Module, args: tuple, streaming: Tensor) -> Tensor:
+    def mix(method: Any, args: tuple, streaming: Tensor) -> Tensor:
         dense = teacher_output(method, args[0])
         if switch["dense"]:
             return dense

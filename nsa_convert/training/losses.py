@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nsa_convert.config import FULL
 from nsa_convert.methods.parts.base import SparseMethod
-from nsa_convert.methods.parts.training_mode import TrainingMode
+from nsa_convert.methods.parts.training_mode import Stream, TrainingMode
 from nsa_convert.patch.training_pass import LABELS
 from nsa_convert.training.recipe.schema import Stage
 
@@ -54,7 +54,7 @@ class LossPlan:
             processes: Over how many processes gradients are averaged; next-token losses are already divided
                 by the labels of all of them.
         """
-        stream = "sparse"
+        stream: Stream = "sparse"
         if self.teacher:
             stream = "teacher"
         elif self.dual_stream and uniform(self.seed, step) < self.full_ratio:

@@ -77,6 +77,14 @@ def test_an_input_without_tokens_is_refused(model: PreTrainedModel) -> None:
         model(inputs_embeds=torch.zeros(2, 0, 64, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"input_ids": tokens(1, 3), "inputs_embeds": torch.zeros(1, 3, 64)}]
+)
+def test_what_to_read_is_given_once(model: PreTrainedModel, arguments: dict) -> None:
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(**arguments)
+
+
 def test_positions_must_continue_the_cache(model: PreTrainedModel) -> None:
     cache, mask = DynamicCache(), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     model(tokens(2, 6), attention_mask=mask, past_key_values=cache)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig
 from nsa_convert.evaluation.metrics.mass import (
@@ -27,12 +28,15 @@ CANDIDATES: tuple[HeadPattern, ...] = (
     ("vertical_and_slash", 3500, 100),
     ("block_sparse", 10, 1),
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 """Those of the released code: about as many keys a query each."""
 
 
 @torch.inference_mode()
 def search_patterns(
-    model: nn.Module,
+    model: PreTrainedModel,
     ids: Sequence[int],
     candidates: Sequence[HeadPattern] = CANDIDATES,
     num_queries: int = NUM_QUERIES,
@@ -85,8 +89,9 @@ def candidate_shares(record: AttentionRecord, candidates: Sequence[HeadPattern],
     for candidate in candidates:
         settings = MInferenceSettings(head_patterns=[candidate] * heads, chunks="own")
         patterns = MInference(settings, geometry, record.layer_index).patterns(x)
-        rows.append(torch.cat([
-            sum(captured_mass(p, pattern, queries, head, kv_heads)[0] for pattern in patterns.values())
-            for head, p in enumerate(dense)
-        ]))  # fmt: skip
+        shares = [
+            torch.cat([captured_mass(p, pattern, queries, head, kv_heads)[0] for head, p in enumerate(dense)])
+            for pattern in patterns.values()
+        ]
+        rows.append(sum(shares[1:], start=shares[0]))
     return torch.stack(rows)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,16 @@ from nsa_convert.methods.parts.base import teacher_output
 from nsa_convert.methods.parts.registry import METHODS, read_rule
 from nsa_convert.patch.patching import patch_model, unpatch_model
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FRACTIONS = (32, 16, 8, 4, 2)
 """Budgets are the length over these numbers."""
 
 
 @torch.inference_mode()
 def measure_heads(
-    model: nn.Module,
+    model: PreTrainedModel,
     texts: Mapping[str, Sequence[int]],
     rule: LayerRule,
     budgets: Sequence[int],
@@ -88,7 +91,7 @@ def measure_heads(
 
 
 @contextlib.contextmanager
-def _errors(model: nn.Module) -> Iterator[list[Tensor]]:
+def _errors(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect ``[H]`` per layer: mean over tokens of |W_o (sparse - dense)|^2 / |residual|^2.
 
     The ratio is taken token by token: the first tokens of many models have a residual stream so large that it
@@ -101,7 +104,7 @@ def _errors(model: nn.Module) -> Iterator[list[Tensor]]:
         nonlocal residual
         residual = (args[0] if args else kwargs["hidden_states"])[0].float().square().sum(-1)  # [T]
 
-    def after_method(attention: nn.Module, method: nn.Module, args: tuple, sparse: Tensor) -> Tensor:
+    def after_method(attention: Any, method: Any, args: tuple, sparse: Tensor) -> Tensor:
         dense = teacher_output(method, args[0])
         gap = (sparse - dense)[0].float().transpose(0, 1)  # [HQ, T, D]
         maps = attention.o_proj.weight.float().unflatten(1, (gap.shape[0], -1)).permute(1, 2, 0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsa_convert.config import FULL, LayerRule, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
@@ -16,13 +16,16 @@ from nsa_convert.methods.parts.base import AttentionRecord, observe
 from nsa_convert.patch.patching import patch_model, unpatch_model
 from nsa_convert.patch.rope import mover
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 REPEATS = 4
 ECHO_SHARE, INDUCTION_SHARE = 0.01, 0.14
 """Shares of all key/value heads that retrieve (golden-stick's defaults; the paper says about as much)."""
 
 
 @torch.inference_mode()
-def razor_probe(model: nn.Module, *, period: int = 2500, seed: int = 0) -> HeadProfile:
+def razor_probe(model: PreTrainedModel, *, period: int = 2500, seed: int = 0) -> HeadProfile:
     """Find retrieval heads by random tokens that are repeated four times (RazorAttention, section 3.2).
 
     A head that looks from a token to the earlier copies of it echoes; one that looks to the tokens behind
@@ -114,7 +117,7 @@ def _log_denominators(q: Tensor, k: Tensor, width: int = 256) -> Tensor:
 
 
 @torch.inference_mode()
-def distance_probe(model: nn.Module, ids: Sequence[int], *, length: int = 500) -> HeadProfile:
+def distance_probe(model: PreTrainedModel, ids: Sequence[int], *, length: int = 500) -> HeadProfile:
     """Score heads by how far back their mean query looks, in one pass over a short text.
 
     The mean query and the mean key of each head, taken before rotation, are repeated ``length`` times and
@@ -157,7 +160,7 @@ def distance_probe(model: nn.Module, ids: Sequence[int], *, length: int = 500) -
     return HeadProfile(scores=scores, meta=meta)
 
 
-def _run_dense(model: nn.Module, ids: Tensor, look: Callable[[AttentionRecord], Any]) -> None:
+def _run_dense(model: PreTrainedModel, ids: Tensor, look: Callable[[AttentionRecord], Any]) -> None:
     """Read a text with dense attention and show each layer's queries and keys."""
     patch_model(model, SparseAttentionConfig(default=LayerRule(method=FULL)))
     try:

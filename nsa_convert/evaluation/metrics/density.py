@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig
 from nsa_convert.methods.parts.base import AttentionInputs, AttentionRecord, observe
 from nsa_convert.methods.parts.prefill import STEP_TOKENS, PrefillMethod
 from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.patch.patching import patch_model, unpatch_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PHASES = ("prompt", "steps")
 SEARCH_LAYERS = 6
@@ -66,7 +68,7 @@ def prompt_density(layer: PrefillMethod, x: AttentionInputs) -> float:
 
 @torch.inference_mode()
 def capture_inputs(
-    model: nn.Module, ids: Sequence[int], layers: int = SEARCH_LAYERS
+    model: PreTrainedModel, ids: Sequence[int], layers: int = SEARCH_LAYERS
 ) -> list[AttentionInputs]:
     """Return queries and keys of some layers of a dense model that reads a prompt."""
     records: list[AttentionRecord] = []
@@ -112,11 +114,13 @@ def search_density(
     Returns:
         The settings and their density.
     """
-    low, high, tried = 0.0, 1.0, []
+    low, high = 0.0, 1.0
+    tried: list[tuple[float, dict[str, Any], float]] = []
     for _ in range(halvings):
         middle = (low + high) / 2
         settings = dict(settings_of(middle))
         layer = build_method(LayerRule(method=method, settings=settings), geometry_of_inputs(inputs[0]), 0)
+        assert isinstance(layer, PrefillMethod)
         density = sum(prompt_density(layer, x) for x in inputs) / len(inputs)
         tried.append((abs(density - wanted), settings, density))
         low, high = (middle, high) if density < wanted else (low, middle)

@@ -131,7 +131,10 @@ def _pattern_masses(
     out = {}
     for name, masses in parts.items():
         columns = [[value for value in column if value is not None] for column in zip(*masses, strict=True)]
-        out[name] = tuple(torch.cat(column) if column else None for column in columns)
+        captured, *others = (torch.cat(column) if column else None for column in columns)
+        assert captured is not None
+        oracle, recall = others
+        out[name] = captured, oracle, recall
     return out
 
 

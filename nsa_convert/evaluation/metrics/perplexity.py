@@ -6,12 +6,16 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsa_convert.errors import CheckFailedError
 from nsa_convert.methods.parts.prefill import STEP_TOKENS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK = 256
 """Positions whose logits exist at one time: a [T, V] tensor of float32 would be 3 GB at T = 16k."""
@@ -48,7 +52,7 @@ class Readout:
 
 @torch.inference_mode()
 def read_out(
-    model: nn.Module,
+    model: PreTrainedModel,
     input_ids: list[int],
     prompt: int = 0,
     watch: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,

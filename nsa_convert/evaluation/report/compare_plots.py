@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 LOOKS = ((SPARSE, "o"), (DENSE, "s"), (THIRD, "^"), (FOURTH, "D"), ("0.5", "v"), ("0.2", "P"))
 """Colour and marker of the groups of rows, in their order."""
-FIGURES = (
+FIGURES: tuple[tuple[str, str, float, bool], ...] = (
     ("kl", "KL to dense, beyond the budget", 1.0, True),
     ("kl_after", "KL to dense, last tokens", 1.0, True),
     ("found", "needles found", 1.0, False),
@@ -41,16 +42,16 @@ def comparison(report: Mapping[str, Any]) -> Plot | None:
         for name in _groups_of(row, groups):
             groups[name].append(row)
     shown = [
-        (key, *look)
-        for key, *look in FIGURES
+        (key, title, factor, log)
+        for key, title, factor, log in FIGURES
         if (key not in DISTANCES or key == distance_of(rows))
         and any(summary(row)[key] is not None for row in rows)
     ]
     panels = [
         Panel(
             title=title,
-            draw=lambda axis, key=key, factor=factor, log=log, first=number == 0: _draw(
-                axis, groups, names, key, factor, log, first
+            draw=functools.partial(
+                _draw, groups=groups, names=names, key=key, factor=factor, log=log, named=number == 0
             ),
             height=1.1 + INCHES * len(names),
         )
@@ -88,9 +89,9 @@ def _draw(
         colour, marker = LOOKS[number % len(LOOKS)]
         places = [(summary(row)[key], names.index(row["name"])) for row in rows]
         off = SPREAD * ((len(groups) - 1) / 2 - number)  # so that equal figures do not hide each other
-        places = [(x * factor, y + off) for x, y in places if x is not None and (x > 0 or not log)]
-        x, y = [a for a, _ in places], [b for _, b in places]
-        axis.plot(x, y, linestyle="none", color=colour, marker=marker, markersize=5, alpha=0.85, label=label)
+        shown = [(x * factor, y + off) for x, y in places if x is not None and (x > 0 or not log)]
+        look: dict[str, Any] = {"linestyle": "none", "color": colour, "marker": marker, "markersize": 5}
+        axis.plot([x for x, _ in shown], [y for _, y in shown], alpha=0.85, label=label, **look)
     if log:
         from matplotlib.ticker import LogLocator, NullFormatter
 

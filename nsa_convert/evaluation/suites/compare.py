@@ -38,7 +38,7 @@ from nsa_convert.families import geometry_of
 from nsa_convert.heads.profile import density_of
 from nsa_convert.loading import load_tokenizer
 from nsa_convert.methods.parts.at_budget import SEARCHED
-from nsa_convert.methods.parts.base import observe
+from nsa_convert.methods.parts.base import AttentionRecord, observe
 from nsa_convert.strict_files import read_json_mapping
 
 Progress = Callable[[str, int, int], None]
@@ -82,7 +82,7 @@ def run_compare(
             f"{str(model_path)!r} is converted already; methods are compared on a dense model", code="CK35",
             where=str(model_path), hint="give the dense checkpoint, or take --suite quick or long",
         )  # fmt: skip
-    check_positions([facts], {"lengths": chosen.lengths, "needle_lengths": chosen.needle_lengths})
+    check_positions([facts], {"lengths": chosen.lengths, "needle_lengths": chosen.needle_lengths or ()})
     named, config = named_plans(chosen, plans), read_json_mapping(facts.path / "config.json")
     size = (config["num_hidden_layers"], geometry_of(config))
     make_rows(chosen, named, *size, lambda *_: {})  # finds what is wrong before anything is loaded
@@ -121,7 +121,7 @@ class _Run:
         haystack = prose_text().text if chosen.haystack == "prose" else None
         self.cases = [
             fit_needle(self.tokenizer, n, depth, haystack=haystack, seed=chosen.seed, max_new=1)
-            for n in chosen.needle_lengths
+            for n in chosen.needle_lengths or ()
             for depth in chosen.depths
         ]
         self.store = CellStore(None if out_dir is None else Path(out_dir), self._depends_on())
@@ -222,7 +222,11 @@ class _Run:
 
         @contextlib.contextmanager
         def watch() -> Iterator[None]:
-            with observe(lambda record: (counter.add(record), probe.add(record))):
+            def add(record: AttentionRecord) -> None:
+                counter.add(record)
+                probe.add(record)
+
+            with observe(add):
                 yield
 
         with patched_in(self.loaded(), row.plan) as model, observe(counter.add):
@@ -270,7 +274,8 @@ def text_figures(found: Divergence, tokens: int, prompt: int, seen: int, whole: 
     """
     last = tokens - 1
     after = found.summary(Bucket(prompt - 1, last, 0 if whole else prompt - 1))
-    out = {"tokens": tokens, "prompt": prompt, "ppl": None, "ratio": None, "kl": None, "top1": None}
+    out: dict[str, float | None] = {"tokens": tokens, "prompt": prompt}
+    out |= dict.fromkeys(("ppl", "ratio", "kl", "top1"))
     if whole:
         beyond = found.summary(Bucket(min(seen, last - 1), last))
         out |= {"ppl": found.summary()["sparse_ppl"], "ratio": beyond["ppl_ratio"], "kl": beyond["kl_mean"]}

@@ -112,7 +112,7 @@ class CompareSettings:
 
     def all_lengths(self) -> list[int]:
         """Return the lengths of texts and needles, shortest first."""
-        return sorted({*self.lengths, *self.needle_lengths})
+        return sorted({*self.lengths, *(self.needle_lengths or ())})
 
 
 def budget_at(budget: float, length: int) -> int:

@@ -24,8 +24,8 @@ from nsa_convert.patterns import SequenceLayout
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
     """See :func:`nsa_convert.kernels.attention.dense_attention`."""
-    plain = layout.start is None and layout.cu_seqlens is None and not isinstance(layout.offset, Tensor)
-    plain = plain and layout.offset == 0 and q.shape[1] == k.shape[1]
+    plain = layout.start is None and layout.cu_seqlens is None and q.shape[1] == k.shape[1]
+    plain = plain and not isinstance(layout.offset, Tensor) and layout.offset == 0
     opaque = is_opaque(layout, q, k, v)
     if not opaque and is_decode(layout, q, k, v):
         return _decode(q, k, v, layout, scale)
@@ -65,7 +65,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: floa
     group = q.shape[2] // k.shape[2]
     num_queries, num_keys = q.shape[1], k.shape[1]
     rows = q.unflatten(2, (k.shape[2], group)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [B, H, TQ * g, D]
-    mask = None
+    mask = visible = None
     if num_queries > 1 or layout.start is not None or isinstance(layout.offset, Tensor):
         visible = layout.visible(num_queries, num_keys, q.device)  # [B or 1, TQ, TK]
         mask = visible.repeat_interleave(group, 1)[:, None]
@@ -73,4 +73,4 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: floa
         k, v = (x[:, : layout.offset + 1] for x in (k, v))
     o = scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
     o = o.unflatten(2, (num_queries, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    return o if mask is None else o.masked_fill(~visible.any(-1)[..., None, None], 0.0)
+    return o if visible is None else o.masked_fill(~visible.any(-1)[..., None, None], 0.0)

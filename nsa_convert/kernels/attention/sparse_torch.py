@@ -75,8 +75,9 @@ def _run(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[TilePlan, int, float]:
     pattern, layout, end, scale = _restore(q, k, *flat)
-    plan = plan_window if isinstance(pattern, SinkWindow) else plan_blocks
-    return plan(q, k[:, :end], pattern, layout), end, scale
+    if isinstance(pattern, SinkWindow):
+        return plan_window(q, k[:, :end], pattern, layout), end, scale
+    return plan_blocks(q, k[:, :end], pattern, layout), end, scale
 
 
 _operator = differentiable(

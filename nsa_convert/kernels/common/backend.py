@@ -8,6 +8,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,9 @@ def choose_backend(q: Tensor, value_dim: int | None = None) -> str:
     return "torch"
 
 
-def implementation(op: str, q: Tensor, reference: Callable, gathered: Callable, value_dim: int | None = None):
+def implementation(
+    op: str, q: Tensor, reference: Callable, gathered: Callable, value_dim: int | None = None
+) -> Callable[..., Any]:
     """Return the function that computes an op for these queries.
 
     Args:
@@ -149,7 +152,7 @@ def _load(module: str, name: str) -> bool:
 
 # What torch.compiler.assume_constant_result does; calling it here would import the compiler, which takes
 # longer than everything that `inspect` does.
-_load._dynamo_marked_constant = True
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unserved(q: Tensor, value_dim: int) -> str | None:

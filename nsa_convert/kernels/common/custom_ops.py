@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,9 +44,10 @@ def is_opaque(layout: SequenceLayout, q: Tensor, *others: Tensor | None) -> bool
 
 def flatten(layout: SequenceLayout) -> Flat:
     """Return a layout as an operator takes it."""
-    given = isinstance(layout.offset, Tensor)
-    slot, first = (layout.offset, 0) if given else (None, layout.offset)
-    return slot, first, layout.start, layout.cu_seqlens, layout.max_seqlen
+    rest = layout.start, layout.cu_seqlens, layout.max_seqlen
+    if isinstance(layout.offset, Tensor):
+        return layout.offset, 0, *rest
+    return None, layout.offset, *rest
 
 
 def restore(flat: Flat) -> SequenceLayout:
@@ -60,7 +61,9 @@ def restore(flat: Flat) -> SequenceLayout:
 
 def reach(layout: SequenceLayout, q: Tensor, k: Tensor) -> int:
     """Return how many keys the queries can reach: behind them a static cache holds nothing yet."""
-    return k.shape[1] if layout.cu_seqlens is not None else min(k.shape[1], layout.offset + q.shape[1])
+    if layout.cu_seqlens is not None:
+        return k.shape[1]
+    return min(k.shape[1], cast(int, layout.offset) + q.shape[1])
 
 
 def list_size(most: int, items: int) -> int:

@@ -30,7 +30,9 @@ def fetch_runs(
     """
     if torch.compiler.is_compiling() or k.device.type != "cpu" or k.stride(3) != 1 or v.stride(3) != 1:
         tokens = slots[..., None] + torch.arange(size, device=k.device)
-        tokens = tokens if own is None else tokens.where(visible, own)
+        if own is not None:
+            assert visible is not None
+            tokens = tokens.where(visible, own)
         rows = slots.new_zeros(1) if rows is None else rows
         index = (rows[..., None], tokens, heads[..., None])
         return k[index], v[index]
@@ -38,6 +40,7 @@ def fetch_runs(
     k, v = (_fetch(x, rows, heads, slots, size, addresses) for x in (k, v))
     if own is None:
         return k, v
+    assert visible is not None
     hidden = ~visible[..., None]
     return k.masked_fill_(hidden, 0.0), v.masked_fill_(hidden, 0.0)
 

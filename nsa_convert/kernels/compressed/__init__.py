@@ -76,6 +76,7 @@ def compressed_attention(
     o, lse, indices = _run(q, (ck,), cv, grid, rule, layout, scale, None)
     selection = None
     if rule is not None:
+        assert indices is not None
         selection = BlockSelection(block_indices=indices, block_size=rule.block_size)
     return CompressedOutput(o=o, lse=lse, selection=selection)
 
@@ -116,6 +117,7 @@ def block_topk(
             raise ValueError(f"lse must be {tuple(q.shape[:3])} like the queries, got {tuple(lse.shape)}")
         lse = lse.detach().masked_fill(lse == -torch.inf, torch.inf)
     indices = _run(q, parts, None, CellGrid(width=width, stride=stride), rule, layout, scale, lse)[2]
+    assert indices is not None
     return BlockSelection(block_indices=indices, block_size=rule.block_size)
 
 

@@ -26,7 +26,7 @@ def decode_cells(
 
     ``ck`` are the parts of the cell keys, which lie side by side along their last dimension.
     """
-    num_queries, num_cells, num_kv_heads = q.shape[1], *ck[0].shape[1:3]
+    num_queries, (num_cells, num_kv_heads) = q.shape[1], ck[0].shape[1:3]
     capacity = (num_cells - 1) * grid.stride + grid.width + grid.stride - 1  # tokens these cells can cover
     complete = num_cells
     if not isinstance(layout.offset, Tensor):
@@ -56,6 +56,7 @@ def decode_cells(
         return None, None, indices
     cv = cv.transpose(1, 2)  # as a cache holds it
     if num_queries > 1:
+        assert ages is not None
         bad = ~cv.isfinite().all(-1)  # [B, H, C]
         cv = cv.masked_fill(bad[..., None], 0.0)
         sees = (grid.visible(num_cells, ages)[:, None] & bad[:, :, None]).any(-1)[..., None]  # [B, H, TQ, 1]

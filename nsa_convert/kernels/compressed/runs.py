@@ -158,7 +158,7 @@ class CompressedRun:
         for chunk in self.chunks():
             rows, queries, cells = chunk.rows, chunk.queries, chunk.cells
             p, part_lse = self.probabilities(q[rows, queries].to(dtype), keys[rows, :, cells], chunk, scratch)
-            if o is not None and chunk.num_cells:
+            if o is not None and lse is not None and chunk.num_cells:
                 part = torch.matmul(p.flatten(2, 3).to(q.dtype), values[rows, cells].transpose(1, 2))
                 o[rows, queries] = part.unflatten(2, p.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3)
                 lse[rows, queries] = part_lse.permute(0, 3, 1, 2).flatten(2, 3)

@@ -56,7 +56,7 @@ def top_blocks(score: Tensor, ages: Tensor | None, size: int, rule: BlockTopK) -
     future = None if ages is None else block * rule.block_size >= ages
     if size == num_blocks:
         return (block if future is None else block.masked_fill(future, -1)).expand(score.shape)
-    if future is None:
+    if future is None or ages is None:
         score[..., : rule.num_sink_blocks] = torch.inf
         score[..., num_blocks - rule.num_local_blocks :] = torch.inf
     else:

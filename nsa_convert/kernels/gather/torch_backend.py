@@ -81,8 +81,9 @@ def decode_window(
 
 def _only_past(layout: SequenceLayout, num_queries: int, num_keys: int) -> bool:
     """Return whether the one query is known to be the last key, without padding: then nothing is masked."""
-    fixed = not isinstance(layout.offset, Tensor) and layout.start is None
-    return fixed and num_queries == 1 and layout.offset + 1 == num_keys
+    if isinstance(layout.offset, Tensor) or layout.start is not None:
+        return False
+    return num_queries == 1 and layout.offset + 1 == num_keys
 
 
 def _window_tokens(

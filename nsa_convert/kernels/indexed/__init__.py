@@ -136,7 +136,9 @@ def _reach(q: Tensor, k: Tensor, slot: Tensor | None, first: int) -> int:
 
 def _run_tokens(q: Tensor, k: Tensor, weights: Tensor, *flat: Any) -> Tensor:
     layout = restore(flat[3:-1])
-    lists = _choose_tokens(q, k[:, : reach(layout, q, k)], weights, *flat[:3], layout, flat[-1])
+    most, num_sinks, window_size = flat[:3]
+    seen = k[:, : reach(layout, q, k)]
+    lists = _choose_tokens(q, seen, weights, most, num_sinks, window_size, layout, flat[-1])
     return fit_lists(lists, _fake_tokens(q, k, weights, *flat).shape[-1])
 
 

@@ -243,7 +243,8 @@ def _key_gradients(
         TK=num_keys,
         GRANULE=GRANULE,
     )
-    return tuple(x[0] if parts == 1 else x.sum(0).to(dtype) for x in (dk, dv))
+    dk, dv = (x[0] if parts == 1 else x.sum(0).to(dtype) for x in (dk, dv))
+    return dk, dv
 
 
 def num_parts(k: Tensor) -> int:

@@ -58,7 +58,8 @@ def selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv; the lists are united again rather than kept."""
     if not q.numel() or not indices.numel():
-        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        return dq, dk, dv
     q, k, v, do = (_rows(x) for x in (q, k, v, do))
     layout = _layout(offset_tensor, offset, start, cu_seqlens)
     plan = _plan(q, k, indices, block_size, query_block, layout)
@@ -73,7 +74,8 @@ def selected_attention_backward(
 
 @selected_attention_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +29,7 @@ from nsa_convert.kernels.union.triton_steps import (
     tile_arguments,
 )
 
-CASES = tuple(
+CASES: tuple[dict[str, Any], ...] = tuple(
     {"D": 128, "DP": 128, "BM": rows, "R": readers, "G": readers, "W": min(64, rows // readers), "BS": size,
      "BN": min(64, size), "UPCAST": False, "CLEAN": clean}
     for rows, readers, size, clean in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -42,7 +44,7 @@ LONG = {
     "D": 256, "DP": 256, "row": 512, "BM": 64, "R": 4, "G": 4, "W": 16, "BS": 64, "BN": 32, "UPCAST": False,
 }  # fmt: skip
 EXACT = {**LONG, "D": 128, "DP": 128, "dtype": "fp32", "row": 1024, "BM": 32, "W": 8, "BN": 16, "slow": True}
-CASES = tuple(
+CASES: tuple[dict[str, Any], ...] = tuple(
     {"D": 128, "DP": 128, "BM": rows, "R": readers, "G": readers, "W": min(64, rows // readers), "BS": size,
      "BN": min(64, size * join), "PARTS": parts, "JOIN": join, "HALVES": halves, "CLEAN": clean,
      "UPCAST": False}

@@ -355,11 +355,13 @@ class SparseMethod(nn.Module):
         sparse = self(x) if compared or mode.stream in ("ordinary", "sparse") else None
         dense = teacher_output(self, x) if compared or mode.stream == "teacher" else None
 
-        if mode.stream == "teacher":
-            o = dense.detach()
-        elif mode.stream == "full":
+        if mode.stream == "full":
             o = dense_output(self, x) if dense is None or x.plain_keys is not None else dense
+        elif mode.stream == "teacher":
+            assert dense is not None
+            o = dense.detach()
         else:
+            assert sparse is not None
             o = sparse
         return o, self.auxiliary_losses(x, sparse, dense, mode)
 
@@ -376,6 +378,8 @@ class SparseMethod(nn.Module):
         """
         if "output_error" not in mode.losses:
             return {}
+        assert sparse is not None
+        assert dense is not None
         return {"output_error": output_error(sparse, dense, mode.total)}
 
 

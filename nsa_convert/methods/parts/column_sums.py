@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def attend_and_sum(
     group, wide = q.shape[2] // k.shape[2], torch.promote_types(q.dtype, torch.float32)
     o = torch.zeros_like(q)
     sums = q.new_zeros(q.shape[0], q.shape[2], k.shape[1], dtype=wide)
-    for part in segments(layout, *q.shape[:2], k.shape[1]):
+    for part in segments(layout, q.shape[0], q.shape[1], k.shape[1]):
         own, seen = slice(*part.queries), slice(*part.keys)
         for head in range(q.shape[2]):
             keys, values = (x[part.row, seen, head // group].to(wide) for x in (k, v))
@@ -102,15 +104,16 @@ def column_sums(
     kv_heads, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
     sums = q.new_zeros(batch, k.shape[1], heads, dtype=wide)
     starts = layout.row_starts(num_queries, q.device)  # [B or 1, TQ]
+    offset: Any = layout.offset
     width = max(1, SCORES // (batch * heads * k.shape[1]))
     for begin in range(0, num_queries, width):
         end = min(begin + width, num_queries)
-        last = layout.offset + end
-        first = 0 if window is None else max(0, layout.offset + begin - window + 1)
+        last = offset + end
+        first = 0 if window is None else max(0, offset + begin - window + 1)
         own = (q[:, begin:end].to(wide) * scale).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
         keys = k[:, first:last].to(wide).permute(0, 2, 3, 1)  # [B, H, D, L]
         scores = (own.flatten(2, 3) @ keys).unflatten(2, (-1, end - begin))  # [B, H, G, n, L]
-        queries = torch.arange(begin, end, device=q.device)[:, None] + layout.offset
+        queries = torch.arange(begin, end, device=q.device)[:, None] + offset
         # Only the last keys can lie in a query's future; the others are masked where rows or windows begin.
         cut = 0 if bounded else last - first - (end - begin)
         slots = torch.arange(first + cut, last, device=q.device)

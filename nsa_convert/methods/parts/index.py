@@ -54,7 +54,8 @@ class Index(nn.Module):
         self.head_dim = geometry.head_dim
         bias = geometry.qkv_bias and key == "shared"
         self.q = nn.Linear(geometry.hidden_size, self.num_heads * self.head_dim, bias=bias)
-        self.k = self.norm = None
+        self.k: nn.Linear | None = None
+        self.norm: nn.LayerNorm | None = None
         if key == "shared":
             self.k = nn.Linear(geometry.hidden_size, self.head_dim, bias=bias)
             self.norm = nn.LayerNorm(self.head_dim)
@@ -85,7 +86,7 @@ class Index(nn.Module):
         """Return what the layer caches and hands back: index keys, and the learned part of the queries."""
         hidden = hidden.detach()
         states = {"index_q": rotate(self.q(hidden).unflatten(-1, (self.num_heads, self.head_dim)))}
-        if self.k is not None:
+        if self.k is not None and self.norm is not None:
             states["index_k"] = rotate(self.norm(self.k(hidden)).unsqueeze(2))
         return Projection(token_states=states)
 

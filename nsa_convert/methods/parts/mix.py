@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,10 +116,12 @@ class Mix(SparseMethod):
 
     def project(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> Projection:
         """Return what all members project."""
-        keys, values, states = [], [], {}
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        states: dict[str, Tensor] = {}
         for member in self.members():
             own = member.method.project(hidden, rotate)
-            if own.k is not None:
+            if own.k is not None and own.v is not None:
                 keys.append(own.k)
                 values.append(own.v)
             states |= {f"{member.name}.{name}": x for name, x in own.token_states.items()}
@@ -178,9 +180,10 @@ class HeadMix(Mix):
 
     def __init__(self, settings: tuple[HeadPart, ...], geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
-        self.parts = nn.ModuleList(
+        methods = nn.ModuleList(
             part.method(part.settings, _geometry_of(geometry, part.heads), layer_index) for part in settings
         )
+        self.parts = cast(Sequence[SparseMethod], methods)
         for part, method in zip(settings, self.parts, strict=True):
             for module in methods_in(method):
                 module.heads = part.heads
@@ -211,7 +214,9 @@ class HeadMix(Mix):
 
     def train_forward(self, x: AttentionInputs, mode: TrainingMode) -> tuple[Tensor, dict[str, Tensor]]:
         """Attend part by part; a loss is the mean over the heads whose method has it."""
-        outputs, sums, weights = [], {}, {}
+        outputs: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        weights: dict[str, int] = {}
         for method, part, inputs in zip(self.parts, self.settings, self._split(x), strict=True):
             spec, own_mode = method.training_spec, mode
             if mode.stream == "full" and not spec.has_dense_mode and not spec.dual_stream:
@@ -281,8 +286,9 @@ def _renamed(pool: Pool, owner: str, heads: tuple[int, ...]) -> Pool:
 
 def _most(limits: Iterable[int | None]) -> int | None:
     """Return the largest of some limits; None where one of them is none."""
-    known = list(limits)
-    return None if None in known else max(known)
+    given = list(limits)
+    known = [limit for limit in given if limit is not None]
+    return max(known) if len(known) == len(given) else None
 
 
 def _joined_index(sizes: list[IndexSize]) -> IndexSize | None:

@@ -87,8 +87,11 @@ class Phases(Mix):
 
     def __init__(self, settings: PhasesSettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
-        self.prefill = settings.prefill.method(settings.prefill.settings, geometry, layer_index)
-        self.decode = settings.decode.method(settings.decode.settings, geometry, layer_index)
+        prefill, decode = settings.prefill, settings.decode
+        assert isinstance(prefill, PhasePart)
+        assert isinstance(decode, PhasePart)
+        self.prefill = prefill.method(prefill.settings, geometry, layer_index)
+        self.decode = decode.method(decode.settings, geometry, layer_index)
         raise_problems(self._problems(), code="CF22")
         # A training text is read like a prompt.
         self.training_spec = self.prefill.training_spec

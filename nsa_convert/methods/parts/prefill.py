@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,8 +43,11 @@ class PrefillMethod(SparseMethod):
     """Attends to :meth:`patterns` of each sequence of a prompt; steps and short prompts are dense."""
 
     training_spec = TrainingSpec(stage_losses={}, has_dense_mode=True)
-    needs_prompt_end: ClassVar[bool] = False
-    """Whether the choice is made from the last queries of the prompt, so that it cannot be read in chunks."""
+
+    @property
+    def needs_prompt_end(self) -> bool:
+        """Whether the last queries of the prompt choose, so that it cannot be read in chunks."""
+        return False
 
     def patterns(self, x: AttentionInputs) -> Mapping[str, Pattern]:
         """Return what the queries see, as patterns over disjoint keys that share one softmax.

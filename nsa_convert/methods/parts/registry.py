@@ -82,7 +82,7 @@ def read_rule(rule: LayerRule, where: str) -> tuple[type[SparseMethod], Any]:
         ConfigError: Unknown method, unknown setting or bad value.
     """
     method = method_class(rule.method)
-    settings = strict_dataclass(method.Settings, rule.settings, f"{where} ({rule.method})")
+    settings: Any = strict_dataclass(method.Settings, rule.settings, f"{where} ({rule.method})")
     if method is Phases:
         settings = settings.resolved(lambda part, phase: _read_phase(part, f"{where} {phase}"))
     return method, settings
@@ -129,6 +129,7 @@ def build_layer(sparse: SparseAttentionConfig, geometry: AttentionGeometry, laye
     parts = []
     for rule in rules:
         method, settings = read_rule(rule, f"layer {layer_index}")
+        assert rule.heads is not None
         for heads in [rule.heads] if _couples_heads(method, settings) else neighbours(rule.heads):
             parts.append(HeadPart(method=method, settings=settings, heads=heads))
     return HeadMix(tuple(sorted(parts, key=lambda part: part.heads)), geometry, layer_index)

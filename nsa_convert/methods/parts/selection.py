@@ -27,7 +27,7 @@ from nsa_convert.methods.parts.index import Index
 from nsa_convert.methods.parts.index_losses import index_kl, listed_tokens, visible_tokens
 from nsa_convert.methods.parts.losses import attention_mass, sample_queries
 from nsa_convert.methods.parts.training_mode import TrainingMode
-from nsa_convert.patterns import Pattern, TokenSelection
+from nsa_convert.patterns import BlockSelection, Pattern, TokenSelection
 
 NO_REUSE = -1
 """``reuse_from`` of a layer that chooses for itself."""
@@ -52,6 +52,11 @@ class SelectingMethod(SparseMethod):
         self.mode = settings.mode
         self.index: Index | None = None
         """What a method that learns to choose scores with; it has none while another layer chooses."""
+
+    def own_index(self) -> Index:
+        """Return what this layer chooses with, where it chooses for itself."""
+        assert self.index is not None
+        return self.index
 
     @property
     def reuses(self) -> bool:
@@ -163,6 +168,7 @@ class SelectingMethod(SparseMethod):
             chosen = x.shared.get((self.layer_index, self.heads))  # the forward of this call made it
             chosen = self.choose(x) if chosen is None else chosen
             blocks = chosen.as_blocks() if isinstance(chosen, TokenSelection) else chosen
+            assert isinstance(blocks, BlockSelection)
             seen = seen & listed_tokens(blocks.block_indices[:, :, queries], relative, blocks.block_size)
         mass = mass.unflatten(1, (scores.shape[1], -1)).mean(2)  # mean over the heads that share a list
         return {**losses, "index_kl": index_kl(mass, scores, seen, mode.total)}

@@ -28,7 +28,7 @@ def inputs_alone(method: SparseMethod, q: Tensor, k: Tensor, v: Tensor) -> Atten
     """
     hidden = torch.randn(k.shape[0], k.shape[1], method.geometry.hidden_size, dtype=k.dtype, device=k.device)
     own = method.project(hidden, lambda x: x)
-    if own.k is not None:
+    if own.k is not None and own.v is not None:
         k, v = torch.cat([k, own.k], 2), torch.cat([v, own.v], 2)
 
     # States that are cached are there for every token, the others for the queries alone.

@@ -7,6 +7,8 @@ from typing import Literal
 
 from nsa_convert.methods.parts.losses import Total, own
 
+Stream = Literal["ordinary", "sparse", "full", "teacher"]
+"""Which output the residual stream carries; see :class:`TrainingMode`."""
 CHOICE_LOSSES = ("index_kl", "score_kl")
 """Auxiliary losses without which what chooses does not learn: a choice of keys passes no gradient on."""
 
@@ -32,7 +34,7 @@ class TrainingMode:
             sums.
     """
 
-    stream: Literal["ordinary", "sparse", "full", "teacher"] = "sparse"
+    stream: Stream = "sparse"
     losses: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     cross_entropy: float = 1.0

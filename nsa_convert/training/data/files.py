@@ -169,7 +169,8 @@ def _index_lines(path: Path, column: str, is_chat: bool, size: int, modified: in
                 ends.append(begin + len(line))
                 numbers.append(number)
             begin += len(line)
-    return Lines(*(np.array(rows, np.int64) for rows in (starts, ends, numbers)), tuple(bad))
+    first, last, counted = (np.array(rows, np.int64) for rows in (starts, ends, numbers))
+    return Lines(starts=first, ends=last, numbers=counted, bad=tuple(bad))
 
 
 @functools.cache

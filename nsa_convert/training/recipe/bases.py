@@ -43,7 +43,8 @@ def resolved_text(path: Path) -> str:
     texts = [file.read_text(encoding="utf-8-sig") for file in files]
     if len(texts) == 1:
         return texts[0]
-    heads, comments = [_head(text) for text in texts], {}
+    heads = [_head(text) for text in texts]
+    comments: dict[tuple, list[str]] = {}
     for text in reversed(texts):
         comments |= _comments(text)
     # Short mappings on one line, as the recipes are written.
@@ -95,7 +96,7 @@ def _find_base(name: Any, path: Path) -> Path:
 
 def _merge_files(files: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     """Return what files say together, each but the last building on the next."""
-    (first, values), *others = reversed(files.items())
+    (first, values), *others = reversed(list(files.items()))
     where = first.name
     for path, own in others:
         both = _merged(values, own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from nsa_convert.config import unknown_keys
 from nsa_convert.errors import ConfigError
@@ -28,7 +28,8 @@ def read_dataclass(cls: type[T], values: Any, where: str, problems: list[str]) -
     if not isinstance(values, Mapping):
         problems.append(f"{where}: expected a mapping, got {values!r}")
         return None
-    hints = {f.name: hint for f in dataclasses.fields(cls) for hint in [get_type_hints(cls)[f.name]]}
+    fields = dataclasses.fields(cast(Any, cls))
+    hints = {f.name: hint for f in fields for hint in [get_type_hints(cls)[f.name]]}
     before = len(problems)
     problems += unknown_keys([str(key) for key in values], hints, where)
     known: dict[str, Any] = {}
@@ -39,7 +40,7 @@ def read_dataclass(cls: type[T], values: Any, where: str, problems: list[str]) -
             known[key] = _convert(hints[key], value, f"{where}.{key}" if where else key, problems)
         except _Bad as error:
             problems.append(f"{where}: {key} must be {error}, got {value!r}")
-    for field in dataclasses.fields(cls):
+    for field in fields:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in values:
             problems.append(f"{where}: '{field.name}' is missing")
@@ -74,7 +75,7 @@ def _convert(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
             raise _Bad("a mapping")
         item = get_args(kind)[1]
         return {str(k): _convert(item, v, f"{where}.{k}", problems) for k, v in value.items()}
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return read_dataclass(kind, value, where, problems)
     return _scalar(kind, value)
 
@@ -84,7 +85,8 @@ def _first_fit(options: list[Any], value: Any, where: str, problems: list[str]) 
         return _convert(options[0], value, where, problems)
     wanted = []
     for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+        is_class = isinstance(option, type) and dataclasses.is_dataclass(option)
+        if is_class and isinstance(value, Mapping):
             return read_dataclass(option, value, where, problems)
         try:
             return _convert(option, value, where, [])

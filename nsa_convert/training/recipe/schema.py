@@ -272,7 +272,7 @@ def recipe_from_dict(
     values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, where: str = "recipe"
 ) -> Recipe:
     """Build a recipe from plain values; see :func:`read_recipe`."""
-    values, problems = copy.deepcopy(dict(values)), []
+    values, problems = copy.deepcopy(dict(values)), list[str]()
     if secrets := [*secret_places(values), *secret_places(dict(overrides or {}))]:
         raise ConfigError(
             f"{where}: {', '.join(secrets)} is a secret, which does not belong in a recipe",

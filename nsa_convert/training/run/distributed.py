@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,12 @@ from nsa_convert.patch.patching import sparse_methods
 from nsa_convert.patch.tensor_parallel import tensor_problems
 from nsa_convert.training.run.parallel import Parallel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 T = TypeVar("T")
 
-def distributed_config(plain: nn.Module, *, fsdp: int = 1, tensor: int = 1) -> Any:
+def distributed_config(plain: PreTrainedModel, *, fsdp: int = 1, tensor: int = 1) -> Any:
     """Return transformers' DistributedConfig for a dense or converted model.
 
     Args:
@@ -67,7 +70,7 @@ def from_main(work: Callable[[], T]) -> T:
     return box[0]
 
 
-def load_sharded(folder: Path, dtype: torch.dtype, parallel: Parallel) -> nn.Module:
+def load_sharded(folder: Path, dtype: torch.dtype, parallel: Parallel) -> PreTrainedModel:
     """Load a checkpoint with its weights cut among the processes as ``parallel`` says."""
     from transformers import AutoModelForCausalLM
 
@@ -79,7 +82,7 @@ def load_sharded(folder: Path, dtype: torch.dtype, parallel: Parallel) -> nn.Mod
     return model
 
 
-def _save_tied_once(model: nn.Module) -> None:
+def _save_tied_once(model: PreTrainedModel) -> None:
     """Keep copies of tied weights out of what a cut model saves: gathered, they no longer share memory."""
     gather = model.gather_sharded_state_dict_for_save
 

@@ -66,7 +66,8 @@ def _whole(model: nn.Module, names: list[str]) -> Iterator[None]:
         cut[name] = dict(module.named_parameters(recurse=False))
         for own, parameter in cut[name].items():
             if hasattr(parameter, "full_tensor"):
-                setattr(module, own, nn.Parameter(parameter.detach().full_tensor()))
+                mine: Any = parameter.detach()  # a DTensor
+                setattr(module, own, nn.Parameter(mine.full_tensor()))
     modules = {name: model.get_submodule(name) for name in names}
     yield
     for name, parameters in cut.items():

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from nsa_convert.plan import resolve_plan
 from nsa_convert.strict_files import read_json_mapping
 from nsa_convert.training.recipe.schema import Recipe
 from nsa_convert.training.recipe.sections import FreshModel, RopeScaling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 END_TOKEN = "<|end|>"
 TOKENIZER_TEXTS = 400
@@ -123,7 +126,7 @@ def _fresh_config(fresh: FreshModel) -> Any:
         raise ConfigError(f"model.config: {str(error).splitlines()[0]}", code="RC08") from error
 
 
-def load_first(recipe: Recipe, start: Start) -> nn.Module:
+def load_first(recipe: Recipe, start: Start) -> PreTrainedModel:
     """Return the model the first stage trains, converted where the recipe asks for it."""
     from transformers import AutoModelForCausalLM
 
@@ -212,7 +215,7 @@ def rope_parameters(config: Mapping[str, Any], scaling: RopeScaling) -> tuple[di
     return new, int(original * scaling.factor)
 
 
-def set_rope(model: nn.Module, scaling: RopeScaling) -> None:
+def set_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
     """Change the RoPE of a loaded model in place."""
     parameters, positions = rope_parameters(model.config.to_dict(), scaling)
     for config in {id(c): c for c in (model.config, model.model.config)}.values():
@@ -222,7 +225,7 @@ def set_rope(model: nn.Module, scaling: RopeScaling) -> None:
     model.model.rotary_emb = type(old)(config=model.config).to(old.inv_freq.device)
 
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write a model with its tokenizer to an existing, empty folder."""
     with quiet():
         model.save_pretrained(folder)  # why: a stage's model, inside the staging folder of the caller

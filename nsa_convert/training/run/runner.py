@@ -299,7 +299,7 @@ def finish_stage(
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.adapts:
-        from nsa_convert.training.run.lora import merged, save_adapters
+        from nsa_convert.training.run.lora import save_adapters
 
         save_adapters(model, place / "adapter", is_main=trainer.is_world_process_zero())
     trainer.accelerator.wait_for_everyone()
@@ -318,6 +318,8 @@ def finish_stage(
                 gathered.rename(folder)
     elif trainer.is_world_process_zero():
         if trainer.adapts:
+            from nsa_convert.training.run.lora import merged
+
             model = merged(model, place / "adapter", whole() if trainer.sharded else None)
         with staged(place / MODEL) as folder:
             save_model(model, tokenizer, folder)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from nsa_convert.training.run.forecast import RecipePlan, is_trained
 from nsa_convert.training.run.models import DTYPES, Start, fresh_tokenizer, load_first, methods_of, set_rope
 from nsa_convert.training.run.parallel import Parallel, parallel_of
 from nsa_convert.training.run.trainer import Say, StageTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MODEL = "model"
 """Folder of a stage's trained model."""
@@ -74,7 +77,7 @@ def write_start(recipe: Recipe, start: Start) -> Path:
 
 def load_base(
     recipe: Recipe, index: int, start: Start, parallel: Parallel, checkpoint: Path | None = None
-) -> nn.Module:
+) -> PreTrainedModel:
     """Return the model a stage begins with, cut among the processes, with the RoPE of the stage.
 
     Args:
@@ -99,7 +102,9 @@ def load_base(
     return model
 
 
-def load_stage_model(recipe: Recipe, index: int, start: Start, checkpoint: Path | None = None) -> nn.Module:
+def load_stage_model(
+    recipe: Recipe, index: int, start: Start, checkpoint: Path | None = None
+) -> PreTrainedModel:
     """Return the model a stage begins with, its trained weights unfrozen, adapters added.
 
     Args:
@@ -234,11 +239,11 @@ def frozen_hash(model: nn.Module) -> str:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             local = getattr(parameter, "_local_tensor", parameter).detach()
-            digest.update(local.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(local.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def flops_per_token(model: nn.Module, stage: Stage) -> float:
+def flops_per_token(model: PreTrainedModel, stage: Stage) -> float:
     """Return the FLOPs of one token: 6 per weight in a matrix, 12 per visible key, head and coordinate."""
     config = model.config
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)

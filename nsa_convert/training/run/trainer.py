@@ -64,6 +64,9 @@ class StageTrainer(Trainer):
         **kwargs: Of transformers' Trainer.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         *,
@@ -213,7 +216,8 @@ class StageTrainer(Trainer):
         """Make AdamW with the learning rates of the stage."""
         if self.optimizer is None:
             groups = parameter_groups(model or self.model, self.stage)
-            self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, eps=1e-8)
+            first, second = self.stage.betas
+            self.optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=1e-8)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
