@@ -135,6 +135,12 @@ def test_every_recipe_is_in_the_wheel():
     assert all(f"share/nsa_convert/{names[0]}" == f"{key}/*" for key, names in tools["data-files"].items())
 
 
+def test_types_are_told_to_who_installs_it():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "py.typed" in tools["package-data"]["nsa_convert"]
+    assert (ROOT / "nsa_convert" / "py.typed").read_bytes() == b""
+
+
 def test_the_table_of_extras_is_that_of_the_project():
     listed = {name: set(packages) for name, packages in extras.EXTRAS.items()}
     assert listed == {name: set(packages) for name, packages in EXTRAS.items() if name != "dev"}
@@ -234,7 +240,7 @@ def test_the_published_line_installs_a_checkout_and_the_hints_hold_there(tmp_pat
 
 
 @pytest.mark.slow
-def test_recipes_are_found_where_the_wheel_is_installed(tmp_path):
+def test_recipes_and_types_are_found_where_the_wheel_is_installed(tmp_path):
     source, wheels, place = copy_project(tmp_path / "source"), tmp_path / "wheels", tmp_path / "place"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(wheels), str(source)]
@@ -247,6 +253,7 @@ def test_recipes_are_found_where_the_wheel_is_installed(tmp_path):
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["recipes"].keys() == known_recipes().keys()
+    assert (place / "nsa_convert" / "py.typed").is_file()
 
 
 def test_version_is_told_once():
