@@ -29,7 +29,7 @@ HF_TESTS ?=
 SUITE = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(HF) $(BIN)/python -m pytest -q \
 	-o addopts=--import-mode=importlib -p tests.hf.checks --disable-warnings tests/hf/suite.py
 
-.PHONY: help venv test test-all test-oldest test-hf test-gpu lint fuzz demo bench bench-gpu clean
+.PHONY: help venv test test-all test-oldest test-hf test-gpu lint fuzz demo bench bench-gpu release clean
 
 help:
 	@echo "make test      the tests that need no GPU and no network (8 to 16 minutes on 2 cores)"
@@ -42,6 +42,7 @@ help:
 	@echo "make bench     sparse against dense attention on this machine"
 	@echo "make bench-gpu the kernels on a GPU: right, how fast, how near to its limits (under 8 minutes)"
 	@echo "make test-gpu  the tests that need a GPU"
+	@echo "make release   sdist and wheel in dist/, built and checked; nothing is uploaded"
 	@echo "make clean     remove .venv and what the targets wrote"
 
 venv: $(READY)
@@ -95,6 +96,9 @@ bench-gpu: $(READY)
 
 test-gpu: $(READY)
 	OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(TESTS)
+
+release: $(READY)
+	$(BIN)/python .ci/release dist
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
