@@ -27,7 +27,10 @@ from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patterns import DENSE_LAYOUT, SinkWindow
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 README = ROOT / "README.md"
 
 # Traces of one machine or one way of working; the project speaks of itself alone.
@@ -189,7 +192,7 @@ def test_file_tree_is_complete_and_exists():
 
 
 def text_files() -> Iterator[Path]:
-    folders = ("nsa_convert", "tests", "benchmarks", "docs", ".ci", "recipes", "model_cards")
+    folders = ("nsa_convert", "tests", "benchmarks", "docs", ".ci", ".github", "recipes", "model_cards")
     yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
     for folder in folders:
         yield from (path for path in (ROOT / folder).rglob("*") if path.is_file())

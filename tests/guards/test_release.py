@@ -51,6 +51,14 @@ def test_the_citation_names_this_version():
     assert f"## {cited['version']} - {cited['date-released']}" in changelog
 
 
+def test_the_hosting_runs_what_a_checkout_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(form.read_text())
+
+
 def test_the_version_is_read_without_importing(release):
     assert release.version_of(ROOT) == nsa_convert.__version__
 
