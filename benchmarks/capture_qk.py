@@ -1,6 +1,6 @@
 """Write the queries and keys of one layer of a real model, for benchmarks/ops_cpu.py --inputs.
 
-    python benchmarks/capture_qk.py MODEL_FOLDER TEXT_FILE OUT.safetensors [--layer 15] [--tokens 8192]
+python benchmarks/capture_qk.py MODEL_FOLDER TEXT_FILE OUT.safetensors [--layer 15] [--tokens 8192]
 """
 
 from __future__ import annotations

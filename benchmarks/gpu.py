@@ -114,8 +114,16 @@ def measure(
     median, floor = statistics.median(times), limits.floor_ms(case, phase)
     geometry, length, batch = where
     return Row(
-        geometry=geometry, phase=phase, length=length, batch=batch, name=case.name, median_ms=median,
-        min_ms=min(times), max_ms=max(times), peak_mib=peak, share=None if floor is None else floor / median,
+        geometry=geometry,
+        phase=phase,
+        length=length,
+        batch=batch,
+        name=case.name,
+        median_ms=median,
+        min_ms=min(times),
+        max_ms=max(times),
+        peak_mib=peak,
+        share=None if floor is None else floor / median,
     )
 
 
@@ -143,9 +151,7 @@ def graphed(run: Callable[[], object], device: str) -> Callable[[], object]:
     return graph.replay
 
 
-def run_plan(
-    plan: tuple, device: str, limits: Limits, deadline: float, tell: Tell
-) -> Iterator[Row]:
+def run_plan(plan: tuple, device: str, limits: Limits, deadline: float, tell: Tell) -> Iterator[Row]:
     """Yield rows in the order of the plan until the deadline."""
     for geometry, lengths in plan:
         sizes = bench.parse_geometry(geometry)

@@ -70,26 +70,40 @@ def forward_cases(x: bench.Inputs, device: str) -> Iterator[Case]:
     compressed, banded = 1.5 * product * cell_pairs, product * pairs_of(window, length)
     leaves = (x.q, x.k, x.v)
     yield Case(
-        name="nsa", run=lambda: bench.nsa(x, x.q, DENSE_LAYOUT), bytes=3 * moved,
-        inputs=(*leaves, x.cell_keys, x.cell_values), flops=selected + compressed + banded,
+        name="nsa",
+        run=lambda: bench.nsa(x, x.q, DENSE_LAYOUT),
+        bytes=3 * moved,
+        inputs=(*leaves, x.cell_keys, x.cell_values),
+        flops=selected + compressed + banded,
     )
     yield Case(
-        name="nsa: compressed + top-k", flops=compressed, bytes=moved,
+        name="nsa: compressed + top-k",
+        flops=compressed,
+        bytes=moved,
         inputs=(x.q, x.cell_keys, x.cell_values),
         run=lambda: compressed_attention(x.q, x.cell_keys, x.cell_values, **cells).o,
     )
     yield Case(
-        name="nsa: selected", flops=selected, bytes=moved, inputs=leaves,
+        name="nsa: selected",
+        flops=selected,
+        bytes=moved,
+        inputs=leaves,
         run=lambda: sparse_attention(*leaves, chosen)[0],
     )
     yield Case(
-        name="nsa: window", flops=banded, bytes=moved, inputs=leaves,
+        name="nsa: window",
+        flops=banded,
+        bytes=moved,
+        inputs=leaves,
         run=lambda: sparse_attention(*leaves, window)[0],
     )
     yield Case(name="ssa", run=lambda: bench.ssa(x, x.q, DENSE_LAYOUT), inputs=leaves)
     random = random_blocks(x, chosen)
     yield Case(
-        name="selected, random lists", flops=product * pairs_of(random, length), bytes=moved, inputs=leaves,
+        name="selected, random lists",
+        flops=product * pairs_of(random, length),
+        bytes=moved,
+        inputs=leaves,
         run=lambda: sparse_attention(*leaves, random)[0],
     )
     yield from dense_cases(x, product * causal, moved)
@@ -101,8 +115,12 @@ def dense_cases(x: bench.Inputs, flops: float, moved: float) -> Iterator[Case]:
     """Yield torch's dense attention by each of its backends."""
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         yield Case(
-            name=bench.DENSE + f"SDPA {backend.name.split('_')[0].lower()}", flops=flops, bytes=moved,
-            run=functools.partial(dense, x, backend), inputs=(x.q, x.k, x.v), ours=False,
+            name=bench.DENSE + f"SDPA {backend.name.split('_')[0].lower()}",
+            flops=flops,
+            bytes=moved,
+            run=functools.partial(dense, x, backend),
+            inputs=(x.q, x.k, x.v),
+            ours=False,
         )
 
 
@@ -138,13 +156,20 @@ def tile_cases(x: bench.Inputs, device: str, product: float) -> Iterator[Case]:
     pattern = BlockSelection(block_indices=lists, block_size=TILE, query_block=TILE)
     flops = product * pairs_of(pattern, length)
     yield Case(
-        name="block mask, tiles of 128", flops=flops, bytes=2 * (x.q.nbytes + x.k.nbytes),
-        run=lambda: sparse_attention(x.q, x.k, x.v, pattern)[0], inputs=(x.q, x.k, x.v),
+        name="block mask, tiles of 128",
+        flops=flops,
+        bytes=2 * (x.q.nbytes + x.k.nbytes),
+        run=lambda: sparse_attention(x.q, x.k, x.v, pattern)[0],
+        inputs=(x.q, x.k, x.v),
     )
     if device.startswith("cuda") and length in FLEX_LENGTHS:
         yield Case(
-            name="block mask, FlexAttention", flops=flops, bytes=2 * (x.q.nbytes + x.k.nbytes), ours=False,
-            run=functools.partial(flex, x, lists), inputs=(x.q, x.k, x.v),
+            name="block mask, FlexAttention",
+            flops=flops,
+            bytes=2 * (x.q.nbytes + x.k.nbytes),
+            ours=False,
+            run=functools.partial(flex, x, lists),
+            inputs=(x.q, x.k, x.v),
         )
 
 
@@ -164,9 +189,7 @@ def flex(x: bench.Inputs, lists: Tensor) -> Tensor:
     padded = torch.full((*lists.shape[:3], tiles), 0, dtype=torch.int32, device=lists.device)
     order = lists.masked_fill(lists < 0, tiles).sort(-1).values  # unused last
     padded[..., : lists.shape[3]] = order.masked_fill(order == tiles, 0).int()
-    mask = BlockMask.from_kv_blocks(
-        counts, padded, BLOCK_SIZE=TILE, mask_mod=lambda b, h, q, k: q >= k
-    )
+    mask = BlockMask.from_kv_blocks(counts, padded, BLOCK_SIZE=TILE, mask_mod=lambda b, h, q, k: q >= k)
     q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
     return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
 
@@ -203,14 +226,15 @@ def decode_cases(x: bench.Inputs, batch: int) -> Iterator[Case]:
     s = NSASettings()
     token = 2 * x.k[:, :1].nbytes * batch  # a key and a value of all heads
     read = s.rule.budget + s.window_size + 1.5 * length / s.compression_stride
-    yield Case(
-        name="nsa", run=lambda: bench.nsa(cache, q, layout), flops=product * read, bytes=token * read
-    )
+    yield Case(name="nsa", run=lambda: bench.nsa(cache, q, layout), flops=product * read, bytes=token * read)
     yield Case(name="ssa", run=lambda: bench.ssa(cache, q, layout))
     k, v = (y.transpose(1, 2) for y in (cache.k, cache.v))
     rows = q.view(batch, k.shape[1], -1, dim)
     for name, queries, grouped in (("enable_gqa", q.transpose(1, 2), True), ("group as rows", rows, False)):
         yield Case(
-            name=bench.DENSE + f"SDPA {name}", flops=product * length, bytes=token * length, ours=False,
+            name=bench.DENSE + f"SDPA {name}",
+            flops=product * length,
+            bytes=token * length,
+            ours=False,
             run=functools.partial(scaled_dot_product_attention, queries, k, v, enable_gqa=grouped),
         )

@@ -73,9 +73,15 @@ def main() -> None:
             print(row, flush=True)
     if args.csv:
         facts = {
-            "nsa_convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "dtype": args.dtype,
-            "model": args.model.name, "length": args.length, "profile": profile.meta,
+            "nsa_convert": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d"),
+            "dtype": args.dtype,
+            "model": args.model.name,
+            "length": args.length,
+            "profile": profile.meta,
         }
         with args.csv.open("w", newline="", encoding="utf-8") as file:
             file.write("".join(f"# {key}: {value}\n" for key, value in facts.items()))

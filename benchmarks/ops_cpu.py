@@ -88,9 +88,7 @@ def real(source: dict[str, torch.Tensor], length: int, dtype: torch.dtype) -> be
 def selection(x: bench.Inputs) -> BlockSelection:
     """Choose blocks as NSA does."""
     s = NSASettings()
-    return block_topk(
-        x.q, x.cell_keys, width=s.compression_block, stride=s.compression_stride, rule=s.rule
-    )
+    return block_topk(x.q, x.cell_keys, width=s.compression_block, stride=s.compression_stride, rule=s.rule)
 
 
 def unions(x: bench.Inputs) -> dict[int, float]:

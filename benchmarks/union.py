@@ -178,8 +178,11 @@ def main() -> None:
     options = parser.parse_args()
     layers = [int(x) for x in options.layers.split(",")]
     common = {
-        "model": options.model, "text": options.text.name if options.text else "python reference",
-        "tokens": options.tokens, "torch": torch.__version__, "date": datetime.date.today().isoformat(),
+        "model": options.model,
+        "text": options.text.name if options.text else "python reference",
+        "tokens": options.tokens,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
     }
     rows: list[dict] = []
     for layer, q, k in captured(options.model, options.text, options.tokens, layers):

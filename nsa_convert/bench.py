@@ -93,8 +93,11 @@ class BenchReport:
         checked = [checks_table(self.checks), ""] if self.checks else []
         head = ("phase", "tokens", "what", "median ms", "min", "max", "x best dense", "peak MiB")
         lines = [
-            *checked, f"{self.geometry} heads/KV heads/head dim, {self.dtype}; {where}", "",
-            "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
+            *checked,
+            f"{self.geometry} heads/KV heads/head dim, {self.dtype}; {where}",
+            "",
+            "| " + " | ".join(head) + " |",
+            "|" + "---|" * len(head),
         ]
         for row in self.rows:
             cells = [row.phase, str(row.length), row.name]
@@ -115,8 +118,14 @@ class BenchReport:
 
 
 def run_bench(
-    geometry: str = "14/2/64", lengths: Sequence[int] = LENGTHS, device: str = "cpu", dtype: str = "bfloat16",
-    repeats: int = 5, dense: bool = True, check: bool = False, rule: LayerRule | None = None,
+    geometry: str = "14/2/64",
+    lengths: Sequence[int] = LENGTHS,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    repeats: int = 5,
+    dense: bool = True,
+    check: bool = False,
+    rule: LayerRule | None = None,
 ) -> BenchReport:
     """Check the ops against the reference, then time NSA, SSA and their parts against dense attention.
 
@@ -229,7 +238,12 @@ def nsa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
     """Run the three branches of NSA with open gates."""
     s = NSASettings()
     cells = compressed_attention(
-        q, x.cell_keys, x.cell_values, width=s.compression_block, stride=s.compression_stride, rule=s.rule,
+        q,
+        x.cell_keys,
+        x.cell_values,
+        width=s.compression_block,
+        stride=s.compression_stride,
+        rule=s.rule,
         layout=layout,
     )
     assert cells.o is not None
@@ -242,9 +256,7 @@ def nsa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
 def ssa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
     """Run SSA: block choice and one attention."""
     s = SSASettings()
-    chosen = block_topk(
-        q, x.block_keys, width=s.block_size, stride=s.block_size, rule=s.rule, layout=layout
-    )
+    chosen = block_topk(q, x.block_keys, width=s.block_size, stride=s.block_size, rule=s.rule, layout=layout)
     return sparse_attention(q, x.k, x.v, chosen, layout=layout)[0]
 
 
@@ -271,11 +283,13 @@ def prefill_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = No
     if dense:
         group = q.shape[1] // k.shape[1]
         wide_k, wide_v = (y.repeat_interleave(group, 1) for y in (k, v))
-        yield DENSE + "SDPA enable_gqa", lambda: scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
+        yield (
+            DENSE + "SDPA enable_gqa",
+            lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         )
-        yield DENSE + "SDPA, keys repeated", lambda: scaled_dot_product_attention(
-            q, wide_k, wide_v, is_causal=True
+        yield (
+            DENSE + "SDPA, keys repeated",
+            lambda: scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True),
         )
     yield from sparse_cases(x, x.q, DENSE_LAYOUT) if layer is None else [prompt_case(layer, x.q, x.k, x.v)]
 
@@ -286,20 +300,20 @@ def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = Non
     k, v = cached.k.transpose(1, 2), cached.v.transpose(1, 2)
     if dense:
         rows = q.view(1, k.shape[1], -1, q.shape[3])  # the group on the rows
-        yield DENSE + "SDPA enable_gqa", lambda: scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, enable_gqa=True
+        yield (
+            DENSE + "SDPA enable_gqa",
+            lambda: scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True),
         )
         yield DENSE + "SDPA, group as rows", lambda: scaled_dot_product_attention(rows, k, v)
-        yield DENSE + "bmm, group as rows", lambda: torch.bmm(
-            torch.bmm(rows[0], k[0].mT).mul_(q.shape[3] ** -0.5).softmax(-1), v[0]
+        yield (
+            DENSE + "bmm, group as rows",
+            lambda: torch.bmm(torch.bmm(rows[0], k[0].mT).mul_(q.shape[3] ** -0.5).softmax(-1), v[0]),
         )
     last = SequenceLayout(offset=k.shape[2] - 1)
     yield from sparse_cases(cached, q, last) if layer is None else step_cases(layer, q, cached.k, cached.v)
 
 
-def time_cases(
-    phase: str, length: int, cases: Iterable[Case], repeats: int, device: str
-) -> list[BenchRow]:
+def time_cases(phase: str, length: int, cases: Iterable[Case], repeats: int, device: str) -> list[BenchRow]:
     """Time the cases in turn, round after round, so that all meet the same machine.
 
     A decode step runs for ``WARM_MS``, then ten times more with the clock, before the next case has its turn.
@@ -318,8 +332,14 @@ def time_cases(
     best = min((m for name, m in medians.items() if name.startswith(DENSE)), default=None)
     return [
         BenchRow(
-            phase=phase, length=length, name=name, median_ms=medians[name], min_ms=min(values),
-            max_ms=max(values), speedup=None if best is None else best / medians[name], peak_mib=peaks[name],
+            phase=phase,
+            length=length,
+            name=name,
+            median_ms=medians[name],
+            min_ms=min(values),
+            max_ms=max(values),
+            speedup=None if best is None else best / medians[name],
+            peak_mib=peaks[name],
         )
         for name, values in times.items()
     ]
@@ -375,11 +395,15 @@ def check_ops(sizes: AttentionGeometry, dtype: torch.dtype, device: str) -> None
         results = []
         for backend in ("auto", "reference"):
             with use_backend(backend):
-                results.append([
-                    compressed_attention(q, x.cell_keys, x.cell_values, layout=layout, **cells).o,
-                    sparse_attention(q, x.k, x.v, chosen, layout=layout)[0],
-                    sparse_attention(q, x.k, x.v, SinkWindow(window_size=s.window_size), layout=layout)[0],
-                ])
+                results.append(
+                    [
+                        compressed_attention(q, x.cell_keys, x.cell_values, layout=layout, **cells).o,
+                        sparse_attention(q, x.k, x.v, chosen, layout=layout)[0],
+                        sparse_attention(q, x.k, x.v, SinkWindow(window_size=s.window_size), layout=layout)[
+                            0
+                        ],
+                    ]
+                )
         allowed = 4 * torch.finfo(dtype).eps + 1e-5
         for name, fast, truth in zip(("compressed", "selected", "window"), *results, strict=True):
             error = (fast.float() - truth.float()).abs().max().item() / max(1.0, truth.abs().max().item())
@@ -393,8 +417,11 @@ def environment(device: str) -> dict[str, str]:
     """Return what a number needs beside it: device, versions, threads, date."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name()
     return {
-        "device": name, "threads": str(torch.get_num_threads()), "torch": torch.__version__,
-        "python": platform.python_version(), "date": datetime.date.today().isoformat(),
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
     }
 
 

@@ -86,24 +86,37 @@ def generate_text(
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False).to(model.device)
     count = inputs["input_ids"].shape[1]
     _check_room(count, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {
-        # Sampling settings of the checkpoint would only cause warnings in greedy search.
-        "do_sample": False, "temperature": None, "top_p": None, "top_k": None,
-    }
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature
+        else {
+            # Sampling settings of the checkpoint would only cause warnings in greedy search.
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
+    )
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, (list, tuple)) else {end}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         out = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens, pad_token_id=_pad_token(tokenizer, ends),
-            streamer=None if stream is None else _PieceStreamer(tokenizer, stream), **sampling,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad_token(tokenizer, ends),
+            streamer=None if stream is None else _PieceStreamer(tokenizer, stream),
+            **sampling,
         )
     new = out[0, count:]
     stopped = "end" if len(new) and int(new[-1]) in ends else "length"
     return Generation(
-        prompt=text, text=tokenizer.decode(new, skip_special_tokens=True), prompt_tokens=count,
-        new_tokens=len(new), stopped=stopped,
+        prompt=text,
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        prompt_tokens=count,
+        new_tokens=len(new),
+        stopped=stopped,
     )
 
 
@@ -125,8 +138,11 @@ def _check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None) 
     if positions and prompt_tokens + max_new_tokens > positions:
         raise ConfigError(
             f"the prompt has {prompt_tokens} tokens; with {max_new_tokens} new ones that is beyond the "
-            f"{positions} positions of the model", code="EV01", expected=f"at most {positions} tokens in all",
-            found=str(prompt_tokens + max_new_tokens), hint="shorten the prompt or lower --max-new-tokens",
+            f"{positions} positions of the model",
+            code="EV01",
+            expected=f"at most {positions} tokens in all",
+            found=str(prompt_tokens + max_new_tokens),
+            hint="shorten the prompt or lower --max-new-tokens",
         )
 
 

@@ -277,8 +277,7 @@ def _files(out: Path) -> str:
     problems += [
         f"{path.name} was added after conversion"
         for path in sorted(out.iterdir())
-        if path.suffix in {".py", ".safetensors", ".bin"}
-        and path.name not in {*listed, "training_args.bin"}
+        if path.suffix in {".py", ".safetensors", ".bin"} and path.name not in {*listed, "training_args.bin"}
     ]
     if problems:
         raise CheckFailedError("; ".join(problems[:10]))

@@ -33,7 +33,7 @@ def test_compiled_steps() -> None:
         runs = [dict(decode_model.step_cases(sizes, [kv], ["nsa"], compiled)) for compiled in (False, True)]
         for name, run in runs[0].items():
             expected, got = run().logits, runs[1][name]().logits
-            torch.testing.assert_close(got, expected, rtol=0, atol=2 ** -7 * expected.abs().max().item())
+            torch.testing.assert_close(got, expected, rtol=0, atol=2**-7 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -94,8 +94,16 @@ def test_work_is_counted() -> None:
 
 def test_speedups_are_over_the_best_dense_of_the_same_phase() -> None:
     row = gpu.Row(
-        geometry="4/2/16", phase="forward", length=8, batch=1, name="nsa", median_ms=2.0, min_ms=2.0,
-        max_ms=2.0, peak_mib=None, share=None,
+        geometry="4/2/16",
+        phase="forward",
+        length=8,
+        batch=1,
+        name="nsa",
+        median_ms=2.0,
+        min_ms=2.0,
+        max_ms=2.0,
+        peak_mib=None,
+        share=None,
     )
     dense = [dataclasses.replace(row, name=f"dense: {t}", median_ms=t) for t in (8.0, 6.0)]
     other = dataclasses.replace(row, phase="decode")

@@ -42,8 +42,14 @@ def test_the_text_holds_source_numbers_and_recipe(model):
     report = json.loads((model / "conversion_report.json").read_text())
     (entry,) = report["source"]["files"].values()
     for part in (
-        entry["sha256"], "0" * 40, f"{report['new_parameters']:,}", "bit-equal to the source",
-        "trust_remote_code=True", "not at all", "block_size=8", "n=1",
+        entry["sha256"],
+        "0" * 40,
+        f"{report['new_parameters']:,}",
+        "bit-equal to the source",
+        "trust_remote_code=True",
+        "not at all",
+        "block_size=8",
+        "n=1",
         (model / "recipe.yaml").read_text().rstrip(),
         json.loads((model / "evaluation" / "report.json").read_text())["command"],
     ):

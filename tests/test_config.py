@@ -29,7 +29,9 @@ def test_rules_for_heads_leave_the_rest_to_the_default() -> None:
     assert plan.to_dict() == values
     plan = plan.resolved(3, 4)
     assert [(r.method, r.heads) for r in plan.for_layer(0, 4)] == [
-        ("full", (0, 2)), ("nsa", (1,)), ("ssa", (3,)),
+        ("full", (0, 2)),
+        ("nsa", (1,)),
+        ("ssa", (3,)),
     ]
     assert [(r.method, r.heads) for r in plan.for_layer(1, 4)] == [("moba", None)]
     assert [(r.method, r.heads) for r in plan.for_layer(2, 4)] == [("full", (0, 2)), ("nsa", (1, 3))]

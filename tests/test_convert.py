@@ -210,9 +210,11 @@ def test_a_hybrid_is_told_and_stored_head_by_head(tmp_path):
     assert "layers 0, KV heads 0: full" in report.to_text()
     rules = json.loads((tmp_path / "out" / "config.json").read_text())["sparse_attention"]["rules"]
     assert [(rule["method"], rule["layers"], rule["heads"]) for rule in rules] == [
-        ("msa", [1], [1]), ("full", [0], [0]),
+        ("msa", [1], [1]),
+        ("full", [0], [0]),
     ]
     new = {name for name in all_tensors(tmp_path / "out") if ".sparse." in name}
     assert {name.split(".sparse.")[1] for name in new if ".layers.1." in name} == {
-        "parts.0.gate.weight", "parts.1.index.q.weight",
+        "parts.0.gate.weight",
+        "parts.1.index.q.weight",
     }

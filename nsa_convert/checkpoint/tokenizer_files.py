@@ -28,7 +28,9 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         largest = _largest_id(content)
     except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{TOKENIZER_FILE} is damaged: {type(error).__name__} {error}", code="TK01", where=TOKENIZER_FILE,
+            f"{TOKENIZER_FILE} is damaged: {type(error).__name__} {error}",
+            code="TK01",
+            where=TOKENIZER_FILE,
             hint="fetch it again",
         ) from error
     rows = checkpoint.config["vocab_size"]

@@ -81,7 +81,8 @@ def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> M
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"no model at {str(path)!r}: " + ("it has no config.json" if path.is_dir() else "no such folder"),
-            code="CF24", where=str(path),
+            code="CF24",
+            where=str(path),
         )
     config = read_json_mapping(path / "config.json")
     model_type = str(config.get("model_type"))
@@ -98,9 +99,13 @@ def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> M
         methods = resolve_plan(plan, config["num_hidden_layers"], geometry_of(config))
     budgets = [method.reach().visible_budget for method in methods]
     return ModelFacts(
-        path=path, model_type=model_type, max_positions=config.get("max_position_embeddings"),
-        vocab_size=config.get("vocab_size"), methods=tuple(method.spec.name for method in methods),
-        visible_budget=min(budgets) if budgets and min(budgets) < UNLIMITED else None, plan=plan,
+        path=path,
+        model_type=model_type,
+        max_positions=config.get("max_position_embeddings"),
+        vocab_size=config.get("vocab_size"),
+        methods=tuple(method.spec.name for method in methods),
+        visible_budget=min(budgets) if budgets and min(budgets) < UNLIMITED else None,
+        plan=plan,
         one_pass=all(map(reads_texts, leaves_of(methods))),
     )
 
@@ -167,5 +172,3 @@ def dense_attention_in(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, method in zip(layers, methods, strict=True):
             layer.sparse = method
-
-

@@ -81,12 +81,18 @@ class HeadProfile:
             raise ConfigError(f"cannot read head profile {path}: {error}", code="CF24", hint=hint) from error
         if meta.get("format") != FORMAT or "scores" not in tensors:
             raise ConfigError(
-                f"{path} is not a head profile", code="CF24", expected=FORMAT, found=str(meta.get("format")),
+                f"{path} is not a head profile",
+                code="CF24",
+                expected=FORMAT,
+                found=str(meta.get("format")),
                 hint=hint,
             )
         return cls(
-            scores=tensors["scores"], meta=json.loads(meta["meta"]), budgets=tensors.get("budgets"),
-            captured=tensors.get("captured"), error=tensors.get("error"),
+            scores=tensors["scores"],
+            meta=json.loads(meta["meta"]),
+            budgets=tensors.get("budgets"),
+            captured=tensors.get("captured"),
+            error=tensors.get("error"),
         )
 
     def _optional(self) -> tuple[Tensor, ...]:

@@ -65,8 +65,14 @@ Op = Callable[[Sequence[Tensor], SequenceLayout], tuple[Tensor | None, ...]]
 
 
 def run_checks(
-    device: str, *, length: int = 301, dim: int = 128, half: str = "bfloat16", groups: Sequence[int] = GROUPS,
-    layouts: Sequence[str] = LAYOUTS[1:], dtypes: Sequence[str] = ("float16", "float32"),
+    device: str,
+    *,
+    length: int = 301,
+    dim: int = 128,
+    half: str = "bfloat16",
+    groups: Sequence[int] = GROUPS,
+    layouts: Sequence[str] = LAYOUTS[1:],
+    dtypes: Sequence[str] = ("float16", "float32"),
 ) -> Iterator[CheckRow]:
     """Yield one row for each op and case; compiles one configuration of each kernel it meets.
 
@@ -122,7 +128,11 @@ def checks_table(rows: Sequence[CheckRow]) -> str:
 
 
 def check_op(
-    name: str, op: Op, tensors: Sequence[Tensor], layout: SequenceLayout, case: tuple[str, int, str],
+    name: str,
+    op: Op,
+    tensors: Sequence[Tensor],
+    layout: SequenceLayout,
+    case: tuple[str, int, str],
     decode: bool = False,
 ) -> CheckRow:
     """Compare one op with the reference, in the dtype of the inputs and in float64."""
@@ -146,8 +156,14 @@ def check_op(
             worst = (result, error, allowed)
     dtype, group, kind = case
     return CheckRow(
-        op=name + (", decode" if decode else ""), backend=backend, dtype=dtype, group=group, layout=kind,
-        result=worst[0], error=worst[1], allowed=worst[2],
+        op=name + (", decode" if decode else ""),
+        backend=backend,
+        dtype=dtype,
+        group=group,
+        layout=kind,
+        result=worst[0],
+        error=worst[1],
+        allowed=worst[2],
     )
 
 
@@ -185,7 +201,8 @@ def ops(tensors: Sequence[Tensor], layout: SequenceLayout) -> dict[str, Op]:
     lists = q.shape[1]
     blocks = BlockSelection(block_indices=random_lists(q, k.shape[2], lists, 16, 3), block_size=16)
     per_head = BlockSelection(
-        block_indices=random_lists(q, q.shape[2], tiles_of(q.shape[1], layout, 64), 32, 3), block_size=32,
+        block_indices=random_lists(q, q.shape[2], tiles_of(q.shape[1], layout, 64), 32, 3),
+        block_size=32,
         query_block=64,
     )
     tokens = TokenSelection(token_indices=random_lists(q, k.shape[2], lists, 1, 24))
@@ -213,8 +230,11 @@ def ops(tensors: Sequence[Tensor], layout: SequenceLayout) -> dict[str, Op]:
 
     plain = layout.start is None and layout.cu_seqlens is None
     return {
-        "selected blocks": pattern_op(blocks), "block mask per head": pattern_op(per_head),
-        "selected tokens": pattern_op(tokens), "window": pattern_op(window), "compressed": compressed,
+        "selected blocks": pattern_op(blocks),
+        "block mask per head": pattern_op(per_head),
+        "selected tokens": pattern_op(tokens),
+        "window": pattern_op(window),
+        "compressed": compressed,
         "block choice": lambda x, layout: compressed(x, layout, values=False),
         "dense": lambda x, layout: (dense_attention(*x[:3], layout=layout),),
         "gates": lambda x, layout: (gated_sum((x[0], x[0] * 2, x[0].flip(1)), x[0][..., :3]),),

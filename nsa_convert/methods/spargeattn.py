@@ -112,9 +112,7 @@ class SpargeAttn(BlockPrefillMethod):
         patterns = self.patterns(x)
         record(self, x, x.k, patterns)
         (pattern,) = patterns.values()
-        return skipping_attention(
-            x.q, x.k, x.v, pattern, value_skip=skip, layout=x.layout, scale=x.scale
-        )[0]
+        return skipping_attention(x.q, x.k, x.v, pattern, value_skip=skip, layout=x.layout, scale=x.scale)[0]
 
     def keep(self, x: AttentionInputs, grid: BlockGrid) -> Tensor:
         """Return the chosen blocks, bool ``[B, Hs, NQ, NK]``."""

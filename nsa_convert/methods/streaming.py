@@ -77,9 +77,7 @@ class Streaming(SparseMethod):
         """Keep the sinks and what the next query's window holds."""
         if self.settings.cache == "keep":
             return CacheNeeds()
-        return CacheNeeds(
-            policy=KeepRecent(num_sinks=self.settings.num_sinks, num_recent=self._window() - 1)
-        )
+        return CacheNeeds(policy=KeepRecent(num_sinks=self.settings.num_sinks, num_recent=self._window() - 1))
 
     def reach(self) -> Reach:
         """Every query reads sinks and window."""

@@ -63,13 +63,16 @@ def test_draws_depend_on_the_seed_alone(model):
     assert draw(2) != first
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"max_new_tokens": 0}, UsageError, "max_new_tokens must be at least 1"),
-    ({"temperature": -1.0, "top_p": 2.0}, UsageError, "temperature .* top_p"),
-    ({"prompt": ""}, UsageError, "prompt is empty"),
-    ({"max_new_tokens": 100}, ConfigError, "beyond the 128 positions"),
-    ({"chat": True}, ConfigError, "no chat template"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_new_tokens": 0}, UsageError, "max_new_tokens must be at least 1"),
+        ({"temperature": -1.0, "top_p": 2.0}, UsageError, "temperature .* top_p"),
+        ({"prompt": ""}, UsageError, "prompt is empty"),
+        ({"max_new_tokens": 100}, ConfigError, "beyond the 128 positions"),
+        ({"chat": True}, ConfigError, "no chat template"),
+    ],
+)
 def test_bad_requests(model, options, error, message):
     with pytest.raises(error, match=message):
         generate_text(model, byte_tokenizer(), **{"prompt": PROMPT, **options})

@@ -139,8 +139,14 @@ def chromium(folder, page, width, *options):
     head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark">'
     path.write_text(f'{head}<body style="margin: 0">{frame}</body>')
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-        f"--user-data-dir={folder / 'profile'}", *options, path.as_uri(),
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}",
+        *options,
+        path.as_uri(),
     ]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 

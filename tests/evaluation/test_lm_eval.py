@@ -115,7 +115,9 @@ def test_the_harness_runs_local_tasks_with_both(pair, tasks, tmp_path):
     values = json.loads(result.stdout[result.stdout.index('{"schema"') :])
     rows = {(row["task"], row["metric"]): row for row in values["benchmarks"]}
     assert set(rows) >= {
-        ("tiny_choice", "acc"), ("tiny_rolling", "byte_perplexity"), ("tiny_generate", "exact_match"),
+        ("tiny_choice", "acc"),
+        ("tiny_rolling", "byte_perplexity"),
+        ("tiny_generate", "exact_match"),
     }
     rolling = rows["tiny_rolling", "byte_perplexity"]
     assert rolling["dense"] != rolling["sparse"]

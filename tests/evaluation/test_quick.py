@@ -44,7 +44,8 @@ def test_report_says_how_far_the_model_is_from_the_dense_one(pair, capsys):
     assert capsys.readouterr().out == ""
     assert report.visible_budget == BUDGET
     assert [(text.text.name, text.tokens) for text in report.texts] == [
-        ("code", 4 * BUDGET), ("prose", 4 * BUDGET),
+        ("code", 4 * BUDGET),
+        ("prose", 4 * BUDGET),
     ]
     assert report.warnings == ()
     for text in report.texts:
@@ -68,10 +69,23 @@ def test_report_says_how_far_the_model_is_from_the_dense_one(pair, capsys):
 def test_files_hold_the_same_numbers(pair, tmp_path):
     report = run_quick(pair[1], out_dir=tmp_path / "new", needle_lengths=[500], needle_depths=[0.5])
     names = {path.name for path in report.files}
-    assert names == {path.name for path in (tmp_path / "new").iterdir()} == {
-        "report.json", "buckets.csv", "positions.csv", "layers.csv", "needles.csv",
-        "perplexity.png", "kl.png", "layers.png", "gates.png", "needles.png", "report.html",
-    }
+    assert (
+        names
+        == {path.name for path in (tmp_path / "new").iterdir()}
+        == {
+            "report.json",
+            "buckets.csv",
+            "positions.csv",
+            "layers.csv",
+            "needles.csv",
+            "perplexity.png",
+            "kl.png",
+            "layers.png",
+            "gates.png",
+            "needles.png",
+            "report.html",
+        }
+    )
     saved = json.loads((tmp_path / "new" / "report.json").read_text())
     assert saved == json.loads(json.dumps(report.to_dict()))
     assert (saved["schema"], saved["ok"], saved["visible_budget"]) == (1, True, BUDGET)
@@ -127,17 +141,22 @@ def test_a_dense_model_has_nothing_sparse(pair):
     assert "no layer is sparse" in render(report.tables())
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"length": 2000}, "length 2000 is beyond the model's 1024 positions"),
-    ({"length": 3}, "at least 16 tokens"),
-    ({"needle_lengths": [4096]}, "beyond the model's 1024 positions"),
-    ({"needle_lengths": [100]}, "without any haystack"),
-    ({"needle_lenghts": [500]}, "did you mean 'needle_lengths'"),
-    ({"needle_lengths": "many", "dtype": "int8", "num_queries": 0},
-     r"needle_lengths.*dtype must be one of.*num_queries"),
-    ({"needle_depths": [1.5]}, "between 0 and 1"),
-    ({"text_file": "missing.txt"}, "cannot read"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 2000}, "length 2000 is beyond the model's 1024 positions"),
+        ({"length": 3}, "at least 16 tokens"),
+        ({"needle_lengths": [4096]}, "beyond the model's 1024 positions"),
+        ({"needle_lengths": [100]}, "without any haystack"),
+        ({"needle_lenghts": [500]}, "did you mean 'needle_lengths'"),
+        (
+            {"needle_lengths": "many", "dtype": "int8", "num_queries": 0},
+            r"needle_lengths.*dtype must be one of.*num_queries",
+        ),
+        ({"needle_depths": [1.5]}, "between 0 and 1"),
+        ({"text_file": "missing.txt"}, "cannot read"),
+    ],
+)
 @pytest.mark.usefixtures("no_loading")
 def test_bad_requests_fail_before_anything_is_loaded(pair, options, message):
     with pytest.raises(ConfigError, match=message) as caught:
@@ -146,12 +165,15 @@ def test_bad_requests_fail_before_anything_is_loaded(pair, options, message):
     assert caught.value.hint != "give shorter lengths"  # it may be too short
 
 
-@pytest.mark.parametrize(("content", "length", "message"), [
-    (b"too short", None, "text too short: .* has 9 tokens, at least 16"),
-    (b"x" * 40, 64, "text too short: .* has 40 tokens, 64 were asked for"),
-    (b"\xff\xfe\x00", None, "not UTF-8"),
-    (b"  \n", None, "is empty"),
-])
+@pytest.mark.parametrize(
+    ("content", "length", "message"),
+    [
+        (b"too short", None, "text too short: .* has 9 tokens, at least 16"),
+        (b"x" * 40, 64, "text too short: .* has 40 tokens, 64 were asked for"),
+        (b"\xff\xfe\x00", None, "not UTF-8"),
+        (b"  \n", None, "is empty"),
+    ],
+)
 @pytest.mark.usefixtures("no_loading")
 def test_bad_text_files(pair, tmp_path, content, length, message):
     path = tmp_path / "text.txt"
@@ -209,7 +231,8 @@ def test_budget_of_a_mixed_plan_is_that_of_its_tightest_layer(tmp_path):
     _, sparse = save_pair(tmp_path)
     config = json.loads((sparse / "config.json").read_text())
     config["sparse_attention"]["rules"] = [
-        {"layers": [0], "method": "full"}, {"layers": [1], **NSA, "num_blocks": 3},
+        {"layers": [0], "method": "full"},
+        {"layers": [1], **NSA, "num_blocks": 3},
     ]
     (sparse / "config.json").write_text(json.dumps(config))
     assert read_facts(sparse).visible_budget == 3 * NSA["block_size"]

@@ -49,7 +49,10 @@ def test_what_is_not_a_profile_is_refused(tmp_path: Path) -> None:
         HeadProfile.load(tmp_path / "plain.safetensors")
     with pytest.raises(ConfigError, match=r"(?s)captured must be \(2, 2, 1\).*"):
         HeadProfile(
-            scores=torch.zeros(2, 2), meta={}, budgets=torch.tensor([4]), captured=torch.zeros(2, 2, 3),
+            scores=torch.zeros(2, 2),
+            meta={},
+            budgets=torch.tensor([4]),
+            captured=torch.zeros(2, 2, 3),
             error=torch.zeros(2, 2, 1),
         )
     with pytest.raises(ConfigError, match="finite"):

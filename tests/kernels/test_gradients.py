@@ -56,7 +56,8 @@ def test_error_rule(kind: str, dtype: torch.dtype) -> None:
         "blocks": (lambda *x: sparse_attention(*x, blocks, layout=layout), inputs),
         "shared lists": (lambda *x: sparse_attention(*x, shared, layout=layout), inputs),
         "window": (
-            lambda *x: sparse_attention(*x, SinkWindow(num_sinks=2, window_size=17), layout=layout), inputs
+            lambda *x: sparse_attention(*x, SinkWindow(num_sinks=2, window_size=17), layout=layout),
+            inputs,
         ),
         "compressed": (
             lambda *x: ((c := compressed_attention(*x, width=8, stride=4, layout=layout)).o, c.lse),

@@ -15,11 +15,21 @@ SMALL = {"length": 61, "dim": 16, "groups": (3,), "half": "float16", "dtypes": (
 def test_every_op_and_kind_of_batch_is_checked() -> None:
     rows = self_test("cpu", **SMALL)
     assert {row.op.split(",")[0] for row in rows} == {
-        "selected blocks", "block mask per head", "selected tokens", "window", "compressed", "block choice",
-        "dense", "gates", "values left out",
+        "selected blocks",
+        "block mask per head",
+        "selected tokens",
+        "window",
+        "compressed",
+        "block choice",
+        "dense",
+        "gates",
+        "values left out",
     }
     assert {(row.dtype, row.group, row.layout) for row in rows} == {
-        ("float16", 3, "plain"), ("float16", 4, "offset"), ("float16", 4, "padded"), ("float16", 4, "packed"),
+        ("float16", 3, "plain"),
+        ("float16", 4, "offset"),
+        ("float16", 4, "padded"),
+        ("float16", 4, "packed"),
         ("float32", 4, "plain"),
     }
     assert {row.backend for row in rows} == {"torch"}

@@ -33,8 +33,13 @@ def make_layout(kind: str, num_queries: int) -> tuple[SequenceLayout, int, int]:
 
 
 def make_qkv(
-    batch: int, num_queries: int, num_keys: int, heads: tuple[int, int], dim: int = 16,
-    dtype: torch.dtype = torch.float64, seed: int = 0,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    heads: tuple[int, int],
+    dim: int = 16,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k, v; queries are large enough that scores differ."""
     g = torch.Generator().manual_seed(seed)
@@ -45,8 +50,15 @@ def make_qkv(
 
 
 def make_blocks(
-    batch: int, lists: int, num_queries: int, num_keys: int, size: int, block_size: int, query_block: int,
-    layout: SequenceLayout, seed: int = 0,
+    batch: int,
+    lists: int,
+    num_queries: int,
+    num_keys: int,
+    size: int,
+    block_size: int,
+    query_block: int,
+    layout: SequenceLayout,
+    seed: int = 0,
 ) -> BlockSelection:
     """Return lists of different random blocks, some of them unused, in the future or past the end."""
     g = torch.Generator().manual_seed(seed)
@@ -61,7 +73,12 @@ def make_blocks(
 
 
 def make_cells(
-    batch: int, num_keys: int, heads: int, grid: CellGrid, layout: SequenceLayout, dim: int = 16,
+    batch: int,
+    num_keys: int,
+    heads: int,
+    grid: CellGrid,
+    layout: SequenceLayout,
+    dim: int = 16,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Return ck, cv with as many cells as the layout has, and two spare ones where it is not packed."""

@@ -155,8 +155,13 @@ def test_moba_decodes_densely_when_asked() -> None:
     layer = build_method(rule, geometry, 0).double()
     q, k, v = (torch.randn(1, n, h, DIM, dtype=torch.float64) for n, h in ((1, 4), (TOTAL, 2), (TOTAL, 2)))
     step = AttentionInputs(
-        q=q, k=k, v=v, hidden=q.new_zeros(1, 1, 10), pooled={"key": k.new_zeros(1, TOTAL // 8, 2, DIM)},
-        layout=SequenceLayout(offset=TOTAL - 1), scale=DIM**-0.5,
+        q=q,
+        k=k,
+        v=v,
+        hidden=q.new_zeros(1, 1, 10),
+        pooled={"key": k.new_zeros(1, TOTAL // 8, 2, DIM)},
+        layout=SequenceLayout(offset=TOTAL - 1),
+        scale=DIM**-0.5,
     )
     out = layer(step)
     for h in range(4):
@@ -167,8 +172,14 @@ def test_moba_decodes_densely_when_asked() -> None:
 
 class TestSparseConfig:
     MINICPM4 = {
-        "kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "block_size": 64, "window_size": 2048,
-        "topk": 64, "use_nope": False, "dense_len": 8192,
+        "kernel_size": 32,
+        "kernel_stride": 16,
+        "init_blocks": 1,
+        "block_size": 64,
+        "window_size": 2048,
+        "topk": 64,
+        "use_nope": False,
+        "dense_len": 8192,
     }
 
     def test_round_trip(self) -> None:

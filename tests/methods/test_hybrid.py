@@ -72,7 +72,9 @@ def test_projections_of_a_part_start_from_its_heads() -> None:
 def test_methods_that_choose_for_all_heads_stay_whole() -> None:
     layer = build_layer(plan(NSA, {**DSA, "layers": [0], "heads": [0, 2]}), GEOMETRY, 0)
     assert [(part.method.spec.name, part.heads) for part in layer.settings] == [
-        ("dsa", (0, 2)), ("nsa", (1,)), ("nsa", (3,)),
+        ("dsa", (0, 2)),
+        ("nsa", (1,)),
+        ("nsa", (3,)),
     ]
     assert neighbours((0, 1, 3, 4, 7)) == [(0, 1), (3, 4), (7,)]
 
@@ -89,9 +91,7 @@ def test_cost_of_a_mix_is_the_sum_of_its_parts() -> None:
 
 
 def test_losses_are_means_over_the_heads_that_have_them() -> None:
-    model = patch_model(
-        dense_model("llama", **FOUR_HEADS), plan(SSA, {**MSA, "layers": [1], "heads": [3]})
-    )
+    model = patch_model(dense_model("llama", **FOUR_HEADS), plan(SSA, {**MSA, "layers": [1], "heads": [3]}))
     method = sparse_methods(model)[1]
     assert method.training_spec.dual_stream
     assert method.training_spec.stage_losses["align"] == {"output_error": 1.0, "index_kl": 1.0}
@@ -115,9 +115,7 @@ def test_losses_are_means_over_the_heads_that_have_them() -> None:
 
 
 def test_switches_reach_the_parts() -> None:
-    model = patch_model(
-        dense_model("llama", **FOUR_HEADS), plan(MOBA, {**MSA, "layers": [0], "heads": [3]})
-    )
+    model = patch_model(dense_model("llama", **FOUR_HEADS), plan(MOBA, {**MSA, "layers": [0], "heads": [3]}))
     ids = tokens(1, 90)
     with torch.no_grad():
         sparse = model(ids).logits

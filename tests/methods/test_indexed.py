@@ -29,7 +29,13 @@ def layer_and_inputs(method: str, settings: dict, heads: int, kv_heads: int) -> 
     q, k, v = (2 * torch.randn(1, TOTAL, n, DIM, dtype=F64) for n in (heads, kv_heads, kv_heads))
     hidden = torch.randn(1, TOTAL, 10, dtype=F64)
     inputs = AttentionInputs(
-        q=q, k=k, v=v, hidden=hidden, pooled={}, layout=SequenceLayout(), scale=DIM**-0.5,
+        q=q,
+        k=k,
+        v=v,
+        hidden=hidden,
+        pooled={},
+        layout=SequenceLayout(),
+        scale=DIM**-0.5,
         # Any map of positions will do for RoPE.
         token_states=layer.project(hidden, lambda x: x.flip(1) * 0.5).token_states,
     )

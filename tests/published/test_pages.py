@@ -83,9 +83,7 @@ def run_plan(piece: Piece, number: int) -> None:
         run_command(["nsa-convert", "train", str(place), *set_words(sizes)])
 
 
-@pytest.mark.parametrize(
-    "page", these_quick(PAGES, {*QUICK, *(page for page in PAGES if not pieces(page))})
-)
+@pytest.mark.parametrize("page", these_quick(PAGES, {*QUICK, *(page for page in PAGES if not pieces(page))}))
 def test_a_page_runs_as_printed(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     found = pieces(page)

@@ -154,8 +154,10 @@ def profile_checkpoint(
     if not hasattr(checked, "block_size") or not hasattr(checked, "num_blocks"):
         usable = [name for name, cls in METHODS.items() if hasattr(cls.Settings, "num_blocks")]
         raise ConfigError(
-            f"method '{method}' has no number of blocks to measure at", code="CF22",
-            expected=", ".join(usable), found=method,
+            f"method '{method}' has no number of blocks to measure at",
+            code="CF22",
+            expected=", ".join(usable),
+            found=method,
         )
     size = checked.block_size
     least = size * (checked.num_sink_blocks + checked.num_local_blocks + 1)

@@ -92,13 +92,16 @@ class MassProbe:
             kv_heads = record.k.shape[2]
             self.rows.append(
                 LayerMass(
-                    layer=record.layer_index, pattern=name, budget=pattern.budget,
+                    layer=record.layer_index,
+                    pattern=name,
+                    budget=pattern.budget,
                     density=pattern.density(record.q.shape[1], record.k.shape[1], layout),
                     captured=captured.mean().item(),
                     captured_by_head=tuple(captured.view(kv_heads, -1).mean(1).tolist()),
                     oracle=None if oracle is None else oracle.mean().item(),
                     recall=None if recall is None else recall.mean().item(),
-                    gates=_gate_means(record), heads=record.heads,
+                    gates=_gate_means(record),
+                    heads=record.heads,
                 )
             )
 

@@ -44,7 +44,8 @@ class Readout:
         logits = self.head(self.states[begin:end]).float()
         if not torch.isfinite(logits).all():
             raise CheckFailedError(
-                f"the model's logits are not finite between positions {begin} and {end - 1}", code="EV04",
+                f"the model's logits are not finite between positions {begin} and {end - 1}",
+                code="EV04",
                 hint="try dtype=float32; if that fails too, the weights are damaged (nsa-convert verify)",
             )
         return logits.log_softmax(-1)

@@ -46,7 +46,10 @@ def render_html(report: Mapping[str, Any]) -> str:
 
     plots = [
         {
-            "name": plot.name, "title": plot.title, "note": plot.note, "table": plot.table,
+            "name": plot.name,
+            "title": plot.title,
+            "note": plot.note,
+            "table": plot.table,
             "panels": [
                 {"title": panel.title, "svg": panel_svg(panel, f"{plot.name}{number}")}
                 for number, panel in enumerate(plot.panels)
@@ -57,9 +60,14 @@ def render_html(report: Mapping[str, Any]) -> str:
     settings = {"settings": report.get("settings"), "environment": report.get("environment")}
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        title=f"{report['model']['name']}: sparse against dense attention", verdict=verdict(report),
-        facts=_facts(report), warnings=report.get("warnings", []), command=report["command"], plots=plots,
-        tables=[table for table in _tables(report) if table["rows"]], settings=json.dumps(settings, indent=2),
+        title=f"{report['model']['name']}: sparse against dense attention",
+        verdict=verdict(report),
+        facts=_facts(report),
+        warnings=report.get("warnings", []),
+        command=report["command"],
+        plots=plots,
+        tables=[table for table in _tables(report) if table["rows"]],
+        settings=json.dumps(settings, indent=2),
     )
 
 
@@ -69,9 +77,13 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     against = report["against"].get("attention") or report["against"]["name"]
     budget = report.get("visible_budget")
     return [
-        f"visible budget {budget} tokens" if budget else "no layer is sparse", methods or "dense model",
-        f"dense reference: {against}", f"suite {report['suite']}",
-        processor(machine), f"torch {machine['torch']}", machine["date"],
+        f"visible budget {budget} tokens" if budget else "no layer is sparse",
+        methods or "dense model",
+        f"dense reference: {against}",
+        f"suite {report['suite']}",
+        processor(machine),
+        f"torch {machine['torch']}",
+        machine["date"],
     ]
 
 
@@ -80,7 +92,8 @@ def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         rows = [[_cell(value) for value in row] for row in table.rows]
         yield {"title": table.title, "header": table.header, "note": table.note, "rows": rows}
     yield {
-        "title": "Scores by task", "header": ["task", "length", "dense", "sparse"],
+        "title": "Scores by task",
+        "header": ["task", "length", "dense", "sparse"],
         "note": "Share of right answers; in small type the cases and the 95 % interval.",
         "rows": [
             [_cell(row["task"]), _cell(row["length"]), _share(row["dense"]), _share(row["sparse"])]
@@ -88,7 +101,8 @@ def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         ],
     }
     yield {
-        "title": "lm-eval", "header": ["task", "metric", "samples", "dense", "sparse", "95 % interval"],
+        "title": "lm-eval",
+        "header": ["task", "metric", "samples", "dense", "sparse", "95 % interval"],
         "note": "By the lm-eval harness. The interval is that of the sparse score, where it is a share.",
         "rows": [
             [_cell(row["task"]), _cell(row["metric"]), _cell(row["n"]), *map(_cell, benchmark_cells(row))]
@@ -101,20 +115,30 @@ def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             "header": ["context", "dense perplexity", "sparse", "ratio", "KL", "KL p99", "top-1", "top-5"],
             "note": f"{text['source']}, sha256 {text['sha256'][:16]}.",
             "rows": [
-                [_cell(value) for value in (
-                    row["context"], f"{row['dense_ppl']:.4g}", f"{row['sparse_ppl']:.4g}",
-                    f"{row['ppl_ratio']:.4f}", f"{row['kl_mean']:.2g}", f"{row['kl_p99']:.2g}",
-                    f"{row['top1']:.1%}", f"{row['top5']:.1%}",
-                )]
+                [
+                    _cell(value)
+                    for value in (
+                        row["context"],
+                        f"{row['dense_ppl']:.4g}",
+                        f"{row['sparse_ppl']:.4g}",
+                        f"{row['ppl_ratio']:.4f}",
+                        f"{row['kl_mean']:.2g}",
+                        f"{row['kl_p99']:.2g}",
+                        f"{row['top1']:.1%}",
+                        f"{row['top5']:.1%}",
+                    )
+                ]
                 for row in text["buckets"]
             ],
         }
     yield {
-        "title": "Time and memory", "header": ["length", "attention", "prompt", "one token", "cache"],
+        "title": "Time and memory",
+        "header": ["length", "attention", "prompt", "one token", "cache"],
         "note": "Medians; in small type the slowest repeat. Reading a prompt fills the cache.",
         "rows": [
             [
-                _cell(row["length"]), _cell(row["attention"]),
+                _cell(row["length"]),
+                _cell(row["attention"]),
                 _cell(f"{row['prefill_s']:.3g} s", f"{row['prefill_max_s']:.3g}"),
                 _cell(f"{row['decode_ms']:.3g} ms", f"{row['decode_max_ms']:.3g}"),
                 _cell(f"{row['cache_bytes'] / 1e6:,.1f} MB"),

@@ -34,7 +34,9 @@ def describe_model(facts: ModelFacts, *, same_weights: bool = False) -> dict[str
     """
     counts = {name: facts.methods.count(name) for name in dict.fromkeys(facts.methods)}
     out: dict[str, Any] = {
-        "name": facts.path.resolve().name, "model_type": facts.model_type, "layers_by_method": counts,
+        "name": facts.path.resolve().name,
+        "model_type": facts.model_type,
+        "layers_by_method": counts,
         "manifest_sha256": manifest_hash(facts.path),
     }
     if facts.plan is not None:
@@ -60,10 +62,15 @@ def manifest_hash(folder: Path) -> str | None:
 def describe_machine(device: str) -> dict[str, Any]:
     """Return versions, device, threads and date."""
     return {
-        "nsa_convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "device": device,
+        "nsa_convert": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
-        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
     }
 
 

@@ -80,7 +80,10 @@ def _perplexity(report: Report) -> Plot | None:
         return Panel(title=f"{text['name']} ({text['tokens']} tokens)", draw=draw)
 
     return plot_of(
-        "perplexity", "Perplexity by position", [panel(text) for text in _texts(report)], "positions.csv",
+        "perplexity",
+        "Perplexity by position",
+        [panel(text) for text in _texts(report)],
+        "positions.csv",
         "Lower is better. Left of the budget both are the same by construction. Compare lines, not texts.",
     )
 
@@ -101,7 +104,10 @@ def _kl(report: Report) -> Plot | None:
         return Panel(title=text["name"], draw=draw)
 
     return plot_of(
-        "kl", "Distance from the dense model", [panel(t) for t in _texts(report)], "positions.csv",
+        "kl",
+        "Distance from the dense model",
+        [panel(t) for t in _texts(report)],
+        "positions.csv",
         "KL of the next-token distributions, dense from sparse. 0 means the same distribution.",
     )
 
@@ -129,7 +135,10 @@ def _layers(report: Report) -> Plot | None:
         rows = [row for row in text["layers"] if row["oracle"] is not None]
         panels += [panel(text, rows)] if rows else []
     return plot_of(
-        "layers", "Dense attention mass captured beyond the budget, by layer", panels, "layers.csv",
+        "layers",
+        "Dense attention mass captured beyond the budget, by layer",
+        panels,
+        "layers.csv",
         "Captured far below the best possible: the scores choose badly. Best possible low: small budget.",
     )
 
@@ -159,7 +168,10 @@ def _gates(report: Report) -> Plot | None:
         rows = list({(row["layer"], str(row.get("heads"))): row for row in rows}.values())  # not each pattern
         panels += [panel(text, rows)] if rows else []
     return plot_of(
-        "gates", "Branch use by layer", panels, "layers.csv",
+        "gates",
+        "Branch use by layer",
+        panels,
+        "layers.csv",
         "The mean gate of each branch. Untrained NSA uses the selected branch alone: 1, the others 0.",
     )
 
@@ -193,8 +205,11 @@ def _needles(report: Report) -> Plot | None:
         return Panel(title=mode, draw=draw)
 
     return plot_of(
-        "needles", "Needles found", [panel(mode, cases[mode]) for mode in COLOURS if mode in cases],
-        "needles.csv", "Share of hidden numbers read back, teacher-forced. 0 % is the start of the prompt.",
+        "needles",
+        "Needles found",
+        [panel(mode, cases[mode]) for mode in COLOURS if mode in cases],
+        "needles.csv",
+        "Share of hidden numbers read back, teacher-forced. 0 % is the start of the prompt.",
     )
 
 
@@ -209,7 +224,10 @@ def _speed(report: Report) -> Plot | None:
 
     panels = [panel("reading a prompt", "prefill_s", "seconds"), panel("one more token", "decode_ms", "ms")]
     return plot_of(
-        "speed", "Time against length", panels if rows else [], "speed.csv",
+        "speed",
+        "Time against length",
+        panels if rows else [],
+        "speed.csv",
         "Median of the repeats on the machine named above, both attentions in one run. Lower is better.",
     )
 
@@ -218,7 +236,10 @@ def _cache(report: Report) -> Plot | None:
     rows = [{**row, "cache_mb": row["cache_bytes"] / 1e6} for row in report.get("speed", [])]
     panel = Panel(title="cache", draw=lambda axis: _lines_by_length(axis, rows, "cache_mb", "MB"))
     return plot_of(
-        "cache", "Memory of the cache against length", [panel] if rows else [], "speed.csv",
+        "cache",
+        "Memory of the cache against length",
+        [panel] if rows else [],
+        "speed.csv",
         "Keys and values of one sequence, and what the method keeps beside them.",
     )
 

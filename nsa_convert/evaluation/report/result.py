@@ -65,10 +65,16 @@ class TextResult:
     def to_dict(self, budget: int | None = None) -> dict[str, Any]:
         """Return everything but the single predictions; ``beyond`` leaves out what the budget covers."""
         return {
-            "name": self.text.name, "kind": self.text.kind, "source": self.text.source,
-            "sha256": self.text.sha256, "tokens": self.tokens, "prompt": self.prompt,
+            "name": self.text.name,
+            "kind": self.text.kind,
+            "source": self.text.source,
+            "sha256": self.text.sha256,
+            "tokens": self.tokens,
+            "prompt": self.prompt,
             "all": self.divergence.summary(),
-            "beyond": self.beyond(budget), "buckets": self.bucket_rows(), "curve": self.curve(),
+            "beyond": self.beyond(budget),
+            "buckets": self.bucket_rows(),
+            "curve": self.curve(),
             "layers": [row.to_dict() for row in self.layers],
             "mean_layer": mean_layers(self.layers),
         }
@@ -124,14 +130,21 @@ class QuickReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object (``schema`` 1)."""
         return {
-            "schema": SCHEMA, "ok": True, "suite": "quick", "command": self.command,
-            "model": dict(self.model), "against": dict(self.against), "visible_budget": self.visible_budget,
+            "schema": SCHEMA,
+            "ok": True,
+            "suite": "quick",
+            "command": self.command,
+            "model": dict(self.model),
+            "against": dict(self.against),
+            "visible_budget": self.visible_budget,
             "texts": [text.to_dict(self.visible_budget) for text in self.texts],
             "needles": {
                 who: [dataclasses.asdict(score) for score in scores] for who, scores in self.needles.items()
             },
-            "warnings": list(self.warnings), "settings": dict(self.settings),
-            "environment": dict(self.environment), "seconds": round(self.seconds, 2),
+            "warnings": list(self.warnings),
+            "settings": dict(self.settings),
+            "environment": dict(self.environment),
+            "seconds": round(self.seconds, 2),
             "files": [path.name for path in self.files],
         }
 
@@ -233,9 +246,15 @@ def _text_table(result: TextResult, budget: int | None) -> Table:
     table = simple_table(title, columns)
     for row in [*result.bucket_rows(), {"context": "all", **result.divergence.summary()}]:
         table.add_row(
-            row["context"], str(row["tokens"]), f"{row['dense_ppl']:.4g}", f"{row['sparse_ppl']:.4g}",
-            f"{row['ppl_ratio']:.4f}", f"{row['kl_mean']:.2g}", f"{row['kl_p99']:.2g}",
-            f"{row['top1']:.1%}", f"{row['top5']:.1%}",
+            row["context"],
+            str(row["tokens"]),
+            f"{row['dense_ppl']:.4g}",
+            f"{row['sparse_ppl']:.4g}",
+            f"{row['ppl_ratio']:.4f}",
+            f"{row['kl_mean']:.2g}",
+            f"{row['kl_p99']:.2g}",
+            f"{row['top1']:.1%}",
+            f"{row['top5']:.1%}",
         )
     return table
 
@@ -251,7 +270,11 @@ def _layer_table(result: TextResult) -> Table:
     chosen = [row for row in result.layers if row.oracle is not None]
     for row in sorted(chosen, key=lambda row: row.captured)[:WORST_LAYERS]:
         table.add_row(
-            str(row.layer), row.pattern, f"{row.density:.3f}", f"{row.captured:.3f}", f"{row.oracle:.3f}",
+            str(row.layer),
+            row.pattern,
+            f"{row.density:.3f}",
+            f"{row.captured:.3f}",
+            f"{row.oracle:.3f}",
             f"{min(row.captured_by_head):.3f}",
         )
     return table
@@ -267,5 +290,3 @@ def _needle_table(needles: Mapping[str, Sequence[NeedleScore]]) -> Table:
             cells.append(f"{hits}/{cases}  {nll:.3f}")
         table.add_row(str(length), *cells)
     return table
-
-

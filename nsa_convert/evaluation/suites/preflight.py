@@ -70,9 +70,12 @@ def prepare_inputs(
     if len(models) == 2:
         _check_same_tokens(models, texts, wanted)
     cases = build_cases(
-        tokenizer, settings.needle_lengths, settings.needle_depths,
+        tokenizer,
+        settings.needle_lengths,
+        settings.needle_depths,
         haystack=prose_text().text if settings.needle_haystack == "prose" else None,
-        chat=settings.needle_chat, seed=settings.seed,
+        chat=settings.needle_chat,
+        seed=settings.seed,
     )
     warnings = [*_warnings(texts, budget, wanted), *seen_in_training(models[0].path, sources)]
     return Inputs(texts=texts, cases=tuple(cases), warnings=tuple(warnings))
@@ -127,7 +130,10 @@ def check_texts(texts: Sequence[tuple[EvalText, list[int]]], length: int | None)
         if length is not None and len(ids) < length:
             raise ConfigError(
                 f"text too short: {text.source} has {len(ids)} tokens, {length} were asked for",
-                code="DA02", where=text.source, expected=f">= {length} tokens", found=str(len(ids)),
+                code="DA02",
+                where=text.source,
+                expected=f">= {length} tokens",
+                found=str(len(ids)),
                 hint="give a shorter length or a longer text",
             )
 
@@ -143,14 +149,14 @@ def _check_same_tokens(
         return
     reason = f"read the text {differs[0]!r} as different tokens" if differs else f"know {sizes} tokens"
     raise ConfigError(
-        f"the model and the dense reference {reason}: they cannot be compared", code="EV07",
-        where=str(models[1].path), hint="give the dense checkpoint this model was converted from",
+        f"the model and the dense reference {reason}: they cannot be compared",
+        code="EV07",
+        where=str(models[1].path),
+        hint="give the dense checkpoint this model was converted from",
     )
 
 
-def _warnings(
-    texts: tuple[tuple[EvalText, list[int]], ...], budget: int | None, wanted: int
-) -> list[str]:
+def _warnings(texts: tuple[tuple[EvalText, list[int]], ...], budget: int | None, wanted: int) -> list[str]:
     if not budget:
         return ["no layer of this model is sparse: there is no sparsity to measure"]
     lines = []

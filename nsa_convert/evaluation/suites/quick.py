@@ -89,15 +89,20 @@ def run_quick(
     say("comparing the distributions")
     report = QuickReport(
         command=command_line(
-            models[0], models[1] if against is not None else None, "quick",
+            models[0],
+            models[1] if against is not None else None,
+            "quick",
             _given(length, text_file, settings),
         ),
-        model=describe_model(models[0]), against=describe_model(models[-1], same_weights=against is None),
-        visible_budget=models[0].visible_budget, texts=_results(models[0], inputs, sparse, dense),
+        model=describe_model(models[0]),
+        against=describe_model(models[-1], same_weights=against is None),
+        visible_budget=models[0].visible_budget,
+        texts=_results(models[0], inputs, sparse, dense),
         needles={"dense": dense.needles, "sparse": sparse.needles} if inputs.cases else {},
         warnings=(*inputs.warnings, *after_prompt_warnings(not models[0].one_pass)),
         settings={"length": length, **dataclasses.asdict(chosen)},
-        environment=describe_machine(device), seconds=time.perf_counter() - begin,
+        environment=describe_machine(device),
+        seconds=time.perf_counter() - begin,
     )
     if out_dir is None:
         return report

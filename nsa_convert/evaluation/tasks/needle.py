@@ -169,7 +169,10 @@ def _largest_fit(size_of: Callable[[int], int], limit: int) -> int:
     if smallest > limit:
         raise ConfigError(
             f"a needle prompt needs {smallest} tokens without any haystack, {limit} were allowed",
-            code="EV02", expected=f"length >= {smallest}", found=str(limit), hint="raise the needle length",
+            code="EV02",
+            expected=f"length >= {smallest}",
+            found=str(limit),
+            hint="raise the needle length",
         )
     low, high = 0, 1
     for _ in range(MAX_TRIES):
@@ -206,8 +209,13 @@ def score_case(model: nn.Module, case: NeedleCase) -> NeedleScore:
     correct = int((logits.argmax(-1) == answer).sum())
     nll = -logits.log_softmax(-1).gather(1, answer[:, None]).mean().item()
     return NeedleScore(
-        length=case.length, depth=case.depth, tokens=ids.shape[1], hit=correct == len(answer),
-        correct_tokens=correct, answer_tokens=len(answer), nll=nll,
+        length=case.length,
+        depth=case.depth,
+        tokens=ids.shape[1],
+        hit=correct == len(answer),
+        correct_tokens=correct,
+        answer_tokens=len(answer),
+        nll=nll,
     )
 
 

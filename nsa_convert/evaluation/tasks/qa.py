@@ -39,7 +39,8 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
             if row is None:
                 raise ConfigError(
                     f"{path.name}, line {number}: not an object with question, context and a list of answers",
-                    code="DA01", where=str(path),
+                    code="DA01",
+                    where=str(path),
                 )
             rows.append(row)
     if not rows:
@@ -47,9 +48,7 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def build_qa(
-    tokenizer: Any, rows: Sequence[dict[str, Any]], length: int, index: int, seed: int = 0
-) -> Case:
+def build_qa(tokenizer: Any, rows: Sequence[dict[str, Any]], length: int, index: int, seed: int = 0) -> Case:
     """Return one question, its paragraph somewhere among paragraphs of other questions.
 
     Any of the answers counts, as in RULER.

@@ -19,7 +19,14 @@ from nsa_convert.errors import ConfigError, MachineError
 
 CODE_MODULES = ("argparse", "subprocess", "tarfile", "inspect")
 PROSE_TOPICS = (
-    "objects", "execmodel", "import", "assignment", "compound", "specialnames", "typesseq", "formatstrings"
+    "objects",
+    "execmodel",
+    "import",
+    "assignment",
+    "compound",
+    "specialnames",
+    "typesseq",
+    "formatstrings",
 )
 MIN_TOKENS = 16
 """Fewer tokens than this make no meaningful average."""
@@ -55,7 +62,8 @@ def code_text() -> EvalText:
             parts.append(inspect.getsource(importlib.import_module(name)))
         except OSError as error:
             raise MachineError(
-                f"this Python has no source for its own module {name!r}: {error}", code="EV12",
+                f"this Python has no source for its own module {name!r}: {error}",
+                code="EV12",
                 hint="give a text file instead",
             ) from error
     source = f"CPython {platform.python_version()} sources: {', '.join(CODE_MODULES)}"
@@ -68,7 +76,8 @@ def prose_text() -> EvalText:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
         raise MachineError(
-            "this Python has no pydoc_data package, the default prose text", code="EV12",
+            "this Python has no pydoc_data package, the default prose text",
+            code="EV12",
             hint="give a text file instead",
         ) from error
     parts = [topics[name] for name in PROSE_TOPICS if name in topics]
@@ -115,6 +124,9 @@ def first_tokens(tokenizer: Any, text: EvalText, length: int) -> list[int]:
     if len(ids) < MIN_TOKENS:
         raise ConfigError(
             f"text too short: {text.source} has {len(ids)} tokens, at least {MIN_TOKENS} are needed",
-            code="DA02", where=text.source, expected=f">= {MIN_TOKENS} tokens", found=str(len(ids)),
+            code="DA02",
+            where=text.source,
+            expected=f">= {MIN_TOKENS} tokens",
+            found=str(len(ids)),
         )
     return ids[:length]

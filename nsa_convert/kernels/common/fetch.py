@@ -9,8 +9,14 @@ from torch import Tensor
 
 
 def fetch_runs(
-    k: Tensor, v: Tensor, rows: Tensor | None, heads: Tensor, slots: Tensor, size: int,
-    visible: Tensor | None = None, own: Tensor | None = None,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor | None,
+    heads: Tensor,
+    slots: Tensor,
+    size: int,
+    visible: Tensor | None = None,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Copy runs of ``size`` neighbouring tokens out of keys and values.
 
@@ -46,7 +52,11 @@ def fetch_runs(
 
 
 def _fetch(
-    x: Tensor, rows: Tensor | None, heads: Tensor, slots: Tensor, size: int,
+    x: Tensor,
+    rows: Tensor | None,
+    heads: Tensor,
+    slots: Tensor,
+    size: int,
     addresses: dict[tuple[int, ...], Tensor],
 ) -> Tensor:
     """Gather with ``index_select``, which copies row by row: a row is as long as the layout allows."""

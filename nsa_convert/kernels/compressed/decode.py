@@ -19,8 +19,14 @@ from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
 def decode_cells(
-    q: Tensor, ck: Sequence[Tensor], cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
-    layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
+    q: Tensor,
+    ck: Sequence[Tensor],
+    cv: Tensor | None,
+    grid: CellGrid,
+    rule: BlockTopK | None,
+    layout: SequenceLayout,
+    scale: float,
+    normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse.
 

@@ -82,13 +82,9 @@ def cell_lse(
     b_l = tl.zeros([BM], tl.float32)
     for i in range(partial_tiles(begin, begin, begin, full, cut, end, BN)):
         i_n, stop = partial_tile(i, begin, begin, begin, full, cut, end, BN)
-        b_m, b_l = lse_step(
-            b_q, b_m, b_l, ck, i_n, stop, b_lo, b_hi, s_kt, scale2, D, BD, BN, True, UPCAST
-        )
+        b_m, b_l = lse_step(b_q, b_m, b_l, ck, i_n, stop, b_lo, b_hi, s_kt, scale2, D, BD, BN, True, UPCAST)
     for i_n in range(full, cut, BN):
-        b_m, b_l = lse_step(
-            b_q, b_m, b_l, ck, i_n, end, b_lo, b_hi, s_kt, scale2, D, BD, BN, False, UPCAST
-        )
+        b_m, b_l = lse_step(b_q, b_m, b_l, ck, i_n, end, b_lo, b_hi, s_kt, scale2, D, BD, BN, False, UPCAST)
     b_lse = tl.where(b_l == 0, float("-inf"), (b_m + tl.log2(b_l)) * 0.6931471805599453)
     tl.store(lse + i_b * s_lb + i_h * s_lh + o_m.to(tl.int64) * s_lt, b_lse, mask=m_m)
 
@@ -171,9 +167,7 @@ def block_score(
                     b_score = tl.maximum(b_score, b_part)
             else:
                 for i_g in range(G):
-                    b_q, b_lse2 = load_query(
-                        q, lse, i_h * G + i_g, o_m, m_d, s_qt, s_qh, s_lt, s_lh, D, BD
-                    )
+                    b_q, b_lse2 = load_query(q, lse, i_h * G + i_g, o_m, m_d, s_qt, s_qh, s_lt, s_lh, D, BD)
                     for i in range(parts):
                         b_k, o_c = load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D, BD)
                         weight = tl.minimum(tl.minimum(i + 1, parts - i), tl.minimum(steps, overlap))

@@ -51,9 +51,7 @@ def attend_runs(
     Returns:
         ``(o [B, TQ, HQ, D], lse [B, TQ, HQ] float32)``.
     """
-    return _attend(
-        q, k, v, None, None, runs.lo, runs.hi, runs.first, runs.num_sinks, 1, 1, longest, scale
-    )
+    return _attend(q, k, v, None, None, runs.lo, runs.hi, runs.first, runs.num_sinks, 1, 1, longest, scale)
 
 
 def attend_lists(

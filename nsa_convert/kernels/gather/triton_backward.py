@@ -131,9 +131,7 @@ def gather_backward_kv(
 @declare(
     types=TYPES,
     configs=(Config(sizes={"BK": 16}),),
-    cases=tuple(
-        {"D": d, "BD": bd} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))
-    ),
+    cases=tuple({"D": d, "BD": bd} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))),
 )
 def sum_chunks(
     parts, last_chunk, dk, dv, s_pv, s_ph, s_cb, s_db, s_dt, s_dh, scale, TK, H, heads, lists,

@@ -221,9 +221,7 @@ def interval_backward_kv(
 @declare(
     types=TYPES,
     configs=(Config(sizes={"BM": 32}),),
-    cases=tuple(
-        {"D": d, "BD": bd} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))
-    ),
+    cases=tuple({"D": d, "BD": bd} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))),
 )
 def output_delta(
     o, do, dlse, delta, s_ob, s_ot, s_oh, s_gb, s_gt, s_gh, s_eb, s_et, s_eh, s_lb, s_lt, s_lh, TQ, HQ,

@@ -30,8 +30,17 @@ def attend_blocks(
 
 @torch.library.custom_op(new_name("selected_attention"), mutates_args=())
 def selected_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, query_block: int,
-    offset_tensor: Tensor | None, offset: int, start: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    block_size: int,
+    query_block: int,
+    offset_tensor: Tensor | None,
+    offset: int,
+    start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(o [B, TQ, HQ, D], lse [B, TQ, HQ] float32)``; both take part in the backward."""
     if not q.numel() or not indices.numel():
@@ -52,9 +61,21 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(new_name("selected_attention_backward"), mutates_args=())
 def selected_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor,
-    block_size: int, query_block: int, offset_tensor: Tensor | None, offset: int, start: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    block_size: int,
+    query_block: int,
+    offset_tensor: Tensor | None,
+    offset: int,
+    start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv; the lists are united again rather than kept."""
     if not q.numel() or not indices.numel():
@@ -110,8 +131,14 @@ def _layout(
 
 
 def _plan(
-    q: Tensor, k: Tensor, indices: Tensor, block_size: int, query_block: int, layout: SequenceLayout,
-    shape: Shape | None = None, room: int | None = None,
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    block_size: int,
+    query_block: int,
+    layout: SequenceLayout,
+    shape: Shape | None = None,
+    room: int | None = None,
 ) -> Plan:
     heads, lengths = (q.shape[2], k.shape[2]), (q.shape[1], k.shape[1])
     most = min(ROWS[0], ROW_BYTES // row_bytes(q))

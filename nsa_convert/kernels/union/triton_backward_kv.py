@@ -205,7 +205,14 @@ def add_parts(
 
 
 def backward_kv(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, delta: Tensor, base: Tensor, plan: Plan, scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    delta: Tensor,
+    base: Tensor,
+    plan: Plan,
+    scale: float,
     readers: Readers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return dk and dv ``[B, TK, H, D]`` in the dtype of k; bitwise the same in every run."""

@@ -130,7 +130,12 @@ class Unions:
 
 
 def unite(
-    indices: Tensor, tiles: Tensor, width: int, block_size: int, query_block: int, room: int | None = None,
+    indices: Tensor,
+    tiles: Tensor,
+    width: int,
+    block_size: int,
+    query_block: int,
+    room: int | None = None,
     halves: int = 1,
 ) -> Unions:
     """Return the union of the lists of every tile.
@@ -163,9 +168,7 @@ def unite(
     }  # fmt: skip
     counts = bounds[1:]
     empty = bounds[:0]
-    union_lists.launch(
-        grid, indices, 0, bounds=counts, blocks=empty, members=empty, WRITE=False, **common
-    )
+    union_lists.launch(grid, indices, 0, bounds=counts, blocks=empty, members=empty, WRITE=False, **common)
     counts.copy_(counts.cumsum(0))
     total, of_halves = room, None
     if total is None and halves == 2:
@@ -175,6 +178,4 @@ def unite(
     blocks = torch.empty(total, dtype=torch.int32, device=indices.device)
     members = torch.empty(total, dtype=torch.int64, device=indices.device)
     union_lists.launch(grid, indices, 0, bounds=bounds, blocks=blocks, members=members, WRITE=True, **common)
-    return Unions(
-        bounds=bounds, blocks=blocks, members=members, groups=groups, of_halves=of_halves
-    )
+    return Unions(bounds=bounds, blocks=blocks, members=members, groups=groups, of_halves=of_halves)

@@ -74,8 +74,15 @@ class Shape:
 
 
 def make_plan(
-    indices: Tensor, block_size: int, query_block: int, layout: SequenceLayout, heads: tuple[int, int],
-    lengths: tuple[int, int], max_rows: int = 128, shape: Shape | None = None, room: int | None = None,
+    indices: Tensor,
+    block_size: int,
+    query_block: int,
+    layout: SequenceLayout,
+    heads: tuple[int, int],
+    lengths: tuple[int, int],
+    max_rows: int = 128,
+    shape: Shape | None = None,
+    room: int | None = None,
 ) -> Plan:
     """Cut a call into tiles; reads the device twice, or not at all while a CUDA graph is captured.
 
@@ -145,6 +152,7 @@ def choose_shape(indices: Tensor, readers: int, query_block: int, max_rows: int 
     n = torch.arange(min(SAMPLES, steps * batch * heads), device=indices.device)
     begin = (n * steps // len(n) * wide)[:, None] + torch.arange(wide, device=n.device)
     sample = indices[(n % batch)[:, None], (n // batch % heads)[:, None], begin].long()  # [n, wide, S]
+
     def union(queries: int) -> Tensor:
         lists = min(wide, max(1, queries // query_block))
         return union_sizes(sample[:, : wide // lists * lists].reshape(-1, lists * size)).double().mean()
@@ -177,8 +185,14 @@ def _listed(shape: Shape, readers: int, query_block: int, indices: Tensor) -> in
 
 
 def tile_table(
-    layout: SequenceLayout, batch: int, num_queries: int, num_keys: int, width: int, block_size: int,
-    query_block: int, device: torch.device,
+    layout: SequenceLayout,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    width: int,
+    block_size: int,
+    query_block: int,
+    device: torch.device,
 ) -> Tensor:
     """Return the tiles of each batch row, ``[B, NT, 8]`` int32, without reading the device.
 

@@ -128,9 +128,7 @@ class Phases(Mix):
         needs, decode = super().cache_needs(), self.decode.cache_needs()
         sets = self.prefill.cache_needs().extra_head_sets + decode.extra_head_sets
         trained = tuple(pool for pool in needs.loss_pools if pool.name.startswith("prefill."))
-        return dataclasses.replace(
-            needs, loss_pools=trained, extra_head_sets=sets, policy=decode.policy
-        )
+        return dataclasses.replace(needs, loss_pools=trained, extra_head_sets=sets, policy=decode.policy)
 
     def reach(self) -> Reach:
         """Return what each phase reads, and what both have to be asked for together."""

@@ -294,9 +294,7 @@ def load_table(source: Source, base: Path) -> tuple[Any, Any]:
     try:
         import datasets
     except ImportError as error:
-        raise MachineError(
-            "the package datasets is missing", code="CL11", hint=pip_line("train")
-        ) from error
+        raise MachineError("the package datasets is missing", code="CL11", hint=pip_line("train")) from error
     assert source.path is not None
     datasets.disable_progress_bars()
     if source.kind == "hub":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
 def distributed_config(plain: PreTrainedModel, *, fsdp: int = 1, tensor: int = 1) -> Any:
     """Return transformers' DistributedConfig for a dense or converted model.
 
