@@ -36,7 +36,7 @@ help:
 	@echo "make test-all  the slow ones too"
 	@echo "make test-oldest  patch, method, cache, training and generation tests at the oldest allowed versions"
 	@echo "make test-hf   transformers' own model tests on converted models, held against stock Llama"
-	@echo "make lint      ruff, mypy, and pip-audit where it can run"
+	@echo "make lint      ruff, its formatter, mypy, and pip-audit where it can run"
 	@echo "make fuzz      damaged checkpoints and recipes, for FUZZ_SECONDS"
 	@echo "make demo      SmolLM2-135M to NSA and SSA: convert, verify, evaluate, generate"
 	@echo "make bench     sparse against dense attention on this machine"
@@ -79,6 +79,7 @@ test-hf: $(HF)/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python .ci/audit $(VENV)/audit
 
