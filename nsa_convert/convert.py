@@ -345,8 +345,9 @@ def _fill(
     for name in checkpoint.side_files:
         copy_file(resolve_inside(checkpoint.folder, name), folder / name)
     keep_originals(folder, checkpoint)
-    write_code_files(folder, checkpoint.family.sparse_model_type)
-    write_json(folder / "config.json", sparse_config_dict(checkpoint.config, job.sparse))
+    config = sparse_config_dict(checkpoint.config, job.sparse)
+    write_code_files(folder, config)
+    write_json(folder / "config.json", config)
     if job.new or checkpoint.weights.index is not None:
         write_json(folder / INDEX_FILE, converted_index(checkpoint.weights, names, job.new))
     files = {

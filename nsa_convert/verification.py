@@ -358,8 +358,7 @@ def _full_budget(out: Path, lengths: Sequence[int] | None) -> str:
 
 def _bare(out: Path, trust_remote_code: bool) -> str:
     """Load OUT with its own code files in a Python that cannot see this package."""
-    model_type = open_converted(out).config["model_type"]
-    ours = code_files(model_type)
+    ours = code_files(open_converted(out).config)
     other = [name for name, text in ours.items() if not _same_text(out / name, text)]
     other += [path.name for path in out.glob("*.py") if path.name not in ours]
     if other and not trust_remote_code:

@@ -17,6 +17,7 @@ from nsa_convert.evaluation.models import load_model
 from nsa_convert.loading import load_tokenizer
 from nsa_convert.push import plan_push
 from tests.checkpoints import edit_json
+from tests.flat_code import make_flat
 from tests.pushing import BLOB, REPO, ROOT, TOKEN, hub, model, original, outside, push
 
 __all__ = ["hub", "model", "original"]
@@ -31,7 +32,7 @@ if importlib.util.find_spec("nsa_convert"):
     sys.meta_path.insert(0, Hide())
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
 ids = tokenizer("Sixty bytes of text, so that some keys are hidden, not more.", return_tensors="pt").input_ids
 out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
 assert "nsa_convert" not in sys.modules
@@ -132,6 +133,12 @@ def test_old_weights_and_code_go_in_the_same_commit_and_other_files_stay(model, 
     assert hub.commits(REPO) == 2
     assert {"notes.txt", "pictures/a.bin"} <= set(hub.files(REPO))
     assert "model-old.safetensors" not in hub.files(REPO)
+
+
+def test_a_folder_of_an_earlier_version_goes_with_its_own_code(model):
+    flat = make_flat(model, "nsa_llama")
+    plan = plan_push(model, REPO, allow_unevaluated=True)
+    assert {file.name for file in plan.files if file.name.endswith(".py")} == set(flat)
 
 
 def test_hb21_no_evaluation_of_these_files(model):

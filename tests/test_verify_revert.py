@@ -12,6 +12,7 @@ from nsa_convert.convert import convert_checkpoint
 from nsa_convert.errors import CheckFailedError, CheckpointError, NsaConvertError
 from nsa_convert.verification import revert_checkpoint, verify_checkpoint
 from tests.checkpoints import FAMILY_OPTIONS, edit_json, shard_paths, tree_hash, write_dense
+from tests.flat_code import make_flat
 from tests.marks import slow
 from tests.test_convert import NSA, SSA
 
@@ -121,6 +122,22 @@ def test_code_of_others_is_not_run(out, tmp_path):
     assert not sentinel.exists()
     assert outcome(out, trust_remote_code=True)["bare transformers"] is True
     assert sentinel.exists()
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_goes_back(pair, out, tmp_path):
+    flat = make_flat(out, "nsa_llama")
+    results = {check.name: check for check in verify_checkpoint(out).checks}
+    assert [name for name, check in results.items() if not check.ok] == ["bare transformers"]
+    assert "not those this version writes" in results["bare transformers"].detail
+    assert len(flat) > 60
+    revert_checkpoint(out, tmp_path / "back")
+    assert tree_hash(tmp_path / "back") == tree_hash(pair[0])
+
+
+@pytest.mark.slow
+def test_a_folder_of_an_earlier_version_runs_its_own_code(out):
+    make_flat(out, "nsa_llama")
+    assert outcome(out, trust_remote_code=True)["bare transformers"] is True
 
 
 def test_not_a_converted_folder(pair):

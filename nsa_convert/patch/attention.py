@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.methods.parts.base import AttentionInputs, Pool, Projection, SparseMethod
 from nsa_convert.methods.parts.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import SparseCacheLayer, held_tokens, sparse_cache_layer
-from nsa_convert.patch.collectives import gather_tokens, mean_over, total_over
 from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.pooling import grow_cells, grow_states, pool_sequence
@@ -49,10 +47,11 @@ class SparseAttention(nn.Module):
         for name, child in dense.named_children():
             self.add_module(name, child)
         self.sparse = method
+        # Both are of nsa_convert.patch.collectives, which only the installed package has.
         self.loss_group: Any = None
-        """Processes that share the heads of the layer: auxiliary losses are means over them."""
+        """:class:`Processes` that share the heads of the layer: auxiliary losses are means over them."""
         self.context_group: Any = None
-        """Processes that share each row: queries are local, keys and values are gathered."""
+        """:class:`Processes` that share each row: queries are local, keys and values are gathered."""
 
     def forward(
         self,
@@ -121,8 +120,9 @@ class SparseAttention(nn.Module):
             plain_keys = None if plain_keys is None else _one_row(plain_keys)
             past_key_values = None
         if self.context_group is not None:
-            k, v = (gather_tokens(x, self.context_group) for x in (k, v))
-            states |= {name: gather_tokens(states[name], self.context_group) for name in needs.token_states}
+            gather = self.context_group.gather_tokens
+            k, v = gather(k), gather(v)
+            states |= {name: gather(states[name]) for name in needs.token_states}
 
         with without_autocast(q.device.type):
             o, losses = self._attend(
@@ -173,11 +173,11 @@ class SparseAttention(nn.Module):
 
         mode = context.training.mode
         if self.context_group is not None:
-            mode = dataclasses.replace(mode, total=functools.partial(total_over, group=self.context_group))
+            mode = dataclasses.replace(mode, total=self.context_group.total)
         o, losses = self.sparse.train_forward(inputs, mode)
         none = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
         values = torch.stack([none, *(losses.get(name, none) for name in mode.losses)])[1:]
-        return o, values if self.loss_group is None else mean_over(values, self.loss_group)
+        return o, values if self.loss_group is None else self.loss_group.mean(values)
 
     def _project(self, hidden: Tensor, own: Projection) -> tuple[Tensor, Tensor, Tensor]:
         """Return q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]`` before RoPE, a method's extra heads last."""

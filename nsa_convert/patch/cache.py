@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -264,12 +264,8 @@ def sparse_cache_class(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
     return _CLASSES[base]
 
 
-if TYPE_CHECKING:
-    SparseDynamicLayer = SparseCacheLayer
-    SparseStaticLayer = SparseCacheLayer
-else:
-    SparseDynamicLayer = sparse_cache_class(DynamicLayer)
-    SparseStaticLayer = sparse_cache_class(StaticLayer)
+SparseDynamicLayer = sparse_cache_class(DynamicLayer)
+SparseStaticLayer = sparse_cache_class(StaticLayer)
 
 
 def blank_layer(cls: type[CacheLayerMixin], retype: bool) -> SparseCacheLayer:

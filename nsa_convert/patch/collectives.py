@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -74,26 +75,32 @@ class _GatherTokens(torch.autograd.Function):
         return grad[:, begin : begin + ctx.length], None
 
 
-def mean_over(values: Tensor, group: Any) -> Tensor:
-    """Return the mean over the group; for losses that are means over equally many heads or tokens."""
-    return _SumForward.apply(values, group) / dist.get_world_size(group)
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Processes that share the work of a layer, handed to it by whoever splits a model.
 
+    Attributes:
+        group: The process group of torch.
+    """
 
-def total_over(x: Tensor, group: Any) -> Tensor:
-    """Return the sum over the group, for a loss whose gradients are averaged over the group afterwards."""
-    return _Total.apply(x, group)
+    group: Any
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the processes; for losses that are means over equally many heads or tokens."""
+        return _SumForward.apply(values, self.group) / dist.get_world_size(self.group)
 
-def sum_gradient(x: Tensor, group: Any) -> Tensor:
-    """Return ``x``; its gradient is summed over the group."""
-    return _SumBackward.apply(x, group)
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum, for a loss whose gradients are averaged over the processes afterwards."""
+        return _Total.apply(x, self.group)
 
+    def sum_gradient(self, x: Tensor) -> Tensor:
+        """Return ``x``; its gradient is summed over the processes."""
+        return _SumBackward.apply(x, self.group)
 
-def gather_tokens(x: Tensor, group: Any) -> Tensor:
-    """Return the ``[B, T, H, D]`` pieces of all processes, joined along T in their order."""
-    return _GatherTokens.apply(x, group)
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        """Return the ``[B, T, H, D]`` pieces of all processes, joined along T in their order."""
+        return _GatherTokens.apply(x, self.group)
 
-
-def tokens_before(length: int, group: Any) -> int:
-    """Return the tokens of a row that the processes before this one hold, ``length`` each."""
-    return dist.get_rank(group) * length
+    def tokens_before(self, length: int) -> int:
+        """Return the tokens of a row that the processes before this one hold, ``length`` each."""
+        return dist.get_rank(self.group) * length

@@ -22,6 +22,7 @@ from nsa_convert.methods.parts.inputs import CachedPart, select_heads
 from nsa_convert.methods.parts.mix import cached_heads, leaves
 from nsa_convert.patch.cache import (
     AGAIN,
+    SparseCacheLayer,
     SparseDynamicLayer,
     held_tokens,
     other_heads,
@@ -61,6 +62,12 @@ class EvictingLayer(SparseDynamicLayer):
     seen = 0
     held: dict[int, Held] | None = None  # number of the method among the layer's -> what is left
     rooms: dict[int, tuple[Tensor, Tensor]] | None = None  # buffers of the parts that still only grow
+    # Of the base, a class that is made at run time.
+    keys: Any
+    values: Any
+    cells: dict[str, Tensor] | None
+    writer: Any
+    starts: tuple[int, ...] | None
 
     def open(self, method: SparseMethod, starts: tuple[int, ...] | None, past: int | Tensor) -> None:
         """See the base class; what was forgotten is gone, so that nothing can be repaired.
@@ -200,7 +207,7 @@ def evicting_cache_layer(
 
 
 def _take_over(
-    method: SparseMethod, layer: SparseDynamicLayer, past: int, k: Tensor, context: SparseContext
+    method: SparseMethod, layer: SparseCacheLayer, past: int, k: Tensor, context: SparseContext
 ) -> None:
     """Move cached tokens to where the method's parts keep theirs, and forget what they give up."""
     policies, heads = [leaf.cache_needs().policy for leaf in leaves(method)], cached_heads(method)

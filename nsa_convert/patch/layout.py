@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_convert.patch.collectives import tokens_before
 from nsa_convert.patch.documents import (
     Padding,
     document_bounds,
@@ -102,7 +101,7 @@ def read_context(
 
 
 def shard_context(
-    position_ids: Tensor | None, cu_seqlens: Tensor | None, rotary: nn.Module, group: Any
+    position_ids: Tensor | None, cu_seqlens: Tensor | None, rotary: nn.Module, processes: Any
 ) -> SparseContext:
     """Return the context of a process that holds a run of every row's tokens.
 
@@ -110,14 +109,14 @@ def shard_context(
         position_ids: ``[B, T]`` of these tokens in their documents.
         cu_seqlens: ``[N + 1]`` document boundaries of the whole row, B = 1; None where a row is one document.
         rotary: The model's rotary embedding.
-        group: The processes that share the rows.
+        processes: Those that share the rows (:class:`nsa_convert.patch.collectives.Processes`).
 
     Raises:
         ValueError: There are no positions, which the tokens alone do not tell.
     """
     if position_ids is None:
         raise ValueError("context parallelism needs the position_ids of this process's tokens")
-    offset = tokens_before(position_ids.shape[1], group)
+    offset = processes.tokens_before(position_ids.shape[1])
     longest = None if cu_seqlens is None else int(cu_seqlens.diff().max())
     layout = SequenceLayout(offset=offset, cu_seqlens=cu_seqlens, max_seqlen=longest)
     return SparseContext(layout=layout, starts=None, rotary=rotary)

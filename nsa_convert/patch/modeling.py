@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.initialization import copy_ as init_copy_
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.generic import can_return_tuple
 
-from nsa_convert.config import SparseAttentionConfig, raise_problems
+from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import BackendError, ConfigError
 from nsa_convert.families import check_config, family_of_sparse, geometry_of
 from nsa_convert.methods.parts.base import InitialisedModule
@@ -24,14 +25,7 @@ from nsa_convert.methods.parts.registry import build_layer
 from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.layout import NO_CONTINUOUS_BATCHING, read_context, shard_context
-from nsa_convert.patch.saved_code import write_own_code, write_own_reports
-from nsa_convert.patch.tensor_parallel import (
-    register_head_style,
-    share_heads,
-    tensor_group,
-    tensor_plan,
-    tensor_problems,
-)
+from nsa_convert.patch.saved_code import package_function, write_own_code, write_own_reports
 from nsa_convert.patch.training_pass import (
     LABELS,
     SparseCausalLMOutput,
@@ -42,15 +36,6 @@ from nsa_convert.patch.training_pass import (
     warn_of_silent_weights,
 )
 from nsa_convert.plan import resolve_plan
-
-try:  # transformers 5: does not touch parameters that were loaded
-    from transformers.initialization import copy_ as init_copy_
-except ImportError:  # why: older transformers lack this helper; its stand-in follows
-
-    def init_copy_(parameter: Tensor, value: Tensor) -> None:
-        """Write a value into a parameter."""
-        parameter.data.copy_(value)
-
 
 ATTENTION_NAME = "nsa_convert"
 """``attn_implementation`` of converted models: no masks, and no use of transformers' attention functions."""
@@ -130,17 +115,14 @@ class SparsePreTrainedMixin(_Family):
 
         Raises:
             ConfigError: Tensor parallel with a method whose heads cannot live in different processes.
+            BackendError: Tensor parallel without the installed package.
         """
         tensor = mesh_manager is not None and distributed_config.tp_size > 1
         if tensor:
-            methods = [layer.self_attn.sparse for layer in model.base_model.layers]
-            config = model.config.to_dict()
-            raise_problems(tensor_problems(methods, config, distributed_config.tp_size), code="RC09")
-            register_head_style()
-            model._tp_plan = {**model._tp_plan, **tensor_plan(model)}
+            package_function("patch.tensor_parallel", "prepare_heads")(model, distributed_config.tp_size)
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
         if tensor:
-            share_heads(model, tensor_group(mesh_manager))
+            package_function("patch.tensor_parallel", "share_heads")(model, mesh_manager)
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -151,7 +133,10 @@ class SparsePreTrainedMixin(_Family):
         is_main = kwargs.get("is_main_process", True)
         if is_main:
             os.makedirs(save_directory, exist_ok=True)  # why: where the user says, before code files go there
-            write_own_code(save_directory, self.config.model_type)
+            write_own_code(save_directory, self.config.to_dict())
+            names = getattr(self.config, "auto_map", None) or {}
+            # Loaded from the Hub, they name the code of that repository; from now on, the files just written.
+            self.config.auto_map = {auto: name.rpartition("--")[2] for auto, name in names.items()}
         super().save_pretrained(save_directory, **kwargs)  # why: the weights, where the user says
         if is_main:
             write_own_reports(save_directory, self)

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from nsa_convert.config import raise_problems
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.patch.attention import SparseAttention
-from nsa_convert.patch.collectives import sum_gradient
+from nsa_convert.patch.collectives import Processes
 
 HEAD_STYLE = "nsa_heads"
 TENSOR_METHODS = ("nsa", "ssa", "moba", "infllm_v2", "streaming", "full")
@@ -48,6 +49,18 @@ def tensor_plan(model: nn.Module) -> dict[str, str]:
     return plan
 
 
+def prepare_heads(model: Any, size: int) -> None:
+    """Add the new weights to the plan by which transformers cuts a model among ``size`` processes.
+
+    Raises:
+        ConfigError: A method whose heads cannot live in different processes.
+    """
+    methods = [layer.self_attn.sparse for layer in model.base_model.layers]
+    raise_problems(tensor_problems(methods, model.config.to_dict(), size), code="RC09")
+    register_head_style()
+    model._tp_plan = {**model._tp_plan, **tensor_plan(model)}
+
+
 def register_head_style() -> None:
     """Teach transformers to shard a module by the heads its weights' first dimension counts."""
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -72,7 +85,7 @@ def register_head_style() -> None:
         def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: Any) -> Any:
             if not hasattr(module, "open_branches"):  # a compressor reads local heads
                 return args, kwargs
-            return (sum_gradient(args[0], tensor_group(mesh)), *args[1:]), kwargs
+            return (Processes(tensor_group(mesh)).sum_gradient(args[0]), *args[1:]), kwargs
 
     engine.ALL_PARALLEL_STYLES.register(HEAD_STYLE, HeadParallel())
 
@@ -84,8 +97,9 @@ def tensor_group(mesh: Any) -> Any:
     return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
-def share_heads(model: nn.Module, group: Any) -> None:
+def share_heads(model: nn.Module, mesh: Any) -> None:
     """Let the auxiliary losses of a tensor-parallel model be means over the heads of all processes."""
+    group = Processes(tensor_group(mesh))
     for module in model.modules():
         if isinstance(module, SparseAttention):
             module.loss_group = group

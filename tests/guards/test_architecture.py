@@ -42,7 +42,7 @@ FENCES = {
     "click": {"cli"},
 }
 
-# These travel with a converted checkpoint as flat files; only one form of import can be rewritten for that.
+# What a converted checkpoint carries is written out of these; names are followed through one form of import.
 BUNDLED = {"errors", "config", "families", "patterns", "kernels", "methods", "plan", "patch"}
 
 MAX_FILE_LINES = 600
@@ -96,7 +96,7 @@ def form_problems(path: str, source: str, is_module: Callable[[str], bool]) -> l
         if part_of(path) not in BUNDLED or module.split(".")[0] != PACKAGE:
             continue
         if not names:
-            problems.append(f"{path}:{line}: 'import {module}' cannot be flattened; import names from it")
+            problems.append(f"{path}:{line}: 'import {module}' cannot be followed; import names from it")
         for name in names:
             if is_module(f"{module}.{name}"):
                 problems.append(f"{path}:{line}: {name} is a module; import names from {module}.{name}")
@@ -149,7 +149,7 @@ def test_imports_point_down_and_fences_hold():
     report([problem for path, source in sources(PACKAGE) for problem in direction_problems(path, source)])
 
 
-def test_bundled_files_import_in_the_form_that_can_be_flattened():
+def test_bundled_files_import_in_the_form_that_can_be_followed():
     report([problem for path, text in sources(PACKAGE) for problem in form_problems(path, text, is_module)])
 
 
@@ -200,7 +200,7 @@ def test_form_guard_can_fail():
     def check(path: str, line: str) -> list[str]:
         return form_problems(f"{PACKAGE}/{path}", line, is_module)
 
-    assert "cannot be flattened" in check("methods/x.py", "import nsa_convert.config")[0]
+    assert "cannot be followed" in check("methods/x.py", "import nsa_convert.config")[0]
     assert "is a module" in check("methods/x.py", "from nsa_convert import config")[0]
     assert "is a module" in check("patch/x.py", "from nsa_convert.methods.parts import base")[0]
     assert "relative import" in check("cli.py", "from . import config")[0]

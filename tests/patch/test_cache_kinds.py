@@ -329,7 +329,7 @@ class TestProcesses:
 
     @pytest.mark.slow
     def test_without_the_package(self, ids, tmp_path) -> None:
-        """The flat copy of the code that travels with a checkpoint has the same classes in other modules."""
+        """The copy of the code that travels with a checkpoint has the same classes in other modules."""
         model = trained_model("qwen3", ALL["dsa-shared"])
         model.save_pretrained(tmp_path / "model")
         expected = model(ids, use_cache=False).logits[:, PROMPT:]

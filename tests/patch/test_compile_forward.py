@@ -153,11 +153,11 @@ def test_copies_that_travel_with_checkpoints_have_operators_of_their_own(
     for name in ("first_copy", "second_copy"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
-        write_code_files(tmp_path / name, "nsa_llama")
-        copied = importlib.import_module(f"{name}.nsa_kernels_attention")
-        names.add(importlib.import_module(f"{name}.nsa_kernels_common_custom_ops").NAMESPACE)
-        patterns = importlib.import_module(f"{name}.nsa_patterns")
-        own = patterns.SequenceLayout(start=layout.start)
+        plan = {"default": {"method": "full"}}
+        write_code_files(tmp_path / name, {"model_type": "nsa_llama", "sparse_attention": plan})
+        copied = importlib.import_module(f"{name}.sparse_attention_nsa_llama")
+        names.add(copied.NAMESPACE)
+        own = copied.SequenceLayout(start=layout.start)
         run = torch.compile(copied.dense_attention, fullgraph=True, backend="eager")
         assert torch.equal(run(q, k, v, layout=own), expected)
     assert len(names) == 3

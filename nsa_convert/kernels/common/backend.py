@@ -24,15 +24,23 @@ MAX_HEAD_DIM = 256
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# The kernels do not travel with a checkpoint: a flat copy of this file runs without them.
+# The kernels and the reference do not travel with a checkpoint: a copy of this code there runs without them.
 _IS_INSTALLED = __name__ == "nsa_convert.kernels.common.backend"
 _HAS_KERNELS = _IS_INSTALLED and importlib.util.find_spec("triton") is not None
-_ENTRIES = (
-    "attention.triton_backend.attend_dense",
-    "attention.triton_backend.attend_pattern",
-    "compressed.triton_backend.attend",
-    "gates.triton_backend.gated_sum",
-)
+_ENTRIES = {
+    "triton": (
+        "attention.triton_backend.attend_dense",
+        "attention.triton_backend.attend_pattern",
+        "compressed.triton_backend.attend",
+        "gates.triton_backend.gated_sum",
+    ),
+    "reference": (
+        "attention.reference.attend_dense",
+        "attention.reference.attend_pattern",
+        "compressed.reference.attend",
+    ),
+}
+"""Functions of the backends that are not imported before one runs."""
 _loaded: dict[str, Callable] = {}
 _told: set[str] = set()
 
@@ -53,12 +61,14 @@ def use_backend(name: str) -> Iterator[None]:
             ``"torch"``).
 
     Raises:
-        BackendError: The name is not a backend.
+        BackendError: The name is not a backend, or one that only the installed package has.
     """
     if name not in BACKENDS:
         raise BackendError(
             f"unknown backend {name!r}", expected=", ".join(BACKENDS), found=name, hint="choose one of these"
         )
+    if name == "reference" and not _IS_INSTALLED:
+        raise BackendError("the code beside a checkpoint has no reference backend: install nsa_convert")
     global _current
     before, _current = _current, name
     try:
@@ -102,14 +112,14 @@ def choose_backend(q: Tensor, value_dim: int | None = None) -> str:
 
 
 def implementation(
-    op: str, q: Tensor, reference: Callable, gathered: Callable, value_dim: int | None = None
+    op: str, q: Tensor, gathered: Callable, value_dim: int | None = None
 ) -> Callable[..., Any]:
     """Return the function that computes an op for these queries.
 
     Args:
-        op: The function of the triton backend, as ``folder.file.function`` below this package's ``kernels``.
+        op: The function of the other backends, as ``folder.function``: it is in ``triton_backend.py`` and in
+            ``reference.py`` of that folder of ``kernels``.
         q: ``[B, TQ, HQ, D]``.
-        reference: ``attend`` of the reference backend.
         gathered: ``attend`` of the torch backend.
         value_dim: Head dim of the values where it may differ from D.
 
@@ -117,9 +127,10 @@ def implementation(
         BackendError: ``"triton"`` was asked for and cannot run on these tensors.
     """
     name = choose_backend(q, value_dim)
-    if name == "triton":
-        return kernel_function(*op.rsplit(".", 1))
-    return reference if name == "reference" else gathered
+    if name == "torch":
+        return gathered
+    folder, _, function = op.partition(".")
+    return kernel_function(f"{folder}.{'triton_backend' if name == 'triton' else name}", function)
 
 
 def is_kernel_failure(error: BaseException) -> bool:
@@ -139,11 +150,12 @@ def kernel_function(module: str, name: str) -> Callable:
 
 
 def _load(module: str, name: str) -> bool:
-    """Import a function, and those of all ops, into ``_loaded``.
+    """Import a function, and those of all ops of its backend, into ``_loaded``.
 
     torch.compile runs this while it traces and then reads the dict, but does not see what a second call adds.
     """
-    for key in (*_ENTRIES, f"{module}.{name}"):
+    backend = "reference" if module.endswith(".reference") else "triton"
+    for key in (*_ENTRIES[backend], f"{module}.{name}"):
         if key not in _loaded:
             path, _, function = key.rpartition(".")
             _loaded[key] = getattr(importlib.import_module(f"nsa_convert.kernels.{path}"), function)

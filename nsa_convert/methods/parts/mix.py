@@ -200,6 +200,14 @@ class HeadMix(Mix):
             has_dense_mode=True,
         )
 
+    @staticmethod
+    def split(method: type[SparseMethod], settings: Any, heads: tuple[int, ...]) -> list[HeadPart]:
+        """Return the parts of a rule: runs of neighbouring heads, where the method lets heads be apart."""
+        # Settings that name further methods answer for all of them.
+        couples = getattr(settings, "couples_heads", method.spec.couples_heads)
+        runs = [heads] if couples else neighbours(heads)
+        return [HeadPart(method=method, settings=settings, heads=run) for run in runs]
+
     def members(self) -> list[Member]:
         """Return the parts by their numbers."""
         pairs = enumerate(zip(self.settings, self.parts, strict=True))

@@ -16,7 +16,7 @@ from nsa_convert.methods.parts.prefill import is_step
 from nsa_convert.methods.parts.training_mode import TrainingMode
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class PhasePart:
     """A method and its checked settings."""
 
@@ -49,7 +49,18 @@ class PhasesSettings:
                 problems.append(f"{name} cannot be phases again")
         raise_problems(problems, code="CF22")
 
-    def resolved(self, read: Callable[[Mapping[str, Any], str], PhasePart]) -> PhasesSettings:
+    @property
+    def couples_heads(self) -> bool:
+        """Whether the heads of a layer choose together in either phase; of resolved settings."""
+        return any(part.method.spec.couples_heads for part in vars(self).values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that names both methods and every setting; of resolved settings."""
+        return {name: part.to_dict() for name, part in vars(self).items()}
+
+    def resolved(
+        self, read: Callable[[Mapping[str, Any], str], tuple[type[SparseMethod], Any]]
+    ) -> PhasesSettings:
         """Return the settings with both methods read by ``read(mapping with 'method', name of the phase)``.
 
         Raises:
@@ -57,7 +68,7 @@ class PhasesSettings:
         """
         parts, problems = {}, []
         for name, part in vars(self).items():
-            parts[name] = read({"method": part} if isinstance(part, str) else part, name)
+            parts[name] = PhasePart(*read({"method": part} if isinstance(part, str) else part, name))
             if getattr(parts[name].settings, "reuse_from", -1) != -1:
                 problems.append(f"{name}: reuse_from is not possible inside phases")
         raise_problems(problems, code="CF22")

@@ -26,8 +26,8 @@ from nsa_convert.methods.msa import MSA
 from nsa_convert.methods.nsa import NSA
 from nsa_convert.methods.parts.base import MethodSpec, SparseMethod
 from nsa_convert.methods.parts.dense import FullAttention
-from nsa_convert.methods.parts.mix import HeadMix, HeadPart, neighbours
-from nsa_convert.methods.parts.phases import PhasePart, Phases, PhasesSettings
+from nsa_convert.methods.parts.mix import HeadMix
+from nsa_convert.methods.parts.phases import Phases
 from nsa_convert.methods.quest import Quest
 from nsa_convert.methods.razor import Razor
 from nsa_convert.methods.spargeattn import SpargeAttn
@@ -57,17 +57,43 @@ METHODS: dict[str, type[SparseMethod]] = {
 }
 
 
+STRUCTURES: dict[str, type[SparseMethod]] = {
+    "full": FullAttention,
+    "hybrid": HeadMix,
+}
+"""What a layer may be beside one of the methods: dense, or heads with methods of their own."""
+
+LEFT_OUT: tuple[str, ...] = ()
+"""Names of both tables that a copy of this code beside a checkpoint lacks: its plan does not use them."""
+
+
 def method_class(name: str) -> type[SparseMethod]:
     """Return the class of a method by name.
 
     Raises:
-        ConfigError: No method has this name.
+        ConfigError: No method has this name, or only the installed package has it.
     """
     if name == FULL:
-        return FullAttention
+        return _structure(FULL)
     if name not in METHODS:
+        _refuse_left_out(name)
         raise ConfigError(f"unknown method '{name}'{suggest(name, {*METHODS, FULL})}", code="RC02")
     return METHODS[name]
+
+
+def _structure(name: str) -> type[SparseMethod]:
+    _refuse_left_out(name)
+    return STRUCTURES[name]
+
+
+def _refuse_left_out(name: str) -> None:
+    if name in LEFT_OUT:
+        has = ", ".join(sorted({*METHODS, *STRUCTURES}))
+        raise ConfigError(
+            f"the code that came with this checkpoint has what its plan asked for ({has}), not '{name}': "
+            "install nsa_convert, import it, and load the model without trust_remote_code",
+            code="RC02",
+        )
 
 
 def method_specs() -> list[MethodSpec]:
@@ -83,21 +109,21 @@ def read_rule(rule: LayerRule, where: str) -> tuple[type[SparseMethod], Any]:
     """
     method = method_class(rule.method)
     settings: Any = strict_dataclass(method.Settings, rule.settings, f"{where} ({rule.method})")
-    if method is Phases:
-        settings = settings.resolved(lambda part, phase: _read_phase(part, f"{where} {phase}"))
+    # Settings that name further methods have them read in turn.
+    if hasattr(settings, "resolved"):
+        settings = settings.resolved(lambda part, name: _read_part(part, f"{where} {name}"))
     return method, settings
 
 
 def settings_dict(settings: Any) -> dict[str, Any]:
     """Return checked settings as the mapping that a plan stores, with every default spelled out."""
-    if isinstance(settings, PhasesSettings):
-        return {name: part.to_dict() for name, part in vars(settings).items()}
+    if hasattr(settings, "to_dict"):
+        return settings.to_dict()
     return dataclasses.asdict(settings)
 
 
-def _read_phase(part: Mapping[str, Any], where: str) -> PhasePart:
-    method, settings = read_rule(LayerRule.from_dict(part, where), where)
-    return PhasePart(method=method, settings=settings)
+def _read_part(part: Mapping[str, Any], where: str) -> tuple[type[SparseMethod], Any]:
+    return read_rule(LayerRule.from_dict(part, where), where)
 
 
 def build_method(rule: LayerRule, geometry: AttentionGeometry, layer_index: int) -> SparseMethod:
@@ -110,13 +136,6 @@ def build_method(rule: LayerRule, geometry: AttentionGeometry, layer_index: int)
     return method(settings, geometry, layer_index)
 
 
-def _couples_heads(method: type[SparseMethod], settings: Any) -> bool:
-    """Return whether the heads of a layer choose together; in either phase."""
-    if isinstance(settings, PhasesSettings):
-        return any(part.method.spec.couples_heads for part in vars(settings).values())
-    return method.spec.couples_heads
-
-
 def build_layer(sparse: SparseAttentionConfig, geometry: AttentionGeometry, layer_index: int) -> SparseMethod:
     """Build the method module of one layer of a plan whose layers count from the front.
 
@@ -126,10 +145,10 @@ def build_layer(sparse: SparseAttentionConfig, geometry: AttentionGeometry, laye
     rules = sparse.for_layer(layer_index, geometry.num_kv_heads)
     if len(rules) == 1:
         return build_method(rules[0], geometry, layer_index)
-    parts = []
+    mix: Any = _structure("hybrid")
+    parts: list[Any] = []
     for rule in rules:
         method, settings = read_rule(rule, f"layer {layer_index}")
         assert rule.heads is not None
-        for heads in [rule.heads] if _couples_heads(method, settings) else neighbours(rule.heads):
-            parts.append(HeadPart(method=method, settings=settings, heads=heads))
-    return HeadMix(tuple(sorted(parts, key=lambda part: part.heads)), geometry, layer_index)
+        parts += mix.split(method, settings, rule.heads)
+    return mix(tuple(sorted(parts, key=lambda part: part.heads)), geometry, layer_index)

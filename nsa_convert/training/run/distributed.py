@@ -20,6 +20,7 @@ from nsa_convert.config import raise_problems
 from nsa_convert.errors import NsaConvertError
 from nsa_convert.loading import load_causal_model, safe_config
 from nsa_convert.patch.attention import SparseAttention
+from nsa_convert.patch.collectives import Processes
 from nsa_convert.patch.modeling import SparseModelMixin
 from nsa_convert.patch.patching import sparse_methods
 from nsa_convert.patch.tensor_parallel import tensor_problems
@@ -132,9 +133,10 @@ def share_tokens(model: nn.Module, group: Any) -> None:
 
     Auxiliary losses are those of the whole rows then; gradients have to be averaged over the group.
     """
+    processes = Processes(group)
     for module in model.modules():
         if isinstance(module, (SparseAttention, SparseModelMixin)):
-            module.context_group = group
+            module.context_group = processes
 
 
 def split_tokens(batch: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
