@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.families import FAMILIES as TABLE
+from nsa_convert.methods.parts.registry import METHODS as REGISTERED
 from nsa_convert.patch.patching import patch_model
 
 FAMILIES = tuple(TABLE)
@@ -138,7 +139,7 @@ EVICTING = {
 EVERY = {**VARIANTS, **PREFILL, **EVICTING}
 """All variants; every method of the registry has one (tests/guards/test_variants.py)."""
 
-METHODS = ("nsa", "ssa", "moba", "infllm_v2", "dsa", "msa", "streaming", "quest", "hybrid")
+METHODS = (*(name for name in VARIANTS if name in REGISTERED and name != "phases"), "hybrid")
 """Variants that are tested with every family; the others, which differ in an option, with one."""
 PAIRS = [(family, name) for name in VARIANTS for family in (FAMILIES if name in METHODS else ("qwen2",))]
 QUICK = {*METHODS, "phases"}

@@ -8,7 +8,7 @@ the model frozen and dense (``mode: full``), then over the selected ones while t
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,14 @@ class DSASettings:
             problems.append('index_heads belongs to index_key "shared"; cached keys have one index head each')
         raise_problems(problems, code="CF22")
 
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        Single tokens.
+        """
+        return {"num_tokens": budget}
+
 
 class DSA(SelectingMethod):
     """A token-level lightning indexer shared by all heads."""
@@ -86,6 +94,7 @@ class DSA(SelectingMethod):
             "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
         couples_heads=True,
+        parallel=("context",),
     )
     Settings = DSASettings
     training_spec = INDEX_TRAINING

@@ -9,7 +9,7 @@ map that hold a share gamma of the attention between block means.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class FlexPrefillSettings:
     def query_block(self) -> int:
         """Queries in a tile."""
         return self.block_size
+
+    @classmethod
+    def at_share(cls, share: float, length: int) -> dict[str, Any]:
+        """Return settings for a number in 0 .. 1, larger for more pairs of a prompt of ``length`` tokens."""
+        return {"gamma": share, "min_budget": 128}
 
 
 class FlexPrefill(BlockPrefillMethod):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from nsa_convert.methods.parts.base import (
     TrainingSpec,
     record,
 )
+from nsa_convert.methods.parts.budget import parts_of
 from nsa_convert.methods.parts.cache_policy import CachePolicy
 from nsa_convert.methods.parts.column_sums import attend_and_sum
 
@@ -79,6 +80,15 @@ class H2OSettings:
     def __post_init__(self) -> None:
         problems = at_least(0, num_heavy=self.num_heavy) + at_least(1, num_recent=self.num_recent)
         raise_problems(problems, code="CF22")
+
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        Half of the budget is heavy, half is recent.
+        """
+        half = parts_of(budget, 2)
+        return {"num_heavy": half, "num_recent": half}
 
 
 class H2O(SparseMethod):

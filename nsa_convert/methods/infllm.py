@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from nsa_convert.methods.parts.base import (
     is_within_budget,
     record,
 )
+from nsa_convert.methods.parts.budget import parts_of
 from nsa_convert.methods.parts.cache_policy import KeepAll
 from nsa_convert.methods.parts.column_sums import column_sums
 from nsa_convert.patterns import BlockSelection, Pattern, SequenceLayout, SinkWindow, TokenSelection
@@ -66,6 +68,21 @@ class InfLLMSettings:
                 f"num_representatives {self.num_representatives} is larger than block_size {self.block_size}"
             )
         raise_problems(problems, code="CF22")
+
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        Half of the budget is window, a block of it the first tokens, the rest is looked up.
+        """
+        half = parts_of(budget, 128)
+        return {
+            "num_sinks": 64,
+            "window_size": 64 * half,
+            "block_size": 64,
+            "num_blocks": half - 1,
+            "query_block": 128,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa_convert.config import at_least, raise_problems, strict_dataclass, unknown_keys
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, Reach
-from nsa_convert.methods.parts.budget import widened
+from nsa_convert.methods.parts.budget import parts_of, widened
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection, BlockTopK
 
@@ -88,6 +88,15 @@ class InfLLMv2Settings:
             reduce="max",
         )
 
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        Half of the budget is window, half is chosen.
+        """
+        half = parts_of(budget, 128)
+        return {"block_size": 64, "topk": half, "window_size": 64 * half}
+
 
 class InfLLMv2(SelectingMethod):
     """Max-pooled block scores, group-shared selection, one softmax."""
@@ -112,6 +121,7 @@ class InfLLMv2(SelectingMethod):
             "mode": "paper section 3 (dense switch)",
             "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
+        parallel=("tensor", "context"),
     )
     Settings = InfLLMv2Settings
 

@@ -74,6 +74,11 @@ class MInferenceSettings:
         """Pattern of heads that none is listed for."""
         return ("vertical_and_slash", self.vertical_size, self.slash_size)
 
+    @classmethod
+    def at_share(cls, share: float, length: int) -> dict[str, Any]:
+        """Return settings for a number in 0 .. 1, larger for more pairs of a prompt of ``length`` tokens."""
+        return {"vertical_size": 64, "slash_size": max(100, round(share * length))}
+
 
 def head_problems(head: Any) -> list[str]:
     """Return what is wrong with the pattern of a head."""

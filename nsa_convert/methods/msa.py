@@ -8,7 +8,7 @@ selected blocks while the model trains sparse.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.indexed import block_max_topk
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.parts.budget import BlockBudget, widened
+from nsa_convert.methods.parts.budget import BlockBudget, parts_of, widened
 from nsa_convert.methods.parts.index import INDEX_TRAINING, Index, IndexKey
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
@@ -45,6 +45,14 @@ class MSASettings(BlockBudget):
     mode: Literal["sparse", "full"] = "sparse"
     reuse_from: int = NO_REUSE
 
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        Blocks of 64.
+        """
+        return {"block_size": 64, "num_blocks": parts_of(budget, 64)}
+
 
 class MSA(SelectingMethod):
     """A block-level learned index with one head per key/value head."""
@@ -66,6 +74,7 @@ class MSA(SelectingMethod):
             "mode": "paper (dense warm-up)",
             "reuse_from": "every layer chooses; GLM-5.2 shares an index among 4 layers",
         },
+        parallel=("context",),
     )
     Settings = MSASettings
     training_spec = INDEX_TRAINING

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ from nsa_convert.methods.parts.base import (
     is_within_budget,
     record,
 )
-from nsa_convert.methods.parts.budget import BlockBudget, widened
+from nsa_convert.methods.parts.budget import BlockBudget, parts_of, widened
 from nsa_convert.methods.parts.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.parts.gates import BranchGate
 from nsa_convert.methods.parts.losses import score_kl
@@ -98,6 +98,14 @@ class NSASettings(BlockBudget):
         """The block budget as the kernels take it."""
         return self.rule_with(self.block_score)
 
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        A window is dense attention's equal only after training: it is kept at its least.
+        """
+        return {"block_size": 64, "num_blocks": parts_of(budget, 64), "window_size": 64}
+
 
 class NSA(SparseMethod):
     """Compressed, selected and window branches joined by gates."""
@@ -126,6 +134,7 @@ class NSA(SparseMethod):
             "branch_kv": "starts at the dense model",
             "gate": "starts at the dense model",
         },
+        parallel=("tensor", "context"),
     )
     Settings = NSASettings
     training_spec = TrainingSpec(stage_losses={"align": {"output_error": 1.0, "score_kl": 0.1}})

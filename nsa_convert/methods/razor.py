@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -81,6 +81,14 @@ class RazorSettings:
         if self.window_share < 0 or self.window_share == 1:
             problems.append(f"window_share must be 0 or at least 2, got {self.window_share}")
         raise_problems(problems, code="CF22")
+
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        Four first tokens and a constant window.
+        """
+        return {"num_sinks": 4, "window_size": budget - 4, "window_share": 0}
 
 
 class Razor(SparseMethod):

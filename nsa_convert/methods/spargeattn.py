@@ -10,7 +10,7 @@ seen (``value_skip``). Nothing is quantised.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -72,6 +72,11 @@ class SpargeAttnSettings:
                 f"value_skip needs query_block to be a multiple of {LEAST_ROWS}, got {self.query_block}"
             )
         raise_problems(problems, code="CF22")
+
+    @classmethod
+    def at_share(cls, share: float, length: int) -> dict[str, Any]:
+        """Return settings for a number in 0 .. 1, larger for more pairs of a prompt of ``length`` tokens."""
+        return {"top": share}
 
 
 class SpargeAttn(BlockPrefillMethod):

@@ -9,7 +9,7 @@ that one is forced too. The same weights run ``mode = "full"`` as ordinary dense
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from nsa_convert.methods.parts.base import (
     record,
     teacher_output,
 )
-from nsa_convert.methods.parts.budget import BlockBudget, widened
+from nsa_convert.methods.parts.budget import BlockBudget, parts_of, widened
 from nsa_convert.methods.parts.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.parts.gates import BranchGate
 from nsa_convert.methods.parts.losses import bidirectional_alignment, score_kl
@@ -65,6 +65,14 @@ class SSASettings(BlockBudget):
     gate: Literal["none", "signed", "sigmoid"] = "none"
     mode: Literal["sparse", "full"] = "sparse"
 
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        Blocks of 16.
+        """
+        return {"block_size": 16, "num_blocks": parts_of(budget, 16)}
+
 
 class SSA(SparseMethod):
     """Mean-pooled block selection with one softmax, and an optional output gate."""
@@ -87,6 +95,7 @@ class SSA(SparseMethod):
             "gate": "starts at the dense model; the paper gates every model it trains",
             "mode": "paper section 3 (inference mode)",
         },
+        parallel=("tensor", "context"),
     )
     Settings = SSASettings
     training_spec = TrainingSpec(

@@ -10,7 +10,7 @@ absolute`` it is not; that is the mask form, which kernels for prompts and most 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +52,14 @@ class StreamingSettings:
         problems = at_least(0, num_sinks=self.num_sinks) + at_least(1, window_size=self.window_size)
         raise_problems(problems, code="CF22")
 
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        Four first tokens, the rest is window.
+        """
+        return {"num_sinks": 4, "window_size": budget - 4}
+
 
 class Streaming(SparseMethod):
     """A static band: sinks and a window."""
@@ -70,6 +78,7 @@ class Streaming(SparseMethod):
             "positions": "the mask form; the paper's section 3.2 counts in the cache",
             "cache": "paper section 3.2",
         },
+        parallel=("tensor",),
     )
     Settings = StreamingSettings
 

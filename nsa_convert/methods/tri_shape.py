@@ -7,7 +7,7 @@ question, and every later token see everything (tri-shape). Unlike StreamingLLM 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,14 @@ class TriShapeSettings:
         problems = at_least(1, window_size=self.window_size)
         problems += at_least(0, num_sinks=self.num_sinks, num_last=self.num_last)
         raise_problems(problems, code="CF22")
+
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys.
+
+        Four first tokens, the rest is window; the last queries see everything.
+        """
+        return {"num_sinks": 4, "window_size": budget - 4, "num_last": 100}
 
 
 class TriShape(PrefillMethod):

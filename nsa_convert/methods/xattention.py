@@ -8,7 +8,7 @@ attention; the first block and its own are always kept.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class XAttentionSettings:
     def query_block(self) -> int:
         """Queries in a tile."""
         return self.block_size
+
+    @classmethod
+    def at_share(cls, share: float, length: int) -> dict[str, Any]:
+        """Return settings for a number in 0 .. 1, larger for more pairs of a prompt of ``length`` tokens."""
+        return {"threshold": share, "stride": 8}
 
 
 class XAttention(BlockPrefillMethod):

@@ -9,19 +9,19 @@ from torch import nn
 
 from nsa_convert.config import raise_problems
 from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.methods.parts.registry import methods_under
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.collectives import Processes
 
 HEAD_STYLE = "nsa_heads"
-TENSOR_METHODS = ("nsa", "ssa", "moba", "infllm_v2", "streaming", "full")
-"""Methods whose heads can live in different processes."""
 
 
 def tensor_problems(methods: Sequence[SparseMethod], config: Mapping[str, Any], size: int) -> list[str]:
     """Return why ``size`` processes cannot share the heads of the layers."""
+    known = methods_under("tensor")
     problems = [
-        f"tensor parallel knows {', '.join(TENSOR_METHODS)}, not {name}"
-        for name in sorted({m.spec.name for m in methods} - set(TENSOR_METHODS))
+        f"tensor parallel knows {', '.join(known)}, not {name}"
+        for name in sorted({m.spec.name for m in methods} - set(known))
     ]
     if any(m.cache_needs().extra_head_sets for m in methods):
         problems.append("tensor parallel needs branch_kv shared, not independent")

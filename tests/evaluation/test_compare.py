@@ -19,11 +19,10 @@ from nsa_convert.evaluation.models import load_model, patched_in
 from nsa_convert.evaluation.report.plots import plots_of
 from nsa_convert.evaluation.suites import compare
 from nsa_convert.evaluation.suites.compare import mass_of, run_compare
-from nsa_convert.evaluation.suites.compare_plans import beside_dense
+from nsa_convert.evaluation.suites.compare_plans import beside_dense, paired
 from nsa_convert.evaluation.suites.compare_settings import CompareSettings, budget_at, budget_label
 from nsa_convert.evaluation.suites.finished_cells import CELLS
 from nsa_convert.heads.profile import HeadProfile, density_of
-from nsa_convert.methods.parts.at_budget import FIXED, SEARCHED, fixed_settings, paired
 from nsa_convert.methods.parts.base import AttentionInputs, observe
 from nsa_convert.methods.parts.registry import METHODS, build_method
 from nsa_convert.patterns import SequenceLayout
@@ -186,10 +185,11 @@ def without_times(row: dict) -> dict:
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "phases"])
 @pytest.mark.parametrize("budget", [256, 512, 2048])
 def test_a_budget_is_the_budget(name: str, budget: int) -> None:
-    if name in SEARCHED:
-        build_method(LayerRule(method=name, settings=SEARCHED[name](0.5, 4096)), GEOMETRY, 0)
+    meaning = METHODS[name].Settings
+    if hasattr(meaning, "at_share"):
+        build_method(LayerRule(method=name, settings=meaning.at_share(0.5, 4096)), GEOMETRY, 0)
         return
-    method = build_method(LayerRule(method=name, settings=fixed_settings(name, budget)), GEOMETRY, 0)
+    method = build_method(LayerRule(method=name, settings=meaning.at_budget(budget)), GEOMETRY, 0)
     if name == "infllm":  # beyond its window positions differ; what it reads is the budget
         s = method.settings
         assert s.num_sinks + s.window_size + s.num_blocks * s.block_size == budget
@@ -198,7 +198,10 @@ def test_a_budget_is_the_budget(name: str, budget: int) -> None:
 
 
 def test_every_method_has_a_budget() -> None:
-    assert {*FIXED, *SEARCHED, "phases"} == set(METHODS)
+    """Exactly one of two: so many keys, or a share of the pairs that is searched for."""
+    meanings = {name: method.Settings for name, method in METHODS.items() if name != "phases"}
+    both = {n: [hasattr(s, "at_budget"), hasattr(s, "at_share")].count(True) for n, s in meanings.items()}
+    assert both == dict.fromkeys(meanings, 1)
     settings = paired(512, {"threshold": 0.5})
     assert build_method(LayerRule(method="phases", settings=settings), GEOMETRY, 0).reach().decode_keys == 512
 

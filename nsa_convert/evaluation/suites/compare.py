@@ -37,8 +37,8 @@ from nsa_convert.evaluation.tasks.text import EvalText, code_text, file_text, fi
 from nsa_convert.families import geometry_of
 from nsa_convert.heads.profile import density_of
 from nsa_convert.loading import load_tokenizer
-from nsa_convert.methods.parts.at_budget import SEARCHED
 from nsa_convert.methods.parts.base import AttentionRecord, observe
+from nsa_convert.methods.parts.registry import method_class
 from nsa_convert.strict_files import read_json_mapping
 
 Progress = Callable[[str, int, int], None]
@@ -163,7 +163,8 @@ class _Run:
             self.say(f"searching {method} at {tokens} of {length} tokens")
             inputs = capture_inputs(self.loaded(), ids)
             wanted = density_of(tokens, len(ids))
-            settings, found = search_density(method, lambda x: SEARCHED[method](x, len(ids)), inputs, wanted)
+            meaning: Any = method_class(method).Settings
+            settings, found = search_density(method, lambda x: meaning.at_share(x, len(ids)), inputs, wanted)
             return {"settings": settings, "wanted": wanted, "found": found}
 
         value = self._cell(name, work)

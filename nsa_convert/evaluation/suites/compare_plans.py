@@ -11,12 +11,14 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.models import UNLIMITED, reads_texts
 from nsa_convert.evaluation.suites.compare_settings import GRAIN, CompareSettings, budget_at, budget_label
 from nsa_convert.heads.profile import density_of
-from nsa_convert.methods.parts.at_budget import FIXED, PAIRED_PREFILL, SEARCHED, fixed_settings, paired
 from nsa_convert.methods.parts.mix import leaves_of
-from nsa_convert.methods.parts.registry import METHODS
+from nsa_convert.methods.parts.registry import METHODS, method_class
 from nsa_convert.plan import resolve_plan
 
 DENSE = "dense"
+PAIRED_PREFILL, PAIRED_DECODE = "xattention", "quest"
+"""The methods that ``phases`` is compared with, one for each phase."""
+
 Search = Callable[[str, int, int], Mapping[str, Any]]
 """Method, budget in tokens and length -> settings that keep as many pairs of a prompt as the budget."""
 
@@ -202,15 +204,25 @@ def _at_budget(
     return SparseAttentionConfig(default=filled(plan.default), rules=tuple(map(filled, plan.rules)))
 
 
+def paired(budget: int, prefill: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of ``phases``, given those found for the method that reads the prompt."""
+    paired_decode: Any = method_class(PAIRED_DECODE).Settings
+    return {
+        "prefill": {"method": PAIRED_PREFILL, **prefill},
+        "decode": {"method": PAIRED_DECODE, **paired_decode.at_budget(budget)},
+    }
+
+
 def settings_at(method: str, tokens: int, length: int, search: Search) -> dict[str, Any]:
     """Return the settings of a method at a budget.
 
     Raises:
         ConfigError: The budget is no multiple of the method's blocks, or the method has no meaning for one.
     """
-    if method in FIXED:
-        return fixed_settings(method, tokens)
-    if method in SEARCHED:
+    settings: Any = method_class(method).Settings
+    if hasattr(settings, "at_budget"):
+        return settings.at_budget(tokens)
+    if hasattr(settings, "at_share"):
         return dict(search(method, tokens, length))
     if method == "phases":
         return paired(tokens, search(PAIRED_PREFILL, tokens, length))

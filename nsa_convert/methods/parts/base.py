@@ -35,6 +35,8 @@ class MethodSpec:
         causal_selection: Whether no query's keys are chosen by later tokens. Where they are, reading a text
             in one pass and scoring it is no measure of the model; score what follows a prompt.
         couples_heads: Whether the heads of a layer choose together, so that a hybrid must not split them.
+        parallel: What processes may share in training: ``"tensor"``, the heads of a layer; ``"context"``, the
+            tokens of a row.
     """
 
     name: str
@@ -47,6 +49,7 @@ class MethodSpec:
     sources: Mapping[str, str]
     causal_selection: bool = True
     couples_heads: bool = False
+    parallel: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from nsa_convert.config import at_least, raise_problems
+from nsa_convert.errors import ConfigError
 from nsa_convert.patterns import BlockTopK
 
 
@@ -87,3 +88,19 @@ def widened(rule: BlockTopK, tokens: int | None) -> BlockTopK:
     if tokens is None:
         return rule
     return dataclasses.replace(rule, num_blocks=max(rule.num_blocks, -(-tokens // rule.block_size)))
+
+
+def parts_of(budget: int, size: int) -> int:
+    """Return a budget of tokens in parts of a size.
+
+    Raises:
+        ConfigError: The budget is no multiple of the size.
+    """
+    if budget < size or budget % size:
+        raise ConfigError(
+            f"a budget of {budget} tokens is no multiple of {size}",
+            code="CF22",
+            found=str(budget),
+            expected=f"a multiple of {size}",
+        )
+    return budget // size

@@ -36,6 +36,7 @@ class FullAttention(SparseMethod):
         phases=("train", "prefill", "decode"),
         granularity="every key",
         sources={},
+        parallel=("tensor", "context"),
     )
     Settings = FullSettings
     training_spec = TrainingSpec(stage_losses={})

@@ -96,6 +96,11 @@ def _refuse_left_out(name: str) -> None:
         )
 
 
+def methods_under(kind: str) -> list[str]:
+    """Return the methods, dense attention among them, whose work processes can share this way."""
+    return [name for name, method in (*METHODS.items(), *STRUCTURES.items()) if kind in method.spec.parallel]
+
+
 def method_specs() -> list[MethodSpec]:
     """Return the metadata of every method, in the order of the table."""
     return [method.spec for method in METHODS.values()]

@@ -11,6 +11,7 @@ import transformers
 
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.mix import leaves_of
+from nsa_convert.methods.parts.registry import methods_under
 from nsa_convert.patch.tensor_parallel import tensor_problems
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 SHARDING_SINCE = (5, 19)
 """Version of transformers whose Trainer leaves a model that is cut already as it is."""
-CONTEXT_METHODS = ("nsa", "ssa", "full", "dsa", "msa", "moba", "infllm_v2")
-"""Methods whose queries can be a part of the row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,20 +133,17 @@ def context_problems(methods: Sequence[SparseMethod]) -> list[str]:
     if not methods:
         return ["context needs a sparse model: the attention of a dense one sees its own tokens only"]
     leaves = leaves_of(methods)
-    problems = _unknown("context", leaves, CONTEXT_METHODS)
+    known = methods_under("context")
+    problems = [
+        f"context knows {', '.join(known)}, not {name}"
+        for name in sorted({m.spec.name for m in leaves} - set(known))
+    ]
     mixing = sorted({m.spec.name for m in leaves if m.cache_needs().key_taps > 1})
     if mixing:
         problems.append(
             f"context: key_conv of {', '.join(mixing)} needs tokens of other processes; set it to 0"
         )
     return problems
-
-
-def _unknown(key: str, methods: Sequence[SparseMethod], known: Sequence[str]) -> list[str]:
-    return [
-        f"{key} knows {', '.join(known)}, not {name}"
-        for name in sorted({m.spec.name for m in methods} - set(known))
-    ]
 
 
 def stage_problems(parallel: Parallel, stage: Stage) -> list[str]:
