@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.hf.refused import REFUSED, find
+from tests.hf.refused import REFUSED, Refused, find
 
 STOCK = "Stock_llama"
 PASSED, LISTED, OTHER = "passed", "listed", "failed"
@@ -33,6 +33,10 @@ class Checks:
         self.counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self.stock: list[str] = []
         self.used: set[Any] = set()
+        self.in_parts: set[Any] = set()
+        self.failing: set[Any] = set()
+        self.broken: set[str] = set()
+        self.note = ""
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         chosen, left = [], []
@@ -42,7 +46,8 @@ class Checks:
             entry = None if stock else find(item.cls.__name__, item.name)
             if entry is not None:
                 self.used.add(entry)
-                item.add_marker(pytest.mark.xfail(reason=entry.reason, strict=True))
+                if not entry.parts:
+                    item.add_marker(pytest.mark.xfail(reason=entry.reason, strict=True))
         items[:] = chosen
         config.hook.pytest_deselected(items=left)
         whole = not config.getoption("keyword") and all("::" not in arg for arg in config.args)
@@ -53,28 +58,51 @@ class Checks:
         return stock if self.required is None else not stock and name in self.required
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-        report = yield
-        skipped = report.skipped and not hasattr(report, "wasxfail") and not hasattr(report, "context")
-        if self.required is not None and skipped and find(item.cls.__name__, item.name) is None:
-            report.outcome = "failed"
-            report.longrepr = f"stock Llama passes this test, here it is skipped: {report.longrepr}"
-        return report
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if hasattr(report, "context") or (report.when != "call" and report.passed):
-            return  # a part of a test (subTest), which the test itself sums up
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> Iterator[None]:
+        """Settle what a report means before anybody counts it."""
         _, cls, name = report.nodeid.rsplit("::", 2)
+        entry = None if cls == STOCK or self.required is None else find(cls, name)
+        if hasattr(report, "context"):
+            self._part(report, cls, name, entry)
+        else:
+            if self.required is not None and entry is None and report.skipped:
+                report.outcome = "failed"
+                report.longrepr = f"stock Llama passes this test, here it is skipped: {report.longrepr}"
+            if entry is not None and entry.parts:
+                self.in_parts.add(entry)
+            self._count(report, cls, name)
+        return (yield)
+
+    def _part(self, report: pytest.TestReport, cls: str, name: str, entry: Refused | None) -> None:
+        """Look at a part of a test (subTest); stock Llama skips some of them too."""
+        # A worker of xdist has settled it already.
+        if entry is not None and entry.parts and (report.failed or hasattr(report, "wasxfail")):
+            report.outcome, report.wasxfail = "skipped", entry.reason
+            self.failing.add(entry)
+        elif report.failed:
+            self.counts[cls][OTHER] += 1
+            self.broken.add(name)
+
+    def _count(self, report: pytest.TestReport, cls: str, name: str) -> None:
+        if report.when != "call" and report.passed:
+            return
         self.counts[cls][{"passed": PASSED, "skipped": LISTED}.get(report.outcome, OTHER)] += 1
-        if cls == STOCK and report.passed:
+        if cls == STOCK and report.passed and name not in self.broken:
             self.stock.append(name)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write what stock Llama passes; fail where parts that the list refuses all pass."""
+        stale = {entry.test for entry in self.in_parts - self.failing}
+        if stale and not session.testsfailed and not hasattr(session.config, "workerinput"):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            self.note = f"refused.py lists tests whose parts all pass: {', '.join(sorted(stale))}"
         if self.record and self.stock and not hasattr(session.config, "workerinput"):
             Path(self.record).write_text(json.dumps(sorted(self.stock), indent=1))
             session.exitstatus = pytest.ExitCode.OK  # what stock Llama fails here is required of nobody
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.note:
+            terminalreporter.write_line(self.note)
         for cls, counts in sorted(self.counts.items()):
             skipped = "skipped" if cls == STOCK else LISTED
             told = f"{counts[PASSED]} passed, {counts[LISTED]} {skipped}, {counts[OTHER]} failed"
