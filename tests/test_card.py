@@ -5,10 +5,14 @@ import sys
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from nsa_convert.card import check_card, read_evaluations, write_card
+from nsa_convert.card.render import _results as results_of
 from nsa_convert.errors import CheckpointError, ConfigError, MachineError
+from nsa_convert.evaluation.report.verdict import task_rows
 from tests.checkpoints import edit_json
+from tests.evaluation.samples import sample_report
 from tests.publishable import converted, publishable
 
 
@@ -35,6 +39,22 @@ def test_the_header_says_what_the_model_is(model):
         assert values[text["source"], "perplexity"] == pytest.approx(text["beyond"]["sparse_ppl"], abs=1e-5)
         assert values[text["source"], "kl_divergence"] == pytest.approx(text["beyond"]["kl_mean"], abs=1e-5)
     assert values["needle, forced at 500", "accuracy"] == report["needles"]["sparse"][0]["hit"]
+
+
+def test_each_result_is_listed_once():
+    """By huggingface_hub's own reader, which joins what has one type and config under one name."""
+    report = sample_report()
+    index = eval_results_to_model_index("tiny", results_of(report))
+    _, read = model_index_to_eval_results(index)
+    keys = [(result.unique_identifier, result.metric_type) for result in read]
+    assert len(set(keys)) == len(keys)
+
+    scored = {
+        f"{row['task']} at {row['length']}": row["sparse"] for row in task_rows(report) if row["sparse"]
+    }
+    values = {result.dataset_name: result.metric_value for result in read if result.metric_type == "accuracy"}
+    assert len(scored) > 4
+    assert values == {name: round(cell["score"], 6) for name, cell in scored.items()}
 
 
 def test_the_text_holds_source_numbers_and_recipe(model):

@@ -266,9 +266,11 @@ def _results(report: Mapping[str, Any]) -> list[Any]:
             )
     for row in task_rows(report):
         if row["sparse"]:
+            # The config tells results apart: the Hub lists those of one type and config as one result.
             place = {
                 "dataset_type": "nsa-convert-synthetic",
                 "dataset_name": f"{row['task']} at {row['length']}",
+                "dataset_config": f"{row['task']}-{row['length']}".replace(", ", "-").replace(" ", "-"),
             }
             value = round(row["sparse"]["score"], 6)
             title = f"Score, n={row['sparse']['n']}"
