@@ -93,6 +93,8 @@ def _matches(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and value in get_args(kind)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is list:
+        return isinstance(value, (list, tuple))
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 

@@ -7,8 +7,8 @@ import os
 import re
 
 import pytest
-from tests.test_gguf import write_gguf
 
+from tests.checkpoint.test_gguf import write_gguf
 from tests.checkpoints import dense_model, edit_json
 from tests.faults.checks import (
     ENVIRONMENT,

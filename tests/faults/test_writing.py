@@ -277,7 +277,7 @@ def test_terminate_leaves_nothing(source, tmp_path):
     """SIGTERM to the command line: exit 143, staging removed."""
     script = (
         "import sys, time\n"
-        "from nsa_convert.patch import new_weights\n"
+        "from nsa_convert.checkpoint import new_weights\n"
         "def slow(*_, **__): print('writing', flush=True); time.sleep(60)\n"
         "new_weights.save_file = slow\n"
         "from nsa_convert.cli import main\n"
