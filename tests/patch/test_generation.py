@@ -117,7 +117,7 @@ def test_second_turn_on_a_kept_cache(model: PreTrainedModel, prompt: torch.Tenso
 class TestModesOfGenerate:
     """What transformers checks of every model that generates; those tests are in no source distribution."""
 
-    @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["one", "beams"])
+    @pytest.mark.parametrize("options", [{}, slow({"num_beams": 2})], ids=["one", "beams"])
     def test_sampling(self, model: PreTrainedModel, prompt: torch.Tensor, options: dict) -> None:
         outs = []
         for use_cache in (True, False):

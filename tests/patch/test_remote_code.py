@@ -20,6 +20,7 @@ from nsa_convert import __version__
 from nsa_convert.methods.parts.registry import METHODS, STRUCTURES
 from nsa_convert.patch.remote_code import CODE_FILES, code_files
 from tests.flat_code import make_flat
+from tests.marks import slow, these_quick
 from tests.models import DSA, EVERY, FAMILIES, MOBA, NSA, SSA, STREAMING, VARIANTS, tokens, trained_model
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +124,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.parametrize("rules", [[], [{**NSA, "layers": [0], "heads": [1]}]])
+@pytest.mark.parametrize("rules", [[], slow([{**NSA, "layers": [0], "heads": [1]}])])
 def test_a_plan_that_the_code_was_not_written_for_is_refused(
     saved: list[Path], tmp_path: Path, rules: list
 ) -> None:
@@ -153,7 +154,7 @@ assert trusting._tokenizer.to_str() == tokenizer._tokenizer.to_str()
 """
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [True, slow(False)])
 def test_the_tokenizer_needs_no_code(saved: list[Path], tmp_path: Path, named: bool) -> None:
     """Where nobody can be asked, transformers takes the missing flag for a no; with False it never asks."""
     folder = shutil.copytree(saved[0], tmp_path / "folder")
@@ -218,7 +219,12 @@ def import_copy(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Mod
     return importlib.import_module(f"{folder.name}.{name}")
 
 
-@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan != EVERYTHING])
+@pytest.mark.parametrize(
+    "plan",
+    these_quick(
+        (plan for plan in PLANS if plan != EVERYTHING), ["nsa", "infllm", "phases of others", "layers"]
+    ),
+)
 def test_the_copy_computes_what_the_package_does(
     plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
