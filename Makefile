@@ -34,8 +34,8 @@ SUITE = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(HF) $(BIN)/python -m pyt
 help:
 	@echo "make test      the tests that need no GPU and no network (8 to 16 minutes on 2 cores)"
 	@echo "make test-all  the slow ones too"
-	@echo "make test-oldest  patch, method, cache, training and generation tests at the oldest allowed versions"
-	@echo "make test-hf   transformers' own model tests on converted models, held against stock Llama"
+	@echo "make test-oldest  patch, method, cache, training and generation tests at the oldest allowed versions (6 minutes)"
+	@echo "make test-hf   transformers' own model tests on converted models, held against stock Llama (half an hour of one core)"
 	@echo "make lint      ruff, its formatter, mypy, and pip-audit where it can run"
 	@echo "make fuzz      damaged checkpoints and recipes, for FUZZ_SECONDS"
 	@echo "make demo      SmolLM2-135M to NSA and SSA: convert, verify, evaluate, generate"
