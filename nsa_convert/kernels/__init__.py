@@ -2,8 +2,9 @@
 
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.common.backend import current_backend, use_backend
-from nsa_convert.kernels.common.merge import gated_sum, merge_lse
+from nsa_convert.kernels.common.merge import merge_lse
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
+from nsa_convert.kernels.gates import gated_sum
 
 __all__ = [
     "CompressedOutput",

@@ -13,9 +13,9 @@ from torch import Tensor
 from nsa_convert.errors import CheckFailedError
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.common.backend import choose_backend, kernel_function, use_backend
-from nsa_convert.kernels.common.merge import gated_sum
 from nsa_convert.kernels.compressed import compressed_attention
 from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.gates import gated_sum
 from nsa_convert.kernels.union.skipping import skipping_attention
 from nsa_convert.patterns import BlockSelection, BlockTopK, SequenceLayout, SinkWindow, TokenSelection
 

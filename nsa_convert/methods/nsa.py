@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from nsa_convert.config import AttentionGeometry, at_least
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
-from nsa_convert.kernels.common.merge import gated_sum
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
 from nsa_convert.kernels.compressed.cells import CellGrid
+from nsa_convert.kernels.gates import gated_sum
 from nsa_convert.methods.parts.base import (
     AttentionInputs,
     CacheNeeds,

@@ -228,7 +228,7 @@ def test_kn09_packed_documents():
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)])
 def test_kn11_gradients(dtype, limit):
     """Of q, k, v, compressed cells and gates, against autograd of the plain formula in float64."""
-    from nsa_convert.kernels.common.merge import gated_sum
+    from nsa_convert.kernels.gates import gated_sum
 
     g = torch.Generator().manual_seed(3)
     q, k, v = make_qkv(1, 40, 40, (4, 1), 16, dtype)
