@@ -65,7 +65,8 @@ class Checks:
         if hasattr(report, "context"):
             self._part(report, cls, name, entry)
         else:
-            if self.required is not None and entry is None and report.skipped:
+            skipped = report.skipped and not hasattr(report, "wasxfail")
+            if self.required is not None and skipped and (entry is None or entry.parts):
                 report.outcome = "failed"
                 report.longrepr = f"stock Llama passes this test, here it is skipped: {report.longrepr}"
             if entry is not None and entry.parts:
