@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nsa_convert.config import at_least, raise_problems, strict_dataclass, unknown_keys
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
-from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, Reach
+from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool
 from nsa_convert.methods.parts.budget import parts_of, widened
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection, BlockTopK
@@ -138,10 +138,9 @@ class InfLLMv2(SelectingMethod):
         """Return the mean key of each cell."""
         return windows.mean(2)
 
-    def reach(self) -> Reach:
-        """Up to ``dense_len`` tokens the layer is dense, where that is beyond the blocks."""
-        reach = super().reach()
-        return dataclasses.replace(reach, visible_budget=max(self.settings.dense_len, reach.visible_budget))
+    def dense_until(self) -> int:
+        """Return the tokens of all blocks, or ``dense_len`` where that is longer."""
+        return max(self.settings.dense_len, self.budget())
 
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Return the best blocks of each query and key/value head."""

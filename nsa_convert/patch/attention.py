@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.methods.parts.base import AttentionInputs, Pool, Projection, SparseMethod
+from nsa_convert.methods.parts.base import AttentionInputs, CacheNeeds, Pool, Projection, SparseMethod
 from nsa_convert.methods.parts.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import SparseCacheLayer, held_tokens, sparse_cache_layer
 from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads
@@ -87,7 +87,7 @@ class SparseAttention(nn.Module):
             raise NotImplementedError(
                 "attention dropout is not supported by sparse layers; set attention_dropout to 0"
             )
-        if not self.sparse.reach().is_causal and sparse_context.right_padded:
+        if sparse_context.right_padded and not self.sparse.reach().is_causal:
             raise ConfigError(
                 "a prompt of this batch ends before the others: the tokens that pad it would choose keys for "
                 "its own last ones",
@@ -126,7 +126,7 @@ class SparseAttention(nn.Module):
 
         with without_autocast(q.device.type):
             o, losses = self._attend(
-                q, k, v, states, plain_keys, hidden_states, past_key_values, sparse_context
+                q, k, v, states, needs, plain_keys, hidden_states, past_key_values, sparse_context
             )
         out = self.o_proj(o.reshape(batch, length, -1))
         training = sparse_context.training
@@ -141,6 +141,7 @@ class SparseAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         states: dict[str, Tensor],
+        needs: CacheNeeds,
         plain_keys: Tensor | None,
         hidden: Tensor,
         cache: Any,
@@ -152,7 +153,7 @@ class SparseAttention(nn.Module):
             ``[B, TQ, HQ, D]``, and in training the auxiliary losses ``[K]`` in at least float32, else None.
         """
         new_tokens = k.shape[1]
-        parts, pooled, states = self._remember(k, v, states, cache, context)
+        parts, pooled, states = self._remember(k, v, states, needs, cache, context)
         inputs = AttentionInputs(
             **vars(parts[0]),
             q=q,
@@ -228,13 +229,18 @@ class SparseAttention(nn.Module):
         return self.sparse.mix_keys(taps).reshape(k.shape)
 
     def _remember(
-        self, k: Tensor, v: Tensor, states: dict[str, Tensor], cache: Any, context: SparseContext
+        self,
+        k: Tensor,
+        v: Tensor,
+        states: dict[str, Tensor],
+        needs: CacheNeeds,
+        cache: Any,
+        context: SparseContext,
     ) -> tuple[tuple[CachedPart, ...], dict[str, Tensor], dict[str, Tensor]]:
         """Append to the cache; return what the method may read, the compressed cells and the token states.
 
         Where a part of the layer forgets, there is one entry for each part, else one for all.
         """
-        needs = self.sparse.cache_needs()
         pools = needs.pools
         if cache is None:
             if context.training is not None and context.training.mode.losses:
@@ -242,7 +248,8 @@ class SparseAttention(nn.Module):
             cells = {p.name: pool_sequence(self.sparse, p, _source(p, k, v), context) for p in pools}
             return (CachedPart(k=k, v=v, layout=context.layout),), cells, states
         new_tokens, offset = k.shape[1], context.layout.offset
-        if forgets(self.sparse):
+        evicts = forgets(self.sparse)
+        if evicts:
             layer: SparseCacheLayer = evicting_cache_layer(cache, self.layer_idx, self.sparse, k, context)
             parts = recall(self.sparse, layer, k, v, context)
             place = whole_heads(self.sparse)
@@ -261,7 +268,7 @@ class SparseAttention(nn.Module):
             for p in pools
         }
         kept = {name: grow_states(layer, name, states[name], offset) for name in needs.token_states}
-        if not forgets(self.sparse):  # else when it has forgotten
+        if not evicts:  # else when it has forgotten
             layer.settle()
         return parts, cells, {**states, **kept}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nsa_convert.errors import CacheError, ConfigError
+from nsa_convert.methods.parts.base import CacheNeeds
 from nsa_convert.methods.parts.inputs import CachedPart
 from nsa_convert.patch.attention import SparseAttention, _source
 from nsa_convert.patch.pooling import pool_sequence
@@ -25,14 +26,19 @@ def uncached_after(monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[Tensor, Te
     """Let sparse layers see keys and values in front of their own, without anything of a cache."""
 
     def remember(
-        self: SparseAttention, k: Tensor, v: Tensor, own: dict, cache: object, context: object
+        self: SparseAttention,
+        k: Tensor,
+        v: Tensor,
+        own: dict,
+        needs: CacheNeeds,
+        cache: object,
+        context: object,
     ) -> tuple:
         k, v = (
             torch.cat([x.transpose(1, 2), new], 1)
             for x, new in zip(pairs[self.layer_idx], (k, v), strict=True)
         )
-        pools = self.sparse.cache_needs().pools
-        cells = {p.name: pool_sequence(self.sparse, p, _source(p, k, v), context) for p in pools}
+        cells = {p.name: pool_sequence(self.sparse, p, _source(p, k, v), context) for p in needs.pools}
         return (CachedPart(k=k, v=v, layout=context.layout),), cells, own
 
     monkeypatch.setattr(SparseAttention, "_remember", remember)

@@ -76,23 +76,24 @@ class Mix(SparseMethod):
     members lie one after the other behind the dense ones.
     """
 
-    def members(self) -> list[Member]:
-        """Return the methods, in the order of their further heads."""
-        raise NotImplementedError
+    members: tuple[Member, ...]
+    """The methods, in the order of their further heads."""
+    cached_heads: list[tuple[int, ...]]
+    """The cached heads of each member: its share of the dense ones, then its further ones."""
 
-    def cached_heads(self) -> list[tuple[int, ...]]:
-        """Return the cached heads of each member: its share of the dense ones, then its further ones."""
-        place, heads = self.geometry.num_kv_heads, []
-        for member in self.members():
+    def _share(self, members: Iterable[Member]) -> None:
+        """Note who serves what; a layer asks for it in every call."""
+        self.members, self.cached_heads = tuple(members), []
+        place = self.geometry.num_kv_heads
+        for member in self.members:
             extra = member.method.cache_needs().extra_head_sets * len(member.heads)
-            heads.append((*member.heads, *range(place, place + extra)))
+            self.cached_heads.append((*member.heads, *range(place, place + extra)))
             place += extra
-        return heads
 
     def cache_needs(self) -> CacheNeeds:
         """Return the needs of all members, each under its name; what is forgotten is the members' own."""
         pools, loss_pools, states, taps = [], [], [], 1
-        for member, heads in zip(self.members(), self.cached_heads(), strict=True):
+        for member, heads in zip(self.members, self.cached_heads, strict=True):
             needs = member.method.cache_needs()
             pools += [_renamed(pool, member.name, heads) for pool in needs.pools]
             loss_pools += [_renamed(pool, member.name, heads) for pool in needs.loss_pools]
@@ -104,7 +105,7 @@ class Mix(SparseMethod):
 
     def reach(self) -> Reach:
         """Return the smallest visible budget, the most keys that a member reads, and all indexes together."""
-        reaches = [member.method.reach() for member in self.members()]
+        reaches = [member.method.reach() for member in self.members]
         return Reach(
             visible_budget=min(reach.visible_budget for reach in reaches),
             decode_keys=_most(reach.decode_keys for reach in reaches),
@@ -119,7 +120,7 @@ class Mix(SparseMethod):
         keys: list[Tensor] = []
         values: list[Tensor] = []
         states: dict[str, Tensor] = {}
-        for member in self.members():
+        for member in self.members:
             own = member.method.project(hidden, rotate)
             if own.k is not None and own.v is not None:
                 keys.append(own.k)
@@ -132,12 +133,12 @@ class Mix(SparseMethod):
     def compress(self, name: str, windows: Tensor) -> Tensor:
         """Compress with the member that owns the pool."""
         owner, _, own = name.partition(".")
-        return next(m.method for m in self.members() if m.name == owner).compress(own, windows)
+        return next(m.method for m in self.members if m.name == owner).compress(own, windows)
 
     def mix_keys(self, taps: Sequence[Tensor]) -> Tensor:
         """Let each member mix the keys of its heads."""
         mixed = taps[0].clone()
-        for member, cached in zip(self.members(), self.cached_heads(), strict=True):
+        for member, cached in zip(self.members, self.cached_heads, strict=True):
             reached = member.method.cache_needs().key_taps
             if reached > 1:
                 own = member.method.mix_keys([select_heads(x, cached) for x in taps[:reached]])
@@ -148,7 +149,7 @@ class Mix(SparseMethod):
         """Return the copies of all members, from the rows of their heads."""
         return {
             f"{member.path}.{own}": DenseCopy(dense=copy.dense, rows=self._rows_of(member.heads, copy))
-            for member in self.members()
+            for member in self.members
             for own, copy in member.method.dense_copies().items()
         }
 
@@ -187,6 +188,11 @@ class HeadMix(Mix):
         for part, method in zip(settings, self.parts, strict=True):
             for module in methods_in(method):
                 module.heads = part.heads
+        pairs = enumerate(zip(settings, self.parts, strict=True))
+        self._share(
+            Member(name=str(i), path=f"parts.{i}", method=method, heads=part.heads)
+            for i, (part, method) in pairs
+        )
 
         order = [head for part in settings for head in _query_heads(geometry, part.heads)]
         in_order = order == sorted(order)
@@ -207,14 +213,6 @@ class HeadMix(Mix):
         couples = getattr(settings, "couples_heads", method.spec.couples_heads)
         runs = [heads] if couples else neighbours(heads)
         return [HeadPart(method=method, settings=settings, heads=run) for run in runs]
-
-    def members(self) -> list[Member]:
-        """Return the parts by their numbers."""
-        pairs = enumerate(zip(self.settings, self.parts, strict=True))
-        return [
-            Member(name=str(i), path=f"parts.{i}", method=method, heads=part.heads)
-            for i, (part, method) in pairs
-        ]
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend part by part; returns ``[B, TQ, HQ, D]``."""
@@ -238,7 +236,7 @@ class HeadMix(Mix):
         return self._join(outputs), {name: value / weights[name] for name, value in sums.items()}
 
     def _split(self, x: AttentionInputs) -> Iterator[AttentionInputs]:
-        for i, (part, cached) in enumerate(zip(self.settings, self.cached_heads(), strict=True)):
+        for i, (part, cached) in enumerate(zip(self.settings, self.cached_heads, strict=True)):
             if x.parts:
                 own = x.parts[i]
             else:
@@ -271,7 +269,7 @@ def leaves_of(methods: Iterable[SparseMethod]) -> list[SparseMethod]:
 def cached_heads(method: SparseMethod) -> list[tuple[int, ...]]:
     """Return the cached heads of each of the :func:`leaves`, its further ones included."""
     if isinstance(method, HeadMix):
-        return method.cached_heads()
+        return method.cached_heads
     return [tuple(range(method.geometry.num_kv_heads * (1 + method.cache_needs().extra_head_sets)))]
 
 

@@ -103,23 +103,20 @@ class Phases(Mix):
         assert isinstance(decode, PhasePart)
         self.prefill = prefill.method(prefill.settings, geometry, layer_index)
         self.decode = decode.method(decode.settings, geometry, layer_index)
+        heads = tuple(range(geometry.num_kv_heads))  # both read all of them
+        pairs = {"prefill": self.prefill, "decode": self.decode}
+        self._share(Member(name=name, path=name, method=own, heads=heads) for name, own in pairs.items())
         raise_problems(self._problems(), code="CF22")
         # A training text is read like a prompt.
         self.training_spec = self.prefill.training_spec
 
-    def members(self) -> list[Member]:
-        """Return the methods by their phases; both read all heads."""
-        heads = tuple(range(self.geometry.num_kv_heads))
-        pairs = {"prefill": self.prefill, "decode": self.decode}
-        return [Member(name=name, path=name, method=own, heads=heads) for name, own in pairs.items()]
-
     def _problems(self) -> list[str]:
         """Return why the two methods cannot share a layer."""
-        needs = {member.name: member.method.cache_needs() for member in self.members()}
+        needs = {member.name: member.method.cache_needs() for member in self.members}
         problems = [
             f"{member.name}: {member.method.spec.name} changes the keys themselves, which the other phase "
             "reads too"
-            for member in self.members()
+            for member in self.members
             if needs[member.name].key_taps > 1
         ]
         if needs["prefill"].policy is not None:
@@ -161,7 +158,7 @@ class Phases(Mix):
         return self.prefill.train_forward(self._own(x, "prefill"), mode)
 
     def _own(self, x: AttentionInputs, phase: str) -> AttentionInputs:
-        heads = self.cached_heads()[0 if phase == "prefill" else 1]
+        heads = self.cached_heads[0 if phase == "prefill" else 1]
         if x.k.shape[2] != len(heads):
             x = dataclasses.replace(x, k=select_heads(x.k, heads), v=select_heads(x.v, heads))
         return dataclasses.replace(

@@ -73,7 +73,7 @@ class PrefillMethod(SparseMethod):
 
     def is_dense(self, x: AttentionInputs) -> bool:
         """Return whether this call attends to everything."""
-        return is_step(x) or is_within_budget(self, x, self.reach().visible_budget)
+        return is_step(x) or is_within_budget(self, x, self.least_budget())
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend; returns ``[B, TQ, HQ, D]``."""

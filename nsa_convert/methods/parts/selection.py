@@ -77,8 +77,8 @@ class SelectingMethod(SparseMethod):
         index = None if self.index is None else self.index.size()
         if self.mode == "full":
             return Reach(visible_budget=sys.maxsize, decode_keys=None, prompt_keys=None, index=index)
-        budget = self.budget()
-        return Reach(visible_budget=budget, decode_keys=budget, prompt_keys=budget, index=index)
+        keys = self.budget()
+        return Reach(visible_budget=self.dense_until(), decode_keys=keys, prompt_keys=keys, index=index)
 
     def project(self, hidden: Tensor, rotate: Callable[[Tensor], Tensor]) -> Projection:
         """Return index queries and keys."""
@@ -96,11 +96,15 @@ class SelectingMethod(SparseMethod):
         """Return the most keys one query sees in sparse mode."""
         return self.settings.rule.budget
 
+    def dense_until(self) -> int:
+        """Return the longest context that is attended to densely in sparse mode."""
+        return self.budget()
+
     def is_dense(self, x: AttentionInputs) -> bool:
         """Return whether this call attends to everything."""
         if self.mode == "full" and self.forced_budget is None:
             return True
-        return is_within_budget(self, x, self.reach().visible_budget)
+        return is_within_budget(self, x, self.dense_until())
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to what is chosen, or to everything; returns ``[B, TQ, HQ, D]``."""
@@ -114,14 +118,14 @@ class SelectingMethod(SparseMethod):
         if length is None:
             return o
         dense = dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
-        return torch.where(length <= self.reach().visible_budget, dense, o)
+        return torch.where(length <= self.dense_until(), dense, o)
 
     def _unread_length(self, x: AttentionInputs) -> Tensor | None:
         """Return the length that :meth:`is_dense` goes by where a graph cannot read it and it matters.
 
         A method that is dense beyond its budget computes both then; else they are the same up to the budget.
         """
-        same = self.forced_budget is not None or self.reach().visible_budget <= self.budget()
+        same = self.forced_budget is not None or self.dense_until() <= self.budget()
         if same or not torch.compiler.is_compiling():
             return None
         layout = x.layout
