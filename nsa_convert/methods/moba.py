@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from nsa_convert.methods.parts.base import (
     Pool,
     Reach,
 )
-from nsa_convert.methods.parts.budget import HeadBudget, parts_of, widened
+from nsa_convert.methods.parts.budget import HeadBudget, widened
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
 
@@ -64,14 +64,6 @@ class MoBASettings(HeadBudget):
         """Return what is wrong with the convolution."""
         allowed = self.key_conv == 0 or 2 <= self.key_conv <= MAX_TAPS
         return [] if allowed else [f"key_conv must be 0 or 2 to {MAX_TAPS}, got {self.key_conv}"]
-
-    @classmethod
-    def at_budget(cls, budget: int) -> dict[str, Any]:
-        """Return the settings under which a query sees ``budget`` keys.
-
-        Blocks of 64.
-        """
-        return {"block_size": 64, "num_blocks": parts_of(budget, 64)}
 
 
 class KeyConv(InitialisedModule):

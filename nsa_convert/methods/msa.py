@@ -8,7 +8,7 @@ selected blocks while the model trains sparse.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.indexed import block_max_topk
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
-from nsa_convert.methods.parts.budget import BlockBudget, parts_of, widened
+from nsa_convert.methods.parts.budget import BlockBudget, widened
 from nsa_convert.methods.parts.index import INDEX_TRAINING, Index, IndexKey
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
@@ -44,14 +44,6 @@ class MSASettings(BlockBudget):
     index_key: IndexKey = "cached"
     mode: Literal["sparse", "full"] = "sparse"
     reuse_from: int = NO_REUSE
-
-    @classmethod
-    def at_budget(cls, budget: int) -> dict[str, Any]:
-        """Return the settings under which a query sees ``budget`` keys.
-
-        Blocks of 64.
-        """
-        return {"block_size": 64, "num_blocks": parts_of(budget, 64)}
 
 
 class MSA(SelectingMethod):

@@ -33,7 +33,7 @@ from nsa_convert.methods.parts.base import (
     is_within_budget,
     record,
 )
-from nsa_convert.methods.parts.budget import BlockBudget, parts_of, widened
+from nsa_convert.methods.parts.budget import BlockBudget, widened
 from nsa_convert.methods.parts.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.parts.gates import BranchGate
 from nsa_convert.methods.parts.losses import score_kl
@@ -104,7 +104,7 @@ class NSASettings(BlockBudget):
 
         A window is dense attention's equal only after training: it is kept at its least.
         """
-        return {"block_size": 64, "num_blocks": parts_of(budget, 64), "window_size": 64}
+        return {**super().at_budget(budget), "window_size": cls.compared_block}
 
 
 class NSA(SparseMethod):

@@ -8,14 +8,14 @@ the pages with the largest bound and to the last one. The prompt is attended to 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nsa_convert.kernels.compressed import block_topk
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool, Reach, TrainingSpec
-from nsa_convert.methods.parts.budget import HeadBudget, parts_of, widened
+from nsa_convert.methods.parts.budget import HeadBudget, widened
 from nsa_convert.methods.parts.prefill import STEP_TOKENS
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection
@@ -44,14 +44,7 @@ class QuestSettings(HeadBudget):
     prefill: Literal["dense", "sparse"] = "dense"
     mode: Literal["sparse", "full"] = "sparse"
     reuse_from: int = NO_REUSE
-
-    @classmethod
-    def at_budget(cls, budget: int) -> dict[str, Any]:
-        """Return the settings under which a query sees ``budget`` keys.
-
-        Pages of 16.
-        """
-        return {"block_size": 16, "num_blocks": parts_of(budget, 16)}
+    compared_block = 16
 
 
 class Quest(SelectingMethod):

@@ -26,6 +26,7 @@ from nsa_convert.methods.parts.base import (
     TrainingSpec,
     record,
 )
+from nsa_convert.methods.parts.budget import band_of
 from nsa_convert.methods.parts.cache_policy import KeepRecent
 from nsa_convert.patterns import SinkWindow
 
@@ -88,7 +89,7 @@ class RazorSettings:
 
         Four first tokens and a constant window.
         """
-        return {"num_sinks": 4, "window_size": budget - 4, "window_share": 0}
+        return {**band_of(budget), "window_share": 0}
 
 
 class Razor(SparseMethod):

@@ -9,7 +9,7 @@ that one is forced too. The same weights run ``mode = "full"`` as ordinary dense
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from nsa_convert.methods.parts.base import (
     record,
     teacher_output,
 )
-from nsa_convert.methods.parts.budget import BlockBudget, parts_of, widened
+from nsa_convert.methods.parts.budget import BlockBudget, widened
 from nsa_convert.methods.parts.compressors import Compressor, build_compressor, has_weights
 from nsa_convert.methods.parts.gates import BranchGate
 from nsa_convert.methods.parts.losses import bidirectional_alignment, score_kl
@@ -64,14 +64,7 @@ class SSASettings(BlockBudget):
     key_compressor: Compressor = "mean"
     gate: Literal["none", "signed", "sigmoid"] = "none"
     mode: Literal["sparse", "full"] = "sparse"
-
-    @classmethod
-    def at_budget(cls, budget: int) -> dict[str, Any]:
-        """Return the settings under which a query sees ``budget`` keys.
-
-        Blocks of 16.
-        """
-        return {"block_size": 16, "num_blocks": parts_of(budget, 16)}
+    compared_block = 16
 
 
 class SSA(SparseMethod):

@@ -27,6 +27,7 @@ from nsa_convert.methods.parts.base import (
     is_within_budget,
     record,
 )
+from nsa_convert.methods.parts.budget import band_of
 from nsa_convert.methods.parts.cache_policy import KeepRecent
 from nsa_convert.patterns import SinkWindow, TokenSelection
 
@@ -58,7 +59,7 @@ class StreamingSettings:
 
         Four first tokens, the rest is window.
         """
-        return {"num_sinks": 4, "window_size": budget - 4}
+        return band_of(budget)
 
 
 class Streaming(SparseMethod):

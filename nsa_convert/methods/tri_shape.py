@@ -15,6 +15,7 @@ from torch import Tensor
 from nsa_convert.config import at_least, raise_problems
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Reach, record
+from nsa_convert.methods.parts.budget import band_of
 from nsa_convert.methods.parts.prefill import PrefillMethod
 from nsa_convert.patterns import SequenceLayout, SinkWindow
 
@@ -47,7 +48,7 @@ class TriShapeSettings:
 
         Four first tokens, the rest is window; the last queries see everything.
         """
-        return {"num_sinks": 4, "window_size": budget - 4, "num_last": 100}
+        return {**band_of(budget), "num_last": 100}
 
 
 class TriShape(PrefillMethod):
@@ -76,13 +77,16 @@ class TriShape(PrefillMethod):
         """Whether last queries are treated apart."""
         return self.settings.num_last > 0
 
+    def least_budget(self) -> int:
+        """Return num_sinks + window_size."""
+        return self.settings.num_sinks + self.settings.window_size
+
     def reach(self) -> Reach:
         """A query of the prompt reads the band; its end decides nothing where no last queries see more."""
-        budget = self.settings.num_sinks + self.settings.window_size
-        return Reach(
-            visible_budget=budget,
-            decode_keys=None,
-            prompt_keys=budget,
+        return dataclasses.replace(
+            super().reach(),
+            prompt_keys=self.least_budget(),
+            adapts_to_prompt=False,
             is_causal=not self.needs_prompt_end,
         )
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from nsa_convert.config import raise_problems
 from nsa_convert.methods.parts.base import SparseMethod
-from nsa_convert.methods.parts.registry import methods_under
+from nsa_convert.methods.parts.registry import parallel_problems
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.collectives import Processes
 
@@ -18,11 +18,7 @@ HEAD_STYLE = "nsa_heads"
 
 def tensor_problems(methods: Sequence[SparseMethod], config: Mapping[str, Any], size: int) -> list[str]:
     """Return why ``size`` processes cannot share the heads of the layers."""
-    known = methods_under("tensor")
-    problems = [
-        f"tensor parallel knows {', '.join(known)}, not {name}"
-        for name in sorted({m.spec.name for m in methods} - set(known))
-    ]
+    problems = parallel_problems("tensor", methods, "tensor parallel")
     if any(m.cache_needs().extra_head_sets for m in methods):
         problems.append("tensor parallel needs branch_kv shared, not independent")
     if any(m.cache_needs().key_taps > 1 for m in methods):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from nsa_convert.config import at_least, raise_problems
 from nsa_convert.errors import ConfigError
@@ -25,6 +25,13 @@ class BlockBudget:
     num_blocks: int
     num_sink_blocks: int = 1
     num_local_blocks: int = 1
+    compared_block = 64
+    """Tokens of a block when methods are compared; no annotation, so that it is no setting."""
+
+    @classmethod
+    def at_budget(cls, budget: int) -> dict[str, Any]:
+        """Return the settings under which a query sees ``budget`` keys."""
+        return {"block_size": cls.compared_block, "num_blocks": parts_of(budget, cls.compared_block)}
 
     def __post_init__(self) -> None:
         raise_problems([*self.budget_problems(), *self.problems()], code="CF22")
@@ -88,6 +95,11 @@ def widened(rule: BlockTopK, tokens: int | None) -> BlockTopK:
     if tokens is None:
         return rule
     return dataclasses.replace(rule, num_blocks=max(rule.num_blocks, -(-tokens // rule.block_size)))
+
+
+def band_of(budget: int) -> dict[str, Any]:
+    """Return the first tokens and the window under which a query sees ``budget`` keys."""
+    return {"num_sinks": 4, "window_size": budget - 4}
 
 
 def parts_of(budget: int, size: int) -> int:

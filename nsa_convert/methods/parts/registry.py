@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nsa_convert.config import (
@@ -96,9 +96,12 @@ def _refuse_left_out(name: str) -> None:
         )
 
 
-def methods_under(kind: str) -> list[str]:
-    """Return the methods, dense attention among them, whose work processes can share this way."""
-    return [name for name, method in (*METHODS.items(), *STRUCTURES.items()) if kind in method.spec.parallel]
+def parallel_problems(kind: str, methods: Iterable[SparseMethod], title: str) -> list[str]:
+    """Return which of some methods processes cannot share this way (:attr:`MethodSpec.parallel`)."""
+    table = {**METHODS, **STRUCTURES}
+    known = [name for name, method in table.items() if kind in method.spec.parallel]
+    unable = sorted({method.spec.name for method in methods} - set(known))
+    return [f"{title} knows {', '.join(known)}, not {name}" for name in unable]
 
 
 def method_specs() -> list[MethodSpec]:

@@ -11,7 +11,7 @@ import transformers
 
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.mix import leaves_of
-from nsa_convert.methods.parts.registry import methods_under
+from nsa_convert.methods.parts.registry import parallel_problems
 from nsa_convert.patch.tensor_parallel import tensor_problems
 
 if TYPE_CHECKING:
@@ -133,11 +133,7 @@ def context_problems(methods: Sequence[SparseMethod]) -> list[str]:
     if not methods:
         return ["context needs a sparse model: the attention of a dense one sees its own tokens only"]
     leaves = leaves_of(methods)
-    known = methods_under("context")
-    problems = [
-        f"context knows {', '.join(known)}, not {name}"
-        for name in sorted({m.spec.name for m in leaves} - set(known))
-    ]
+    problems = parallel_problems("context", leaves, "context")
     mixing = sorted({m.spec.name for m in leaves if m.cache_needs().key_taps > 1})
     if mixing:
         problems.append(
