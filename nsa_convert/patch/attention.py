@@ -87,7 +87,10 @@ class SparseAttention(nn.Module):
             raise NotImplementedError(
                 "attention dropout is not supported by sparse layers; set attention_dropout to 0"
             )
-        if sparse_context.right_padded and not self.sparse.reach().is_causal:
+
+        # Asked of the method first: the value of a tensor in a compiled graph is read only where it matters.
+        padding = sparse_context.right_padded
+        if padding is not False and not self.sparse.reach().is_causal and padding:
             raise ConfigError(
                 "a prompt of this batch ends before the others: the tokens that pad it would choose keys for "
                 "its own last ones",
