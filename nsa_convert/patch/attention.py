@@ -32,12 +32,16 @@ class SparseAttention(nn.Module):
 
     def __init__(self, dense: Any, method: SparseMethod) -> None:
         super().__init__()
+
+        # Attributes that transformers and adapters read from an attention module.
         self.config = dense.config
         self.layer_idx: int = dense.layer_idx
         self.head_dim: int = dense.head_dim
         self.scaling: float = dense.scaling
         self.attention_dropout: float = dense.attention_dropout
         self.is_causal = True
+
+        # The submodules of the dense module, under their own names.
         self.q_proj: nn.Module
         self.k_proj: nn.Module
         self.v_proj: nn.Module
@@ -46,7 +50,9 @@ class SparseAttention(nn.Module):
         self.k_norm: nn.Module
         for name, child in dense.named_children():
             self.add_module(name, child)
+
         self.sparse = method
+
         # Both are of nsa_convert.patch.collectives, which only the installed package has.
         self.loss_group: Any = None
         """:class:`Processes` that share the heads of the layer: auxiliary losses are means over them."""
@@ -97,13 +103,16 @@ class SparseAttention(nn.Module):
                 code="CF25",
                 hint="pad on the left (tokenizer.padding_side = 'left')",
             )
+
+        # Project; a method may add keys, values and states of its own.
         batch, length = hidden_states.shape[:2]
         needs = self.sparse.cache_needs()
         own = self.sparse.project(hidden_states, lambda x: rotate(x, *position_embeddings))
         q, k, v = self._project(hidden_states, own)
 
         # RoPE; a method may mix the keys of neighbours before it, and training compares with unmixed ones.
-        q, plain_keys = rotate(q, *position_embeddings), None
+        q = rotate(q, *position_embeddings)
+        plain_keys = None
         if needs.key_taps > 1:
             if sparse_context.training is not None:
                 plain_keys = rotate(k, *position_embeddings)
@@ -112,7 +121,9 @@ class SparseAttention(nn.Module):
 
         # One dtype for all that attends.
         dtype = attention_dtype(v)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q = q.to(dtype)
+        k = k.to(dtype)
+        v = v.to(dtype)
         states = {name: x.to(dtype) for name, x in own.token_states.items()}
         plain_keys = None if plain_keys is None else plain_keys.to(dtype)
 
@@ -124,13 +135,16 @@ class SparseAttention(nn.Module):
             past_key_values = None
         if self.context_group is not None:
             gather = self.context_group.gather_tokens
-            k, v = gather(k), gather(v)
+            k = gather(k)
+            v = gather(v)
             states |= {name: gather(states[name]) for name in needs.token_states}
 
         with without_autocast(q.device.type):
             o, losses = self._attend(
                 q, k, v, states, needs, plain_keys, hidden_states, past_key_values, sparse_context
             )
+
+        # The output projection; in training the layer's losses go with its output.
         out = self.o_proj(o.reshape(batch, length, -1))
         training = sparse_context.training
         if training is not None:
@@ -155,6 +169,7 @@ class SparseAttention(nn.Module):
         Returns:
             ``[B, TQ, HQ, D]``, and in training the auxiliary losses ``[K]`` in at least float32, else None.
         """
+        # The past, from the cache.
         new_tokens = k.shape[1]
         parts, pooled, states = self._remember(k, v, states, needs, cache, context)
         inputs = AttentionInputs(
@@ -169,12 +184,15 @@ class SparseAttention(nn.Module):
             move=mover(context.rotary),
             parts=parts if len(parts) > 1 else (),
         )
+
+        # Inference: attend, then drop what the cache policies give up.
         if context.training is None:
             o = self.sparse(inputs)
             if cache is not None and forgets(self.sparse):
                 let_go(self.sparse, cache.layers[self.layer_idx], parts, context, new_tokens)
             return o, None
 
+        # Training: losses of the layer in the order of their names, 0 for those the method has not.
         mode = context.training.mode
         if self.context_group is not None:
             mode = dataclasses.replace(mode, total=self.context_group.total)
@@ -186,15 +204,19 @@ class SparseAttention(nn.Module):
     def _project(self, hidden: Tensor, own: Projection) -> tuple[Tensor, Tensor, Tensor]:
         """Return q ``[B, T, HQ, D]`` and k, v ``[B, T, Hc, D]`` before RoPE, a method's extra heads last."""
         shape = (*hidden.shape[:-1], -1, self.head_dim)
-        q, k, v = (
-            self.q_proj(hidden).view(shape),
-            self.k_proj(hidden).view(shape),
-            self.v_proj(hidden).view(shape),
-        )
+        q = self.q_proj(hidden).view(shape)
+        k = self.k_proj(hidden).view(shape)
+        v = self.v_proj(hidden).view(shape)
+
         if own.k is not None and own.v is not None:
-            k, v = torch.cat([k, own.k], 2), torch.cat([v, own.v], 2)
+            k = torch.cat([k, own.k], 2)
+            v = torch.cat([v, own.v], 2)
+
+        # Families with normalised queries and keys (Qwen3).
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+
         return q, k, v
 
     def _mix_keys(self, k: Tensor, count: int, cache: Any, context: SparseContext) -> Tensor:
@@ -216,12 +238,16 @@ class SparseAttention(nn.Module):
                 "a convolution over keys does not reach across context-parallel processes; "
                 "set key_conv to 0 or train without context parallelism"
             )
+
+        # Keys that the new tokens may read: of a packed row, of the cache, or of the call alone.
         layout, packed = context.layout, context.layout.cu_seqlens is not None
         new = known = _one_row(k) if packed else k
         if cache is not None and not packed:
             layer = sparse_cache_layer(cache, self.layer_idx)
             layer.open(self.sparse, context.starts, layout.offset)
             known = grow_states(layer, "plain keys", k, layout.offset)
+
+        # Taps: the keys of the tokens themselves, of those before them, and so on; 0 before a document.
         slots = layout.positions(new.shape[1], k.device)  # [T]
         starts = layout.row_starts(new.shape[1], k.device)  # [B or 1, T]
         taps = [new]
@@ -245,12 +271,17 @@ class SparseAttention(nn.Module):
         Where a part of the layer forgets, there is one entry for each part, else one for all.
         """
         pools = needs.pools
+
+        # Without a cache the call's own tokens are all there is.
         if cache is None:
             if context.training is not None and context.training.mode.losses:
                 pools = (*pools, *needs.loss_pools)
             cells = {p.name: pool_sequence(self.sparse, p, _source(p, k, v), context) for p in pools}
             return (CachedPart(k=k, v=v, layout=context.layout),), cells, states
-        new_tokens, offset = k.shape[1], context.layout.offset
+
+        # Append the new tokens; k and v become what pools read: all tokens of the heads that keep them.
+        new_tokens = k.shape[1]
+        offset = context.layout.offset
         evicts = forgets(self.sparse)
         if evicts:
             layer: SparseCacheLayer = evicting_cache_layer(cache, self.layer_idx, self.sparse, k, context)
@@ -265,6 +296,8 @@ class SparseAttention(nn.Module):
             cached = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = held_tokens(cached, offset, k, v)
             parts = (CachedPart(k=k, v=v, layout=context.layout),)
+
+        # Compress the cells that the new tokens complete, and append their states.
         tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, *self.sparse.parameters()))
         cells = {
             p.name: grow_cells(self.sparse, p, layer, _source(p, k, v), new_tokens, context, tracked=tracked)

@@ -34,7 +34,7 @@ from nsa_convert.patch.cache_storage import (
 from nsa_convert.patch.cache_writer import Writer, fingerprint, writes_alike
 
 STREAM = "stream "
-"""Names of per-token vectors begin with this among the names of what lies beside the keys."""
+"""The names of token states in ``cells`` begin with this."""
 AGAIN = "read the prompt again with this model, from an empty cache"
 
 
@@ -55,9 +55,9 @@ class SparseCacheLayer(_Layer):
     is_initialized: bool
     _layer_type = None  # a subclass of a layer class must not take its place in transformers' tables
     is_sparse = True
-    cells: dict[str, Tensor] | None = None  # pool or stream -> [B, H, capacity, D]
+    cells: dict[str, Tensor] | None = None  # pool or token states -> [B, H, capacity, D]
     buffers: tuple[Tensor | None, Tensor | None] = (None, None)  # room behind keys and values
-    writer: Writer | None = None  # of the cells
+    writer: Writer | None = None  # the method that wrote cells and token states
     settled = False  # whether what lies beside belongs to the tokens held
     starts: tuple[int, ...] | None = ()  # left padding of the rows that cells count from; () for not known
     known: tuple[tuple[weakref.ref, int | None], ...] | None = None  # keys and values as they were left
@@ -65,14 +65,19 @@ class SparseCacheLayer(_Layer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append tokens in the dtype the cache was made with; until :meth:`settle` nothing covers them."""
+        """Append tokens in the cache's dtype; cells and token states miss them until :meth:`settle`."""
         self.settled = False
+
+        # New tokens take the cache's dtype; a static cache may be made for other heads or in inference mode.
         if self.is_initialized and isinstance(self.keys, Tensor):
-            key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+            key_states = key_states.to(self.keys.dtype)
+            value_states = value_states.to(self.values.dtype)
             if self.keys.dim() == 4 and self.keys.shape[:2] != key_states.shape[:2]:
                 self._start_again(key_states, value_states)
             elif self.is_compileable:
                 self._leave_inference_mode()
+
+        # A growing cache appends in place; transformers' own class copies all tokens for each new one.
         if self.sparse_base is DynamicLayer and self.is_initialized:
             pairs = (self.keys, key_states), (self.values, value_states)
             if all(may_write_in_place(*pair) for pair in pairs):
@@ -80,6 +85,7 @@ class SparseCacheLayer(_Layer):
                 value_buffer, self.values = append_tokens(self.buffers[1], *pairs[1])
                 self.buffers = (key_buffer, value_buffer)
                 return self.keys, self.values
+
         return self.sparse_base.update(self, key_states, value_states, *args, **kwargs)
 
     def open(self, method: SparseMethod, starts: tuple[int, ...] | None, past: int | Tensor) -> None:
@@ -102,6 +108,9 @@ class SparseCacheLayer(_Layer):
                 f"({self.sparse_base.__name__}) cannot carry: use the default dynamic cache",
                 code="CA02",
             )
+
+        # Drop what is stale: everything after changed keys or a call that broke off, the cells after a change
+        # of method or padding. Token states stay where the new method would compute the same ones.
         compiling = torch.compiler.is_compiling()
         if not self.settled:
             self.cells = None
@@ -112,13 +121,15 @@ class SparseCacheLayer(_Layer):
             self._keep_states(keeps_states and not compiling and writes_alike(self.writer, method))
         elif not compiling and not same_rows(self.starts, starts, past):
             self._keep_states(True)
+
+        # From here on this method writes.
         self.writer = method
         if not compiling:
             self.starts = starts
         self.settle()
 
     def settle(self) -> None:
-        """Note that what lies beside keys and values covers all of them."""
+        """Mark cells and token states as covering all the keys and values held."""
         self.settled = True
         if torch.compiler.is_compiling():
             if not self.is_compileable:
@@ -142,9 +153,14 @@ class SparseCacheLayer(_Layer):
             # Before 5.18 transformers zeroes the keys of a dynamic cache and goes on counting them.
             self.keys = self.values = None  # type: ignore[assignment]  # as transformers makes them
             self.is_initialized = False
+
         self.sparse_base.reset(self)
-        self.cells, self.buffers, self.writer = None, (None, None), None
-        self.settled, self.starts, self.known = False, (), None
+        self.cells = None
+        self.buffers = (None, None)
+        self.writer = None
+        self.settled = False
+        self.starts = ()
+        self.known = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens."""
@@ -181,12 +197,20 @@ class SparseCacheLayer(_Layer):
         )
 
     def _carry(self, act: Callable[[], None], rows: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Change keys and values by ``act``, and what lies beside alike where it still belongs to them."""
+        """Change keys and values by ``act``; change or drop what lies beside them.
+
+        Args:
+            act: Changes the keys and values of the layer in place.
+            rows: The same change of rows for cells and token states; None where rows stay.
+        """
         whole = self.is_as_left()
         act()
+
         if not whole:
             self.settled = False  # so that the next call drops what lies beside
             return
+
+        # Rows moved: what lies beside moves with them, and their padding is not known any more.
         if rows is not None:
             self.cells = {name: rows(x) for name, x in (self.cells or {}).items()}
             self.starts = ()
@@ -198,7 +222,7 @@ class SparseCacheLayer(_Layer):
         self.cells = kept or None
 
     def _refuse_unknown_places(self, method: SparseMethod, past: int | Tensor) -> None:
-        """Refuse keys that took the place of more or fewer where a cell must know where each key stood."""
+        """Refuse keys of unknown positions where cells are compressed before RoPE, which needs them."""
         left = self.known[0][0]() if self.known else None
         same = left is not None and left.shape == self.keys.shape
         if past and not same and any(pool.rope == "before" for pool in method.cache_needs().pools):
@@ -227,6 +251,8 @@ class SparseCacheLayer(_Layer):
     def _state(self) -> dict[str, Any]:
         """Return the attributes without references to this process and without room to grow."""
         state = {**self.__dict__, "known": None, "buffers": (None, None), "settled": self.is_as_left()}
+
+        # A copy of the tokens in use, not of the buffer they are the front of.
         if self.buffers[0] is not None:
             state |= {"keys": self.keys.clone(), "values": self.values.clone()}
         return state
@@ -240,6 +266,8 @@ class SparseCacheLayer(_Layer):
         state = self._state()
         if self.writer is not None:
             state["writer"] = fingerprint(self.writer)
+
+        # A class made at run time cannot be imported by name: a pickle names its base.
         made_here = "sparse_base" in vars(type(self))
         return blank_layer, (self.sparse_base if made_here else type(self), made_here), state
 
@@ -275,7 +303,7 @@ def blank_layer(cls: type[CacheLayerMixin], retype: bool) -> SparseCacheLayer:
 
 
 def _class_for_graph(base: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
-    """Return :func:`sparse_cache_class`, which a graph calls while it is traced: it can make no class."""
+    """Return :func:`sparse_cache_class` as a constant of a traced graph, which itself can make no class."""
     return sparse_cache_class(base)
 
 
@@ -288,10 +316,13 @@ def sparse_cache_layer(cache: Cache, layer_index: int) -> SparseCacheLayer:
     Raises:
         CacheError: The layer keeps a sliding window only.
     """
+    # A dynamic cache makes its layers at their first use.
     maker = getattr(cache, "layer_class_to_replicate", None)
     while maker is not None and len(cache.layers) <= layer_index:
         cache.layers.append(maker())
     layer = cache.layers[layer_index]
+
+    # Retype what transformers made.
     if not getattr(layer, "is_sparse", False):
         if getattr(layer, "is_sliding", False):
             raise CacheError(
@@ -301,12 +332,14 @@ def sparse_cache_layer(cache: Cache, layer_index: int) -> SparseCacheLayer:
             )
         if torch.compiler.is_compiling():  # a graph cannot retype an object: another one takes its place
             cls = _class_for_graph(type(layer))
-            held, layer = layer, object.__new__(cls)
+            held = layer
+            layer = object.__new__(cls)
             for name, value in vars(held).items():
                 setattr(layer, name, value)
             cache.layers[layer_index] = layer
         else:
             layer.__class__ = sparse_cache_class(type(layer))
+
     return layer
 
 
@@ -325,8 +358,11 @@ def held_tokens(
         CacheError: The layer holds another number of tokens than the first layer of the cache.
     """
     keys, values = (x.to(new.dtype).transpose(1, 2) for x, new in zip(cached, (k, v), strict=True))
+
     if isinstance(offset, Tensor):
         return keys, values
+
+    # Every layer must hold the tokens that the first layer counts.
     total = offset + k.shape[1]
     if not torch.compiler.is_compiling() and keys.shape[1] < total:
         raise CacheError(
@@ -349,8 +385,11 @@ def same_rows(left: tuple[int, ...] | None, starts: tuple[int, ...] | None, past
     """Return whether the rows of a cache begin where they began; a row without a token may begin anywhere."""
     if left == starts or left == ():
         return True
+
+    # Rows without padding begin at 0.
     rows = len(left or starts or ())
-    left, starts = left or (0,) * rows, starts or (0,) * rows
+    left = left or (0,) * rows
+    starts = starts or (0,) * rows
     return len(left) == len(starts) and all(
         a == b or min(a, b) >= past for a, b in zip(left, starts, strict=True)
     )
@@ -371,6 +410,7 @@ def write_cells(
     Returns:
         ``[B, H, at least capacity, D]``.
     """
+    # Find the buffer, or make a larger one and copy the cells into it.
     batch, count, heads, dim = cells.shape
     if layer.cells is None:
         layer.cells = {}
@@ -381,8 +421,11 @@ def write_cells(
         if buffer is not None:
             grown[:, :, : buffer.shape[2]] = buffer.detach()[:, :, :size]
         buffer = layer.cells[name] = grown
+
     if count == 0:
         return buffer
+
+    # Write in place, at one slot for all rows or at each row's own.
     cells = cells.detach().to(buffer.dtype)
     if isinstance(first, int):
         buffer[:, :, first : first + count] = cells.transpose(1, 2)
@@ -390,4 +433,5 @@ def write_cells(
         slots = first[:, None] + torch.arange(count, device=cells.device)
         rows = torch.arange(batch, device=cells.device)[:, None]
         buffer[rows, :, slots] = cells  # a compiled scatter_ would copy the whole buffer
+
     return buffer

@@ -23,7 +23,7 @@ def may_write_in_place(held: Tensor, new: Tensor) -> bool:
 
 
 def version(x: Tensor) -> int | None:
-    """Return how often a tensor was changed in place; None where nobody counts."""
+    """Return how often a tensor was changed in place; None for an inference tensor."""
     return None if x.is_inference() else x._version
 
 
@@ -38,6 +38,8 @@ def append_tokens(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Ten
     """
     length = held.shape[2] if held.dim() == 4 else 0  # an empty DynamicLayer holds a 1-D tensor
     total = length + new.shape[2]
+
+    # Make a new buffer unless the tokens held are the front of one with room.
     if not (
         buffer is not None
         and buffer.shape[2] >= total
@@ -49,5 +51,6 @@ def append_tokens(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Ten
         buffer = held.new_empty(*new.shape[:2], total + max(GROWTH, total // 64), new.shape[3])
         if length:
             buffer[:, :, :length] = held
+
     buffer[:, :, length:total] = new
     return buffer, buffer[:, :, :total]

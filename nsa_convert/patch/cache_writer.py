@@ -1,4 +1,4 @@
-"""Who wrote what lies beside the keys of a cache: a method of this process, or what a pickle knows of it."""
+"""Which method wrote the cells and token states of a cache: the method itself, or its hash in a pickle."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ class Fingerprint:
 
 
 Writer = SparseMethod | Fingerprint
-"""A method itself while it is at hand: comparing it costs nothing and reads no weight."""
+"""The method itself in the process that made the cache: comparing it reads no weights."""
 
 
 def fingerprint(writer: Writer) -> Fingerprint:
     """Return the fingerprint of a writer; for a method this reads all its weights."""
     if isinstance(writer, Fingerprint):
         return writer
+
+    # Settings and weights, by name, dtype, shape and bytes.
     seen = hashlib.sha256(f"{writer.spec.name} {writer.settings!r} {writer.layer_index}".encode())
     for name, weight in writer.state_dict().items():
         if weight.is_meta:

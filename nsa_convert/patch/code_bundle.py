@@ -139,6 +139,7 @@ def bundle(files: Sequence[File], replaced: Mapping[Name, str]) -> dict[str, str
     Raises:
         BundleError: A name would mean something else in a file than in its module.
     """
+    # Which definitions are needed, in which order, under which names.
     modules = _Modules(files, replaced)
     kept: dict[str, set[str]] = {}
     first = _closure(modules, files[:1], kept)
@@ -153,6 +154,7 @@ def bundle(files: Sequence[File], replaced: Mapping[Name, str]) -> dict[str, str
         entry = f"{PACKAGE}.{part}" == ENTRIES
         return next(i for i, f in enumerate(files) if (name[0] == _entry(f) if entry else part in f.parts))
 
+    # Write the files one after another: each imports from those before it.
     out = {}
     for number, file in enumerate(files):
         writer = _Writer(modules, renamed, file_of, [f.name for f in files], number)
@@ -204,6 +206,8 @@ def _read(name: str, source: str, replaced: Mapping[str, str]) -> Module:
     module = _split(name, source)
     if not replaced:
         return module
+
+    # Put the new text in the place of each definition, then take the result apart again.
     lines: list[str | None] = list(module.text)
     for own, text in replaced.items():
         node = module.definitions[own].nodes[0]
@@ -219,11 +223,14 @@ def _end(node: ast.stmt | ast.expr) -> int:
 
 
 def _split(name: str, source: str) -> Module:
-    tree, lines = ast.parse(source), source.splitlines()
+    tree = ast.parse(source)
+    lines = source.splitlines()
     own: dict[str, Name] = {}
     foreign: dict[str, str] = {}
     statements: list[Statement] = []
     end = 0
+
+    # Sort the top-level statements: imports, strings that document what stands above them, the rest.
     for place, node in enumerate(tree.body):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
             source_module = node.module or ""
@@ -236,6 +243,7 @@ def _split(name: str, source: str) -> Module:
                 span = range(before.lines.start, _end(node))
                 statements.append(dataclasses.replace(before, nodes=(*before.nodes, node), lines=span))
         else:
+            # Comments above a statement belong to it, the empty lines above them do not.
             begin = end
             while not lines[begin].strip():
                 begin += 1
@@ -244,6 +252,7 @@ def _split(name: str, source: str) -> Module:
                 Statement(nodes=(node,), lines=range(begin, _end(node)), defines=defines, gap=begin - end)
             )
         end = _end(node)
+
     doc = ast.get_docstring(tree) or ""
     return Module(name=name, text=lines, doc=doc, statements=statements, own=own, foreign=foreign)
 
@@ -291,16 +300,24 @@ def _closure(modules: _Modules, files: Sequence[File], kept: dict[str, set[str]]
     """
     found: set[Name] = set()
     pending = [(_entry(file), name) for file in files for name in modules[_entry(file)].definitions]
+
+    # Follow each name to the module that defines it, and from there to the names its statement uses.
     while pending:
         module, name = pending.pop()
         if (module, name) in found:
             continue
+
         source = modules[module]
+
+        # An import: go on where it leads.
         if name in source.own:
             pending.append(source.own[name])
             continue
+
         if name not in source.definitions:
             raise BundleError(f"{module} has no top-level definition '{name}' that could be bundled")
+
+        # A definition: keep it, and all that it and the module's bare statements use.
         found.add((module, name))
         kept.setdefault(module, set()).add(name)
         effects = [statement for statement in source.statements if not statement.defines]
@@ -312,6 +329,7 @@ def _closure(modules: _Modules, files: Sequence[File], kept: dict[str, set[str]]
 
 def _new_names(modules: _Modules, kept: Mapping[str, set[str]]) -> dict[Name, str]:
     """Return the names in the files of all kept definitions: their own, or one after their module."""
+    # Who defines each name, and which imports bind it.
     owners: dict[str, list[str]] = {}
     imported: dict[str, set[str]] = {}
     for module, names in kept.items():
@@ -319,15 +337,19 @@ def _new_names(modules: _Modules, kept: Mapping[str, set[str]]) -> dict[Name, st
             owners.setdefault(name, []).append(module)
         for name, line in modules[module].foreign.items():
             imported.setdefault(name, set()).add(line)
+
     doubtful = {name: lines for name, lines in imported.items() if len({*map(_what, lines)}) > 1}
     if doubtful:
         raise BundleError(f"one name for two imports: {doubtful}")
 
+    # Rename what two modules define, or what an import binds too.
     renamed = {}
     for name, places in owners.items():
         for module in places:
             alone = len(places) == 1 and name not in imported
             renamed[module, name] = name if alone else _after_module(module, name)
+
+    # A new name must not collide with another one, an import or a builtin.
     times = Counter(renamed.values())
     taken = {name for name in times if times[name] > 1 or name in imported or hasattr(builtins, name)}
     if taken:
@@ -361,8 +383,11 @@ class _Writer:
         files: Sequence[str],
         number: int,
     ) -> None:
-        self.modules, self.renamed, self.file_of = modules, renamed, file_of
-        self.files, self.number = files, number
+        self.modules = modules
+        self.renamed = renamed
+        self.file_of = file_of
+        self.files = files
+        self.number = number
         self.sections: list[str] = []
         self.foreign: set[str] = set()
         self.earlier: dict[int, set[str]] = {}
@@ -377,18 +402,25 @@ class _Writer:
                 for use in sorted(module.uses(statement))
                 if use not in module.foreign
             ]
+
             if statement.defines and not wanted:
                 continue
+
+            # A statement that defines nothing goes into the last file that something it uses is in.
             own = {self.file_of((module.name, name)) for name in wanted}
             place = max(own or {self.file_of(self._defined_as(use)) for use in used})
             if place != self.number:
                 continue
+
+            # Note what it needs from earlier files and from other packages.
             for use in used:
                 self._reach(use)
             self.foreign |= {
                 module.foreign[name] for name in module.uses(statement) if name in module.foreign
             }
+
             parts.append((statement, self._renamed(module, statement)))
+
         if parts:
             self.sections.append(_section(module, parts))
 
@@ -400,6 +432,7 @@ class _Writer:
     def _reach(self, name: Name) -> None:
         name = self._defined_as(name)
         place = self.file_of(name)
+
         if place > self.number:
             raise BundleError(f"{self.files[self.number]} would need {name} of {self.files[place]}")
         if place < self.number:
@@ -407,6 +440,7 @@ class _Writer:
 
     def _renamed(self, module: Module, statement: Statement) -> str:
         """Return the text of a statement under the names its file has."""
+        # Which names of the statement are written differently.
         new = {}
         for name in module.uses(statement) | statement.defines:
             if name in module.foreign:
@@ -414,20 +448,26 @@ class _Writer:
             final = self.renamed.get(self._defined_as(module.own.get(name, (module.name, name))), name)
             if final != name:
                 new[name] = final
+
         text = module.text[statement.lines.start : statement.lines.stop]
         if not new:
             return "\n".join(text)
+
+        # A local variable of an old or a new name would be renamed or would hide it.
         clash = (new.keys() | set(new.values())) & module.bound_inside
         if clash:
             raise BundleError(
                 f"{module.name} gives these names to locals too, but in a bundle they change or are taken: "
                 f"{', '.join(sorted(clash))} (of {new})"
             )
+
+        # Positions of the syntax tree count bytes; from the end, so that earlier ones stay right.
         lines = [line.encode() for line in module.text]
         for line, begin, end, old, name in sorted(_spans(statement, new, lines), reverse=True):
             if lines[line][begin:end] != old.encode():
                 raise BundleError(f"{module.name}:{line + 1}: {old} cannot be renamed inside of an f-string")
             lines[line] = lines[line][:begin] + name.encode() + lines[line][end:]
+
         return b"\n".join(lines[statement.lines.start : statement.lines.stop]).decode()
 
     def text(self, head: str) -> str:
@@ -436,18 +476,22 @@ class _Writer:
         for place, names in sorted(self.earlier.items()):
             listed = "".join(f"    {name},\n" for name in sorted(names))
             own.append(f"from .{self.files[place]} import (\n{listed})")
+
         blocks = [f'"""{head}"""', "from __future__ import annotations", *_sorted_imports(self.foreign), *own]
         return "\n\n\n".join(["\n\n".join(blocks), *self.sections]) + "\n"
 
 
 def _spans(statement: Statement, new: Mapping[str, str], lines: Sequence[bytes]) -> Iterator[Span]:
     """Yield where in the source a name stands that is written differently."""
+    # Wherever the name is read or written.
     for part in (part for node in statement.nodes for part in ast.walk(node)):
         if isinstance(part, ast.Name) and part.id in new:
             assert part.end_col_offset is not None
             yield part.lineno - 1, part.col_offset, part.end_col_offset, part.id, new[part.id]
         elif isinstance(part, ast.Global) and new.keys() & set(part.names):
             raise BundleError(f"a global that is rebound cannot be renamed: {part.names}")
+
+    # And where a function or class is named after its keyword.
     top = statement.nodes[0]
     if isinstance(top, (ast.FunctionDef, ast.ClassDef)) and top.name in new:
         line = top.lineno - 1
@@ -462,12 +506,15 @@ def _section(module: Module, parts: Sequence[tuple[Statement, str]]) -> str:
     notes = [f"# {line}".rstrip() for line in module.doc.splitlines()]
     if not module.name.startswith(ENTRIES):
         notes = [f"# {_path(module.name).relative_to(ROOT.parent).as_posix()}", "#", *notes]
+
+    # Two empty lines around functions and classes, as many as in the source (one at most) elsewhere.
     text = "\n".join([RULE, *notes, RULE])
     before: Statement | None = None
     for statement, body in parts:
         apart = statement.is_block or before is None or before.is_block
         text += "\n" * (3 if apart else max(1, min(statement.gap, 1) + 1)) + body
         before = statement
+
     return text
 
 
@@ -475,14 +522,18 @@ def _sorted_imports(lines: Iterable[str]) -> list[str]:
     """Return imports in two blocks, of the standard library and of others, names of one module together."""
     blocks: dict[bool, set[str]] = {True: set(), False: set()}
     names: dict[str, set[str]] = {}
+
+    # Names that are imported from one module are joined in one line.
     for line in lines:
         _, module, *rest = line.split(" ", 3)
         if line.startswith("from "):
             names.setdefault(module, set()).add(rest[1])
         else:
             blocks[module.split(".")[0] in sys.stdlib_module_names].add(line)
+
     for module, found in names.items():
         standard = module.split(".")[0] in sys.stdlib_module_names
         blocks[standard].add(f"from {module} import {', '.join(sorted(found))}")
+
     ordered = [sorted(block, key=lambda line: (line.startswith("from"), line)) for block in blocks.values()]
     return ["\n".join(block) for block in ordered if block]

@@ -1,4 +1,4 @@
-"""Sums and joins over a group of processes that gradients can pass."""
+"""Differentiable collectives over a process group: all-reduce (sum) and all-gather."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _SumForward(torch.autograd.Function):
-    """Sum over the group; the gradient, the same in every process, passes."""
+    """All-reduce (sum); backward passes the gradient on, which is the same in every process."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -25,7 +25,7 @@ class _SumForward(torch.autograd.Function):
 
 
 class _Total(torch.autograd.Function):
-    """Sum over the group; the gradient, the same in every process, counts once for each of them."""
+    """All-reduce (sum); backward multiplies the gradient, the same in every process, by the group size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -40,7 +40,7 @@ class _Total(torch.autograd.Function):
 
 
 class _SumBackward(torch.autograd.Function):
-    """Pass the value; sum the gradient over the group, where each process knows a part of it."""
+    """Identity; backward all-reduces (sums) the gradient, of which each process has a part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -55,11 +55,12 @@ class _SumBackward(torch.autograd.Function):
 
 
 class _GatherTokens(torch.autograd.Function):
-    """Join ``[B, T, H, D]`` pieces along T; each process gets the summed gradient of its own piece."""
+    """All-gather ``[B, T, H, D]`` along T; backward reduce-scatters: the summed gradient of the own piece."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group, ctx.length = group, x.shape[1]
+        ctx.group = group
+        ctx.length = x.shape[1]
         parts = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(dist.get_world_size(group))
         ]

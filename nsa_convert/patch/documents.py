@@ -1,7 +1,7 @@
-"""What a mask, positions and packing hints say of the rows of a call: their padding, their documents.
+"""Padding and packed documents of a call, read from its mask, positions and packing hints.
 
-What they cannot mean is refused. While torch.compile traces, no value is read: the checks become assertions
-of the graph, and its shapes follow from the shapes of the call.
+Input that sparse layers cannot honour is refused. While torch.compile traces, no value is read: the checks
+become assertions of the graph, and its shapes follow from the shapes of the call.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def read_numbers(mask: Tensor, past: int | Tensor, length: int, device: torch.de
     Raises:
         ValueError: It is too short, or holds other numbers.
     """
-    numbers, total = mask.to(device=device, dtype=torch.long), past + length
+    numbers = mask.to(device=device, dtype=torch.long)
+    total = past + length
+
+    # Cut the mask to the tokens there are; a graph sets the rest of its static width to padding.
     if isinstance(total, Tensor):
         require(total <= mask.shape[1], "attention_mask covers fewer tokens than the cache and input hold")
         inside = torch.arange(mask.shape[1], device=device) < total
@@ -89,6 +92,8 @@ def read_numbers(mask: Tensor, past: int | Tensor, length: int, device: torch.de
         )
     else:
         numbers = numbers[:, :total]
+
+    # A mask of ones says nothing; a graph cannot find out.
     if torch.compiler.is_compiling():
         require((numbers >= 0).all(), _NUMBERS)
         return numbers
@@ -112,10 +117,14 @@ def read_padding(
     Raises:
         ValueError: A row has a hole or several documents, or the positions do not continue it.
     """
-    padding, real = Padding(), None
+    padding = Padding()
+    real = None
     start: int | Tensor = 0
+
     if numbers is not None:
         padding, real, start = _read_rows(numbers, past + length)
+
+    # Positions must count on from each row's first token; in padding they may be anything.
     if positions is not None:
         slots = past + torch.arange(length, device=positions.device)
         fine = positions == slots - start
@@ -123,6 +132,7 @@ def read_padding(
             new = slots.expand(real.shape[0], -1).clamp(max=real.shape[1] - 1)
             fine = fine | ~real.gather(1, new)
         require(fine.all(), _CONTINUE, positions)
+
     return padding
 
 
@@ -131,15 +141,22 @@ def _read_rows(numbers: Tensor, total: int | Tensor) -> tuple[Padding, Tensor, T
     require((numbers <= 1).all(), _NO_NUMBERS)
     real = numbers > 0
     start = torch.where(real.any(-1), real.int().argmax(-1), total)
-    end, slots = start + real.sum(-1), torch.arange(real.shape[1], device=real.device)
+    end = start + real.sum(-1)
+    slots = torch.arange(real.shape[1], device=real.device)
+
+    # Every row is one run of real tokens.
     one_run = (slots >= start[:, None]) & (slots < end[:, None])
     require((one_run == real).all(), _HOLE)
+
+    # A graph keeps tensors; outside of it integers, and None where no row is padded on the left.
     right: bool | Tensor = (end < total).any()
     starts: tuple[int, ...] | None = None
     if not torch.compiler.is_compiling():
-        right, starts = bool(right), tuple(start.tolist())
+        right = bool(right)
+        starts = tuple(start.tolist())
         if not any(starts):
             return Padding(right=right), real, start[:, None]
+
     return Padding(start=start, starts=starts, right=right), real, start[:, None]
 
 
@@ -160,17 +177,23 @@ def document_bounds(numbers: Tensor | None, positions: Tensor | None) -> Tensor 
     """
     given = positions if numbers is None else numbers
     assert given is not None
+
+    # Documents begin with a row and where their numbers change ...
     begins = torch.zeros(given.shape, dtype=torch.bool, device=given.device)
     begins[:, 0] = True
     real = None if numbers is None else numbers > 0
     if numbers is not None:
         begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
         _check_rising(numbers, begins & (numbers > 0))
+
+    # ... or where positions restart at 0; elsewhere positions count up by one.
     if positions is not None:
         begins = begins | (positions == 0 if real is None else (positions == 0) & real)
         counted = torch.cat([positions[:, :1], positions[:, :-1] + 1], 1)
         fine = torch.where(begins, positions == 0, positions == counted)
         require((fine if real is None else fine | ~real).all(), _POSITIONS, positions)
+
+    # Bounds in the flattened batch. A graph sorts: what begins no document is put at the end.
     total = begins.numel()
     if torch.compiler.is_compiling():
         slots = torch.arange(total, device=given.device)
@@ -180,6 +203,7 @@ def document_bounds(numbers: Tensor | None, positions: Tensor | None) -> Tensor 
         if bool((first.sum(-1) <= 1).all()):
             return None
         bounds = begins.flatten().nonzero()[:, 0]
+
     return torch.cat([bounds, bounds.new_full((1,), total)])
 
 
@@ -187,6 +211,7 @@ def _check_rising(numbers: Tensor, begins: Tensor) -> None:
     """Refuse numbers that fall or come back along a row; of 0 and 1 alone that is a hole."""
     before = torch.cat([torch.zeros_like(numbers[:, :1]), numbers.cummax(1).values[:, :-1]], 1)
     fine = ((numbers > before) | ~begins).all()
+
     if torch.compiler.is_compiling():
         require(fine, _NUMBERS)
     else:
@@ -206,8 +231,9 @@ def hinted_bounds(
         total: B * T.
 
     Raises:
-        ValueError: The bounds are none, or positions or mask disagree with them.
+        ValueError: The bounds are not valid, or positions or mask disagree with them.
     """
+    # The bounds themselves.
     message = _BOUNDS.format(total)
     if bounds.dim() != 1 or bounds.shape[0] < 2:
         raise ValueError(f"{message}; got {_shown(bounds)}")
@@ -218,6 +244,8 @@ def hinted_bounds(
         require(lengths.max() <= longest, _LONGEST, lengths)
     elif not torch.compiler.is_compiling():
         longest = int(lengths.max())
+
+    # Mask and positions must say the same.
     layout = SequenceLayout(cu_seqlens=bounds, max_seqlen=longest)
     if numbers is not None:
         require((numbers <= 1).all(), "give documents by cu_seq_lens_q or by their numbers, not by both")
@@ -225,6 +253,7 @@ def hinted_bounds(
         counted = torch.arange(total, device=bounds.device) - layout.row_starts(total, bounds.device)[0]
         fine = positions.flatten() == counted
         require((fine if numbers is None else fine | (numbers.flatten() == 0)).all(), _AGREE, positions)
+
     return layout
 
 

@@ -1,4 +1,4 @@
-"""The KV cache of a layer that forgets: for each method that forgets its kept tokens, for the others all.
+"""The KV cache of a layer that evicts tokens: kept tokens for methods with a policy, all for the others.
 
 A layer of a dynamic cache is retyped in place, as in :mod:`nsa_convert.patch.cache`. Heads whose method has
 no cache policy stay in its ``keys`` and ``values``; the others move to ``held``, where their storage really
@@ -70,7 +70,7 @@ class EvictingLayer(SparseDynamicLayer):
     starts: tuple[int, ...] | None
 
     def open(self, method: SparseMethod, starts: tuple[int, ...] | None, past: int | Tensor) -> None:
-        """See the base class; what was forgotten is gone, so that nothing can be repaired.
+        """Check that the method may go on with the layer: evicted tokens cannot be restored.
 
         Raises:
             CacheError: Another method than the one that forgot reads the layer, or it was changed since.
@@ -85,7 +85,9 @@ class EvictingLayer(SparseDynamicLayer):
                 f"the padding of the rows differs from that of the call before, and this cache has forgotten "
                 f"tokens by it: {AGAIN}"
             )
-        self.writer, self.starts = method, starts
+
+        self.writer = method
+        self.starts = starts
 
     def update(self, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Refuse tokens of a model that would read what was forgotten.
@@ -119,7 +121,10 @@ class EvictingLayer(SparseDynamicLayer):
     def reset(self) -> None:
         """Forget everything; the layer serves any model again."""
         super().reset()
-        self.seen, self.held, self.rooms = 0, None, None
+        self.seen = 0
+        self.held = None
+        self.rooms = None
+
         self.__class__ = SparseDynamicLayer
 
     def offload(self) -> None:
@@ -143,16 +148,22 @@ class EvictingLayer(SparseDynamicLayer):
         self._map_rows(lambda x: x[indices.to(x.device)])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change every tensor by an operation on rows, whose padding is not known afterwards."""
         self._map(change)
         self.starts = ()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change every tensor of the layer."""
         whole = self.is_as_left()
+
         if self.is_initialized and self.keys.dim() == 4:  # an empty DynamicLayer holds a 1-D tensor
-            self.keys, self.values = change(self.keys), change(self.values)
+            self.keys = change(self.keys)
+            self.values = change(self.values)
+
         self.cells = {name: change(x) for name, x in (self.cells or {}).items()}
         self.held = {i: held.map(change) for i, held in (self.held or {}).items()}
         self.rooms = None
+
         if whole:
             self.settle()
 
@@ -185,9 +196,11 @@ def evicting_cache_layer(
             decides by attention; or it has forgotten by other rules.
     """
     layer = sparse_cache_layer(cache, layer_index)
+
     if isinstance(layer, EvictingLayer):
         layer.open(method, context.starts, layer.seen)
         return layer
+
     if type(layer) is not SparseDynamicLayer or getattr(cache, "offloading", False):
         kind = type(cache).__name__
         raise CacheError(
@@ -195,14 +208,19 @@ def evicting_cache_layer(
             "the default dynamic cache, or a method that keeps its cache (streaming: cache=keep)",
             code="CA02",
         )
+
+    # Tokens of another origin: forget of them what the method would have forgotten.
     past = layer.get_seq_length()
     layer.open(method, context.starts, past)
     if past:
         _take_over(method, layer, past, k, context)
+
+    # Retype in place.
     layer.__class__ = EvictingLayer
     evicting = cast(EvictingLayer, layer)
     evicting.seen = past
     evicting.settle()
+
     return evicting
 
 
@@ -210,7 +228,10 @@ def _take_over(
     method: SparseMethod, layer: SparseCacheLayer, past: int, k: Tensor, context: SparseContext
 ) -> None:
     """Move cached tokens to where the method's parts keep theirs, and forget what they give up."""
-    policies, heads = [leaf.cache_needs().policy for leaf in leaves(method)], cached_heads(method)
+    policies = [leaf.cache_needs().policy for leaf in leaves(method)]
+    heads = cached_heads(method)
+
+    # Refuse what the keys and values alone do not tell.
     if any(policy is not None and policy.asks_attention for policy in policies):
         raise CacheError(
             "this cache was filled from elsewhere, and the method decides what to keep by the attention that "
@@ -218,6 +239,8 @@ def _take_over(
         )
     if layer.keys.shape[:2] != (k.shape[0], k.shape[2]):
         raise other_heads(layer.keys, k.transpose(1, 2))
+
+    # The heads of a method with a policy move to its own part.
     rows = _Rows.of(context, past, k.shape[0], 0)
     tokens = layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
     parts = {}
@@ -226,12 +249,17 @@ def _take_over(
             keys, values = (select_heads(x, own) for x in tokens)
             keys, values, memory = forget(policy, keys, values, {}, list(rows.before), rows.stay(policy))
             parts[i] = Held(keys=keys.transpose(1, 2), values=values.transpose(1, 2), memory=memory)
+
+    # The heads that keep all tokens stay where they are.
     whole = list(whole_heads(method))
-    layer.held, layer.buffers = parts, (None, None)
+    layer.held = parts
+    layer.buffers = (None, None)
     if whole:
-        layer.keys, layer.values = layer.keys[:, whole], layer.values[:, whole]
+        layer.keys = layer.keys[:, whole]
+        layer.values = layer.values[:, whole]
     else:
-        layer.keys, layer.values = layer.keys.new_empty(0), layer.values.new_empty(0)
+        layer.keys = layer.keys.new_empty(0)
+        layer.values = layer.values.new_empty(0)
 
 
 def recall(
@@ -249,25 +277,33 @@ def recall(
     if not layer.is_initialized:
         layer.lazy_initialization(k, v)
     layer.settled = False
-    policies, heads = [leaf.cache_needs().policy for leaf in leaves(method)], cached_heads(method)
+
+    policies = [leaf.cache_needs().policy for leaf in leaves(method)]
+    heads = cached_heads(method)
     rows = _Rows.of(context, layer.seen, k.shape[0], k.shape[1])
+
+    # Heads that keep all tokens: one append for all of them.
     place = whole_heads(method)
     whole: tuple[Tensor, Tensor] = (k, v)
     if place:
         new = (x[:, :, list(place)].transpose(1, 2) for x in (k, v))
         whole = held_tokens(layer.append(*new), context.layout.offset, k, v)
+
+    # What each method reads: its heads of these, or its own kept tokens followed by the new ones.
     parts = []
     for i, (policy, own) in enumerate(zip(policies, heads, strict=True)):
         if policy is None:
             keys, values = (select_heads(x, [place[head] for head in own]) for x in whole)
             parts.append(CachedPart(k=keys, v=values, layout=context.layout))
             continue
+
         held = (layer.held or {}).get(i)
         keys, values = (select_heads(x, own).transpose(1, 2) for x in (k, v))
         keys, values = _append(layer, i, policy, keys, values)
         memory = {} if held is None else dict(held.memory)
         layout, dropped = rows.layout(policy, keys.shape[1], k.shape[1], k.device)
         parts.append(CachedPart(k=keys, v=values, layout=layout, dropped=dropped, memory=memory))
+
     return tuple(parts)
 
 
@@ -289,13 +325,16 @@ def let_go(
     """
     rows = _Rows.of(context, layer.seen, parts[0].k.shape[0], new_tokens)
     layer.held = layer.held or {}
+
     for i, (leaf, part) in enumerate(zip(leaves(method), parts, strict=True)):
         policy = leaf.cache_needs().policy
         if policy is not None:
-            held, stay = rows.held(policy), rows.stay(policy)
+            held = rows.held(policy)
+            stay = rows.stay(policy)
             k, v, memory = forget(policy, part.k, part.v, part.memory or {}, held, stay)
             k, v = (x.transpose(1, 2).to(layer.keys.dtype) for x in (k, v))
             layer.held[i] = Held(keys=k, values=v, memory=memory)
+
     layer.seen += new_tokens
     layer.settle()
 
@@ -305,9 +344,13 @@ def _append(layer: EvictingLayer, part: int, policy: CachePolicy, *new: Tensor) 
     held = (layer.held or {}).get(part)
     if held is None:
         return [x.transpose(1, 2) for x in new]
+
+    # In the dtype of what is held.
     dtypes = [x.dtype for x in new]
     pairs = [(old, x.to(old.dtype)) for old, x in zip((held.keys, held.values), new, strict=True)]
     room = (layer.rooms or {}).pop(part, None)
+
+    # Append in place while no token leaves within the next GROWTH ones; otherwise concatenate.
     later = layer.seen + new[0].shape[2] + GROWTH
     if policy.size(later) < later or not all(may_write_in_place(*pair) for pair in pairs):
         grown = [torch.cat(pair, 2) for pair in pairs]
@@ -316,6 +359,7 @@ def _append(layer: EvictingLayer, part: int, policy: CachePolicy, *new: Tensor) 
         (key_room, _), (value_room, _) = appended
         layer.rooms = {**(layer.rooms or {}), part: (key_room, value_room)}
         grown = [x for _, x in appended]
+
     return [x.transpose(1, 2).to(dtype) for x, dtype in zip(grown, dtypes, strict=True)]
 
 
@@ -339,6 +383,7 @@ class _Rows:
             raise NotImplementedError(
                 "a cache that forgets cannot be compiled: run decoding without compiling"
             )
+
         starts = context.starts or (0,) * batch
         before = tuple(max(0, past - start) for start in starts)
         after = (max(0, past + new_tokens - start) for start in starts)

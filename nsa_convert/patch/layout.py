@@ -83,7 +83,10 @@ def read_context(
     _refuse_unsupported(attention_mask, hints)
     if length == 0:
         raise ValueError(f"the input of shape {tuple(tokens.shape)} holds no tokens: it needs at least one")
-    device, padding = tokens.device, Padding()
+
+    # Packed documents, else rows of one document with padding.
+    device = tokens.device
+    padding = Padding()
     positions = None if position_ids is None else _rows(position_ids, batch, length).to(device)
     layout = _documents(batch, length, attention_mask, positions, past, has_cache, hints, device)
     if layout is None:
@@ -92,10 +95,13 @@ def read_context(
             numbers = numbers.clamp(max=1)  # every row was found to be one document
         padding = read_padding(numbers, positions if has_cache else None, past, length)
         layout = SequenceLayout(offset=past, start=padding.start)
+
+    # Positions, counted where none are given; 0 in padding.
     if position_ids is None:
         total = length if layout.cu_seqlens is None else batch * length
         counted = layout.positions(total, device) - layout.row_starts(total, device)
         position_ids = counted.clamp(min=0).reshape(-1, length)
+
     context = SparseContext(layout=layout, starts=padding.starts, rotary=rotary, right_padded=padding.right)
     return context, position_ids
 
@@ -116,6 +122,7 @@ def shard_context(
     """
     if position_ids is None:
         raise ValueError("context parallelism needs the position_ids of this process's tokens")
+
     offset = processes.tokens_before(position_ids.shape[1])
     longest = None if cu_seqlens is None else int(cu_seqlens.diff().max())
     layout = SequenceLayout(offset=offset, cu_seqlens=cu_seqlens, max_seqlen=longest)
@@ -125,6 +132,7 @@ def shard_context(
 def _refuse_unsupported(attention_mask: Any, hints: Mapping[str, Any]) -> None:
     if hints.get("cache") is not None:
         raise NotImplementedError(NO_CONTINUOUS_BATCHING)
+
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
         found = (
             tuple(attention_mask.shape)
@@ -158,12 +166,17 @@ def _documents(
 ) -> SequenceLayout | None:
     """Return the layout of packed documents over the flattened batch, or None when nothing is packed."""
     bounds = hints.get("cu_seq_lens_q")
+
+    # A cache holds rows of one document each.
     if has_cache:
         if bounds is not None:
             raise ValueError("packed documents cannot fill and cannot continue a cache: pass none")
         return None
+
     if torch.compiler.is_compiling() and bounds is None and positions is None:
         return None  # a mask alone is one of padding: reading it as documents would take the rows apart
+
+    # Bounds that the collator gives; else they are read from mask and positions.
     numbers = None if mask is None else read_numbers(mask, past, length, device)
     if bounds is not None:
         bounds = bounds.to(device=device, dtype=torch.long)
@@ -173,5 +186,6 @@ def _documents(
     bounds = document_bounds(numbers, positions)
     if bounds is None:
         return None
+
     longest = None if torch.compiler.is_compiling() else int(bounds.diff().max())
     return SequenceLayout(cu_seqlens=bounds, max_seqlen=longest)

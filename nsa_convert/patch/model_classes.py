@@ -51,11 +51,13 @@ def sparse_model_classes(family: ModelFamily, config_class: type, module: str) -
         Ending of the class name (``"Model"``, ``"ForCausalLM"``, ...) -> class, for each Auto class of
         transformers for which the family has one.
     """
-    library, made = _library(family, "modeling"), dict[str, type]()
+    library = _library(family, "modeling")
+    made = dict[str, type]()
     for ending in AUTO_CLASSES.values():
         dense = getattr(library, f"{family.class_prefix}{ending}", None)
         if dense is None:
             continue
+
         mixin = {"Model": SparseModelMixin, "ForCausalLM": SparseCausalLMMixin}.get(ending, SparseHeadMixin)
         body: dict[str, Any] = {
             "__module__": module,
@@ -64,7 +66,9 @@ def sparse_model_classes(family: ModelFamily, config_class: type, module: str) -
         }
         if mixin is SparseHeadMixin:
             body["forward"] = _head_forward(dense)
+
         made[ending] = type(f"NSA{family.class_prefix}{ending}", (mixin, dense), body)
+
     return made
 
 

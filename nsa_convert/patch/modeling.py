@@ -98,6 +98,7 @@ class SparsePreTrainedMixin(_Family):
                 f"attn_implementation={attn_implementation!r} cannot run in a converted model: its layers "
                 f"compute sparse attention themselves; leave it out, or give {ATTENTION_NAME!r}"
             )
+
         return ATTENTION_NAME
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
@@ -118,11 +119,14 @@ class SparsePreTrainedMixin(_Family):
             BackendError: Tensor parallel without the installed package.
         """
         tensor = mesh_manager is not None and distributed_config.tp_size > 1
+
         if tensor:
             package_function("patch.tensor_parallel", "prepare_heads")(model, distributed_config.tp_size)
+
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
         if tensor:
             package_function("patch.tensor_parallel", "share_heads")(model, mesh_manager)
+
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -137,6 +141,7 @@ class SparsePreTrainedMixin(_Family):
             names = getattr(self.config, "auto_map", None) or {}
             # Loaded from the Hub, they name the code of that repository; from now on, the files just written.
             self.config.auto_map = {auto: name.rpartition("--")[2] for auto, name in names.items()}
+
         super().save_pretrained(save_directory, **kwargs)  # why: the weights, where the user says
         if is_main:
             write_own_reports(save_directory, self)
@@ -173,13 +178,18 @@ class SparseModelMixin(SparsePreTrainedMixin):
                 "`nsa_convert.methods.parts.base.observe` reports what each layer attends to, and a dense "
                 "model (unpatch_model, nsa-convert revert) returns them"
             )
+
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds: what the model reads")
+
+        # Tokens that are cached before the call.
         past: int | Tensor = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(past, Tensor):
             # A static cache hands out the very tensor that it is about to change.
             past = past.clone() if torch.compiler.is_compiling() else int(past)
+
+        # What the layers must know of padding and packing, read once for all of them.
         if self.context_group is not None:
             bounds = kwargs.get("cu_seq_lens_q")
             context = shard_context(position_ids, bounds, self.rotary_emb, self.context_group)
@@ -193,10 +203,14 @@ class SparseModelMixin(SparsePreTrainedMixin):
                 rotary=self.rotary_emb,
                 hints=kwargs,
             )
+
+        # Neither packed documents nor a training pass fill a cache.
         if context.layout.cu_seqlens is not None:
             use_cache = False
         if training_pass is not None:
-            context, use_cache = dataclasses.replace(context, training=training_pass), False
+            context = dataclasses.replace(context, training=training_pass)
+            use_cache = False
+
         return super().forward(
             input_ids=input_ids,
             attention_mask=None,
@@ -215,7 +229,7 @@ class SparseHeadMixin(SparsePreTrainedMixin):
     auxiliary_step = 0
     """Training forwards so far; losses on a sample of the queries draw it from this."""
     told = False
-    """Whether it was said which new weights learn nothing."""
+    """Whether the warning about new weights that do not train was given."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Trainers put forwards of their own on an instance: TRL's fused head, Liger's loss, casts.
@@ -257,6 +271,8 @@ class SparseHeadMixin(SparsePreTrainedMixin):
         """
         if not (self.training and torch.is_grad_enabled()):
             return None
+
+        # The losses that the methods of the layers have; say once which new weights learn nothing.
         coefficient = self.config.sparse_aux_loss_coef
         layers = [layer.self_attn.sparse.training_spec.choice_losses() for layer in self.base_model.layers]
         names = sorted({name for losses in layers for name in losses})
@@ -268,13 +284,16 @@ class SparseHeadMixin(SparsePreTrainedMixin):
 
         total = hints.get("num_items_in_batch")
         share = 1.0 if total is None else count_labels(labels, hints.get("shift_labels")) / total
+
         weights = []
         for name in names:
             having = [losses[name] for losses in layers if name in losses]
             weights.append(coefficient * share * sum(having) / len(having) ** 2)  # a mean over these layers
+
         step = 0
         if not torch.compiler.is_compiling():  # a graph for every number of a step would be compiled anew
             step, self.auxiliary_step = self.auxiliary_step, self.auxiliary_step + 1
+
         return TrainingMode(stream="ordinary", losses=tuple(names), weights=tuple(weights), step=step)
 
 
@@ -309,9 +328,13 @@ class SparseCausalLMMixin(SparseHeadMixin):
             "inputs_embeds": inputs_embeds,
         }
         rest = {"labels": labels, "logits_to_keep": logits_to_keep, "return_dict": True, **kwargs}
+
+        # An ordinary call.
         if training_mode is None:
             rest |= {"past_key_values": past_key_values, "use_cache": use_cache}
             return self._teach(super(SparseHeadMixin, self).forward, (), {**tokens, **rest})
+
+        # A call with a training mode: one forward pass, then the losses with their weights.
         if labels is None:
             rest["labels"] = kwargs.get("shift_labels")  # where both are there, the loss reads these alone
 
@@ -325,6 +348,7 @@ class SparseCausalLMMixin(SparseHeadMixin):
             out.teacher_kl = self._teacher_kl(out.logits, tokens, training_mode, rest)
             weighted = training_mode.teacher_kl * out.teacher_kl
             out.loss = weighted if out.loss is None else out.loss + weighted
+
         return training.join(out)
 
     def _teacher_kl(
@@ -333,10 +357,13 @@ class SparseCausalLMMixin(SparseHeadMixin):
         """Return the divergence of the logits from those of dense attention over the same weights."""
         asked = dataclasses.replace(mode, stream="teacher", losses=(), weights=())
         teacher = TrainingPass(asked, joined=True)
+
+        # The same call through dense attention, without labels.
         given = {name: value for name, value in rest.items() if name != "labels"}
         with torch.no_grad():
             forward = super(SparseHeadMixin, self).forward
             dense = forward(**tokens, training_pass=teacher, **given).logits
+
         return logit_kl(dense, logits, **{name: rest.get(name) for name in LABELS})
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> None:
@@ -355,6 +382,7 @@ class SparseCausalLMMixin(SparseHeadMixin):
     ) -> Tensor:
         """Return the 2-D padding mask ``[B, capacity]`` of a static cache, the same shape at every step."""
         capacity, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
+
         if attention_mask is None:
             return torch.ones(inputs_embeds.shape[0], capacity, dtype=torch.bool, device=inputs_embeds.device)
         return nn.functional.pad(attention_mask.bool(), (0, capacity - attention_mask.shape[1]), value=True)
@@ -372,11 +400,14 @@ def install_sparse_attention(decoder: Any) -> None:
         raise ConfigError(
             "config.sparse_attention is missing: this is not the config of a converted model", code="CF20"
         )
+
+    # Check the plan as a whole before any layer is changed.
     sparse = SparseAttentionConfig.from_dict(config.sparse_attention)
     family = family_of_sparse(config.model_type)
     check_config(config.to_dict(), family)
     geometry = geometry_of(config.to_dict(), family)
     resolve_plan(sparse, len(decoder.layers), geometry)
+
     for index, layer in enumerate(decoder.layers):
         layer.self_attn = SparseAttention(layer.self_attn, build_layer(sparse, geometry, index))
     config._attn_implementation_internal = ATTENTION_NAME

@@ -48,6 +48,7 @@ def patch_model(
         ConfigError: The plan does not fit the model, or the model has sliding windows or another RoPE than
             sparse layers know.
     """
+    # Check everything before anything is changed.
     plan = _read_plan(sparse, settings)
     family = family_of(model.config.to_dict())
     _refuse_quantised(model)
@@ -57,11 +58,14 @@ def patch_model(
     geometry = geometry_of(model.config.to_dict(), family)
     resolve_plan(plan, len(decoder.layers), geometry)
     plan = plan.resolved(len(decoder.layers), geometry.num_kv_heads)
+
+    # Make the config, and keep what unpatch_model needs.
     config = config_class(family)(**_without_identity(sparse_config_dict(model.config.to_dict(), plan)))
     config.dtype = model.config.dtype
     attentions = [layer.self_attn for layer in decoder.layers]
     dense = (model.config, type(model), type(decoder), attentions)
 
+    # Retype the objects and replace their attention layers.
     model.config = decoder.config = config
     adopt_class(model, model_class)
     if decoder is not model:
@@ -72,6 +76,7 @@ def patch_model(
         copy_dense_rows(layer.self_attn.sparse, attention.get_parameter)
         layer.self_attn.sparse.to(device=like.device, dtype=like.dtype)
         layer.self_attn.train(attention.training)
+
     object.__setattr__(model, "_dense_state", dense)
     return model
 
@@ -87,6 +92,8 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             "this model was not made by patch_model; load the dense checkpoint, or revert the converted one"
         )
+
+    # Put the dense modules back, then classes and config.
     config, model_class, decoder_class, attentions = dense
     decoder = model.base_model
     for layer, attention in zip(decoder.layers, attentions, strict=True):
@@ -95,6 +102,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     decoder.__class__ = decoder_class
     model.__class__ = model_class
     model.config = decoder.config = config
+
     object.__delattr__(model, "_dense_state")
     return model
 
@@ -103,14 +111,18 @@ def _read_plan(
     sparse: str | Mapping[str, Any] | SparseAttentionConfig, settings: Mapping[str, Any]
 ) -> SparseAttentionConfig:
     """Return the plan that a call of :func:`patch_model` names."""
+    # The name of a method.
     if isinstance(sparse, str):
         return SparseAttentionConfig.from_dict({"default": {**settings, "method": sparse}})
+
     if settings:
         raise ConfigError(
             f"settings ({', '.join(settings)}) go with the name of a method, as in patch_model(model, 'nsa', "
             "num_blocks=32); a plan holds its own",
             code="CF20",
         )
+
+    # One method for all layers, or a plan; as a mapping or as it is.
     if isinstance(sparse, Mapping):
         return SparseAttentionConfig.from_dict({"default": sparse} if "method" in sparse else sparse)
     if not isinstance(sparse, SparseAttentionConfig):
@@ -126,6 +138,7 @@ def _refuse_quantised(model: PreTrainedModel) -> None:
     """Refuse weights that are no floating-point numbers, before anything is changed."""
     weights = model.named_parameters()
     packed = [name for name, p in weights if not p.is_floating_point() or p.element_size() < 2]
+
     if packed or getattr(model, "hf_quantizer", None) is not None:
         what = packed[0] if packed else type(model.hf_quantizer).__name__
         raise UnsupportedModelError(
@@ -141,6 +154,7 @@ def _class_for(model: PreTrainedModel, family: ModelFamily) -> type:
     for ending, converted in model_classes(family).items():
         if type(model).__name__ == f"{family.class_prefix}{ending}":
             return converted
+
     known = ", ".join(f"{family.class_prefix}{ending}" for ending in model_classes(family))
     raise UnsupportedModelError(
         f"a {type(model).__name__} cannot be patched",
@@ -165,10 +179,12 @@ def with_full_budget(model: nn.Module, length: int) -> Iterator[None]:
     """
     methods = [inner for method in sparse_methods(model) for inner in methods_in(method)]
     gates = [module for module in model.modules() if isinstance(module, BranchGate)]
+
     for method in methods:
         method.forced_budget = length
     for gate in gates:
         gate.pass_through = True
+
     try:
         yield
     finally:
@@ -186,12 +202,14 @@ def set_mode(model: nn.Module, mode: str) -> None:
     """
     if mode not in ("sparse", "full"):
         raise ValueError(f"mode must be 'sparse' or 'full', got {mode!r}")
+
     switchable: list[Any] = [leaf for leaf in leaves_of(sparse_methods(model)) if hasattr(leaf, "mode")]
     if not switchable:
         raise ValueError(
             "no layer of this model has a method with modes; NSA and streaming heads cannot run as full "
             "attention"
         )
+
     for method in switchable:
         method.mode = mode
 

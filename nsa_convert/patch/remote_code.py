@@ -111,15 +111,19 @@ def plan_classes(sparse: SparseAttentionConfig) -> list[str]:
     for rule in (sparse.default, *sparse.rules):
         method, settings = read_rule(rule, "sparse_attention")
         names.add(method.spec.name)
+
+        # A rule by phases names several methods.
         if isinstance(settings, PhasesSettings):
             names |= {part.method.spec.name for part in vars(settings).values()}
         if rule.heads is not None:
             names.add(HeadMix.spec.name)
+
     return [name for name in (*METHODS, *STRUCTURES) if name in names]
 
 
 @functools.lru_cache(maxsize=8)
 def _code_files(dense: str, used: tuple[str, ...]) -> dict[str, str]:
+    # What the templates name.
     family = FAMILIES[dense]
     names = {
         "title": family.title,
@@ -129,6 +133,8 @@ def _code_files(dense: str, used: tuple[str, ...]) -> dict[str, str]:
         "prefix": f"NSA{family.class_prefix}",
         "entries": ENTRIES,
     }
+
+    # One file of each kind, with the parts of the package that go into it.
     files = [
         File(
             name=f"{kind}_{family.sparse_model_type}",
@@ -138,6 +144,7 @@ def _code_files(dense: str, used: tuple[str, ...]) -> dict[str, str]:
         )
         for kind in CODE_FILES
     ]
+
     return {f"{name}.py": text for name, text in bundle(files, _tables(used)).items()}
 
 
@@ -145,13 +152,18 @@ def _tables(used: Collection[str]) -> dict[tuple[str, str], str]:
     """Return the tables of the registry, written with the entries of a plan alone."""
     tables = {"METHODS": METHODS, "STRUCTURES": STRUCTURES}
     texts = {}
+
+    # The two tables with the classes of the plan.
     for title, table in tables.items():
         entries = "".join(f'    "{name}": {table[name].__name__},\n' for name in table if name in used)
         body = f"{{\n{entries}}}" if entries else "{}"
         texts[_REGISTRY, title] = f"{title}: dict[str, type[SparseMethod]] = {body}"
+
+    # The names of all other methods, for the error of a plan that asks for one.
     left_out = [name for table in tables.values() for name in table if name not in used]
     entries = "".join(f'    "{name}",\n' for name in left_out)
     texts[_REGISTRY, "LEFT_OUT"] = (
         f"LEFT_OUT: tuple[str, ...] = (\n{entries})" if left_out else "LEFT_OUT = ()"
     )
+
     return texts

@@ -19,15 +19,18 @@ HEAD_STYLE = "nsa_heads"
 def tensor_problems(methods: Sequence[SparseMethod], config: Mapping[str, Any], size: int) -> list[str]:
     """Return why ``size`` processes cannot share the heads of the layers."""
     problems = parallel_problems("tensor", methods, "tensor parallel")
+
     if any(m.cache_needs().extra_head_sets for m in methods):
         problems.append("tensor parallel needs branch_kv shared, not independent")
     if any(m.cache_needs().key_taps > 1 for m in methods):
         problems.append("tensor parallel needs key_conv 0")
+
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     if heads % size:
         problems.append(
             f"tensor parallel of {size} processes has to divide the {heads} key/value heads of a layer"
         )
+
     return problems
 
 
@@ -37,11 +40,14 @@ def tensor_plan(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if ".self_attn.sparse." not in f"{name}." or not list(module.parameters(recurse=False)):
             continue
+
+        # transformers' plans stand for all layers at once: `*` in the place of the layer's number.
         parts = name.split(".")
         parts[parts.index("layers") + 1] = "*"
         plan[".".join(parts)] = HEAD_STYLE
         for parameter, _ in module.named_parameters(recurse=False):
             plan[".".join([*parts, parameter])] = HEAD_STYLE
+
     return plan
 
 
@@ -53,6 +59,7 @@ def prepare_heads(model: Any, size: int) -> None:
     """
     methods = [layer.self_attn.sparse for layer in model.base_model.layers]
     raise_problems(tensor_problems(methods, model.config.to_dict(), size), code="RC09")
+
     register_head_style()
     model._tp_plan = {**model._tp_plan, **tensor_plan(model)}
 

@@ -47,8 +47,8 @@ class TrainingPass:
     (checkpointing) attaches them again, and a sharded layer (FSDP2) sees its gradients arrive with those of
     its output.
 
-    Where no gradient runs along the layers anyway (``stream: teacher``), and in a graph of the compiler, to
-    which a gradient noted elsewhere is none, the losses are added to the model's loss as they are.
+    Where no gradient runs along the layers anyway (``stream: teacher``), and in a compiled graph, which
+    cannot see the gradient that another node noted, the losses are added to the model's loss as they are.
 
     Args:
         mode: What the step asks for.
@@ -69,6 +69,7 @@ class TrainingPass:
 
     def hand_in(self, layer_index: int, output: Tensor, values: Tensor) -> Tensor:
         """Note a layer's losses ``[K]`` and return its output, to which they are attached."""
+        # Note the losses until they are joined; a layer that is recomputed (checkpointing) runs after that.
         if not self.ended:
             self.values[layer_index] = values
             # Values without a gradient are constants where gradients are on; where not, the layer runs again.
@@ -76,6 +77,8 @@ class TrainingPass:
             constant = torch.is_grad_enabled() and not values.requires_grad
             if self.joined or in_graph or constant:
                 self.live[layer_index] = values
+
+        # Attach them to the output, unless they are added to the model's loss or have no weight in it.
         if not self.mode.weights or not values.requires_grad or layer_index in self.live:
             return output
         return _attach(output, self._weighted(values), self)
@@ -96,7 +99,10 @@ class TrainingPass:
                 contribute, and ``auxiliary``, see :meth:`auxiliary`.
         """
         self.ended = True
-        auxiliary, extra = self.auxiliary(), None
+        auxiliary = self.auxiliary()
+        extra = None
+
+        # Losses attached to the layers' outputs: their value here, their gradient through the outputs.
         attached = [values.detach() for layer, values in self.values.items() if layer not in self.live]
         if self.mode.weights and attached:
             extra = self._weighted(_sum(attached))
@@ -104,12 +110,15 @@ class TrainingPass:
                 out.log_probs = _Observe.apply(out.log_probs, self, "log_probs", out.label_mask)
             base = out.logits.sum().to(extra.dtype) * 0.0 if out.loss is None else out.loss
             out.loss = _Observe.apply(base, self, "loss", None) + extra
+
+        # Losses that are added as they are.
         if self.mode.weights and self.live:
             live = self._weighted(_sum(self.live.values()))
             if getattr(out, "log_probs", None) is not None:
                 out.log_probs = _Carry.apply(out.log_probs, live, out.label_mask)
             out.loss = live if out.loss is None else out.loss + live
             extra = live if extra is None else extra + live
+
         out["aux_loss"], out["auxiliary"] = None if extra is None else extra.detach(), auxiliary
         return out
 
@@ -132,7 +141,8 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor, owner: TrainingPass) -> Tensor:
-        ctx.owner, ctx.like = owner, (loss.dtype, loss.device)
+        ctx.owner = owner
+        ctx.like = (loss.dtype, loss.device)
         return output.view_as(output)
 
     @staticmethod
@@ -146,7 +156,7 @@ class _Attach(torch.autograd.Function):
 
 @torch.compiler.disable
 def _attach(output: Tensor, loss: Tensor, owner: TrainingPass) -> Tensor:
-    """Attach outside of a graph, to which a gradient noted elsewhere would be none."""
+    """Attach outside of a compiled graph, which cannot see the gradient that :class:`_Observe` noted."""
     return _Attach.apply(output, loss, owner)
 
 
@@ -155,7 +165,9 @@ class _Observe(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, owner: TrainingPass, field: str, counted: Tensor | None) -> Tensor:
-        ctx.owner, ctx.field, ctx.counted = owner, field, counted
+        ctx.owner = owner
+        ctx.field = field
+        ctx.counted = counted
         return x.view_as(x)
 
     @staticmethod
@@ -194,6 +206,7 @@ def warn_of_silent_weights(model: nn.Module, unlabelled: Sequence[str]) -> None:
         model: A converted model in training.
         unlabelled: Losses that teach what chooses and that this call, having no labels, does not compute.
     """
+    # Frozen beside weights that are trained: PEFT was not told of them.
     named = list(model.named_parameters())
     new = [(name, p) for name, p in named if ".self_attn.sparse." in name and ".base_layer." not in name]
     frozen = sorted({name.split(".sparse.")[1] for name, p in new if not p.requires_grad})
@@ -204,6 +217,8 @@ def warn_of_silent_weights(model: nn.Module, unlabelled: Sequence[str]) -> None:
             f"PEFT, name their modules in modules_to_save, as in {modules}",
             stacklevel=5,
         )
+
+    # No loss: what chooses learns by losses that are computed with labels.
     learns = [name for name, p in new if p.requires_grad and (".index" in name or "compress_key" in name)]
     if unlabelled and learns:
         warnings.warn(
@@ -255,6 +270,8 @@ def logit_kl(
     wide = torch.promote_types(student.dtype, torch.float32)
     target = teacher.to(wide).log_softmax(-1)
     kl = (target.exp() * (target - student.to(wide).log_softmax(-1))).sum(-1)  # [B, T]
+
+    # The mean over the tokens that have a label.
     if shift_labels is None and labels is not None:
         shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     if shift_labels is None:
