@@ -48,6 +48,7 @@ class DSASettings:
 
     def __post_init__(self) -> None:
         problems = []
+
         if self.num_sinks < 0 or self.window_size < 1:
             problems.append(
                 "num_sinks must be >= 0 and window_size >= 1 (a query always sees itself), "
@@ -58,10 +59,12 @@ class DSASettings:
                 f"num_tokens {self.num_tokens} is smaller than the forced tokens "
                 f"({self.num_sinks} sinks + {self.window_size} window)"
             )
+
         if self.index_heads < 0:
             problems.append(f"index_heads must be >= 0, got {self.index_heads}")
         if self.index_heads and self.index_key == "cached":
             problems.append('index_heads belongs to index_key "shared"; cached keys have one index head each')
+
         raise_problems(problems, code="CF22")
 
     @classmethod
@@ -101,6 +104,8 @@ class DSA(SelectingMethod):
 
     def __init__(self, settings: DSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
+
+        # One index head for each key/value head unless the settings say otherwise.
         heads = settings.index_heads or geometry.num_kv_heads
         if geometry.num_query_heads % heads:
             raise ConfigError(
@@ -108,8 +113,11 @@ class DSA(SelectingMethod):
                 "query heads, whose means the index starts from",
                 code="CF22",
             )
+
+        # A layer that reuses a selection has no index of its own.
         if self.reuses:
             return
+
         self.index = Index(geometry, heads, settings.index_key)
         self.index_weights = index_weights(geometry.hidden_size, self.index.num_heads)
 

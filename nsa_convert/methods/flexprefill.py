@@ -52,8 +52,10 @@ class FlexPrefillSettings:
         problems = one_or_more(("block_size", "min_budget"), self)
         problems += at_least(0, max_budget=self.max_budget)
         problems += between("gamma", self.gamma, 0, 1) + between("tau", self.tau, 0, 1)
+
         if 0 < self.max_budget < self.min_budget:
             problems.append(f"max_budget {self.max_budget} is smaller than min_budget {self.min_budget}")
+
         raise_problems(problems, code="CF22")
 
     @property
@@ -97,18 +99,27 @@ class FlexPrefill(BlockPrefillMethod):
 
     def keep(self, x: AttentionInputs, grid: BlockGrid) -> Tensor:
         """Return the chosen blocks, bool ``[B, HQ, NQ, NK]``."""
-        s, reach = self.settings, grid.reach(x.q.device)
+        s = self.settings
+        reach = grid.reach(x.q.device)
+
+        # Attention of the last tile of queries, summed over block columns and block diagonals.
         columns, diagonals = last_attention(x.q, x.k, grid.block_size, x.scale)
         verticals, slashes = (sum_runs(y, grid.block_size, 2) for y in (columns, diagonals))  # [B, HQ, NK]
+
+        # A query-aware head keeps the minimum of each, any other head as many as hold gamma.
         aware = self._distance(x, verticals) < s.tau  # [B, HQ]
         least = torch.full_like(aware, max(1, s.min_budget // grid.block_size), dtype=torch.long)
         counts = [torch.where(aware, least, self._needed(y, grid)) for y in (columns, diagonals)]
         kept_columns = _best(verticals, counts[0])
         kept_diagonals = _best(slashes, counts[1])
+
+        # The map of these blocks; query-aware heads add the blocks of the pooled map that hold gamma.
         kept = kept_columns[:, :, None] | on_diagonals(kept_diagonals, grid)
         pooled = mean_rows(x.q, grid.query_block), mean_rows(x.k, grid.block_size)
         scores = block_softmax(*pooled, reach, x.scale)
         by_query = keep_mass(scores, s.gamma, torch.zeros_like(reach), reach, scope="map")
+
+        # The blocks that the tile itself lies in are always kept.
         return (kept | by_query & aware[..., None, None]) & reach | grid.forced(0, 1, x.q.device)
 
     def _needed(self, shares: Tensor, grid: BlockGrid) -> Tensor:
@@ -116,6 +127,8 @@ class FlexPrefill(BlockPrefillMethod):
         s = self.settings
         ordered = shares.sort(-1, descending=True).values
         tokens = (ordered.cumsum(-1) < s.gamma * shares.sum(-1, keepdim=True)).sum(-1)
+
+        # Whole blocks, within the budgets.
         blocks = tokens // grid.block_size + 1
         most = s.max_budget // grid.block_size if s.max_budget else grid.num_blocks
         return blocks.clamp(min=max(1, s.min_budget // grid.block_size)).clamp(max=max(1, most))
@@ -124,7 +137,10 @@ class FlexPrefill(BlockPrefillMethod):
         """Return the Jensen-Shannon distance of true and pooled attention of the last tile, ``[B, HQ]``."""
         size = self.settings.block_size
         q, everything = x.q[:, -size:].mean(1, keepdim=True), torch.ones((), dtype=torch.bool).to(x.q.device)
+
+        # The attention of the mean query to the block means, against the true share of each block column.
         guess = block_softmax(q, mean_rows(x.k, size), everything, x.scale)[:, :, 0]
+
         mean = (guess + verticals) / 2
         parts = (torch.special.xlogy(p, p / mean).nan_to_num(0.0).sum(-1) for p in (guess, verticals))
         return (sum(parts) / 2).clamp(min=0).sqrt()

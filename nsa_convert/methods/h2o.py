@@ -54,8 +54,12 @@ class HeavyHitters(CachePolicy):
         """Keep the last tokens and the heaviest others; equal sums go to the earlier token."""
         mass = memory["mass"]
         slots = torch.arange(num_keys, device=mass.device)
+
+        # The last tokens come first; what lies before a row's first token comes last.
         mass = mass.masked_fill((slots >= num_keys - self.num_recent)[:, None], torch.inf)
         mass = mass.masked_fill((slots < start[:, None])[..., None], -torch.inf)
+
+        # The rank of each token; a stable sort prefers the earlier of equal sums.
         order = mass.argsort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(1, order, slots[:, None].expand_as(order))
         return rank < stay[:, None, None]
@@ -123,11 +127,18 @@ class H2O(SparseMethod):
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to all that is left, and note who received how much; returns ``[B, TQ, HQ, D]``."""
         record(self, x, x.k, {})
+
+        # Without a cache nothing is remembered.
         if x.memory is None:
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+
+        # The query heads that share a key head add up their probabilities.
         o, received = attend_and_sum(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
         mass = received.unflatten(2, (self.geometry.num_kv_heads, -1)).sum(3)  # [B, TK, H]
+
+        # Add the sums of earlier calls, in which the tokens of this call have none.
         if "mass" in x.memory:
             mass = mass + functional.pad(x.memory["mass"], (0, 0, 0, x.q.shape[1]))
         x.memory["mass"] = mass
+
         return o

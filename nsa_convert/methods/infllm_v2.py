@@ -60,10 +60,14 @@ class InfLLMv2Settings:
     def __post_init__(self) -> None:
         problems = []
         l, d, size = self.kernel_size, self.kernel_stride, self.block_size
+
+        # Cells and blocks.
         if d < 1 or l < d or l % d:
             problems.append(f"kernel_size {l} must be a positive multiple of kernel_stride {d}")
         elif size < 1 or size % d:
             problems.append(f"block_size {size} must be a positive multiple of kernel_stride {d}")
+
+        # What is always selected, and how much is chosen.
         if size >= 1 and (self.window_size < size or self.window_size % size):
             problems.append(
                 f"window_size {self.window_size} must be a positive multiple of block_size {size}"
@@ -73,6 +77,7 @@ class InfLLMv2Settings:
                 "init_blocks must be >= 0 and topk at least init_blocks and 1, "
                 f"got {self.init_blocks} and {self.topk}"
             )
+
         problems += at_least(0, dense_len=self.dense_len)
         raise_problems(problems, code="CF22")
 
@@ -162,7 +167,9 @@ class InfLLMv2(SelectingMethod):
         Each stands for four fine cells: log 4 more for every head, which changes no order.
         """
         s, ck = self.settings, x.pooled["coarse"].detach()
-        width, stride = COARSER * s.kernel_size, COARSER * s.kernel_stride
+        width = COARSER * s.kernel_size
+        stride = COARSER * s.kernel_stride
+
         out = compressed_attention(
             x.q.detach(), ck, ck, width=width, stride=stride, layout=x.layout, scale=x.scale
         )
@@ -188,6 +195,7 @@ def from_sparse_config(values: Mapping[str, Any]) -> InfLLMv2Settings:
     if values.get("use_nope"):
         problems.append("use_nope true is not supported: scores use rotated keys; convert without it")
     raise_problems(problems, code="CF22")
+
     shared = {key: values[key] for key in _SHARED_KEYS if key in values}
     return strict_dataclass(InfLLMv2Settings, shared, "sparse_config")
 

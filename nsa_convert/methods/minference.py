@@ -35,8 +35,10 @@ KINDS = ("vertical_and_slash", "stream_llm", "block_sparse")
 """Names of the patterns, as the published head files spell them."""
 
 LAST_QUERIES = 64
-SURE_VERTICALS, SURE_SLASHES = 30, 100
-"""First tokens and nearest diagonals that are always among the best."""
+SURE_VERTICALS = 30
+"""First tokens that are always among the best."""
+SURE_SLASHES = 100
+"""Nearest diagonals that are always among the best."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,13 @@ class MInferenceSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_patterns", _frozen(self.head_patterns))
+
         problems = one_or_more(("block_size",), self)
         problems += at_least(SURE_VERTICALS, vertical_size=self.vertical_size)
         problems += at_least(SURE_SLASHES, slash_size=self.slash_size)
         for i, head in enumerate(self.head_patterns):
             problems += [f"head_patterns[{i}]: {problem}" for problem in head_problems(head)]
+
         raise_problems(problems, code="CF22")
 
     @property
@@ -84,6 +88,8 @@ def head_problems(head: Any) -> list[str]:
     """Return what is wrong with the pattern of a head."""
     if not _is_list(head) or len(head) != 3 or head[0] not in KINDS:
         return [f"expected [pattern, number, number] with a pattern of {', '.join(KINDS)}, got {head!r}"]
+
+    # The second number of a block-sparse head is not used.
     numbers = head[1:] if head[0] != "block_sparse" else head[1:2]
     if all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in numbers):
         return []
@@ -123,9 +129,12 @@ class MInference(PrefillMethod):
 
     def __init__(self, settings: MInferenceSettings, geometry: Any, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
-        listed, wanted = len(settings.head_patterns), geometry.num_query_heads
+
+        listed = len(settings.head_patterns)
+        wanted = geometry.num_query_heads
         if listed not in (0, wanted):
             raise_problems([f"head_patterns lists {listed} query heads, the layer has {wanted}"], code="CF22")
+
         self.patterns_by_head = settings.head_patterns or (settings.default_head,) * wanted
 
     def least_budget(self) -> int:
@@ -141,20 +150,27 @@ class MInference(PrefillMethod):
             block_size=self.settings.block_size,
         )
         reach = grid.reach(x.q.device)
+
+        # While a budget is forced every head sees all blocks.
         if self.forced_budget is not None:
             return {"selected": blocks_of(reach.expand(x.q.shape[0], x.q.shape[2], -1, -1), grid)}
+
         with torch.no_grad():
             keep, columns = self.choose(x, grid)
             keep = (keep | grid.forced(0, 1, x.q.device)) & reach
             patterns: dict[str, Pattern] = {"selected": blocks_of(keep, grid)}
             if columns is not None:
                 patterns["columns"] = outside_tokens(columns, keep, grid)
+
         return patterns
 
     def choose(self, x: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor | None]:
         """Return blocks, bool ``[B, HQ, NQ, NK]``, and tokens for all tiles, bool ``[B, HQ, TK]`` or None."""
-        batch, heads = x.q.shape[0], x.q.shape[2]
+        batch = x.q.shape[0]
+        heads = x.q.shape[2]
         keep = torch.zeros(batch, heads, grid.num_tiles, grid.num_blocks, dtype=torch.bool, device=x.q.device)
+
+        # Heads of one pattern at a time; the attention of the last queries is computed once for all heads.
         columns = by_token = by_distance = None
         for pattern in sorted(set(self.patterns_by_head)):
             kind, first, second = pattern
@@ -170,6 +186,7 @@ class MInference(PrefillMethod):
                 keep[:, served] = band_blocks(grid, first, second, x.q.device)
             else:
                 keep[:, served] = self._best_blocks(x, grid, first)[:, served]
+
         return keep, columns
 
     def _best_blocks(self, x: AttentionInputs, grid: BlockGrid, count: int) -> Tensor:
@@ -197,6 +214,7 @@ def best_tokens(shares: Tensor, count: int, sure: int) -> Tensor:
     total = shares.shape[-1]
     ranked = shares.clone()
     ranked[..., :sure] = torch.inf
+
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : min(count, total)]
     return torch.zeros_like(shares, dtype=torch.bool).scatter_(-1, best, True)
 
@@ -214,7 +232,10 @@ def slash_blocks(slashes: Tensor, grid: BlockGrid) -> Tensor:
     first, last = (y[:, None] for y in grid.tiles(slashes.device))
     begin = grid.block_size * torch.arange(grid.num_blocks, device=slashes.device)
     # Query p and key c are on diagonal p - c: the tile and the block share the diagonals low .. high.
-    low, high = first - (begin + grid.block_size - 1), last - begin
+    low = first - (begin + grid.block_size - 1)
+    high = last - begin
+
+    # Count the kept diagonals up to each one: a range holds one where the counts at its ends differ.
     below = torch.nn.functional.pad(slashes.cumsum(-1, dtype=torch.int32), (1, 0))
     size = slashes.shape[-1]
     return below[:, :, (high + 1).clamp(0, size)] > below[:, :, low.clamp(0, size)]
@@ -238,9 +259,12 @@ def outside_tokens(columns: Tensor, keep: Tensor, grid: BlockGrid) -> TokenSelec
     """
     tokens = compact_lists(columns)  # [B, HQ, V]
     listed = (tokens >= 0)[:, :, None]
+
+    # A tile reads the tokens that lie in its past and in none of its kept blocks.
     place = tokens.clamp(min=0).long()
     block = (place // grid.block_size)[:, :, None].expand(-1, -1, grid.num_tiles, -1)
     past = place[:, :, None] <= grid.tiles(columns.device)[1][:, None]
     wanted = listed & past & ~keep.gather(3, block)
+
     lists = torch.where(wanted, tokens[:, :, None], -1)
     return TokenSelection(token_indices=lists, query_block=grid.query_block)

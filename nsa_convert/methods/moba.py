@@ -121,6 +121,7 @@ class MoBA(SelectingMethod):
 
     def __init__(self, settings: MoBASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
+
         sizes = geometry.num_kv_heads, geometry.head_dim, settings.key_conv
         self.key_conv = KeyConv(*sizes) if settings.key_conv else None
 

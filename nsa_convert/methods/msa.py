@@ -79,7 +79,9 @@ class MSA(SelectingMethod):
     def choose(self, x: AttentionInputs) -> BlockSelection:
         """Return the best blocks of each query and key/value head."""
         index = self.own_index()
-        q, k = index.queries(x), index.keys(x)
+        q = index.queries(x)
+        k = index.keys(x)
+
         rule = widened(self.settings.rule, self.forced_budget)
         return block_max_topk(q, k, rule=rule, layout=x.layout, scale=x.scale)
 

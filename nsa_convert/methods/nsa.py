@@ -87,10 +87,12 @@ class NSASettings(BlockBudget):
         """Return what is wrong with the cells and the window."""
         problems = []
         l, d = self.compression_block, self.compression_stride
+
         if d < 1 or l < d or l % d:
             problems.append(f"compression_block {l} must be a positive multiple of compression_stride {d}")
         elif self.block_size % d:
             problems.append(f"block_size {self.block_size} must be a multiple of compression_stride {d}")
+
         return problems + at_least(1, window_size=self.window_size)
 
     @property
@@ -141,21 +143,30 @@ class NSA(SparseMethod):
 
     def __init__(self, settings: NSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
-        heads, dim, width = geometry.num_kv_heads, geometry.head_dim, settings.compression_block
+
+        # Compressors of keys and values; score_kl trains a key compressor with weights.
+        heads = geometry.num_kv_heads
+        dim = geometry.head_dim
+        width = settings.compression_block
         self.compress_key = build_compressor(settings.key_compressor, heads, width, dim)
         if has_weights(self.compress_key):
             self.training_spec = with_scores(self.training_spec)
         self.compress_value = build_compressor(settings.value_compressor, heads, width, dim)
+
+        # Gates: at the start the selected branch alone is open.
         self.gate = BranchGate(
             geometry.hidden_size,
             geometry.num_query_heads,
             open_branches=(False, True, False),
             kind=settings.gate,
         )
+
+        # Further keys and values for branches that share none.
         self.branch_k_proj = self.branch_v_proj = None
         if settings.branch_kv == "independent":
             # The compressed branch's heads come first, the window's after them.
-            size, bias = 2 * heads * dim, geometry.qkv_bias
+            size = 2 * heads * dim
+            bias = geometry.qkv_bias
             self.branch_k_proj = nn.Linear(geometry.hidden_size, size, bias=bias)
             self.branch_v_proj = nn.Linear(geometry.hidden_size, size, bias=bias)
 
@@ -196,6 +207,7 @@ class NSA(SparseMethod):
         """See the base class."""
         if name == TAUGHT:
             return self.compress_key(windows.detach())
+
         compressors: dict[str, Callable[[Tensor], Tensor]] = {"half_variance": half_variance}
         compressors |= {"key": self.compress_key, "value": self.compress_value}
         return compressors[name](windows)
@@ -204,27 +216,41 @@ class NSA(SparseMethod):
         """Return which dense projection each own projection repeats."""
         if self.branch_k_proj is None or self.branch_v_proj is None:
             return {}
+
         copies = {}
         for kind, branch in (("k", self.branch_k_proj), ("v", self.branch_v_proj)):
             for part, parameter in branch.named_parameters():
                 dense = f"{kind}_proj.{part}"
                 copies[f"branch_{dense}"] = copy_of(dense, parameter, self.geometry.head_dim)
+
         return copies
 
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend through the three branches; returns ``[B, TQ, HQ, D]``."""
         s, heads = self.settings, self.geometry.num_kv_heads
-        k, v = x.k[:, :, :heads], x.v[:, :, :heads]
-        window_k, window_v = x.k[:, :, -heads:], x.v[:, :, -heads:]
+
+        # The dense heads come first, the window branch's last; shared branches read the same ones.
+        k = x.k[:, :, :heads]
+        v = x.v[:, :, :heads]
+        window_k = x.k[:, :, -heads:]
+        window_v = x.v[:, :, -heads:]
+
+        # Compressed branch, which also chooses the blocks.
         compressed = self._compressed(x, choose=not is_within_budget(self, x, s.rule.budget))
+
+        # Sliding window.
         window = SinkWindow(window_size=s.window_size)
         windowed, _ = sparse_attention(x.q, window_k, window_v, window, layout=x.layout, scale=x.scale)
+
+        # Selected blocks.
         patterns: dict[str, Pattern] = {}
         if compressed.selection is None:  # everything is visible
             selected = dense_attention(x.q, k, v, layout=x.layout, scale=x.scale)
         else:
             selected, _ = sparse_attention(x.q, k, v, compressed.selection, layout=x.layout, scale=x.scale)
             patterns = {"selected": compressed.selection, "window": window}
+
+        # Join the branches.
         assert compressed.o is not None
         gates = self.gate(x.hidden)  # [B, TQ, HQ, 3]
         record(self, x, k, patterns, gates)
@@ -239,24 +265,31 @@ class NSA(SparseMethod):
         to learn: there it moves queries and keys.
         """
         losses = super().auxiliary_losses(x, sparse, dense, mode)
+
         if "score_kl" in mode.losses:
             s, heads = self.settings, self.geometry.num_kv_heads
+
             grid = CellGrid(width=s.compression_block, stride=s.compression_stride)
             alone = TAUGHT in x.pooled
             pair = scored(for_loss(x, TAUGHT if alone else "key", alone=alone), s.scorer)
             losses["score_kl"] = score_kl(x, x.k[:, :, :heads], pair, grid, s.rule, mode.step, mode.total)
+
         return losses
 
     def _compressed(self, x: AttentionInputs, *, choose: bool) -> CompressedOutput:
         """Attend to the compressed cells and, unless everything is visible anyway, choose blocks."""
-        s, ck = self.settings, x.pooled["key"]
+        s = self.settings
+        ck = x.pooled["key"]
         sizes = {"width": s.compression_block, "stride": s.compression_stride}
         rule = widened(self.settings.rule, self.forced_budget) if choose else None
         first_order = rule if s.scorer == "first_order" else None
+
         out = compressed_attention(
             x.q, ck, x.pooled["value"], rule=first_order, layout=x.layout, scale=x.scale, **sizes
         )
         if rule is None or first_order is not None:
             return out
+
+        # The scores of the second order need a pass of their own.
         selection = block_topk(*scored(x, s.scorer), rule=rule, layout=x.layout, scale=x.scale, **sizes)
         return dataclasses.replace(out, selection=selection)

@@ -74,7 +74,8 @@ class Quest(SelectingMethod):
 
     def pools(self) -> tuple[Pool, ...]:
         """Return the smallest and largest key coordinates of each page."""
-        size, heads = self.settings.block_size, range(self.geometry.num_kv_heads)
+        size = self.settings.block_size
+        heads = range(self.geometry.num_kv_heads)
         return tuple(
             Pool(name=name, source="key", heads=heads, width=size, stride=size) for name in ("min", "max")
         )
@@ -102,6 +103,8 @@ class Quest(SelectingMethod):
         softmax over the pages is the ranking by bound while heads choose alone.
         """
         q = torch.cat([x.q.relu(), -(-x.q).relu()], -1)
-        bounds, size = (x.pooled["max"], x.pooled["min"]), self.settings.block_size
+        bounds = (x.pooled["max"], x.pooled["min"])
+        size = self.settings.block_size
+
         rule = widened(self.settings.rule, self.forced_budget)
         return block_topk(q, bounds, width=size, stride=size, rule=rule, layout=x.layout, scale=x.scale)

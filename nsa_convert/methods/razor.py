@@ -49,10 +49,12 @@ class KeepRecentAndSums(KeepRecent):
     def fold(self, memory: Mapping[str, Tensor], k: Tensor, v: Tensor, leaving: Tensor) -> dict[str, Tensor]:
         """Add what leaves to the sums."""
         sums = dict(memory)
+
         for name, x in (("key_sum", k), ("value_sum", v)):
             wide = torch.promote_types(x.dtype, torch.float32)
             left = torch.where(leaving[..., None], x.to(wide), 0.0).sum(1)
             sums[name] = left + sums[name] if name in sums else left
+
         return sums
 
     def numbers(self, seen: int, geometry: AttentionGeometry) -> int:
@@ -79,8 +81,10 @@ class RazorSettings:
 
     def __post_init__(self) -> None:
         problems = at_least(0, num_sinks=self.num_sinks) + at_least(1, window_size=self.window_size)
+
         if self.window_share < 0 or self.window_share == 1:
             problems.append(f"window_share must be 0 or at least 2, got {self.window_share}")
+
         raise_problems(problems, code="CF22")
 
     @classmethod
@@ -129,8 +133,12 @@ class Razor(SparseMethod):
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to what is left and to the compensation token; returns ``[B, TQ, HQ, D]``."""
         record(self, x, x.k, {})
+
+        # Nothing has been forgotten: a prompt, or a short text.
         if x.dropped is None:
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+
+        # The kept tokens and the compensation token share one softmax.
         everything = SinkWindow(window_size=x.k.shape[1])
         parts = [sparse_attention(x.q, x.k, x.v, everything, layout=x.layout, scale=x.scale)]
         parts.append(self._compensation(x))
@@ -138,16 +146,22 @@ class Razor(SparseMethod):
 
     def _compensation(self, x: AttentionInputs) -> tuple[Tensor, Tensor]:
         """Return the attention to the compensation token alone: its value, and its score as lse."""
-        dropped, memory = x.dropped, x.memory
+        dropped = x.dropped
+        memory = x.memory
         assert dropped is not None
         assert memory is not None
+
+        # The means of the keys and values that left, for each query head.
         count = dropped.to(memory["key_sum"].dtype)[:, None, None]  # [B, 1, 1]
         group = self.geometry.group_size
         key, value = (
             (memory[name] / count.clamp(min=1)).repeat_interleave(group, 1)
             for name in ("key_sum", "value_sum")
         )  # [B, HQ, D]
+
+        # A single key: its score is the lse. It counts as often as there were tokens, and not at all if none.
         lse = torch.einsum("bthd,bhd->bth", x.q.to(key.dtype), key) * x.scale
         weight = count.log() if self.settings.comp_bias == "log_count" else torch.zeros_like(count)
         lse = lse + weight.masked_fill(count == 0, -torch.inf)
+
         return value[:, None].expand(*lse.shape, -1).to(x.q.dtype), lse

@@ -65,12 +65,14 @@ class SpargeAttnSettings:
         problems += at_least(0, num_sink_blocks=self.num_sink_blocks)
         problems += between("top", self.top, 0, 1) + between("mass", self.mass, 0, 1)
         problems += between("similarity", self.similarity, -1, 1)
+
         if not self.value_skip <= 0:
             problems.append(f"value_skip must be negative, or 0 to leave nothing out, got {self.value_skip}")
         if self.value_skip and self.query_block % LEAST_ROWS:
             problems.append(
                 f"value_skip needs query_block to be a multiple of {LEAST_ROWS}, got {self.query_block}"
             )
+
         raise_problems(problems, code="CF22")
 
     @classmethod
@@ -114,6 +116,7 @@ class SpargeAttn(BlockPrefillMethod):
         skip = self.settings.value_skip
         if not skip:
             return super().attend(x)
+
         patterns = self.patterns(x)
         record(self, x, x.k, patterns)
         (pattern,) = patterns.values()
@@ -123,21 +126,31 @@ class SpargeAttn(BlockPrefillMethod):
         """Return the chosen blocks, bool ``[B, Hs, NQ, NK]``."""
         s, device, group = self.settings, x.q.device, self.geometry.group_size
         reach = grid.reach(device)
+
+        # Which key blocks and query tiles resemble their mean.
         plain_keys = _self_similarity(x.k, grid.block_size) > s.similarity  # [B, H, NK]
         plain_queries = _self_similarity(x.q, grid.query_block) > s.similarity  # [B, HQ, NQ]
         ranked = reach & plain_keys.repeat_interleave(group, 1)[:, :, None]
+
         # A row without a block to rank reads what is always read.
         means = mean_rows(x.q, grid.query_block), mean_rows(x.k, grid.block_size)
         scores = block_softmax(*means, ranked, x.scale).nan_to_num(0.0)
+
+        # Heads that choose together rank a block where one does, and read a whole tile where one does.
         if s.share == "group":
             scores = share_in_group(scores, group)
             ranked, plain_queries = (x.unflatten(1, (-1, group)) for x in (ranked, plain_queries))
-            ranked, plain_queries = ranked.any(2), plain_queries.all(2)
+            ranked = ranked.any(2)
+            plain_queries = plain_queries.all(2)
+
+        # The best of the ranked blocks.
         free = torch.zeros_like(reach)
         if s.budget == "top":
             kept = keep_top(scores, fraction(s.top, grid.num_blocks), free, ranked)
         else:
             kept = keep_mass(scores, s.mass, free, ranked)
+
+        # Always read: forced blocks, blocks unlike their mean, and everything for tiles unlike theirs.
         forced = grid.forced(s.num_sink_blocks, 1, device)
         return (kept | ~ranked | ~plain_queries[..., None] | forced) & reach
 

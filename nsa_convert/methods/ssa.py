@@ -104,10 +104,13 @@ class SSA(SparseMethod):
     def __init__(self, settings: SSASettings, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
         self.mode = settings.mode
+
+        # The key compressor; score_kl trains one with weights.
         sizes = geometry.num_kv_heads, settings.block_size, geometry.head_dim
         self.compress_key = build_compressor(settings.key_compressor, *sizes)
         if has_weights(self.compress_key):
             self.training_spec = with_scores(self.training_spec)
+
         self.gate = None
         if settings.gate != "none":
             self.gate = BranchGate(
@@ -139,6 +142,8 @@ class SSA(SparseMethod):
     def forward(self, x: AttentionInputs) -> Tensor:
         """Attend to the selected blocks, or to everything in full mode; returns ``[B, TQ, HQ, D]``."""
         gates = None if self.gate is None else self.gate(x.hidden)  # [B, TQ, HQ, 1]
+
+        # Choose blocks, unless everything is visible anyway.
         in_full_mode = self.mode == "full" and self.forced_budget is None
         if in_full_mode or is_within_budget(self, x, self.settings.rule.budget):
             o = dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
@@ -147,6 +152,7 @@ class SSA(SparseMethod):
             selection = self._choose(x)
             o, _ = sparse_attention(x.q, x.k, x.v, selection, layout=x.layout, scale=x.scale)
             record(self, x, x.k, {"selected": selection}, gates)
+
         return o if gates is None else o * gates.to(o.dtype)
 
     def train_forward(self, x: AttentionInputs, mode: TrainingMode) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,9 +162,12 @@ class SSA(SparseMethod):
         cannot lower it.
         """
         gate = 1.0 if self.gate is None else self.gate(x.hidden).to(x.q.dtype)  # [B, TQ, HQ, 1]
+
         stream = mode.stream
         if stream == "ordinary":
             stream = "full" if self.mode == "full" and self.forced_budget is None else "sparse"
+
+        # Both attentions are computed only where the step needs them; within the budget they are the same.
         fits = is_within_budget(self, x, self.settings.rule.budget)
         compared = not {"output_error", "alignment"}.isdisjoint(mode.losses)
         full = teacher_output(self, x) if fits or compared or stream != "sparse" else None
@@ -172,6 +181,8 @@ class SSA(SparseMethod):
             assert full is not None
             assert sparse is not None
             losses["alignment"] = bidirectional_alignment(full, sparse, mode.total)
+
+        # The output of the residual stream; the other one served the losses alone.
         if stream == "sparse":
             assert gated is not None
             return gated, losses
@@ -186,12 +197,16 @@ class SSA(SparseMethod):
         It teaches the key compressor alone; ``mean`` has nothing to learn, there it moves queries and keys.
         """
         losses = super().auxiliary_losses(x, sparse, dense, mode)
+
         if "score_kl" in mode.losses:
-            rule, size = self.settings.rule, self.settings.block_size
+            rule = self.settings.rule
+            size = self.settings.block_size
             grid = CellGrid(width=size, stride=size)
+
             alone = has_weights(self.compress_key)
             pair = scored(for_loss(x, "key", alone=alone), self.settings.scorer)
             losses["score_kl"] = score_kl(x, x.k, pair, grid, rule, mode.step, mode.total)
+
         return losses
 
     def _choose(self, x: AttentionInputs) -> BlockSelection:

@@ -99,9 +99,11 @@ class Streaming(SparseMethod):
         s = self.settings
         fits = is_within_budget(self, x, s.num_sinks + s.window_size)
         moved = s.positions == "cache" and s.num_sinks > 0 and (x.dropped is not None or not fits)
+
         if fits and not moved:
             record(self, x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+
         band = SinkWindow(num_sinks=s.num_sinks, window_size=self._window())
         record(self, x, x.k, {"window": band})
         if moved:
@@ -114,15 +116,22 @@ class Streaming(SparseMethod):
     def _attend_in_cache(self, x: AttentionInputs) -> Tensor:
         """Attend to the window, and to the sinks outside of it with the query turned to its place."""
         s, window = self.settings, self._window()
+
+        # The place in a full cache at which the query stands for the sinks.
         position = x.positions()  # [B or 1, TQ]
         place = position.clamp(max=s.num_sinks + window - 1)
         assert x.move is not None
         q = x.move(x.q, position.clamp(min=0), place.clamp(min=0))
-        length, device = x.q.shape[1], x.q.device
+
+        # The sinks that lie outside of each query's window.
+        length = x.q.shape[1]
+        device = x.q.device
         behind = x.layout.positions(length, device) - x.layout.row_starts(length, device) - window
         sinks = torch.arange(s.num_sinks, device=device).expand(*behind.shape, -1)
         listed = sinks.where(sinks <= behind[..., None], -1)[:, None]  # [B or 1, 1, TQ, num_sinks]
         far = TokenSelection(token_indices=listed.expand(x.q.shape[0], -1, -1, -1))
+
+        # Window and sinks are disjoint and share one softmax.
         near = SinkWindow(num_sinks=0, window_size=window)
         parts = [
             sparse_attention(queries, x.k, x.v, pattern, layout=x.layout, scale=x.scale)

@@ -94,19 +94,27 @@ class TriShape(PrefillMethod):
         """Attend to the band, the last queries to everything; returns ``[B, TQ, HQ, D]``."""
         s = self.settings
         band = SinkWindow(num_sinks=s.num_sinks, window_size=max(s.window_size, self.forced_budget or 0))
+
+        # The first of the last queries, as a query of the call and as a key.
         first = max(0, x.q.shape[1] - s.num_last)
         end = int(x.layout.offset) + first
+
         parts = []
+
+        # The head of the prompt reads the band.
         if first:
             head = dataclasses.replace(
                 x, q=x.q[:, :first], k=x.k[:, :end], v=x.v[:, :end], hidden=x.hidden[:, :first]
             )
             record(self, head, head.k, {"window": band})
             parts.append(sparse_attention(head.q, head.k, head.v, band, layout=head.layout, scale=x.scale)[0])
+
+        # Its last queries read everything.
         if s.num_last:
             tail = dataclasses.replace(
                 x, q=x.q[:, first:], hidden=x.hidden[:, first:], layout=SequenceLayout(offset=end)
             )
             record(self, tail, tail.k, {})
             parts.append(dense_attention(tail.q, tail.k, tail.v, layout=tail.layout, scale=x.scale))
+
         return torch.cat(parts, 1)

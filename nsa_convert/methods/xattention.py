@@ -52,8 +52,10 @@ class XAttentionSettings:
         problems = one_or_more(("block_size", "stride", "num_local_blocks"), self)
         problems += at_least(0, num_sink_blocks=self.num_sink_blocks)
         problems += between("threshold", self.threshold, 0, 1)
+
         if not problems and self.block_size % self.stride:
             problems.append(f"block_size {self.block_size} must be a multiple of stride {self.stride}")
+
         raise_problems(problems, code="CF22")
 
     @property
@@ -97,10 +99,13 @@ class XAttention(BlockPrefillMethod):
 
     def keep(self, x: AttentionInputs, grid: BlockGrid) -> Tensor:
         """Return the chosen blocks, bool ``[B, Hs, NQ, NK]``."""
-        s, device = self.settings, x.q.device
+        s = self.settings
+        device = x.q.device
         scores = antidiagonal_scores(x.q, x.k, grid, s.stride, x.scale)
+
         if s.share == "group":
             scores = share_in_group(scores, self.geometry.group_size)
+
         forced = grid.forced(s.num_sink_blocks, s.num_local_blocks, device)
         return keep_mass(scores, s.threshold, forced, grid.reach(device))
 
@@ -121,23 +126,33 @@ def antidiagonal_scores(q: Tensor, k: Tensor, grid: BlockGrid, stride: int, scal
     Returns:
         ``[B, HQ, NQ, NK]`` float32 or float64; the rows of a whole tile sum to query_block / S.
     """
-    heads, rows = k.shape[2], grid.query_block // stride
+    # A group of S tokens is one vector of S * D numbers, that of queries in reverse order.
+    heads = k.shape[2]
+    rows = grid.query_block // stride
     qg = _groups(q, stride).flip(2).unflatten(3, (heads, -1))  # [B, NG, S, H, G, D]
     qg = qg.permute(0, 3, 4, 1, 2, 5).flatten(4)  # [B, H, G, NG, S * D]
     kg = _groups(k, stride).permute(0, 3, 1, 2, 4).flatten(3)  # [B, H, CG, S * D]
+
+    # As many groups of queries at once as the limit allows, in whole tiles.
     out = q.new_zeros(q.shape[0], q.shape[2], grid.num_tiles, grid.num_blocks, dtype=_wide(q.dtype))
     item = out.dtype.itemsize * q.shape[0] * q.shape[2] * kg.shape[2]
     step = max(1, SCORE_BYTES // (item * rows)) * rows
+
     begins = stride * torch.arange(kg.shape[2], device=q.device)
     for i in range(0, qg.shape[3], step):
         part = qg[:, :, :, i : i + step]
+
+        # Key groups that begin in the past of the last query of some group of this part.
         last = grid.offset + stride * (i + torch.arange(part.shape[3], device=q.device)) + stride - 1
         seen = min(kg.shape[2], int(last[-1]) // stride + 1)
         scores = torch.matmul(part, kg[:, :, None, :seen].mT).flatten(1, 2)  # [B, HQ, n, seen]
+
+        # One softmax for each group of queries, then sums over the groups of blocks and tiles.
         scores = scores.to(out.dtype).mul_(scale / stride)
         scores.masked_fill_(begins[:seen] > last[:, None], -torch.inf)
         summed = sum_runs(sum_runs(scores.softmax(-1), grid.block_size // stride, 3), rows, 2)
         out[:, :, i // rows : i // rows + summed.shape[2], : summed.shape[3]] = summed
+
     return out
 
 

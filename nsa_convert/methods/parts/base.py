@@ -21,7 +21,7 @@ from nsa_convert.patterns import Pattern, SequenceLayout
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSpec:
-    """Facts about a method, told once: the method table, cards and errors read them.
+    """Facts about a method, for the method table, model cards and errors.
 
     Attributes:
         name: Name on the command line and in configs.
@@ -54,7 +54,7 @@ class MethodSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pool:
-    """A stream of compressed cells that a method needs, cached and grown every ``stride`` tokens.
+    """Compressed cells that a method needs, cached and grown every ``stride`` tokens.
 
     Attributes:
         name: Key under which the method finds the cells.
@@ -94,7 +94,7 @@ class CacheNeeds:
     """What a method keeps of every token beside the dense model's keys and values, and what it lets go.
 
     Attributes:
-        pools: Streams of compressed cells.
+        pools: Compressed cells.
         loss_pools: Further cells that auxiliary losses read: made in training alone, never cached.
         token_states: Names of the states of :meth:`SparseMethod.project` that are kept in the cache.
         key_taps: Neighbouring tokens whose keys :meth:`SparseMethod.mix_keys` reads, its own included.
@@ -198,6 +198,8 @@ def copy_of(dense: str, parameter: Tensor, head_dim: int) -> DenseCopy:
     def rows(dense_rows: Tensor) -> Tensor:
         if count >= dense_rows.shape[0]:
             return torch.cat([dense_rows] * (count // dense_rows.shape[0]))
+
+        # Fewer heads: means over neighbouring ones.
         heads = dense_rows.float().unflatten(0, (count // head_dim, -1, head_dim))
         return heads.mean(1).flatten(0, 1).to(dense_rows.dtype)
 
@@ -237,7 +239,9 @@ _observer: Callable[[AttentionRecord], None] | None = None
 def observe(callback: Callable[[AttentionRecord], None]) -> Iterator[None]:
     """Call ``callback`` with an :class:`AttentionRecord` for every layer that runs inside the block."""
     global _observer
-    before, _observer = _observer, callback
+    before = _observer
+    _observer = callback
+
     try:
         yield
     finally:
@@ -381,6 +385,7 @@ class SparseMethod(nn.Module):
         """
         if "output_error" not in mode.losses:
             return {}
+
         assert sparse is not None
         assert dense is not None
         return {"output_error": output_error(sparse, dense, mode.total)}
@@ -412,6 +417,7 @@ def record(
     """Report to :func:`observe` what a call attends to: ``patterns`` over the keys ``k``."""
     if _observer is None:
         return
+
     _observer(
         AttentionRecord(
             layer_index=method.layer_index,

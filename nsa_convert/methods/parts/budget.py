@@ -43,17 +43,20 @@ class BlockBudget:
     def budget_problems(self) -> list[str]:
         """Return what is wrong with the budget."""
         problems = at_least(1, block_size=self.block_size) + at_least(0, num_sink_blocks=self.num_sink_blocks)
+
         if self.num_local_blocks < 1:
             problems.append(
                 "num_local_blocks must be >= 1 (a query always sees its own block), "
                 f"got {self.num_local_blocks}"
             )
+
         forced = self.num_sink_blocks + self.num_local_blocks
         if self.num_blocks < forced:
             problems.append(
                 f"num_blocks {self.num_blocks} is smaller than the forced blocks "
                 f"({self.num_sink_blocks} sink + {self.num_local_blocks} local)"
             )
+
         return problems
 
     @property

@@ -116,18 +116,24 @@ def forget(
         Keys and values ``[B, max(stay), H, D]`` in new storage, views of ``[B, H, max(stay), D]``, and the
         memory.
     """
-    length, size = k.shape[1], max(stay)
+    length = k.shape[1]
+    size = max(stay)
     rows = torch.tensor([held, stay], device=k.device)
     start = length - rows[0]
+
+    # Nothing leaves: only slots in front of the longest row are cut off.
     if list(held) == list(stay):
         trimmed = {name: x[:, length - size :] for name, x in _of(memory, policy)}
         return k[:, length - size :], v[:, length - size :], {**memory, **trimmed}
+
+    # Choose what stays, and let the policy fold what leaves into its memory.
     kept = policy.keep(memory, start, rows[1], length)  # [B, N, h]
     leaving = ~kept & (torch.arange(length, device=k.device) >= start[:, None])[..., None]
     memory = policy.fold(memory, k, v, leaving)
     # A stable sort keeps the order of the tokens; a row with fewer has others in front, where no one looks.
     slots = kept.to(torch.uint8).sort(dim=1, stable=True).indices[:, length - size :]
     numbers = {name: x.gather(1, slots.expand(-1, -1, x.shape[2])) for name, x in _of(memory, policy)}
+
     k, v = _take(k, v, slots)
     return k, v, {**memory, **numbers}
 
@@ -140,5 +146,6 @@ def _take(k: Tensor, v: Tensor, slots: Tensor) -> list[Tensor]:
     """Return tokens ``slots [B, M, H or 1]`` of ``k, v [B, N, H, D]``, each head's together in memory."""
     rows, heads = (torch.arange(size, device=k.device) for size in (k.shape[0], k.shape[2]))
     slots = slots.transpose(1, 2).expand(-1, k.shape[2], -1)  # [B, H, M]
+
     taken = fetch_runs(k, v, rows[:, None, None], heads[:, None], slots, 1)  # [B, H, M, 1, D]
     return [x[..., 0, :].transpose(1, 2) for x in taken]

@@ -127,8 +127,10 @@ class _MeanAndPerceptron(_LearnedCompressor):
         """Return the table in the class docstring as tensors."""
         generator = torch.Generator().manual_seed(0)
         inputs = math.prod(self.up.shape[1:-1])
+
         with torch.device("cpu"):
             up = torch.randn(self.up.shape, generator=generator) * inputs**-0.5
+
         return {"up": up, "down": torch.zeros(self.down.shape), "position": torch.zeros(self.position.shape)}
 
 

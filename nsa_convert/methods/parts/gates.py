@@ -37,6 +37,7 @@ class BranchGate(InitialisedModule):
         self.kind = kind
         self.pass_through = False
         """While True the gates are exactly 1 for open branches and 0 for shut ones (see ``verify``)."""
+
         self.weight = nn.Parameter(torch.empty(num_heads * len(open_branches), hidden_size))
         self.bias = nn.Parameter(torch.empty(num_heads * len(open_branches))) if kind == "sigmoid" else None
         self.reset_parameters()
@@ -52,10 +53,12 @@ class BranchGate(InitialisedModule):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return gates ``[B, T, HQ, branches]`` for hidden ``[B, T, hidden]``, in the weights' dtype."""
         hidden = hidden.to(self.weight.dtype)
+
         # Filled on the device: a copy from the host would break CUDA graph capture.
         is_open = torch.cat([hidden.new_full((1,), float(is_open)) for is_open in self.open_branches])
         if self.pass_through:
             return is_open.expand(*hidden.shape[:-1], self.num_heads, -1)
+
         gates = torch.sigmoid(nn.functional.linear(hidden, self.weight, self.bias))
         # Of a tensor-parallel layer only the local heads have rows here.
         gates = gates.unflatten(-1, (-1, len(self.open_branches)))

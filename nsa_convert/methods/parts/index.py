@@ -52,8 +52,12 @@ class Index(nn.Module):
         self.group_size = geometry.group_size
         self.num_heads = geometry.num_kv_heads if key == "cached" else num_heads
         self.head_dim = geometry.head_dim
+
+        # Queries; over cached keys they start as the mean query of the group, so their own part starts at 0.
         bias = geometry.qkv_bias and key == "shared"
         self.q = nn.Linear(geometry.hidden_size, self.num_heads * self.head_dim, bias=bias)
+
+        # A key head of its own.
         self.k: nn.Linear | None = None
         self.norm: nn.LayerNorm | None = None
         if key == "shared":
@@ -95,12 +99,15 @@ class Index(nn.Module):
         learned = x.token_states["index_q"]
         if self.k is not None:
             return learned
+
+        # Over cached keys: the mean query of the group that shares a key head, plus the learned part.
         mean = x.q.detach().unflatten(2, (self.num_heads, self.group_size)).mean(3)
         return mean + learned
 
     def products(self, x: AttentionInputs, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``scale q k`` of sampled queries ``[NQ]`` with gradient, ``[B, heads, NQ, TK]``."""
-        q, k = self.queries(x)[:, queries].to(dtype), self.keys(x).to(dtype)
+        q = self.queries(x)[:, queries].to(dtype)
+        k = self.keys(x).to(dtype)
         return torch.einsum("bnhd,bthd->bhnt", q, k.expand(-1, -1, q.shape[2], -1)) * x.scale
 
     def keys(self, x: AttentionInputs) -> Tensor:

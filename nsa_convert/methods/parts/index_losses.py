@@ -16,7 +16,7 @@ def index_kl(mass: Tensor, logits: Tensor, seen: Tensor, total: Total = own) -> 
         mass: ``[B, h, NQ, TK]`` true attention probabilities, no gradient; renormalised over ``seen``.
         logits: ``[B, h, NQ, TK]`` scores of the index.
         seen: bool, broadcasts to ``[B, h, NQ, TK]``.
-        total: Adds over the processes that share the row.
+        total: All-reduce (sum) over the context-parallel group.
 
     Returns:
         Mean over the heads and the queries that see at least two tokens; 0 where there is none.
@@ -25,8 +25,10 @@ def index_kl(mass: Tensor, logits: Tensor, seen: Tensor, total: Total = own) -> 
     seen = seen.expand(mass.shape)
     p = mass.masked_fill(~seen, 0.0)
     p = p / p.sum(-1, keepdim=True).clamp(min=tiny)
+
     log_q = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).log_softmax(-1)
     kl = (p * (p.clamp(min=tiny).log() - log_q.masked_fill(~seen, 0.0))).sum(-1)
+
     return counted_mean(kl, seen.sum(-1) > 1, total)
 
 
@@ -59,9 +61,12 @@ def listed_tokens(lists: Tensor, relative: Tensor, block_size: int) -> Tensor:
         relative: ``[B or 1, NQ, TK]`` positions of the keys.
         block_size: Tokens in a block.
     """
+    # Listed blocks as booleans, with one more entry for unused places.
     num_blocks = -(-relative.shape[-1] // block_size)
     lists = lists.long()
     chosen = torch.zeros(*lists.shape[:3], num_blocks + 1, dtype=torch.bool, device=lists.device)
     chosen = chosen.scatter_(3, lists.where(lists >= 0, num_blocks), True)[..., :num_blocks]
+
+    # The block of each key, looked up.
     block = relative.clamp(min=0) // block_size
     return chosen.gather(3, block[:, None].expand(*lists.shape[:3], -1))

@@ -72,7 +72,8 @@ class AttentionInputs:
 
     def positions(self) -> Tensor:
         """Return the position of each query in its document, ``[B or 1, TQ]`` int64, negative in padding."""
-        length, device = self.q.shape[1], self.q.device
+        length = self.q.shape[1]
+        device = self.q.device
         place = self.layout.positions(length, device) - self.layout.row_starts(length, device)
         return place if self.dropped is None else place + self.dropped[:, None]
 

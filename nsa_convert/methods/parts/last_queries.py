@@ -21,17 +21,24 @@ def last_attention(q: Tensor, k: Tensor, count: int, scale: float) -> tuple[Tens
         ``(columns, diagonals)``, each ``[B, HQ, TK]`` float32 or float64 with rows that sum to 1: by the slot
         of the key, and by how many tokens the key lies before the query.
     """
+    # How far each key lies before each of the last queries; negative in their future.
     q = q[:, -count:].unflatten(2, (k.shape[2], -1))  # [B, R, H, G, D]
-    rows, total = q.shape[1], k.shape[1]
+    rows = q.shape[1]
+    total = k.shape[1]
     slot = torch.arange(total, device=q.device)
     age = torch.arange(total - rows, total, device=q.device)[:, None] - slot  # [R, TK]
-    columns, diagonals = [], []
+
+    columns = []
+    diagonals = []
     for head in range(k.shape[2]):
         scores = torch.matmul(q[:, :, head].transpose(1, 2), k[:, None, :, head].mT)  # [B, G, R, TK]
+
         scores = scores if scores.dtype == torch.float64 else scores.float()
         p = (scores * scale).masked_fill(age < 0, -torch.inf).softmax(-1) / rows
+
         columns.append(p.sum(2))
         diagonals.append(_by_distance(p).sum(2))
+
     return torch.cat(columns, 1), torch.cat(diagonals, 1)
 
 

@@ -2,7 +2,7 @@
 
 All of them are computed inside one layer from what it has at hand: the dense attention over the same queries,
 keys and values is the teacher, so no second model is needed. Each is a ratio of sums over queries, so that
-processes that hold a part of the queries each can add both (``total``).
+context-parallel processes can all-reduce numerator and denominator (``total``).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SAMPLED_PAIRS = 1 << 21
 
 
 Total = Callable[[Tensor], Tensor]
-"""Adds a tensor over the processes that share the queries of a row."""
+"""All-reduce (sum) over the context-parallel group: the processes that share the tokens of a row."""
 
 
 def own(x: Tensor) -> Tensor:
-    """Return ``x``: the :data:`Total` of a process that has all queries."""
+    """Return ``x``: the :data:`Total` of a process that holds whole rows."""
     return x
 
 
@@ -54,7 +54,9 @@ def bidirectional_alignment(full: Tensor, sparse: Tensor, total: Total = own) ->
     S is SmoothL1 with beta 1 and mean reduction. Both halves are needed: one alone diverges (its table 3).
     """
     wide = torch.promote_types(sparse.dtype, torch.float32)
-    full, sparse = full.to(wide), sparse.to(wide)
+    full = full.to(wide)
+    sparse = sparse.to(wide)
+
     smooth = functional.smooth_l1_loss
     halves = smooth(full, sparse.detach(), reduction="sum") + smooth(sparse, full.detach(), reduction="sum")
     return total(halves) / total(full.new_tensor(full.numel()))
@@ -65,10 +67,14 @@ def sample_queries(x: AttentionInputs, step: int) -> Tensor:
 
     Processes that hold a run of the row's queries each draw one sample together.
     """
-    row, begin = x.k.shape[1], int(x.layout.offset)
+    row = x.k.shape[1]
+    begin = int(x.layout.offset)
     stride = max(1, row // max(SAMPLED_QUERIES, SAMPLED_PAIRS // row))
+
     # An odd multiplier visits every offset of a stride that is a power of two.
     first = (step * 7919) % stride
+
+    # The first sampled slot that is not before this process's queries.
     first += max(0, -(-(begin - first) // stride)) * stride
     return torch.arange(first, begin + x.q.shape[1], stride, device=x.q.device) - begin
 
@@ -90,6 +96,8 @@ def attention_mass(q: Tensor, k: Tensor, queries: Tensor, layout: SequenceLayout
         wide = torch.promote_types(q.dtype, torch.float32)
         picked = q[:, queries].to(wide).unflatten(2, (k.shape[2], -1))  # [B, NQ, H, G, D]
         scores = torch.einsum("bnhgd,bthd->bhgnt", picked, k.to(wide)) * scale
+
+        # Keys of the query's document up to its own slot.
         slots = queries + layout.offset
         starts = layout.row_starts(q.shape[1], q.device)[:, queries]  # [B or 1, NQ]
         keys = torch.arange(k.shape[1], device=q.device)
@@ -143,15 +151,20 @@ def block_scores(
         ``[B, H, NQ, NB]``: each cell's probability, summed over the group, once for every stride of the cell
         that lies in the block.
     """
+    # A query scores the complete cells of its document in its past.
     wide = torch.promote_types(q.dtype, torch.float32)
     begins = _cell_slots(grid, layout, min(ck.shape[1], grid.count(num_keys)), q.device)  # [B or 1, C]
     starts = layout.row_starts(q.shape[1], q.device)[:, queries]
     slots = (queries + layout.offset)[:, None]
     visible = (begins[:, None] + grid.width - 1 <= slots) & (begins[:, None] >= starts[..., None])
+
+    # The compressed attention (eq. 8), summed over the heads of a group (eq. 10).
     picked = q[:, queries].to(wide).unflatten(2, (ck.shape[2], -1))
     logits = torch.einsum("bnhgd,bchd->bhgnc", picked, ck[:, : begins.shape[1]].to(wide)) * scale
     hidden = ~visible[:, None, None]
     p = logits.masked_fill(hidden, torch.finfo(wide).min).softmax(-1).masked_fill(hidden, 0.0).sum(2)
+
+    # A cell counts in a block once for each of its strides that begins there (eq. 9).
     num_blocks = -(-num_keys // block_size)
     steps = torch.arange(0, grid.width, grid.stride, device=q.device)
     strides = (begins[..., None] + steps).flatten(1)  # [B or 1, C * l / d]
@@ -185,19 +198,26 @@ def score_kl(
         grid: Cell sizes.
         rule: Block size and forced blocks.
         step: Number of the optimizer step; the sample follows from it.
-        total: Adds over the processes that share the row.
+        total: All-reduce (sum) over the context-parallel group.
     """
-    queries, layout = sample_queries(x, step), x.layout
+    # Dense attention mass by key, and scores by block, of sampled queries.
+    queries = sample_queries(x, step)
+    layout = x.layout
     mass = attention_mass(x.q, k, queries, layout, x.scale)
     size = rule.block_size
     q, parts = scored
     scores = block_scores(q, join_parts(parts), queries, grid, size, layout, x.scale, mass.shape[3])
+
+    # The mass by block too.
     starts = layout.row_starts(x.q.shape[1], k.device)[:, queries]
     keys = torch.arange(mass.shape[3], device=k.device)
     mass = to_blocks(mass, keys, starts, size, scores.shape[3])
+
+    # Blocks that the method is free to choose: neither forced nor in the future.
     last = (queries + layout.offset - starts).div(size, rounding_mode="floor")[:, None, :, None]
     block = torch.arange(scores.shape[3], device=k.device)
     free = (block >= rule.num_sink_blocks) & (block <= last - rule.num_local_blocks)
+
     return block_kl(mass, scores, free, total)
 
 
@@ -208,7 +228,7 @@ def block_kl(mass: Tensor, scores: Tensor, candidates: Tensor, total: Total = ow
         mass: ``[B, H, NQ, NB]`` true attention mass, no gradient.
         scores: ``[B, H, NQ, NB]`` non-negative scores of the method, need not sum to 1.
         candidates: ``[B or 1, 1, NQ, NB]`` blocks that are neither forced nor in the future.
-        total: Adds over the processes that share the row.
+        total: All-reduce (sum) over the context-parallel group.
 
     Returns:
         Mean over the rows and heads of the mean over the queries with at least two candidates; 0 where there
@@ -217,9 +237,15 @@ def block_kl(mass: Tensor, scores: Tensor, candidates: Tensor, total: Total = ow
     """
     tiny = 1e-9
     free = candidates.expand(mass.shape)
-    p, s = mass.masked_fill(~free, 0.0), scores.masked_fill(~free, 0.0)
+    p = mass.masked_fill(~free, 0.0)
+    s = scores.masked_fill(~free, 0.0)
+
+    # A query counts by the mass of its candidates, if it has at least two.
     weight = p.sum(-1) * (free.sum(-1) > 1)  # [B, H, NQ]
+
+    # Distributions over the candidates.
     p = p / p.sum(-1, keepdim=True).clamp(min=tiny)
     s = s / s.sum(-1, keepdim=True).clamp(min=tiny)
+
     kl = (p * (p.clamp(min=tiny).log() - s.clamp(min=tiny).log())).sum(-1)
     return (total((kl * weight).sum(2)) / total(weight.sum(2)).clamp(min=tiny)).mean()

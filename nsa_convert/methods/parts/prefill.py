@@ -80,9 +80,14 @@ class PrefillMethod(SparseMethod):
         if self.is_dense(x):
             record(self, x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+
         self._check_whole(x)
+
+        # Sequences of one length are read together.
         if x.layout.start is None and x.layout.cu_seqlens is None:
             return self.attend(x)
+
+        # Others one by one, each without its padding; a short one may be dense.
         o = torch.zeros_like(x.q)
         parts = []
         for row, (begin, end), part in sequences(x):
@@ -93,8 +98,10 @@ class PrefillMethod(SparseMethod):
                 else self.attend(part)
             )
             parts.append((row, begin, end, out))
+
         for row, begin, end, out in parts:
             o[row : row + 1, begin:end] = out
+
         return o
 
     def attend(self, x: AttentionInputs) -> Tensor:
@@ -147,7 +154,10 @@ class BlockPrefillMethod(PrefillMethod):
 def sequences(x: AttentionInputs) -> Iterator[tuple[int, tuple[int, int], AttentionInputs]]:
     """Yield ``(row, (begin, end) of its queries, inputs)`` of each sequence of a padded or packed call."""
     for s in segments(x.layout, x.q.shape[0], x.q.shape[1], x.k.shape[1]):
-        row, queries, keys = slice(s.row, s.row + 1), slice(*s.queries), slice(*s.keys)
+        row = slice(s.row, s.row + 1)
+        queries = slice(*s.queries)
+        keys = slice(*s.keys)
+
         yield (
             s.row,
             s.queries,

@@ -77,6 +77,7 @@ class SelectingMethod(SparseMethod):
         index = None if self.index is None else self.index.size()
         if self.mode == "full":
             return Reach(visible_budget=sys.maxsize, decode_keys=None, prompt_keys=None, index=index)
+
         keys = self.budget()
         return Reach(visible_budget=self.dense_until(), decode_keys=keys, prompt_keys=keys, index=index)
 
@@ -111,9 +112,13 @@ class SelectingMethod(SparseMethod):
         if self.is_dense(x):
             record(self, x, x.k, {})
             return dense_attention(x.q, x.k, x.v, layout=x.layout, scale=x.scale)
+
+        # Attention over the selection.
         pattern = self.selection(x)
         record(self, x, x.k, {"selected": pattern})
         o = sparse_attention(x.q, x.k, x.v, pattern, layout=x.layout, scale=x.scale)[0]
+
+        # In a graph that cannot read the length, both are computed and the length decides.
         length = self._unread_length(x)
         if length is None:
             return o
@@ -128,6 +133,7 @@ class SelectingMethod(SparseMethod):
         same = self.forced_budget is not None or self.dense_until() <= self.budget()
         if same or not torch.compiler.is_compiling():
             return None
+
         layout = x.layout
         if layout.cu_seqlens is not None:
             return layout.cu_seqlens.diff().max() if layout.max_seqlen is None else None
@@ -142,6 +148,7 @@ class SelectingMethod(SparseMethod):
         if not self.reuses:
             pattern = x.shared[self.layer_index, self.heads] = self.choose(x)
             return pattern
+
         source = self.settings.reuse_from
         if (source, self.heads) not in x.shared:
             raise ValueError(
@@ -164,15 +171,20 @@ class SelectingMethod(SparseMethod):
         losses = super().auxiliary_losses(x, sparse, dense, mode)
         if self.index is None or "index_kl" not in mode.losses:
             return losses
+
+        # True attention mass and index scores of sampled queries, over the tokens they see.
         queries = sample_queries(x, mode.step)
         mass = attention_mass(x.q, x.k, queries, x.layout, x.scale)  # [B, H, NQ, TK]
         scores = self.index_scores(x, queries, mass.dtype)
         seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)
+
+        # A sparse stream: only over what was selected.
         if mode.stream in ("ordinary", "sparse") and not self.is_dense(x):
             chosen = x.shared.get((self.layer_index, self.heads))  # the forward of this call made it
             chosen = self.choose(x) if chosen is None else chosen
             blocks = chosen.as_blocks() if isinstance(chosen, TokenSelection) else chosen
             assert isinstance(blocks, BlockSelection)
             seen = seen & listed_tokens(blocks.block_indices[:, :, queries], relative, blocks.block_size)
+
         mass = mass.unflatten(1, (scores.shape[1], -1)).mean(2)  # mean over the heads that share a list
         return {**losses, "index_kl": index_kl(mass, scores, seen, mode.total)}

@@ -29,11 +29,14 @@ def inputs_alone(method: SparseMethod, q: Tensor, k: Tensor, v: Tensor) -> Atten
     hidden = torch.randn(k.shape[0], k.shape[1], method.geometry.hidden_size, dtype=k.dtype, device=k.device)
     own = method.project(hidden, lambda x: x)
     if own.k is not None and own.v is not None:
-        k, v = torch.cat([k, own.k], 2), torch.cat([v, own.v], 2)
+        k = torch.cat([k, own.k], 2)
+        v = torch.cat([v, own.v], 2)
 
     # States that are cached are there for every token, the others for the queries alone.
-    new, cached = q.shape[1], method.cache_needs().token_states
+    new = q.shape[1]
+    cached = method.cache_needs().token_states
     states = {name: x if name in cached else x[:, -new:] for name, x in own.token_states.items()}
+
     return AttentionInputs(
         q=q,
         k=k,

@@ -148,12 +148,18 @@ def keep_mass(
     forced, reach = (x.expand(scores.shape) for x in (forced & reach, reach))
     free = scores.masked_fill(forced | ~reach, 0.0)
     if scope == "map":
-        free, forced_sum, total = free.flatten(2), (scores * forced).sum((2, 3)), scores.sum((2, 3))
+        free = free.flatten(2)
+        forced_sum = (scores * forced).sum((2, 3))
+        total = scores.sum((2, 3))
     else:
-        forced_sum, total = (scores * forced).sum(-1), scores.sum(-1)
+        forced_sum = (scores * forced).sum(-1)
+        total = scores.sum(-1)
+
+    # From the best on, a block is kept while those before it hold less than the share.
     ordered, order = free.sort(dim=-1, descending=True, stable=True)
     before = forced_sum[..., None] + ordered.cumsum(-1) - ordered
     wanted = (before < (total * share)[..., None]) & (ordered > 0)
+
     kept = torch.zeros_like(wanted).scatter_(-1, order, wanted).view(scores.shape)
     return kept & reach | forced
 
@@ -187,6 +193,8 @@ def compact_lists(keep: Tensor) -> Tensor:
     slot = keep.cumsum(-1, dtype=torch.int32)
     size = max(1, int(slot[..., -1].max())) if slot.numel() else 1
     lists = torch.full((*keep.shape[:-1], size + 1), -1, dtype=torch.int32, device=keep.device)
+
+    # Each true entry writes its place to the next slot of its row, the others to a slot that is cut off.
     places = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device).expand(keep.shape)
     target = torch.where(keep, slot - 1, size).long()
     return lists.scatter_(-1, target, places)[..., :size].contiguous()

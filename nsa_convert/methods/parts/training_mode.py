@@ -10,7 +10,7 @@ from nsa_convert.methods.parts.losses import Total, own
 Stream = Literal["ordinary", "sparse", "full", "teacher"]
 """Which output the residual stream carries; see :class:`TrainingMode`."""
 CHOICE_LOSSES = ("index_kl", "score_kl")
-"""Auxiliary losses without which what chooses does not learn: a choice of keys passes no gradient on."""
+"""Auxiliary losses that train what chooses keys: no gradient passes through the choice itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,7 @@ class TrainingMode:
         cross_entropy: Weight of the next-token loss in the model's loss.
         teacher_kl: Weight of the divergence of the model's logits from those of dense attention.
         step: Number of the optimizer step; losses on a sample of the queries draw it from this.
-        total: Adds a tensor over the processes that share the queries of a row; losses are ratios of such
-            sums.
+        total: All-reduce (sum) over the context-parallel group; losses are ratios of such sums.
     """
 
     stream: Stream = "sparse"
