@@ -141,6 +141,7 @@ class SinkWindow:
         device = torch.device(device)
         keys = torch.arange(num_keys, device=device)
         queries = layout.positions(num_queries, device)[:, None]
+
         sink = keys < layout.row_starts(num_queries, device)[..., None] + self.num_sinks
         band = (keys > queries - self.window_size) | sink
         return (band & layout.visible(num_queries, num_keys, device))[:, None]
@@ -183,16 +184,23 @@ class BlockSelection:
     ) -> Tensor:
         """Return the visible keys, bool ``[B, HQ, TQ, TK]`` for ``num_heads`` = HQ query heads."""
         device = self.block_indices.device
+
+        # The list of each query, through the tile it is in.
         tiles = query_tiles(num_queries, self.query_block, layout, device)
         indices = self.block_indices.long()[:, :, tiles]  # [B, Hs, TQ, S]
+
+        # Chosen blocks as booleans; unused places write to one more entry, which is cut off.
         num_blocks = -(-num_keys // self.block_size)
         slot = indices.where((indices >= 0) & (indices < num_blocks), num_blocks)
         chosen = torch.zeros(*indices.shape[:3], num_blocks + 1, dtype=torch.bool, device=device)
         chosen = chosen.scatter_(3, slot, True)[..., :num_blocks]
+
+        # Each key looks up the block of the document it lies in.
         starts = layout.row_starts(num_queries, device)  # [B or 1, TQ]
         relative = torch.arange(num_keys, device=device) - starts[..., None]
         block_of = (relative.clamp(min=0) // self.block_size).expand(chosen.shape[0], -1, -1)
         mask = chosen.gather(3, block_of[:, None].expand(-1, chosen.shape[1], -1, -1))
+
         mask = mask & layout.visible(num_queries, num_keys, device)[:, None]
         return mask.repeat_interleave(num_heads // mask.shape[1], 1)
 
@@ -201,6 +209,8 @@ class BlockSelection:
         device = self.block_indices.device
         tiles = query_tiles(num_queries, self.query_block, layout, device)
         indices = self.block_indices.long()[:, :, tiles]
+
+        # Of each listed block a query sees the keys up to its own.
         ages = layout.ages(num_queries, device)[:, None, :, None]  # [B or 1, 1, TQ, 1]
         left = ages - indices * self.block_size
         seen = left.clamp(min=0, max=self.block_size).where(indices >= 0, 0).sum(-1)
@@ -274,6 +284,7 @@ class BlockTopK:
         problems = []
         if self.block_size < 1:
             problems.append(f"block_size must be >= 1, got {self.block_size}")
+
         if self.num_sink_blocks < 0 or self.num_local_blocks < 1:
             problems.append(
                 "num_sink_blocks must be >= 0 and num_local_blocks >= 1 (a query always sees its own "
@@ -284,8 +295,10 @@ class BlockTopK:
                 f"num_blocks {self.num_blocks} is smaller than the forced blocks: "
                 f"{self.num_sink_blocks} sink + {self.num_local_blocks} local"
             )
+
         if self.reduce not in ("sum", "max"):
             problems.append(f"reduce must be 'sum' or 'max', got {self.reduce!r}")
+
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -301,11 +314,14 @@ class BlockTopK:
         would score the cells that lie before the block. The weight of a cell is the number of strides it
         shares with the block: 1, 2, 2, 2, 1 for l = 32, d = 16, l' = 64.
         """
-        steps, overlap = self.block_size // stride, width // stride
+        steps = self.block_size // stride
+        overlap = width // stride
         counts = [0] * (steps + overlap - 1)
+
         for m in range(steps):
             for n in range(overlap):
                 counts[m - n + overlap - 1] += 1
+
         return 1 - overlap, tuple(counts)
 
 
@@ -314,6 +330,8 @@ def query_tiles(num_queries: int, query_block: int, layout: SequenceLayout, devi
     slots = torch.arange(num_queries, device=device)
     if layout.cu_seqlens is None or query_block == 1:
         return slots // query_block
+
+    # Each document has tiles of its own, which follow those of the documents before it.
     bounds = layout.query_bounds(num_queries)
     tiles = (bounds.diff() + query_block - 1) // query_block
     base = torch.cat([tiles.new_zeros(1), tiles.cumsum(0)])

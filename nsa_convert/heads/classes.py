@@ -35,8 +35,11 @@ def plan_of_classes(
     Raises:
         ConfigError: The share is not in [0, 1], or there is neither a share nor a threshold, or no rule.
     """
-    scores, threshold = profile.scores, profile.meta.get("threshold")
+    scores = profile.scores
+    threshold = profile.meta.get("threshold")
     rule = dict(rule or profile.meta.get("rule") or {})
+
+    # Check what was given.
     if "method" not in rule:
         raise ConfigError("this head profile names no method for the other heads: give one", code="CF22")
     if share is None and threshold is None:
@@ -45,6 +48,8 @@ def plan_of_classes(
         )
     if share is not None and not 0 <= share <= 1:
         raise ConfigError(f"the share of dense heads must be between 0 and 1, got {share:g}", code="CF22")
+
+    # The heads that stay dense: those over the threshold, or the best share of all.
     if share is None:
         assert threshold is not None
         dense = scores >= threshold
@@ -53,6 +58,8 @@ def plan_of_classes(
         dense = torch.zeros(scores.numel(), dtype=torch.bool)
         dense[order[: round(share * scores.numel())]] = True
         dense = dense.view_as(scores)
+
+    # One rule for all layers that keep the same heads dense.
     groups: dict[tuple[int, ...], list[int]] = {}
     for layer, row in enumerate(dense.tolist()):
         groups.setdefault(tuple(head for head, is_dense in enumerate(row) if is_dense), []).append(layer)
@@ -61,6 +68,7 @@ def plan_of_classes(
         for heads, layers in groups.items()
         if heads
     ]
+
     return SparseAttentionConfig(default=LayerRule.from_dict(rule, "head profile"), rules=tuple(rules))
 
 
@@ -80,6 +88,8 @@ def import_profile(path: str | Path, num_layers: int, num_kv_heads: int) -> Head
     path = path / DUO_FILE if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(f"there is no file {path}", code="CF24", where=str(path))
+
+    # The ending of the name says whose file it is.
     read = _read_razor if path.suffix == ".json" else _read_duo
     if path.suffix not in (".json", ".tsv"):
         raise ConfigError(
@@ -88,17 +98,21 @@ def import_profile(path: str | Path, num_layers: int, num_kv_heads: int) -> Head
             expected="a folder or .tsv of DuoAttention, or a .json of RazorAttention",
             found=path.suffix or "none",
         )
+
     return read(path, num_layers, num_kv_heads)
 
 
 def _read_duo(path: Path, num_layers: int, num_kv_heads: int) -> HeadProfile:
-    rows, problems = [], []
+    # One row of gate values for each layer.
+    rows = []
+    problems = []
     text = path.read_bytes()[:TSV_LIMIT].decode("utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(), 1):
         try:
             rows.append([float(cell) for cell in line.split()])
         except ValueError:  # why: collected with the line number and raised together
             problems.append(f"line {number} holds no numbers")
+
     if not problems and (len(rows), *{len(row) for row in rows}) != (num_layers, num_kv_heads):
         sizes = " or ".join(str(size) for size in sorted({len(row) for row in rows}))
         problems.append(
@@ -106,6 +120,8 @@ def _read_duo(path: Path, num_layers: int, num_kv_heads: int) -> HeadProfile:
         )
     if problems:
         raise ConfigError(f"{path.name}: " + "; ".join(problems), code="CF22", where=str(path))
+
+    # Sinks and window as the authors' config has them, where it lies beside the table.
     given = path.with_name("config.json")
     config = read_json_mapping(given) if given.is_file() else {}
     rule = {
@@ -113,12 +129,15 @@ def _read_duo(path: Path, num_layers: int, num_kv_heads: int) -> HeadProfile:
         "num_sinks": config.get("sink_size", DUO_RULE["num_sinks"]),
         "window_size": config.get("recent_size", DUO_RULE["window_size"]),
     }
+
     meta = {"kind": "duo", "source": f"DuoAttention gates, {path.name}", "threshold": 0.5, "rule": rule}
     return HeadProfile(scores=torch.tensor(rows), meta=meta)
 
 
 def _read_razor(path: Path, num_layers: int, num_kv_heads: int) -> HeadProfile:
-    scores, problems = torch.zeros(num_layers, num_kv_heads), []
+    scores = torch.zeros(num_layers, num_kv_heads)
+    problems = []
+
     for layer, heads in read_json_mapping(path).items():
         if not layer.isdigit() or int(layer) >= num_layers:
             problems.append(f"layer {layer!r} does not exist: the model has layers 0-{num_layers - 1}")
@@ -126,8 +145,10 @@ def _read_razor(path: Path, num_layers: int, num_kv_heads: int) -> HeadProfile:
             problems.append(f"layer {layer}: heads must be a list of 0-{num_kv_heads - 1}, got {heads!r}")
         else:
             scores[int(layer), heads] = 1.0
+
     if problems:
         raise ConfigError(f"{path.name}: " + "; ".join(problems), code="CF22", where=str(path))
+
     meta = {
         "kind": "razor",
         "source": f"RazorAttention heads, {path.name}",

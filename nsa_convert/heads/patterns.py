@@ -39,23 +39,32 @@ def read_head_file(path: Path) -> SparseAttentionConfig:
     """
     if path.stat().st_size > FILE_LIMIT:
         raise ConfigError(f"{path} has more than {FILE_LIMIT:,} bytes", code="CF22", where=str(path))
+
     layers = parse_json(path.read_bytes(), path.name)
-    problems, patterns = [], []
+
+    problems = []
+    patterns = []
     for number, heads in enumerate(layers if isinstance(layers, list) else []):
+        # Heads are numbered from 0 without a gap.
         names = sorted(heads, key=_number) if isinstance(heads, dict) else []
         if not names or [_number(name) for name in names] != list(range(len(names))):
             problems.append(f"layer {number}: expected an object with the query heads 0, 1, ..., got {names}")
             continue
+
+        # Of each entry the pattern and its two numbers; the score of the search is not needed.
         row = []
         for name in names:
             entry = heads[name]
             head = tuple(entry[:3]) if isinstance(entry, list) else entry
             problems += [f"layer {number}, head {name}: {problem}" for problem in head_problems(head)]
             row.append(head)
+
         patterns.append(row)
+
     if not problems and not patterns:
         problems.append("expected a list with one object per layer")
     raise_problems(problems, code="CF22", hint="MInference's files say which pattern each query head has")
+
     return plan_of_patterns(patterns)
 
 
@@ -65,6 +74,7 @@ def plan_of_patterns(patterns: Sequence[Sequence[HeadPattern]]) -> SparseAttenti
     Args:
         patterns: ``[L][HQ]``.
     """
+    # Join neighbouring layers with the same heads.
     runs: list[tuple[list[int], list[list[Any]]]] = []
     for layer, heads in enumerate(patterns):
         listed = [list(head) for head in heads]
@@ -72,6 +82,7 @@ def plan_of_patterns(patterns: Sequence[Sequence[HeadPattern]]) -> SparseAttenti
             runs[-1][0].append(layer)
         else:
             runs.append(([layer], listed))
+
     rules = tuple(
         LayerRule(method="minference", settings={"head_patterns": heads}, layers=tuple(layers))
         for layers, heads in runs

@@ -42,6 +42,8 @@ class HeadProfile:
         problems = []
         if self.scores.dim() != 2:
             problems.append(f"scores must be [layers, heads], got {tuple(self.scores.shape)}")
+
+        # Budgets, captured mass and error come together and fit each other.
         if len({x is None for x in (self.budgets, self.captured, self.error)}) > 1:
             problems.append("budgets, captured and error belong together")
         elif self.budgets is not None:
@@ -51,6 +53,7 @@ class HeadProfile:
                     problems.append(f"{name} must be {wanted}, got {tuple(x.shape)}")
             if (self.budgets.diff() <= 0).any() or (self.budgets < 1).any():
                 problems.append(f"budgets must rise from at least 1, got {self.budgets.tolist()}")
+
         if not problems and not all(x.isfinite().all() for x in (self.scores, *self._optional())):
             problems.append("all numbers must be finite")
         if problems:
@@ -73,12 +76,14 @@ class HeadProfile:
             ConfigError: There is no such file, or it is not a head profile.
         """
         hint = "make one with 'nsa-convert inspect MODEL --measure FILE'"
+
         try:
             with safe_open(path, "pt") as file:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"cannot read head profile {path}: {error}", code="CF24", hint=hint) from error
+
         if meta.get("format") != FORMAT or "scores" not in tensors:
             raise ConfigError(
                 f"{path} is not a head profile",
@@ -87,6 +92,7 @@ class HeadProfile:
                 found=str(meta.get("format")),
                 hint=hint,
             )
+
         return cls(
             scores=tensors["scores"],
             meta=json.loads(meta["meta"]),
@@ -135,6 +141,8 @@ def allocate(profile: HeadProfile, density: float, length: int) -> Tensor:
             f"{length} tokens",
             code="CF22",
         )
+
+    # For each head the steps along its hull: what a larger budget gains per density, and what it costs.
     layers, heads = profile.scores.shape
     steps: list[tuple[float, int, int, int, float]] = []
     for layer in range(layers):
@@ -144,6 +152,8 @@ def allocate(profile: HeadProfile, density: float, length: int) -> Tensor:
             for a, b in zip(hull, hull[1:], strict=False):
                 gain = (value[b] - value[a]) / (costs[b] - costs[a])
                 steps.append((gain, layer, head, b, costs[b] - costs[a]))
+
+    # Take the steps with the largest gain first, until the density is used up.
     chosen = torch.zeros(layers, heads, dtype=torch.long)
     left = (density - lowest) * layers * heads
     # A head's hull is concave: sorted by gain, its own steps come in order, and one too large ends its rise.
@@ -154,6 +164,7 @@ def allocate(profile: HeadProfile, density: float, length: int) -> Tensor:
             continue
         chosen[layer, head] = target
         left -= cost
+
     return torch.tensor([*budgets, length])[chosen]
 
 
@@ -169,11 +180,13 @@ def plan_of(budgets: Tensor, length: int, rule: Mapping[str, Any], per_block: in
     Raises:
         ConfigError: A setting of the rule is wrong.
     """
+    # Layers whose heads of one budget are the same share a rule.
     groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for layer, row in enumerate(budgets.tolist()):
         for budget in sorted(set(row)):
             heads = tuple(head for head, own in enumerate(row) if own == budget)
             groups.setdefault((min(budget, length), heads), []).append(layer)
+
     rules = [
         LayerRule(
             layers=tuple(layers),
@@ -182,6 +195,8 @@ def plan_of(budgets: Tensor, length: int, rule: Mapping[str, Any], per_block: in
         )
         for (budget, heads), layers in groups.items()
     ]
+
+    # The default is the rule of the smallest budget.
     default = _budget_rule(rule, int(budgets.min()), length, per_block)
     return SparseAttentionConfig(default=LayerRule(**default), rules=tuple(rules))
 
@@ -208,6 +223,7 @@ def plan_from_profile(
 def _budget_rule(rule: Mapping[str, Any], budget: int, length: int, per_block: int) -> dict[str, Any]:
     if budget >= length:
         return {"method": "full"}
+
     settings = {key: value for key, value in rule.items() if key != "method"}
     return {"method": rule["method"], "settings": {**settings, "num_blocks": budget // per_block}}
 
@@ -217,7 +233,8 @@ def _concave_hull(xs: Sequence[float], ys: Sequence[float]) -> list[int]:
     hull: list[int] = []
     for i in range(len(xs)):
         while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
+            a = hull[-2]
+            b = hull[-1]
             if (ys[b] - ys[a]) * (xs[i] - xs[a]) > (ys[i] - ys[a]) * (xs[b] - xs[a]):
                 break
             hull.pop()
