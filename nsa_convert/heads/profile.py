@@ -84,7 +84,12 @@ class HeadProfile:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"cannot read head profile {path}: {error}", code="CF24", hint=hint) from error
 
-        if meta.get("format") != FORMAT or "scores" not in tensors:
+        try:
+            notes = json.loads(meta.get("meta", ""))
+        except ValueError:
+            notes = None
+
+        if meta.get("format") != FORMAT or "scores" not in tensors or not isinstance(notes, dict):
             raise ConfigError(
                 f"{path} is not a head profile",
                 code="CF24",
@@ -95,7 +100,7 @@ class HeadProfile:
 
         return cls(
             scores=tensors["scores"],
-            meta=json.loads(meta["meta"]),
+            meta=notes,
             budgets=tensors.get("budgets"),
             captured=tensors.get("captured"),
             error=tensors.get("error"),

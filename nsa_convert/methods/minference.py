@@ -89,9 +89,10 @@ def head_problems(head: Any) -> list[str]:
     if not _is_list(head) or len(head) != 3 or head[0] not in KINDS:
         return [f"expected [pattern, number, number] with a pattern of {', '.join(KINDS)}, got {head!r}"]
 
-    # The second number of a block-sparse head is not used.
-    numbers = head[1:] if head[0] != "block_sparse" else head[1:2]
-    if all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in numbers):
+    # The second number of a block-sparse head is not used; any number may stand there.
+    least = (1, 1) if head[0] != "block_sparse" else (1, 0)
+    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in head[1:])
+    if whole and all(x >= limit for x, limit in zip(head[1:], least, strict=True)):
         return []
     return [f"sizes must be whole numbers from 1, got {head!r}"]
 

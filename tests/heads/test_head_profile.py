@@ -11,7 +11,7 @@ import torch
 from nsa_convert.config import LayerRule
 from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.heads.profile import measure_heads
-from nsa_convert.heads.profile import HeadProfile, allocate, density_of, plan_of
+from nsa_convert.heads.profile import FORMAT, HeadProfile, allocate, density_of, plan_of
 from nsa_convert.patch.patching import patch_model
 from tests.models import dense_model, tokens
 
@@ -47,6 +47,11 @@ def test_what_is_not_a_profile_is_refused(tmp_path: Path) -> None:
     save_file({"scores": torch.zeros(1, 1)}, tmp_path / "plain.safetensors")
     with pytest.raises(ConfigError, match="is not a head profile"):
         HeadProfile.load(tmp_path / "plain.safetensors")
+    for notes in ({}, {"meta": "{"}, {"meta": "[]"}):
+        path = tmp_path / "notes.safetensors"
+        save_file({"scores": torch.zeros(1, 1)}, path, metadata={"format": FORMAT, **notes})
+        with pytest.raises(ConfigError, match="is not a head profile"):
+            HeadProfile.load(path)
     with pytest.raises(ConfigError, match=r"(?s)captured must be \(2, 2, 1\).*"):
         HeadProfile(
             scores=torch.zeros(2, 2),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.errors import ConfigError
+from nsa_convert.methods.minference import MInferenceSettings
 from nsa_convert.methods.parts.base import AttentionInputs, AttentionRecord, observe
 from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.methods.parts.tile_budgets import (
@@ -232,3 +233,13 @@ class TestBudgets:
         x = torch.arange(5.0)[None, :, None, None]
         assert mean_rows(x, 2).flatten().tolist() == [0.5, 2.5, 4.0]
         assert fraction(0.1, 4) == 1
+
+
+@pytest.mark.parametrize("unused", [[1], "1", None, -1, True])
+def test_the_unused_number_of_a_block_sparse_head_is_a_number(unused: object) -> None:
+    heads = [["block_sparse", 10, unused]]
+    with pytest.raises(ConfigError, match=r"head_patterns\[0\]: sizes must be whole numbers from 1"):
+        MInferenceSettings(head_patterns=heads)
+    assert MInferenceSettings(head_patterns=[["block_sparse", 10, 0]]).head_patterns == (
+        ("block_sparse", 10, 0),
+    )
