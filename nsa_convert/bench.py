@@ -37,7 +37,7 @@ from nsa_convert.patterns import DENSE_LAYOUT, SequenceLayout, SinkWindow
 
 LENGTHS = (4096, 8192, 16384, 32768)
 DENSE = "dense: "
-WARM_MS = 20  # a decode step finds nothing of its own in the processor's caches at first
+WARM_MS = 20  # a decode step runs this long untimed first, so that its data are in the caches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,7 @@ class BenchReport:
         where = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         checked = [checks_table(self.checks), ""] if self.checks else []
         head = ("phase", "tokens", "what", "median ms", "min", "max", "x best dense", "peak MiB")
+
         lines = [
             *checked,
             f"{self.geometry} heads/KV heads/head dim, {self.dtype}; {where}",
@@ -99,12 +100,14 @@ class BenchReport:
             "| " + " | ".join(head) + " |",
             "|" + "---|" * len(head),
         ]
+
         for row in self.rows:
             cells = [row.phase, str(row.length), row.name]
             cells += [f"{x:.4g}" for x in (row.median_ms, row.min_ms, row.max_ms)]
             cells += ["" if row.speedup is None else f"{row.speedup:.2f}"]
             cells += ["" if row.peak_mib is None else f"{row.peak_mib:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
+
         return "\n".join(lines)
 
     def write_csv(self, path: Path | str) -> None:
@@ -143,20 +146,27 @@ def run_bench(
         ConfigError: A setting is malformed or there is no such device.
         CheckFailedError: An op differs from the reference.
     """
-    sizes, kind = parse_geometry(geometry), parse_dtype(dtype)
+    sizes = parse_geometry(geometry)
+    kind = parse_dtype(dtype)
+
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here", code="CF22", expected="cpu", found=device)
     if not lengths or min(lengths) < 128:
         raise ConfigError(f"lengths must be at least 128 tokens, got {list(lengths)}", code="CF22")
+
+    # The self-test, and the method to time, if they are asked for.
     rows: list[BenchRow] = []
     checks = self_test(device) if check else ()
     layer = None if rule is None else build_method(rule, sizes, 0).to(device, kind)
+
+    # Prefill and decode of one length share their inputs.
     with torch.inference_mode():
         check_ops(sizes, kind, device)
         for length in lengths:
             inputs = Inputs.drifting(sizes, length, kind, device)
             rows += time_cases("prefill", length, prefill_cases(inputs, dense, layer), repeats, device)
             rows += time_cases("decode", length, decode_cases(inputs, dense, layer), 10 * repeats, device)
+
     return BenchReport(
         geometry=geometry, dtype=dtype, environment=environment(device), rows=tuple(rows), checks=checks
     )
@@ -167,6 +177,7 @@ def parse_geometry(text: str) -> AttentionGeometry:
     if not re.fullmatch(r"\d+/\d+/\d+", text):
         raise ConfigError(f"geometry must read HQ/H/D, for example 14/2/64, got {text!r}", code="CF22")
     heads, kv_heads, dim = (int(part) for part in text.split("/"))
+
     return AttentionGeometry(
         hidden_size=max(1, heads * dim), num_query_heads=heads, num_kv_heads=kv_heads, head_dim=dim
     )
@@ -194,7 +205,9 @@ class Inputs:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         """Add the mean-pooled cells to q, k and v."""
-        nsa, size = NSASettings(), SSASettings().block_size
+        nsa = NSASettings()
+        size = SSASettings().block_size
+
         cells = [mean_pool(x, nsa.compression_block, nsa.compression_stride) for x in (k, v)]
         return cls(
             q=q, k=k, v=v, cell_keys=cells[0], cell_values=cells[1], block_keys=mean_pool(k, size, size)
@@ -214,12 +227,19 @@ class Inputs:
         queries of a small model have 23-29 (29-39).
         """
         g = torch.Generator(device).manual_seed(0)
-        heads, dim = sizes.num_kv_heads, sizes.head_dim
+        heads = sizes.num_kv_heads
+        dim = sizes.head_dim
+
+        # A slow drift that the query heads of a group share, and noise of each head's own.
         q = drift(length, 256, heads * dim, g).view(length, heads, 1, dim)
         q = q + 0.5 * torch.randn(length, heads, sizes.group_size, dim, generator=g, device=device)
+
         k = drift(length, 64, heads * dim, g).view(length, heads, dim)
         k = k + torch.randn(length, heads, dim, generator=g, device=device)
+
         v = torch.randn(length, heads, dim, generator=g, device=device)
+
+        # Each with a batch of one: [1, T, heads, D].
         return cls.of(*(x[None].to(device, dtype).contiguous() for x in (q.flatten(1, 2), k, v)))
 
 
@@ -237,6 +257,8 @@ def mean_pool(x: Tensor, width: int, stride: int) -> Tensor:
 def nsa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
     """Run the three branches of NSA with open gates."""
     s = NSASettings()
+
+    # Compressed branch, which also chooses the blocks of the selected one.
     cells = compressed_attention(
         q,
         x.cell_keys,
@@ -248,6 +270,7 @@ def nsa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
     )
     assert cells.o is not None
     assert cells.selection is not None
+
     selected, _ = sparse_attention(q, x.k, x.v, cells.selection, layout=layout)
     window, _ = sparse_attention(q, x.k, x.v, SinkWindow(window_size=s.window_size), layout=layout)
     return cells.o + selected + window
@@ -269,7 +292,10 @@ def sparse_cases(x: Inputs, q: Tensor, layout: SequenceLayout) -> Iterator[Case]
     cells: dict[str, Any] = {"width": s.compression_block, "stride": s.compression_stride}
     cells |= {"rule": s.rule, "layout": layout}
     window = SinkWindow(window_size=s.window_size)
+
+    # The choice is made once here: the case of the selected branch times attention alone.
     chosen = block_topk(q, x.cell_keys, **cells)
+
     yield "nsa", lambda: nsa(x, q, layout)
     yield "nsa: compressed + top-k", lambda: compressed_attention(q, x.cell_keys, x.cell_values, **cells)
     yield "nsa: selected", lambda: sparse_attention(q, x.k, x.v, chosen, layout=layout)
@@ -291,13 +317,17 @@ def prefill_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = No
             DENSE + "SDPA, keys repeated",
             lambda: scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True),
         )
+
     yield from sparse_cases(x, x.q, DENSE_LAYOUT) if layer is None else [prompt_case(layer, x.q, x.k, x.v)]
 
 
 def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
     """Yield what one decode step is timed on."""
-    cached, q = x.as_cached(), x.q[:, -1:]
-    k, v = cached.k.transpose(1, 2), cached.v.transpose(1, 2)
+    cached = x.as_cached()
+    q = x.q[:, -1:]
+    k = cached.k.transpose(1, 2)  # [1, H, T, D]
+    v = cached.v.transpose(1, 2)
+
     if dense:
         rows = q.view(1, k.shape[1], -1, q.shape[3])  # the group on the rows
         yield (
@@ -309,6 +339,8 @@ def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = Non
             DENSE + "bmm, group as rows",
             lambda: torch.bmm(torch.bmm(rows[0], k[0].mT).mul_(q.shape[3] ** -0.5).softmax(-1), v[0]),
         )
+
+    # The query is the last token of the cached sequence.
     last = SequenceLayout(offset=k.shape[2] - 1)
     yield from sparse_cases(cached, q, last) if layer is None else step_cases(layer, q, cached.k, cached.v)
 
@@ -321,6 +353,8 @@ def time_cases(phase: str, length: int, cases: Iterable[Case], repeats: int, dev
     runs = dict(cases)
     peaks = {name: peak_memory(run, device) for name, run in runs.items()}  # also the warm-up
     times: dict[str, list[float]] = {name: [] for name in runs}
+
+    # Decode steps are short: each case gets ten timed calls a round.
     burst = 10 if phase == "decode" else 1
     for _ in range(-(-repeats // burst)):
         for name, run in runs.items():
@@ -328,8 +362,10 @@ def time_cases(phase: str, length: int, cases: Iterable[Case], repeats: int, dev
             while warm > 0:
                 warm -= elapsed_ms(run, device)
             times[name] += [elapsed_ms(run, device) for _ in range(burst)]
+
     medians = {name: statistics.median(values) for name, values in times.items()}
     best = min((m for name, m in medians.items() if name.startswith(DENSE)), default=None)
+
     return [
         BenchRow(
             phase=phase,
@@ -347,10 +383,14 @@ def time_cases(phase: str, length: int, cases: Iterable[Case], repeats: int, dev
 
 def elapsed_ms(run: Callable[[], object], device: str) -> float:
     """Return the wall time of one call in milliseconds."""
+    # A GPU runs asynchronously: nothing may be pending when the clock starts, nothing unfinished when it
+    # stops.
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
     begin = time.perf_counter()
     run()
+
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - begin)
@@ -358,11 +398,14 @@ def elapsed_ms(run: Callable[[], object], device: str) -> float:
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:
     """Return how much memory one call held above what was held before, in MiB; None if unknown here."""
+    # On a GPU torch counts its own allocations.
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - allocated) / 2**20
+
+    # On Linux the kernel keeps a high-water mark of the resident memory.
     try:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide new allocations
         # why: sets the high-water mark back to the present size
@@ -387,9 +430,12 @@ def check_ops(sizes: AttentionGeometry, dtype: torch.dtype, device: str) -> None
     """Compare NSA and SSA with the reference at a small odd length; raise CheckFailedError if they differ."""
     x = Inputs.drifting(sizes, 1531, torch.float32, device)
     x = dataclasses.replace(x, **{f.name: getattr(x, f.name).to(dtype) for f in dataclasses.fields(x)})
+
     # Scores that differ in the last bit may choose another block, so the lists are made once.
     s = NSASettings()
     cells: dict[str, Any] = {"width": s.compression_block, "stride": s.compression_stride}
+
+    # Prefill with all queries, and decode with the last one.
     for q, layout in ((x.q, DENSE_LAYOUT), (x.q[:, -1:], SequenceLayout(offset=1530))):
         chosen = block_topk(q, x.cell_keys, rule=s.rule, layout=layout, **cells)
         results = []
@@ -404,6 +450,8 @@ def check_ops(sizes: AttentionGeometry, dtype: torch.dtype, device: str) -> None
                         ],
                     ]
                 )
+
+        # A few units in the last place of the dtype, relative to the largest value.
         allowed = 4 * torch.finfo(dtype).eps + 1e-5
         for name, fast, truth in zip(("compressed", "selected", "window"), *results, strict=True):
             error = (fast.float() - truth.float()).abs().max().item() / max(1.0, truth.abs().max().item())

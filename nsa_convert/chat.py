@@ -35,11 +35,15 @@ def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: A
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("this tokenizer has no chat template", code="TK04", hint="leave out --chat")
+
+    # The child renders and writes the answer into a pipe.
     reader, writer = os.pipe()
     child = os.fork()  # why: a child with limits renders a stranger's chat template
     if child == 0:
         os.close(reader)
         _render_and_exit(writer, tokenizer, turns, {"add_generation_prompt": True, **options})
+
+    # The parent reads the answer, and ends the child whatever came.
     os.close(writer)
     try:
         answer = _read_all(reader)
@@ -47,6 +51,7 @@ def render_chat(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: A
         os.close(reader)
         os.kill(child, signal.SIGKILL)  # why: the child is done or past its limits
         os.waitpid(child, 0)
+
     if answer is None:
         raise _failed(f"takes more than {SECONDS} s, {MEMORY_BYTES / 1e6:.0f} MB, or writes without end")
     if "error" in answer:
@@ -59,12 +64,18 @@ def _render_and_exit(
 ) -> NoReturn:
     """Render under limits, send the result, and leave without running anything of the parent's at exit."""
     try:
+        # A memory limit above what the process, a copy of the parent, has mapped already; without /proc there
+        # is none.
         sizes = Path("/proc/self/statm")
         if sizes.exists():
             limit = int(sizes.read_text().split()[0]) * resource.getpagesize() + MEMORY_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+        # No more processor time than allowed, and no core file of a crash.
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+        # The text, the error, or None for too much memory.
         result: dict[str, str] | None
         try:
             result = {"text": tokenizer.apply_chat_template(list(turns), tokenize=False, **options)}
@@ -72,6 +83,8 @@ def _render_and_exit(
             result = None
         except Exception as error:  # why: a stranger's template may raise anything; it goes back as text
             result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+        # A pipe takes only part of a long answer at a time.
         left = memoryview(json.dumps(result).encode())
         while left:
             left = left[os.write(writer, left) :]
@@ -81,10 +94,15 @@ def _render_and_exit(
 
 def _read_all(reader: int) -> dict[str, str] | None:
     """Return what the child sends; None when it takes too long, sends too much, or dies."""
-    content, end = bytearray(), time.monotonic() + SECONDS
+    content = bytearray()
+    end = time.monotonic() + SECONDS
+
     while (left := end - time.monotonic()) > 0 and len(content) < TEXT_BYTES:
+        # Wait until there is something to read, or the time is over.
         if not select.select([reader], [], [], left)[0]:
             break
+
+        # An empty read is the end: the child has closed its side of the pipe.
         piece = os.read(reader, 1 << 20)
         if not piece:
             return json.loads(content) if content else None

@@ -62,9 +62,9 @@ class ConversionReport:
         kept_tensors: Tensors that stay as they are.
         kept_parameters: Their weights.
         new_tensors: Tensors that are added, with shape, dtype and initial value.
-        dense_until: Tokens up to which nothing is sparse; None when every layer is full.
+        dense_until: Tokens up to which nothing is sparse; None when every layer is dense.
         costs: Cache size and attention work at several lengths, dense against sparse.
-        placed: ``"linked"``, ``"copied"``, ``"dequantised"`` or ``"unpickled"``: how the weights got to OUT.
+        placed: How the weights got to OUT: ``"linked"``, ``"copied"``, ``"dequantised"`` or ``"unpickled"``.
         new_bytes: Bytes on disk that did not exist before.
         warnings: What the user should know.
     """
@@ -96,6 +96,7 @@ class ConversionReport:
     def to_text(self) -> str:
         """Return the report for people."""
         share = self.new_parameters / self.kept_parameters
+
         lines = [
             f"{self.source['id']} ({self.family})",
             f"kept: {self.kept_parameters:,} parameters in {self.kept_tensors} tensors",
@@ -106,8 +107,10 @@ class ConversionReport:
             f"new: {self.new_parameters:,} parameters ({share:.2%}) in {len(self.new_tensors)} tensors",
             f"disk: {gigabytes(self.new_bytes)} new (weights {self.placed})",
         ]
+
         if self.dense_until is not None:
             lines.append(f"no sparsity below {self.dense_until:,} tokens: up to there it is the dense model")
+
         lines += ["", *cost_lines(self.costs), ""]
         lines.append("dry run: nothing was written" if self.out is None else f"written: {self.out}")
         return "\n".join(lines)
@@ -168,21 +171,28 @@ def convert_checkpoint(
         CheckpointError: The source is damaged; all problems in one message.
         MachineError: Disk, memory or permission.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
+
     check_places(source, out)
     check_free(out, overwrite=overwrite, recognise="config.json")
     identity = {"id": source_id or source.resolve().name, "revision": revision}
+
+    # A source that is not safetensors takes a detour over a dense folder.
     foreign = _foreign(source, dtype, allow_pickle, allow_extra_tensors)
     if foreign is not None:
         options: dict[str, Any] = {"threads": threads, "progress": progress}
         return _convert_foreign(
             foreign, out, sparse, identity, contexts, dry_run, allow_extra_tensors, **options
         )
+
+    # Every check comes before the first byte is written.
     job = _prepare(open_checkpoint(source, allow_extra_tensors=allow_extra_tensors), sparse)
     check_tie(job.checkpoint)
     placed = "linked" if not copy and same_device(job.checkpoint, out) else "copied"
     report = _report(job, {**identity, "format": "safetensors"}, contexts, placed)
     require_space(out, report.new_bytes + OVERHEAD_BYTES)
+
     if dry_run:
         return report
     with staged(out) as folder:
@@ -204,19 +214,26 @@ def explicit_settings(sparse: SparseAttentionConfig) -> SparseAttentionConfig:
 
 def _prepare(checkpoint: Checkpoint, sparse: SparseAttentionConfig) -> _Job:
     methods = resolve_plan(sparse, checkpoint.num_layers, checkpoint.geometry)
+
+    # The plan that is written counts layers from the front.
     sparse = sparse.resolved(checkpoint.num_layers, checkpoint.geometry.num_kv_heads)
     new = planned_tensors(methods, checkpoint.geometry, WEIGHT_DTYPES[checkpoint.weights.dtype()])
     check_tokenizer(checkpoint)
+
     return _Job(checkpoint=checkpoint, sparse=explicit_settings(sparse), methods=methods, new=new)
 
 
 def _report(job: _Job, source: dict[str, Any], contexts: Sequence[int], placed: str) -> ConversionReport:
     checkpoint = job.checkpoint
+
+    # Linked files take no space of their own.
     new_bytes = sum(tensor.nbytes for tensor in job.new)
     if placed != "linked":
         new_bytes += checkpoint.weight_bytes
+
     until = dense_until(job.methods)
     width = 2 if checkpoint.weights.dtype() in ("BF16", "F16") else 4
+
     return ConversionReport(
         out=None,
         source=source,
@@ -237,17 +254,22 @@ def layer_table(sparse: SparseAttentionConfig, num_layers: int, num_kv_heads: in
     """Return the plan as runs of layers that share a rule."""
     runs: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
+
     for layer in range(num_layers):
+        # The rules of this layer: one, or one for each group of KV heads.
         entries = [
             {"method": rule.method, "settings": dict(rule.settings)}
             | ({} if rule.heads is None else {"heads": number_ranges(rule.heads)})
             for rule in sparse.for_layer(layer, num_kv_heads)
         ]
+
+        # A layer with the same rules as the one before extends its runs ("0-3" becomes "0-4").
         if entries == last:
             for run in runs[-len(entries) :]:
                 run["layers"] = f"{run['layers'].split('-')[0]}-{layer}"
         else:
             runs += [{"layers": str(layer), **entry} for entry in entries]
+
         last = entries
     return runs
 
@@ -273,6 +295,7 @@ class _Foreign:
 
 def _foreign(source: Path, dtype: str, allow_pickle: bool, allow_extra_tensors: bool) -> _Foreign | None:
     """Return how to read a source that is no folder of safetensors; None for one that is."""
+    # A GGUF file: its quantised weights become floating-point numbers of the dtype.
     if is_gguf(source):
         dtypes = WEIGHT_DTYPES.values()
         if dtype not in dtypes:
@@ -284,10 +307,14 @@ def _foreign(source: Path, dtype: str, allow_pickle: bool, allow_extra_tensors: 
             write=lambda folder: write_dense_folder(source, folder, dtype),
             facts=lambda: {"sha256": hash_file(source), "dtype": dtype},
         )
+
+    # Pickled weights, if the user allows them.
     if not (allow_pickle and is_pickled(source)):
         return None
+
     checkpoint = open_pickled(source, allow_extra_tensors=allow_extra_tensors)
     names = [shard.header.path.name for shard in checkpoint.weights.shards]
+
     return _Foreign(
         format="pickle",
         placed="unpickled",
@@ -308,16 +335,23 @@ def _convert_foreign(
     **options: Any,
 ) -> ConversionReport:
     """Convert by way of a dense folder inside the staging folder."""
+    # Checks and arithmetic first, from the headers of the dense folder to come.
     info = {**identity, "format": foreign.format}
     report = _report(_prepare(foreign.checkpoint, sparse), info, contexts, foreign.placed)
     require_space(out, report.new_bytes + OVERHEAD_BYTES)
     if dry_run:
         return report
     with staged(out) as folder:
-        dense, notes = folder / "dense", report.warnings
+        # Made in the staging folder: its shards can be linked, and a failure removes it too.
+        dense = folder / "dense"
+        notes = report.warnings
         foreign.write(dense)
+
+        # Convert it like any other dense checkpoint.
         job = _prepare(open_checkpoint(dense, allow_extra_tensors=allow_extra_tensors), sparse)
         check_tie(job.checkpoint)
+
+        # The second report adds hashes of the source and knows the real shards; warnings of both, each once.
         report = _report(job, {**info, **foreign.facts()}, contexts, foreign.placed)
         report = dataclasses.replace(report, warnings=list(dict.fromkeys([*notes, *report.warnings])))
         report, hashes = _fill(folder, job, report, copy=False, **options)
@@ -337,19 +371,27 @@ def _fill(
 ) -> tuple[ConversionReport, dict[str, str]]:
     """Write everything but the manifest; return the report and the hashes that are known already."""
     checkpoint = job.checkpoint
+
+    # Weights: the shards, then one more with the new tensors.
     names = shard_names(checkpoint, job.new)
     scans, linked = place_shards(folder, checkpoint, names, copy, threads, progress)
     notes = compare_hashes(checkpoint.folder, {scan.name: scan.sha256 for scan in scans})
     if job.new:
         write_new_shard(folder / SPARSE_SHARD, checkpoint, job.sparse)
+
+    # Files beside the weights; the originals of those that conversion replaces are kept too.
     for name in checkpoint.side_files:
         copy_file(resolve_inside(checkpoint.folder, name), folder / name)
     keep_originals(folder, checkpoint)
+
+    # Config, code and index of the converted model.
     config = sparse_config_dict(checkpoint.config, job.sparse)
     write_code_files(folder, config)
     write_json(folder / "config.json", config)
     if job.new or checkpoint.weights.index is not None:
         write_json(folder / INDEX_FILE, converted_index(checkpoint.weights, names, job.new))
+
+    # What was measured of the shards goes into the report.
     files = {
         scan.name: {"file": names[scan.name], "bytes": scan.bytes, "sha256": scan.sha256} for scan in scans
     }
@@ -360,11 +402,15 @@ def _fill(
         placed=how if report.placed in {"linked", "copied"} else report.placed,
         warnings=[*report.warnings, *notes, *(line for scan in scans for line in scan.warnings)],
     )
+
     # why: inside the staging folder of the caller
     (folder / RECIPE).write_text(recipe_text(report, job.sparse), encoding="utf-8")
+
+    # OUT is left out of the stored report: the folder may be moved.
     stored = {"schema": 1, "versions": _versions(), **report.to_dict()}
     del stored["out"]
     write_json(folder / REPORT, stored)
+
     return report, {names[scan.name]: scan.sha256 for scan in scans}
 
 
@@ -396,11 +442,13 @@ def _never_sparse(until: int | None, checkpoint: Checkpoint) -> list[str]:
     positions = checkpoint.config.get("max_position_embeddings")
     if until is None or positions is None or until < positions:
         return []
+
     return [f"no sparsity at any length of this model: {until:,} tokens are dense, it has {positions:,}"]
 
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:
     if not checkpoint.left_out:
         return []
+
     names = ", ".join(checkpoint.left_out[:10]) + (" ..." if len(checkpoint.left_out) > 10 else "")
     return [f"not carried over: {names}"]

@@ -53,6 +53,7 @@ class DoctorReport:
         memory = "unknown" if self.memory_gb is None else "{} GB, {} GB free".format(*self.memory_gb)
         disk = ", ".join(f"{name} {free} GB free" for name, free in self.disk_free_gb.items())
         hub = f"token {'set' if self.hub['token'] else 'not set'}{', offline' if self.hub['offline'] else ''}"
+
         rows = [
             *self.versions.items(),
             ("device", self.device),
@@ -62,6 +63,7 @@ class DoctorReport:
             ("disk", disk),
             ("hub", hub),
         ]
+
         lines = [f"{name:16} {value}" for name, value in rows]
         lines += [
             f"missing          {name}, for {m['for']}: {m['install']}" for name, m in self.missing.items()
@@ -115,6 +117,7 @@ def _kernel_run() -> tuple[str, bool]:
     q = torch.randn(1, 96, 4, 16, generator=generator)
     k, v = (torch.randn(1, 96, 2, 16, generator=generator) for _ in range(2))
     pattern = SinkWindow(num_sinks=4, window_size=16)
+
     try:
         with use_backend("reference"):
             expected, _ = sparse_attention(q, k, v, pattern)
@@ -123,6 +126,7 @@ def _kernel_run() -> tuple[str, bool]:
         milliseconds = (time.perf_counter() - begin) * 1e3
     except Exception as error:  # why: a failing kernel is what this report is there to show
         return f"failed: {type(error).__name__}: {error}", False
+
     difference = float((got - expected).abs().max())
     return f"torch backend within {difference:.0e} of the reference, {milliseconds:.1f} ms", difference < 1e-5
 
@@ -132,6 +136,7 @@ def _memory() -> tuple[float, float] | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # why: without /proc the memory is not known, and the report says so
         return None
+
     sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
     return round(sizes["MemTotal"] / 1e6, 1), round(sizes.get("MemAvailable", 0) / 1e6, 1)
 

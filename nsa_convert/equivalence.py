@@ -66,14 +66,17 @@ def compare_with_dense(
         k: v for k, v in dense_config.items() if k not in ("model_type", "auto_map", "quantization_config")
     }
     config = AutoConfig.for_model(dense_config["model_type"], **values)
+
     lengths = list(lengths or probe_lengths(folder))
     inputs = [_random_ids(config.vocab_size, length) for length in lengths]
+
     # One model at a time, so that memory holds one.
     dense = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
     ).eval()
     expected = [_logits(dense, ids) for ids in inputs]
     del dense
+
     model = _load_sparse(folder)
     worst = 0.0
     for ids, logits in zip(inputs, expected, strict=True):
@@ -99,10 +102,12 @@ def bare_logits(folder: Path, length: int) -> Tensor:
         result = Path(scratch) / "logits.pt"
         command = [sys.executable, "-I", "-c", _BARE_SCRIPT, str(folder.resolve()), str(result)]
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
         # why: the folder has to load in a Python that cannot see this package
         done = subprocess.run(
             [*command, str(length), str(SEED)], env=environment, capture_output=True, text=True, check=False
         )
+
         if done.returncode or not result.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1] if lines else f"exit status {done.returncode}"
@@ -115,8 +120,11 @@ def probe_lengths(folder: Path) -> list[int]:
     checkpoint = open_converted(folder)
     plan = SparseAttentionConfig.from_dict(checkpoint.config["sparse_attention"])
     budget = visible_budget(plan, checkpoint.num_layers, checkpoint.geometry)
+
+    # A forward pass takes about two operations per weight and token.
     affordable = max(64, min(2048, AFFORDABLE_FLOPS // max(1, 2 * checkpoint.parameters)))
     limit = min(checkpoint.config.get("max_position_embeddings") or affordable, affordable)
+
     return sorted({min(7, limit), min(130, limit), min(budget + 77, limit)})
 
 

@@ -82,10 +82,13 @@ def generate_text(
         ConfigError: A prompt that leaves no room below the model's positions, or ``chat`` without a template.
     """
     _check_options(max_new_tokens, temperature, top_p)
+
+    # The prompt, and room for the answer.
     text = render_chat(tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False).to(model.device)
     count = inputs["input_ids"].shape[1]
     _check_room(count, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
+
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p}
         if temperature
@@ -97,8 +100,12 @@ def generate_text(
             "top_k": None,
         }
     )
+
+    # The config gives one end token, a list, or none.
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, (list, tuple)) else {end}
+
+    # Seeded draws that leave torch's global state alone.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         out = model.generate(
@@ -109,8 +116,10 @@ def generate_text(
             streamer=None if stream is None else _PieceStreamer(tokenizer, stream),
             **sampling,
         )
+
     new = out[0, count:]
     stopped = "end" if len(new) and int(new[-1]) in ends else "length"
+
     return Generation(
         prompt=text,
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -128,6 +137,7 @@ def _check_options(max_new_tokens: int, temperature: float, top_p: float) -> Non
         problems.append(f"temperature must be 0 (greedy) or more, got {temperature}")
     if not 0 < top_p <= 1:
         problems.append(f"top_p must be above 0 and at most 1, got {top_p}")
+
     if problems:
         raise UsageError("; ".join(problems), code="CL02")
 
@@ -135,6 +145,7 @@ def _check_options(max_new_tokens: int, temperature: float, top_p: float) -> Non
 def _check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None) -> None:
     if prompt_tokens == 0:
         raise UsageError("the prompt is empty", code="CL02", hint="give at least one token of text")
+
     if positions and prompt_tokens + max_new_tokens > positions:
         raise ConfigError(
             f"the prompt has {prompt_tokens} tokens; with {max_new_tokens} new ones that is beyond the "
@@ -150,4 +161,5 @@ def _pad_token(tokenizer: Any, ends: set[int | None]) -> int | None:
     """Return the pad token, or an end token: one sequence is never padded, but generate() warns without."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
+
     return next((end for end in sorted(filter(None, ends))), None)

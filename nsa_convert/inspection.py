@@ -106,6 +106,7 @@ class InspectionReport:
         """Return the report for people."""
         rope = " ".join(f"{key}={value}" for key, value in self.rope.items())
         files = f"{self.shards} weight file{'s' if self.shards > 1 else ''}"
+
         lines = [
             f"{self.path}: {self.family} ({self.model_type}){', converted' if self.converted else ''}",
             f"  parameters   {self.parameters:,} {self.dtype}, {gigabytes(self.weight_bytes)} in {files}",
@@ -115,8 +116,10 @@ class InspectionReport:
             f"  positions    {self.max_positions or 'not stated'}, {rope}",
             f"  embeddings   {'tied' if self.tied else 'untied'}",
         ]
+
         for outlook in self.methods:
             lines += ["", *_outlook_lines(outlook)]
+
         return "\n".join(lines)
 
 
@@ -137,17 +140,22 @@ def inspect_checkpoint(
             method was asked for.
     """
     path = Path(model)
+
     if method is not None:
         method_class(method)
+
     converted = not is_gguf(path) and is_converted(path)
     if converted and method is not None:
         raise CheckpointError(
             f"{str(path)!r} is converted already", code="CK35", where=str(path), hint="leave out --method"
         )
+
     if is_gguf(path):
         checkpoint = open_gguf(path, "float32")
     else:
         checkpoint = open_converted(path) if converted else open_checkpoint(path, allow_extra_tensors=True)
+
+    # One outlook for the plan it has, or one for every method it could get.
     if converted:
         plan = SparseAttentionConfig.from_dict(checkpoint.config["sparse_attention"])
         resolve_plan(plan, checkpoint.num_layers, checkpoint.geometry)
@@ -158,12 +166,14 @@ def inspect_checkpoint(
             _outlook(name, SparseAttentionConfig(default=LayerRule(method=name)), checkpoint, contexts)
             for name in names
         ]
+
     return _describe(checkpoint, path, converted, outlooks)
 
 
 def _outlook_lines(outlook: MethodOutlook) -> list[str]:
     if outlook.reason is not None:
         return [f"{outlook.method}: not possible: {outlook.reason}"]
+
     head = f"{outlook.method}: {outlook.new_parameters:,} new parameters"
     if outlook.dense_until is not None:
         head += f"; no sparsity below {outlook.dense_until:,} tokens"
@@ -179,6 +189,7 @@ def _outlook(
         methods = resolve_plan(plan, checkpoint.num_layers, checkpoint.geometry)
     except ConfigError as error:
         reason = error.message
+
     width = DTYPE_BYTES[checkpoint.weights.dtype()]
     return MethodOutlook(
         method=name,
@@ -192,8 +203,12 @@ def _outlook(
 def _describe(
     checkpoint: Checkpoint, path: Path, converted: bool, outlooks: list[MethodOutlook]
 ) -> InspectionReport:
-    geometry, config = checkpoint.geometry, checkpoint.config
+    geometry = checkpoint.geometry
+    config = checkpoint.config
+
+    # Dense weights only: what conversion added is counted by the outlooks.
     kept = [t for name, t in checkpoint.weights.tensors().items() if not SPARSE_TENSOR.match(name)]
+
     return InspectionReport(
         path=path,
         converted=converted,

@@ -40,9 +40,11 @@ def safe_config(folder: Path) -> Any:
 
     register()
     config = AutoConfig.from_pretrained(folder, **SAFE)
+
     for name in FOREIGN_CODE:
         if hasattr(config, name):
             setattr(config, name, None)
+
     return config
 
 

@@ -84,13 +84,17 @@ class PushPlan:
     def to_text(self) -> str:
         """Return the plan for people."""
         lines = [f"{file.size:>14,}  {file.name}" for file in self.files]
+
         total = sum(file.size for file in self.files)
         kind = "private" if self.private else "PUBLIC"
+
         lines.append(
             f"{total:>14,}  bytes in {len(self.files)} files to {self.repo} ({kind} if it is created)"
         )
+
         if self.left_out:
             lines.append(f"left out: {', '.join(self.left_out)}")
+
         return "\n".join(lines)
 
 
@@ -147,20 +151,27 @@ def plan_push(
         ConfigError: There is no valid card (HB15), or a file holds a token or a local path (HB13).
     """
     folder = Path(folder)
+
     if not HUB_ID.fullmatch(repo):
         raise UsageError(f"'{repo}' is no repository name", code="CL03", expected="OWNER/NAME", found=repo)
+
     warnings = _check_evaluation(folder, allow_unevaluated)
     names = list(_publishable(folder))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"files are missing: {', '.join(missing[:5])}", code="SV17", where=str(folder))
+
+    # The card is sent with the name of the repository in it.
     files = [_card_file(folder, repo)]
     for name in names:
         path = folder / name
         files.append(PushFile(name=name, path=path, size=path.stat().st_size))
+
     _scan(folder, files)
+
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     left_out = sorted(present - {file.name for file in files})
+
     return PushPlan(repo=repo, private=private, files=files, left_out=left_out, warnings=warnings)
 
 
@@ -197,6 +208,8 @@ def push_plan(
 
     tell(f"hashing {len(plan.files)} files")
     hashes = {file.name: _hashes(file) for file in plan.files}
+
+    # The repository as it is now: files of an earlier push that would be loaded wrongly are removed.
     attempt(
         "creating the repository",
         lambda: api.create_repo(plan.repo, private=plan.private, exist_ok=True),
@@ -206,10 +219,13 @@ def push_plan(
     removed = [
         s.rfilename for s in info.siblings or [] if STALE.fullmatch(s.rfilename) and s.rfilename not in sent
     ]
+
     tell(f"uploading to {plan.repo}")
     commit = attempt("uploading", lambda: _commit(api, plan, removed, info.sha))
+
     tell("comparing hashes")
     _check_remote(api, plan, hashes, commit.oid, attempt)
+
     return PushReport(
         repo=plan.repo,
         commit=commit.oid,
@@ -225,9 +241,11 @@ def _check_evaluation(folder: Path, allow: bool) -> list[str]:
     reports = read_evaluations(folder)
     if any(is_current(report, folder) for report in reports):
         return []
+
     why = "the evaluation is of other files" if reports else "there is no evaluation"
     if allow:
         return [f"{why}; it is published all the same"]
+
     raise CheckFailedError(
         f"{why}: {folder.resolve().name} is not published",
         code="HB21",
@@ -244,9 +262,11 @@ def _publishable(folder: Path) -> Iterator[str]:
     listed = read_manifest(folder)
     later = {path.name for path in folder.iterdir() if SIDE_FILES.fullmatch(path.name) and path.is_file()}
     yield from (name for name in sorted({*listed, *later}) if name != CARD)
+
     yield MANIFEST
     if (folder / EVAL_RESULTS).is_file():
         yield EVAL_RESULTS
+
     for path in sorted((folder / EVALUATION_FOLDER).rglob("*")):
         if path.is_file() and not path.is_symlink() and EVALUATION_FILES.fullmatch(path.name):
             yield path.relative_to(folder).as_posix()
@@ -259,9 +279,11 @@ def _card_file(folder: Path, repo: str) -> PushFile:
         raise ConfigError(
             "there is no model card", code="HB15", where=CARD, hint=f"nsa-convert card {folder}"
         )
+
     text = path.read_text(encoding="utf-8")
     if problems := check_card(text):
         raise ConfigError(f"the card: {'; '.join(problems)}", code="HB15", where=CARD)
+
     content = re.sub(rf'"{PLACEHOLDER_OWNER}/[^"]+"', f'"{repo}"', text).encode()
     return PushFile(name=CARD, path=path, size=len(content), content=content)
 
@@ -269,6 +291,8 @@ def _card_file(folder: Path, repo: str) -> PushFile:
 def _scan(folder: Path, files: list[PushFile]) -> None:
     """Raise ConfigError when a text file holds a token, or a path or name of this machine."""
     places = {str(folder.resolve().parent), str(Path.cwd()), str(Path.home())} - {"/"}
+
+    # Paths are looked for only in files that this package wrote: others may mention them in general.
     found = []
     for file in files:
         text = _readable(file)
@@ -276,6 +300,7 @@ def _scan(folder: Path, files: list[PushFile]) -> None:
             found.append(f"{file.name} holds what looks like an access token")
         if _is_ours(file.name) and (LOCAL_PATH.search(text) or any(f"{p}/" in text for p in places)):
             found.append(f"{file.name} holds a path of this machine")
+
     if found:
         raise ConfigError(
             f"not published: {'; '.join(found)}",
@@ -292,8 +317,10 @@ def _readable(file: PushFile) -> str:
         with file.path.open("rb") as weights:
             size = int.from_bytes(weights.read(8), "little")
             return weights.read(min(size, file.size)).decode("utf-8", errors="replace")
+
     if kind not in TEXT_FILES:
         return ""
+
     return (file.content or file.path.read_bytes()).decode("utf-8", errors="replace")
 
 
@@ -311,6 +338,7 @@ def _commit(api: Any, plan: PushPlan, removed: list[str], parent: str | None) ->
         CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content or str(file.path))
         for file in plan.files
     ]
+
     return api.create_commit(
         plan.repo, operations, commit_message="Upload a model converted by nsa-convert", parent_commit=parent
     )
@@ -320,8 +348,11 @@ def _hashes(file: PushFile) -> tuple[str, str]:
     """Return the sha256 (of an LFS file) and the git blob id (of a regular file)."""
     if file.content is not None:
         return hashlib.sha256(file.content).hexdigest(), _blob_id(file.content)
+
+    # A file this large is stored by LFS, which is compared by sha256 alone; it is hashed in pieces.
     if file.size > 64_000_000:
         return hash_file(file.path), ""
+
     data = file.path.read_bytes()
     return hashlib.sha256(data).hexdigest(), _blob_id(data)
 
@@ -337,15 +368,21 @@ def _check_remote(
     rows = attempt(
         "comparing hashes", lambda: list(api.list_repo_tree(plan.repo, recursive=True, revision=commit))
     )
+
+    # The listing holds folders too, which have no blob id.
     remote = {row.path: row for row in rows if hasattr(row, "blob_id")}
+
+    # LFS files are compared by sha256, regular files by the id of their git blob.
     bad = []
     for name, (sha256, blob) in hashes.items():
         row = remote.get(name)
         lfs = row.lfs.sha256 if row is not None and row.lfs is not None else None
         if row is None or (lfs != sha256 if lfs is not None else row.blob_id != blob):
             bad.append(name)
+
     if not bad:
         return
+
     # why: withdraws the config of a commit that arrived damaged
     from huggingface_hub import CommitOperationDelete
 
@@ -354,6 +391,7 @@ def _check_remote(
         "withdrawing config.json",
         lambda: api.create_commit(plan.repo, withdrawn, commit_message="Withdraw a damaged upload"),
     )
+
     raise HubError(
         f"{len(bad)} files arrived damaged ({', '.join(bad[:5])}); config.json was removed from {plan.repo}, "
         "so that it does not load",

@@ -29,11 +29,13 @@ def redact(text: str) -> str:
     """Return a text without the tokens in it."""
     for secret in known_secrets():
         text = text.replace(secret, HIDDEN)
+
     return TOKEN.sub(HIDDEN, text)
 
 
 def secret_places(values: Any, where: str = "") -> Iterator[str]:
     """Yield the dotted key of each value that is a token, or is called one; never the value itself."""
+    # Mappings and sequences are searched to any depth.
     if isinstance(values, Mapping):
         for key, value in values.items():
             place = f"{where}.{key}" if where else str(key)

@@ -130,8 +130,11 @@ def verify_checkpoint(
     """
     out = Path(out)
     tell = progress or (lambda name: None)
+
     read_manifest(out)
     trained = (out / TRAINING).is_file()
+
+    # Checks of the files; a trained folder no longer holds the weights of its source.
     checks: list[Check] = []
     for name, code, work in (
         ("files", "CK29", lambda: _files(out)),
@@ -141,6 +144,8 @@ def verify_checkpoint(
         tell(name)
         moot = trained and code == "SV18"
         checks.append(_skipped(name, code, _TRAINED) if moot else _run(name, code, work))
+
+    # Checks that load the model: only for a whole folder.
     whole = all(check.ok is not False for check in checks)
     for name, code, work in (
         ("full budget = dense", "SV19", lambda: _full_budget(out, lengths)),
@@ -153,6 +158,7 @@ def verify_checkpoint(
             checks.append(_run(name, code, work))
         else:
             checks.append(_skipped(name, code, "not run: the folder is not whole"))
+
     return VerificationReport(out=out, checks=checks)
 
 
@@ -198,29 +204,39 @@ def revert_checkpoint(
         UsageError: ``dense`` is taken, or overlaps ``out``.
         MachineError: Disk or permission.
     """
-    out, dense = Path(out), Path(dense)
+    out = Path(out)
+    dense = Path(dense)
     check_places(out, dense)
     check_free(dense, overwrite=overwrite, recognise="config.json")
+
     places = _original_files(out)
     linked = not copy
     if copy:
         require_space(dense, sum(path.stat().st_size for path, _ in places.values()))
+
+    # Linking may fail for a file (another file system); it is copied then.
     with staged(dense) as folder:
         for name, (path, is_shard) in places.items():
             if not (is_shard and linked and link_file(path, folder / name)):
                 copy_file(path, folder / name)
                 linked = linked and not is_shard
+
     return RevertReport(dense=dense, files=sorted(places), placed="linked" if linked else "copied")
 
 
 def _original_files(out: Path) -> dict[str, tuple[Path, bool]]:
     """Return name in the dense folder -> (file in OUT, whether it is a weight file), hashes checked."""
-    manifest, kept = read_manifest(out), f"{SOURCE_FOLDER}/"
+    manifest = read_manifest(out)
+    kept = f"{SOURCE_FOLDER}/"
+
+    # Weight files by the hashes in the report, other files by those in the manifest.
     shards, side_files = _source_files(out)
     places = {name: (entry["file"], entry["sha256"], True) for name, entry in shards.items()}
     for place in [*side_files, *(name for name in manifest if name.startswith(kept))]:
         listed = manifest.get(place, {}).get("sha256")
         places[place.removeprefix(kept)] = (place, listed, False)
+
+    # No name may lead out of the folder, and no file may have changed.
     for name, (place, expected, _) in places.items():
         if Path(name).name != name or place not in manifest:
             raise CheckpointError(f"{REPORT} names a file that cannot be: {name}", code="SV17", where=REPORT)
@@ -233,6 +249,7 @@ def _original_files(out: Path) -> dict[str, tuple[Path, bool]]:
                 expected=f"sha256 {expected}",
                 hint="a trained model has no dense form; take the original checkpoint",
             )
+
     return {name: (out / place, is_shard) for name, (place, _, is_shard) in places.items()}
 
 
@@ -274,11 +291,13 @@ def _files(out: Path) -> str:
     """
     problems = check_manifest(out)
     listed = read_manifest(out)
+
     problems += [
         f"{path.name} was added after conversion"
         for path in sorted(out.iterdir())
         if path.suffix in {".py", ".safetensors", ".bin"} and path.name not in {*listed, "training_args.bin"}
     ]
+
     if problems:
         raise CheckFailedError("; ".join(problems[:10]))
     return f"{len(listed)} files match {MANIFEST}"
@@ -292,12 +311,15 @@ def _values(out: Path) -> str:
 
 def _kept_tensors(out: Path, against: str | Path | None) -> str:
     """Compare the tensors of the source with those of OUT, by hash."""
+    # Without the source: the files against the hashes that the conversion noted.
     if against is None:
         files, _ = _source_files(out)
         changed = [entry["file"] for entry in files.values() if not _is_unchanged(out, entry)]
         if changed:
             raise CheckFailedError(f"weights changed since the conversion: {', '.join(changed[:5])}")
         return f"{len(files)} weight files have the hashes noted at conversion (--against compares tensors)"
+
+    # With the source: tensor by tensor, under the same name.
     here = _tensor_hashes(out)
     there = _source_hashes(Path(against), out)
     different = sorted(name for name in there if here.get(name) != there[name])
@@ -305,6 +327,7 @@ def _kept_tensors(out: Path, against: str | Path | None) -> str:
         raise CheckFailedError(
             f"{len(different)} of {len(there)} tensors differ from {against}: {', '.join(different[:5])}"
         )
+
     extra = sorted(name for name in here if name not in there and not SPARSE_TENSOR.match(name))
     if extra:
         raise CheckFailedError(f"tensors that {against} does not have: {', '.join(extra[:5])}")
@@ -320,6 +343,7 @@ def _is_unchanged(out: Path, entry: dict[str, Any]) -> bool:
 def _tensor_hashes(folder: Path) -> dict[str, str]:
     checkpoint = open_converted(folder)
     tables = run_threads(lambda shard: hash_tensors(shard.header), checkpoint.weights.shards)
+
     return {name: digest for table in tables for name, digest in table.items()}
 
 
@@ -328,9 +352,12 @@ def _source_hashes(source: Path, out: Path) -> dict[str, str]:
         shards = open_checkpoint(source, allow_extra_tensors=True).weights.shards
         tables = run_threads(lambda shard: hash_tensors(shard.header), shards)
         return {name: digest for table in tables for name, digest in table.items()}
+
+    # A GGUF source is dequantised again; tensors are hashed as in hash_tensors: dtype, shape, bytes.
     code = open_converted(out).weights.dtype()
     model = load_gguf_model(source, WEIGHT_DTYPES[code])
     hashes = {}
+
     for name, tensor in model.state_dict().items():
         if name not in model.all_tied_weights_keys:
             digest = hashlib.sha256(f"{code}{list(tensor.shape)}".encode())
@@ -349,27 +376,34 @@ def _full_budget(out: Path, lengths: Sequence[int] | None) -> str:
     dense_config = resolve_inside(out / SOURCE_FOLDER, "config.json")
     worst, used = compare_with_dense(out, read_json_mapping(dense_config), lengths)
     spans = ", ".join(str(length) for length in used)
+
     if not worst <= TOLERANCE:
         raise CheckFailedError(
             f"fp32 logits differ by up to {worst:.2e} at lengths {spans} (at most {TOLERANCE:g})"
         )
+
     return f"fp32 logits within {worst:.1e} at lengths {spans}"
 
 
 def _bare(out: Path, trust_remote_code: bool) -> str:
     """Load OUT with its own code files in a Python that cannot see this package."""
+    # Code files that differ from those of this version, or that it would not write.
     ours = code_files(open_converted(out).config)
     other = [name for name, text in ours.items() if not _same_text(out / name, text)]
     other += [path.name for path in out.glob("*.py") if path.name not in ours]
+
     if other and not trust_remote_code:
         raise CheckFailedError(
             f"the code files are not those this version writes ({', '.join(other[:5])}); they are not run "
             "without --trust-remote-code"
         )
+
     length = max(length for length in probe_lengths(out) if length <= BARE_TOKENS)
     difference = float((bare_logits(out, length) - sparse_logits(out, length)).abs().max())
+
     if not difference <= TOLERANCE:
         raise CheckFailedError(f"logits without the package differ by {difference:.2e}")
+
     return f"loads with trust_remote_code alone; logits within {difference:.1e} of the package's"
 
 
