@@ -27,7 +27,7 @@ class DownloadNote:
     Attributes:
         revision: Commit on the Hub.
         sha256: Of the file when it was fetched.
-        fresh: Whether the file was not written after that; one second is granted to the clock.
+        fresh: Whether the file was not changed after the download, give or take a second.
     """
 
     revision: str
@@ -40,12 +40,15 @@ def read_note(folder: Path, name: str) -> DownloadNote | None:
     note = f"{name}.metadata"
     if len(os.fsencode(note)) > 255:  # no file system has such a name
         return None
+
     path = folder.resolve() / FOLDER / note
     if path.resolve() != path or not path.is_file() or path.stat().st_size > _NOTE_BYTES:
         return None
+
     match = _NOTE.fullmatch(path.read_text(encoding="utf-8", errors="replace"))
     if match is None:
         return None
+
     fresh = (folder / name).stat().st_mtime - 1 <= float(match[3])
     return DownloadNote(revision=match[1], sha256=match[2], fresh=fresh)
 
@@ -53,6 +56,8 @@ def read_note(folder: Path, name: str) -> DownloadNote | None:
 def compare_revisions(folder: Path, names: Sequence[str], problems: Problems) -> None:
     """Report weight files that were fetched at different revisions, and not touched since."""
     notes = {name: note for name in names if (note := read_note(folder, name)) and note.fresh}
+
+    # The first file of each revision stands for it in the message.
     first = {note.revision: name for name, note in reversed(notes.items())}
     if len(first) > 1:
         places = ", ".join(f"{name} at {revision[:12]}" for revision, name in sorted(first.items()))
@@ -82,6 +87,7 @@ def compare_hashes(folder: Path, hashes: Mapping[str, str]) -> list[str]:
     notes = {name: note for name in hashes if (note := read_note(folder, name))}
     wrong = [name for name, note in notes.items() if note.sha256 != hashes[name]]
     unknown = sorted(hashes.keys() - notes.keys())
+
     if wrong and len(wrong) < len(notes):
         raise CheckpointError(
             f"not the files that were downloaded with the others: {', '.join(wrong[:5])}",
@@ -91,6 +97,8 @@ def compare_hashes(folder: Path, hashes: Mapping[str, str]) -> list[str]:
             found=f"sha256 {hashes[wrong[0]]}",
             hint="remove them and download again; if you changed them, remove .cache in the folder",
         )
+
+    # All of them changed: the model was saved anew, which is no damage.
     if wrong:
         return ["the weight files were changed after they were downloaded (CK30)"]
     if notes and unknown:

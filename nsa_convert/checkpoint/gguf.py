@@ -42,22 +42,29 @@ def open_gguf(path: Path, dtype: str) -> Checkpoint:
         MachineError: The ``gguf`` package is missing.
     """
     check_gguf(path)
+
     config = {**read_gguf_config(path), "dtype": dtype}
     family = family_of(config)
     problems = Problems(path.name)
     check_source_config(config, family, problems)
     problems.raise_found()
+
+    # The tensors that the dequantised file will hold, one after the other.
     names = {name: code for code, name in WEIGHT_DTYPES.items()}
-    entries, at = [], 0
+    entries = []
+    at = 0
     for name, shape in dense_tensor_shapes(config, family).items():
         end = at + math.prod(shape) * DTYPE_BYTES[names[dtype]]
         entries.append(TensorEntry(name=name, dtype=names[dtype], shape=shape, start=at, end=end))
         at = end
+
     header = ShardHeader(
         path=path, file_bytes=at, data_start=0, digest="", tensors=tuple(entries), metadata={"format": "pt"}
     )
+
     weights = WeightFiles(shards=(Shard(name=SINGLE_FILE, header=header),), index=None, warnings=())
     note = f"{path.name} is quantised; its weights are written as {dtype}"
+
     return Checkpoint(
         folder=path.parent,
         config=config,
@@ -78,6 +85,7 @@ def check_gguf(path: Path) -> None:
         MachineError: The ``gguf`` package is missing.
     """
     size = require_regular_file(path, path.name)
+
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -88,6 +96,7 @@ def check_gguf(path: Path) -> None:
             expected="the letters GGUF at its start",
             found=f"{size:,} bytes starting with {magic!r}",
         )
+
     if importlib.util.find_spec("gguf") is None:
         raise MachineError(
             "reading GGUF files needs the package gguf", code="CL11", where=path.name, hint="pip install gguf"
@@ -108,11 +117,15 @@ def write_dense_folder(path: Path, folder: Path, dtype: str) -> None:
     from safetensors.torch import save_file
 
     model = load_gguf_model(path, dtype)
+
+    # Tied weights are stored once, under the name that is not tied.
     tied = set(model.all_tied_weights_keys)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+
     folder.mkdir(exist_ok=True)  # why: a dequantised model, inside the staging folder of the caller
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     use_umask(folder / SINGLE_FILE)
+
     model.config.save_pretrained(folder)  # why: beside the weights, inside the staging folder of the caller
     model.generation_config.save_pretrained(folder)
     load_gguf_tokenizer(path).save_pretrained(folder)
@@ -149,6 +162,7 @@ def load_gguf_model(path: Path, dtype: str) -> Any:
         model, loading = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True, **_dequantise()
         )
+
     # transformers fills what it did not find with random numbers and goes on.
     missing = sorted(set(loading["missing_keys"]) - set(model.all_tied_weights_keys))
     if missing:
@@ -158,6 +172,8 @@ def load_gguf_model(path: Path, dtype: str) -> Any:
             where=path.name,
             hint="the file is damaged, or transformers does not know its tensor names",
         )
+
+    # What is left is an ordinary dense model: nothing of its config speaks of the file it came from.
     model.hf_quantizer = None
     for key in ("quantization_config", "_name_or_path"):
         if hasattr(model.config, key):

@@ -18,7 +18,8 @@ MAX_COUNT = 10_000_000
 
 # Value type -> struct code, for the types of fixed size.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_STRING = 8
+_ARRAY = 9
 
 _KEYS = {
     "context_length": "max_position_embeddings",
@@ -39,7 +40,7 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
-        self.at = 4
+        self.at = 4  # after the letters GGUF
 
     def number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
@@ -68,7 +69,11 @@ class _Reader:
             return self.string()
         if kind != _ARRAY:
             raise ValueError(f"value type {kind}")
-        inner, length = self.number("I"), self.count()
+
+        inner = self.number("I")
+        length = self.count()
+
+        # Elements are skipped: of the arrays only the length is of use (the number of tokens).
         if inner in _NUMBERS:
             self.at += length * struct.calcsize("<" + _NUMBERS[inner])
         elif inner == _STRING:
@@ -76,6 +81,7 @@ class _Reader:
                 self.at += 8 + struct.unpack_from("<Q", self.data, self.at)[0]
         else:
             raise ValueError(f"array of type {inner}")
+
         return length
 
 
@@ -93,6 +99,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.name} cannot be read: {error}", code="CK02", where=path.name, hint="fetch the file again"
         ) from error
+
     architecture = fields.get("general.architecture")
     if architecture not in FAMILIES:
         raise UnsupportedModelError(
@@ -102,6 +109,8 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
             expected=", ".join(FAMILIES),
             found=repr(architecture),
         )
+
+    # transformers reads the plain RoPE of a GGUF file and drops its scaling without a word.
     prefix = f"{architecture}."
     if fields.get(prefix + "rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
         raise CheckpointError(
@@ -110,12 +119,17 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
             where=path.name,
             hint="convert the original checkpoint of the model",
         )
+
+    # GGUF keys under the names of config.json; without a vocab_size the list of tokens has its length.
     config = {ours: fields[prefix + theirs] for theirs, ours in _KEYS.items() if prefix + theirs in fields}
     config.setdefault("vocab_size", fields.get("tokenizer.ggml.tokens"))
+
+    # Like transformers, which reads the head dim from the file for these two families only.
     if architecture in ("llama", "mistral") and prefix + "rope.dimension_count" in fields:
         config["head_dim"] = fields[prefix + "rope.dimension_count"]
     if architecture == "mistral":
         config["sliding_window"] = None
+
     return {**config, "model_type": architecture, "tie_word_embeddings": "output.weight" not in tensors}
 
 
@@ -124,16 +138,22 @@ def _read_header(reader: _Reader) -> tuple[dict[str, Any], set[str]]:
     version = reader.number("I")
     if version not in (2, 3):
         raise ValueError(f"GGUF version {version}")
-    num_tensors, num_fields = reader.count(), reader.count()
+
+    num_tensors = reader.count()
+    num_fields = reader.count()
+
     fields = {}
     for _ in range(num_fields):
         key = reader.string()
         fields[key] = reader.value()
+
+    # A tensor: its name, its sizes (8 bytes each), its type (4) and its place (8).
     names = set()
     for _ in range(num_tensors):
         names.add(reader.string())
         dimensions = reader.number("I")
         reader.at += 8 * dimensions + 4 + 8
+
     if reader.at > len(reader.data):
         raise ValueError("the file ends inside its header")
     return fields, names

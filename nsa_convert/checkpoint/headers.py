@@ -108,12 +108,14 @@ def require_regular_file(path: Path, name: str) -> int:
         what = "is a symlink that leads nowhere" if path.is_symlink() else "is missing"
         hint = "the download is incomplete; fetch the checkpoint again"
         raise CheckpointError(f"{name} {what}", code=code, where=name, hint=hint) from error
+
     if not stat.S_ISREG(info.st_mode):
         kind = "a directory" if stat.S_ISDIR(info.st_mode) else "a pipe, socket or device"
         code = "CK18" if stat.S_ISDIR(info.st_mode) else "CK17"
         raise CheckpointError(
             f"{name} is {kind}", code=code, where=name, expected="a regular file", found=kind
         )
+
     return info.st_size
 
 
@@ -137,15 +139,19 @@ def read_header(path: Path, name: str | None = None) -> ShardHeader:
         raise MachineError(
             f"{name} may not be read: permission denied", code="CK19", where=name, hint=f"chmod u+r {name}"
         ) from error
+
+    # The length of the JSON (8 bytes) and the JSON; the tensors' bytes come after it.
     data_start = 8 + len(raw)
     table = _parse_header(raw, name)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{name}: __metadata__ must be a mapping", code="CK05", where=name)
+
     entries = sorted(
         (_entry(key, value, data_start, name) for key, value in table.items()), key=lambda e: (e.start, e.end)
     )
     _check_offsets(entries, data_start, size, name)
+
     digest = hashlib.sha256(len(raw).to_bytes(8, "little") + raw).hexdigest()
     return ShardHeader(
         path=path,
@@ -167,10 +173,13 @@ def _read_raw_header(file: Any, size: int, name: str) -> bytes:
             found="0 bytes",
             hint="fetch the checkpoint again",
         )
+
     head = file.read(512)
     _refuse_other_formats(head, name)
     if size < 8:
         raise CheckpointError(f"{name} has {size} bytes, too few for a header", code="CK04", where=name)
+
+    # The first 8 bytes are the length of the JSON, little-endian.
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
@@ -180,6 +189,7 @@ def _read_raw_header(file: Any, size: int, name: str) -> bytes:
             expected=f"at most {MAX_HEADER_BYTES:,} bytes",
             found=f"{length:,}",
         )
+
     if 8 + length > size:
         raise CheckpointError(
             f"{name} is cut off inside its header: {size:,} bytes, the header alone needs {8 + length:,}",
@@ -189,8 +199,10 @@ def _read_raw_header(file: Any, size: int, name: str) -> bytes:
             found=f"{size:,} bytes",
             hint="fetch the checkpoint again",
         )
+
     if length and head[8:9] != b"{":
         raise CheckpointError(f"{name}: the header does not start with '{{'", code="CK05", where=name)
+
     file.seek(8)
     return file.read(length)
 
@@ -205,6 +217,7 @@ def _refuse_other_formats(head: bytes, name: str) -> None:
             where=name,
             hint="run `git lfs pull`",
         )
+
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(
             f"{name} is an HTML page, not weights",
@@ -212,6 +225,7 @@ def _refuse_other_formats(head: bytes, name: str) -> None:
             where=name,
             hint="the download returned an error page; fetch the checkpoint again",
         )
+
     if text.startswith((b'{"error', b'{"message', b'{"detail')):
         raise CheckpointError(
             f"{name} is a JSON error message, not weights",
@@ -234,7 +248,9 @@ def _entry(key: str, value: Any, data_start: int, name: str) -> TensorEntry:
     where = f"{name}: {key}"
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise CheckpointError(f"{where}: dtype, shape or data_offsets is missing", code="CK05", where=where)
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    dtype = value["dtype"]
+    shape = value["shape"]
+    offsets = value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(
             f"{where}: dtype {dtype!r} is not known", code="CK26", where=where, found=repr(dtype)
@@ -245,6 +261,8 @@ def _entry(key: str, value: Any, data_start: int, name: str) -> TensorEntry:
             code="CK07",
             where=where,
         )
+
+    # The bytes that the header claims must be those that shape and dtype need.
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if expected > MAX_TENSOR_BYTES or offsets[1] - offsets[0] != expected:
         raise CheckpointError(
@@ -253,6 +271,7 @@ def _entry(key: str, value: Any, data_start: int, name: str) -> TensorEntry:
             code="CK07",
             where=where,
         )
+
     return TensorEntry(
         name=key, dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], end=data_start + offsets[1]
     )
@@ -265,6 +284,8 @@ def _whole_numbers(values: Any) -> bool:
 def _check_offsets(entries: list[TensorEntry], data_start: int, size: int, name: str) -> None:
     """Tensors must lie one after the other without gap or overlap and end with the file."""
     at = data_start
+
+    # Tensor by tensor: each begins where the one before it ends.
     for entry in entries:
         if entry.start != at:
             kind = "overlaps the tensor before it" if entry.start < at else "leaves a gap before it"
@@ -274,6 +295,8 @@ def _check_offsets(entries: list[TensorEntry], data_start: int, size: int, name:
                 where=f"{name}: {entry.name}",
             )
         at = entry.end
+
+    # The last one ends with the file.
     if at > size:
         raise CheckpointError(
             f"{name} is cut off: {size:,} bytes, its header promises {at:,}",

@@ -10,7 +10,8 @@ from pathlib import Path
 from nsa_convert.checkpoint.scan import hash_file, run_threads
 from nsa_convert.errors import CheckpointError
 
-SHA256, GIT_BLOB = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+GIT_BLOB = re.compile(r"[0-9a-f]{40}")
 Seen = Mapping[str, list[int]]
 
 
@@ -27,15 +28,20 @@ def check_snapshot(folder: Path, seen: Seen) -> dict[str, list[int]]:
     Raises:
         CheckpointError: A file is not what the Hub declared (HB22); it is removed, to be fetched again.
     """
+    # The files, the blobs they link to, and what tells whether a blob has changed.
     files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() and path.is_file()]
     blobs = {path: path.resolve() for path in files}
     facts = {str(blob): [blob.stat().st_size, blob.stat().st_mtime_ns] for blob in blobs.values()}
+
+    # Only what was not found right before, in this state, is read.
     new = [path for path, blob in blobs.items() if seen.get(str(blob)) != facts[str(blob)]]
     right = run_threads(lambda path: _is_right(blobs[path]), new)
     wrong = [path for path, good in zip(new, right, strict=True) if not good]
+
     for path in wrong:
         blobs[path].unlink()  # why: a download whose hash is wrong has to be fetched again
         path.unlink()
+
     if wrong:
         names = ", ".join(str(path.relative_to(folder)) for path in wrong[:5])
         raise CheckpointError(
@@ -44,11 +50,13 @@ def check_snapshot(folder: Path, seen: Seen) -> dict[str, list[int]]:
             where=str(folder),
             hint="they were removed from the cache; run the command again to fetch them anew",
         )
+
     return facts
 
 
 def _is_right(blob: Path) -> bool:
     """Return whether a blob's bytes have the hash that is its name; true for names that are no hash."""
+    # LFS files are named by their sha256, regular files by their git blob id.
     if SHA256.fullmatch(blob.name):
         return hash_file(blob) == blob.name
     if GIT_BLOB.fullmatch(blob.name):

@@ -39,6 +39,7 @@ def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
         if name == MANIFEST:
             continue
         files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or hash_file(path)}
+
     write_json(folder / MANIFEST, {"schema": 1, "files": files})
 
 
@@ -55,6 +56,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
             where=str(folder),
             hint="convert the source again",
         )
+
     manifest = read_json_mapping(folder / MANIFEST, code="SV17")
     files = manifest.get("files")
     # Strict to the last key: the manifest is the one file whose hash is written nowhere.
@@ -63,6 +65,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             f"{MANIFEST} is damaged", code="SV17", where=MANIFEST, hint="convert the source again"
         )
+
     return files
 
 
@@ -88,6 +91,7 @@ def check_manifest(folder: Path) -> list[str]:
 def _is_entry(name: str, entry: Any) -> bool:
     parts = Path(name).parts
     inside = bool(parts) and not Path(name).is_absolute() and ".." not in parts
+
     return (
         inside
         and isinstance(entry, dict)

@@ -57,12 +57,15 @@ def planned_tensors(
         geometry: Sizes of an attention layer.
         dtype: torch's name of the model's dtype.
     """
+    # Layers of one method with the same settings start alike, so each such pair is built once.
     rules: dict[tuple[type, str], dict[str, str]] = {}
     tensors = []
+
     for layer, method in enumerate(methods):
         key = (type(method), repr(method.settings))
         if key not in rules:
             rules[key] = _initial_values(type(method)(method.settings, geometry, layer))
+
         tensors += [
             NewTensor(
                 name=sparse_prefix(layer) + name,
@@ -72,6 +75,7 @@ def planned_tensors(
             )
             for name, parameter in method.named_parameters()
         ]
+
     return tensors
 
 
@@ -107,5 +111,6 @@ def _initial_values(method: SparseMethod) -> dict[str, str]:
 
 
 def _describe(value: Tensor) -> str:
-    low, high = value.min().item(), value.max().item()
+    low = value.min().item()
+    high = value.max().item()
     return f"constant {low:g}" if low == high else f"{low:g} to {high:g}"

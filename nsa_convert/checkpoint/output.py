@@ -24,8 +24,10 @@ Progress = Callable[[str, int, int], None]
 def shard_names(checkpoint: Checkpoint, new: Sequence[NewTensor]) -> dict[str, str]:
     """Return source name -> name in OUT; ``model.safetensors`` would hide the index, so it gets a number."""
     shards = checkpoint.weights.shards
+
     if new and SPARSE_SHARD in {shard.name for shard in shards}:
         raise CheckpointError(f"the source already holds {SPARSE_SHARD}", code="CK35", where=SPARSE_SHARD)
+
     if new and [shard.name for shard in shards] == [SINGLE_FILE]:
         return {SINGLE_FILE: "model-00001-of-00001.safetensors"}
     return {shard.name: shard.name for shard in shards}
@@ -37,11 +39,14 @@ def converted_index(
     """Return the index of the converted folder."""
     where = {entry.name: names[shard.name] for shard in weights.shards for entry in shard.header.tensors}
     where |= {tensor.name: SPARSE_SHARD for tensor in new}
+
+    # Sizes are those of the tensors, without headers.
     kept = weights.tensors().values()
     metadata = {
         "total_parameters": sum(t.size for t in kept) + sum(t.size for t in new),
         "total_size": sum(t.nbytes for t in kept) + sum(t.nbytes for t in new),
     }
+
     return {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
 
 

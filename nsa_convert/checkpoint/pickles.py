@@ -28,7 +28,8 @@ from nsa_convert.checkpoint.staging import copy_file, use_umask
 from nsa_convert.errors import CheckpointError
 from nsa_convert.strict_files import read_json_mapping
 
-PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 _CODES = {getattr(torch, name): code for code, name in WEIGHT_DTYPES.items()}
 _PART = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
@@ -50,8 +51,11 @@ def open_pickled(folder: Path, *, allow_extra_tensors: bool = False) -> Checkpoi
         CheckpointError: The folder is damaged, or a pickle holds more than tensors.
     """
     shards = []
+
+    # Each file becomes one shard; its tensors lie one after the other.
     for name, tensors in _parts(folder):
-        entries, at = [], 0
+        entries = []
+        at = 0
         for key, tensor in tensors.items():
             if tensor.dtype not in _CODES:
                 raise CheckpointError(
@@ -61,14 +65,18 @@ def open_pickled(folder: Path, *, allow_extra_tensors: bool = False) -> Checkpoi
                     expected=", ".join(WEIGHT_DTYPES.values()),
                     found=str(tensor.dtype),
                 )
-            end, shape = at + tensor.nbytes, tuple(tensor.shape)
+
+            end = at + tensor.nbytes
+            shape = tuple(tensor.shape)
             code = _CODES[tensor.dtype]
             entries.append(TensorEntry(name=key, dtype=code, shape=shape, start=at, end=end))
             at = end
+
         header = ShardHeader(
             path=folder / name, file_bytes=at, data_start=0, digest="", tensors=tuple(entries), metadata={}
         )
         shards.append(Shard(name=_new_name(name), header=header))
+
     weights = WeightFiles(shards=tuple(shards), index=None, warnings=("the weights were pickled (CK31)",))
     return open_checkpoint(folder, allow_extra_tensors=allow_extra_tensors, weights=weights)
 
@@ -85,14 +93,17 @@ def write_unpickled(folder: Path, target: Path, side_files: tuple[str, ...]) -> 
 
     target.mkdir()  # why: the unpickled model, inside the staging folder of the caller
     weight_map: dict[str, str] = {}
+
     for name, tensors in _parts(folder):
         new = _new_name(name)
         # why: the unpickled model, inside the staging folder of the caller
         save_file(tensors, target / new, metadata={"format": "pt"})
         use_umask(target / new)
         weight_map |= dict.fromkeys(tensors, new)
+
     if set(weight_map.values()) != {SINGLE_FILE}:
         write_json(target / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+
     for name in ("config.json", SOURCE_README, *side_files):
         if (folder / name).exists():
             copy_file(resolve_inside(folder, name), target / name)
@@ -105,6 +116,8 @@ def _new_name(name: str) -> str:
 def _parts(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield file name and tensors of each pickled file; tied weights once, each with memory of its own."""
     names = [PICKLE_FILE]
+
+    # Several files are named by an index; no name may lead out of the folder.
     if (folder / PICKLE_INDEX).exists():
         index = read_json_mapping(resolve_inside(folder, PICKLE_INDEX), limit=INDEX_LIMIT, code="CK20")
         places = index.get("weight_map")
@@ -116,6 +129,7 @@ def _parts(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
                 where=PICKLE_INDEX,
             )
         names = sorted(set(places))
+
     for name in names:
         yield name, _own_memory(_load(resolve_inside(folder, name), name))
 
@@ -133,11 +147,14 @@ def _load(path: Path, name: str) -> Any:
             expected="a pickle of tensors",
             hint="do not load it in another way unless you know where it comes from",
         ) from error
+
+    # Tensors alone: no subclass, no sparse layout, no nested container.
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and type(value) is Tensor and value.layout is torch.strided
         for key, value in loaded.items()
     ):
         raise CheckpointError(f"{name} is no mapping from names to tensors", code="CK32", where=name)
+
     return loaded
 
 

@@ -41,6 +41,8 @@ class Problems:
         """Raise the one problem as it is, several as one error that lists them; return when there is none."""
         if len(self.found) == 1:
             raise self.found[0]
+
+        # The details of the first problem stand for all.
         if self.found:
             first = self.found[0]
             lines = "".join(f"\n  [{problem.code}] {problem.message}" for problem in self.found)

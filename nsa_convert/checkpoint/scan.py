@@ -54,7 +54,7 @@ class ShardScan:
 
 
 class TensorScan:
-    """Follows the values of one tensor through consecutive pieces."""
+    """Check the values of one tensor as its bytes arrive in consecutive pieces."""
 
     def __init__(self, entry: TensorEntry) -> None:
         self.entry = entry
@@ -70,21 +70,28 @@ class TensorScan:
         """Look at the next bytes; ``piece`` and ``scratch`` are uint8, the piece holds whole elements."""
         if self.layout is None:
             return
+
         kind, mask, infinity = self.layout
         whole = piece[: piece.size - piece.size % np.dtype(kind).itemsize]
         values: np.ndarray = whole.view(kind)
         if not values.size:
             return
+
+        # Without the sign the bit patterns of floats sort like their values; NaN lies above infinity.
         magnitude = np.bitwise_and(values, kind(mask), out=scratch[: whole.size].view(kind))
+
         if self.constant:
             self.first_value = int(values[0]) if self.first_value is None else self.first_value
             self.constant = bool((values == self.first_value).all())
+
+        # Where the first bad value lies is kept for the message.
         largest = int(magnitude.max())
         if largest >= infinity:
             bad = np.flatnonzero(magnitude >= infinity)
             self.not_finite += bad.size
             if self.first_bad is None:
                 self.first_bad = self.seen + int(bad[0])
+
         self.largest = max(self.largest, largest)
         self.seen += values.size
 
@@ -92,6 +99,7 @@ class TensorScan:
         """Raise CheckpointError when a NaN or an infinity was seen."""
         if self.first_bad is None:
             return
+
         index = [int(i) for i in np.unravel_index(self.first_bad, self.entry.shape or (1,))]
         raise CheckpointError(
             f"tensor {self.entry.name} in {shard} has {self.not_finite:,} values that are not finite, "
@@ -128,7 +136,8 @@ class ShardReader:
     """Reads one file from front to end, hashing everything and copying it where a sink is given."""
 
     def __init__(self, file: FileIO, sink: BinaryIO | None) -> None:
-        self.file, self.sink = file, sink
+        self.file = file
+        self.sink = sink
         self.digest = hashlib.sha256()
         self.buffer = np.empty(CHUNK_BYTES, np.uint8)
 
@@ -150,18 +159,26 @@ def scan_shard(shard: Shard, source: Path, copy_to: Path | None = None) -> Shard
         CheckpointError: A value is not finite (CK27), or the file changed since its header was read (CK39).
     """
     header = shard.header
-    scratch, warnings = np.empty(CHUNK_BYTES, np.uint8), []
+    scratch = np.empty(CHUNK_BYTES, np.uint8)
+    warnings = []
+
     with source.open("rb", buffering=0) as file, _synced(copy_to) as sink:
         reader = ShardReader(file, sink)
+
+        # The header again: it must be the one that was checked.
         for _ in reader.pieces(header.data_start):
             pass
         same = reader.digest.hexdigest() == header.digest
+
+        # Tensor by tensor, in the order of their bytes.
         for entry in header.tensors if same else ():
             scan = TensorScan(entry)
             for piece in reader.pieces(entry.nbytes):
                 scan.feed(piece, scratch)
             scan.refuse_bad_values(shard.name)
             warnings += scan.warnings()
+
+        # Neither shorter nor longer than it was.
         if not same or file.tell() != header.file_bytes or file.read(1):
             raise CheckpointError(
                 f"{shard.name} changed while it was read",
@@ -169,6 +186,7 @@ def scan_shard(shard: Shard, source: Path, copy_to: Path | None = None) -> Shard
                 where=shard.name,
                 hint="something else writes to the source; run again when it is done",
             )
+
     _compare_with_blob_name(header.path, shard.name, reader.digest.hexdigest())
     return ShardScan(
         name=shard.name, sha256=reader.digest.hexdigest(), bytes=header.file_bytes, warnings=tuple(warnings)
@@ -202,12 +220,15 @@ def hash_tensors(header: ShardHeader) -> dict[str, str]:
 def tensor_digest(path: Path, entry: TensorEntry) -> str:
     """Return the sha256 over dtype, shape and bytes of one tensor of a file."""
     digest = hashlib.sha256(f"{entry.dtype}{list(entry.shape)}".encode())
-    buffer, left = np.empty(CHUNK_BYTES, np.uint8), entry.nbytes
+    buffer = np.empty(CHUNK_BYTES, np.uint8)
+    left = entry.nbytes
+
     with path.open("rb", buffering=0) as file:
         file.seek(entry.start)
         while left and (count := _fill(file, buffer, left)):
             digest.update(buffer.data[:count])
             left -= count
+
     return digest.hexdigest()
 
 
@@ -216,6 +237,7 @@ def run_threads(work: Callable[[Any], Any], items: Sequence[Any], threads: int |
     count = min(len(items), threads or os.cpu_count() or 1)
     if count <= 1:
         return [work(item) for item in items]
+
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:

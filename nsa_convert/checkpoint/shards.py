@@ -95,6 +95,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
             expected="a file name without any folder",
             hint="do not use this checkpoint unless you know where it comes from",
         )
+
     path = folder / name
     try:
         real = path.resolve(strict=True)
@@ -105,6 +106,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
             ) from error
         require_regular_file(path, name)
         raise
+
+    # What the links lead to must be inside.
     if not any(real.is_relative_to(root) for root in _allowed_roots(folder)):
         raise CheckpointError(
             f"{name} is a symlink that leaves the checkpoint directory",
@@ -114,6 +117,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
             found=f"a link to {real}",
             hint="copy the file into the folder if you trust it",
         )
+
     require_regular_file(real, name)
     return real
 
@@ -131,10 +135,13 @@ def find_weight_files(folder: Path, problems: Problems) -> WeightFiles:
     """Read the headers of every weight file of a folder; what is wrong goes to ``problems``."""
     names = {path.name for path in folder.iterdir()}
     warnings = _harmless_oddities(names)
+
+    # A single file wins over an index, as in transformers.
     if SINGLE_FILE in names:
         return WeightFiles(
             shards=_read_shards(folder, [SINGLE_FILE], problems), index=None, warnings=warnings
         )
+
     if INDEX_FILE not in names:
         _refuse_other_layouts(names, folder)
     index: dict[str, Any] = {}
@@ -142,20 +149,24 @@ def find_weight_files(folder: Path, problems: Problems) -> WeightFiles:
         index = read_json_mapping(resolve_inside(folder, INDEX_FILE), limit=INDEX_LIMIT, code="CK20")
     if not index:
         return WeightFiles(shards=(), index=None, warnings=warnings)
+
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         problems.add(
             f"{INDEX_FILE} has no 'weight_map' from tensor names to file names", code="CK20", where=INDEX_FILE
         )
         return WeightFiles(shards=(), index=None, warnings=warnings)
+
     files = sorted(set(weight_map.values()))
     if len({name.casefold() for name in files}) != len(files):
         problems.add(f"{INDEX_FILE} names shards that differ only in case", code="SV14", where=INDEX_FILE)
+
     shards = _read_shards(folder, files, problems)
     if len(shards) == len(files):
         _compare_index(weight_map, shards, problems)
         compare_revisions(folder, files, problems)
         warnings += _metadata_notes(index, shards)
+
     return WeightFiles(shards=shards, index=index, warnings=warnings)
 
 
@@ -164,6 +175,8 @@ def _read_shards(folder: Path, names: list[str], problems: Problems) -> tuple[Sh
     for name in names:
         with problems.collect():
             shards.append(Shard(name=name, header=read_header(resolve_inside(folder, name), name)))
+
+        # Many headers of legal size would still take too much memory together.
         total = sum(shard.header.data_start for shard in shards)
         if total > MAX_HEADER_BYTES:
             problems.add(
@@ -174,15 +187,19 @@ def _read_shards(folder: Path, names: list[str], problems: Problems) -> tuple[Sh
                 found=f"{total:,} bytes",
             )
             break
+
     return tuple(shards)
 
 
 def _compare_index(weight_map: dict[str, str], shards: tuple[Shard, ...], problems: Problems) -> None:
     """The index and the headers must agree tensor by tensor."""
     held: dict[str, list[str]] = {}
+
+    # The shards that hold each tensor.
     for shard in shards:
         for entry in shard.header.tensors:
             held.setdefault(entry.name, []).append(shard.name)
+
     for name, files in held.items():
         if len(files) > 1:
             problems.add(f"tensor {name} is in two shards: {', '.join(files)}", code="CK21", where=name)
@@ -197,6 +214,7 @@ def _compare_index(weight_map: dict[str, str], shards: tuple[Shard, ...], proble
                 found=files[0],
                 hint="shards were swapped or mixed; fetch them again",
             )
+
     for name in weight_map.keys() - held.keys():
         problems.add(
             f"{INDEX_FILE} lists {name}, but {weight_map[name]} does not hold it",
@@ -210,6 +228,7 @@ def _metadata_notes(index: dict[str, Any], shards: tuple[Shard, ...]) -> tuple[s
     metadata = index.get("metadata")
     if not isinstance(metadata, dict):
         return (f"{INDEX_FILE} has no 'metadata'",)
+
     actual = sum(entry.nbytes for shard in shards for entry in shard.header.tensors)
     if metadata.get("total_size") not in (None, actual):
         return (
@@ -240,6 +259,7 @@ def refuse_training_state(names: set[str], folder: Path) -> None:
             where="adapter_config.json",
             hint="merge it first: `PeftModel.from_pretrained(base, adapter).merge_and_unload()`",
         )
+
     state = sorted(name for name in names if _SHARDED_STATE.search(name))
     if state:
         raise CheckpointError(
@@ -263,6 +283,7 @@ def _refuse_other_layouts(names: set[str], folder: Path) -> None:
             where=str(folder),
             hint=f"name the file itself: {folder / example}",
         )
+
     refuse_training_state(names, folder)
     pickles = _pickles(names)
     if pickles:
@@ -274,6 +295,7 @@ def _refuse_other_layouts(names: set[str], folder: Path) -> None:
             hint="--allow-pickle reads it with torch's restricted unpickler; or save it as safetensors: "
             "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)`",
         )
+
     raise CheckpointError(
         f"{folder} has no weights",
         code="CK10",

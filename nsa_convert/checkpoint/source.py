@@ -127,10 +127,14 @@ def _check(
     weights: WeightFiles | None = None,
 ) -> Checkpoint:
     problems = Problems(str(folder))
+
+    # The config first: what follows computes with its numbers.
     dense_config = {**config, "model_type": family.model_type}
     check_source_config(dense_config, family, problems)
     weights = weights or find_weight_files(folder, problems)
     problems.raise_found()
+
+    # The dense tensors: right number of layers, names, shapes and dtypes.
     tensors = {
         name: entry for name, entry in weights.tensors().items() if not (sparse and SPARSE_TENSOR.match(name))
     }
@@ -138,6 +142,7 @@ def _check(
     problems.raise_found()
     _check_tensors(dense_tensor_shapes(dense_config, family), tensors, weights, problems)
     tied = _check_tie(dense_config, tensors, problems)
+
     extra = () if allow_extra_tensors else _extra_tensors(dense_config, family, tensors)
     for name in extra[:20]:
         problems.add(
@@ -146,8 +151,10 @@ def _check(
             where=name,
             hint="--allow-extra-tensors keeps it untouched",
         )
+
     side, left_out, notes = _side_files(folder, {shard.name for shard in weights.shards}, problems)
     problems.raise_found()
+
     return Checkpoint(
         folder=folder,
         config=config,
@@ -182,9 +189,12 @@ def _check_tensors(
     problems: Problems,
 ) -> None:
     missing = [name for name in shapes if name not in tensors]
+
+    # The message names the files that were searched, unless there are many.
     searched = ", ".join(shard.name for shard in weights.shards[:4])
     if len(weights.shards) > 4:
         searched = f"{len(weights.shards)} shards"
+
     for name in missing[:20]:
         problems.add(
             f"tensor {name} is missing (expected shape {list(shapes[name])}, searched {searched})",
@@ -196,6 +206,8 @@ def _check_tensors(
         )
     if len(missing) > 20:
         problems.add(f"{len(missing) - 20} more tensors are missing", code="CK23")
+
+    # Those that are there must fit.
     for name, shape in shapes.items():
         entry = tensors.get(name)
         if entry is not None and entry.shape != shape:
@@ -228,9 +240,11 @@ def _check_tie(
     config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], problems: Problems
 ) -> tuple[str, ...]:
     """Tied embeddings may be stored twice, but then in the same shape."""
-    head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    head = tensors.get("lm_head.weight")
+    table = tensors.get("model.embed_tokens.weight")
     if not config.get("tie_word_embeddings", False) or head is None or table is None:
         return ()
+
     if head.shape != table.shape or head.dtype != table.dtype:
         problems.add(
             "config.json ties lm_head to the embeddings, but both are stored and differ",
@@ -239,6 +253,7 @@ def _check_tie(
             expected=f"{table.dtype} {list(table.shape)}",
             found=f"{head.dtype} {list(head.shape)}",
         )
+
     return ("lm_head.weight is stored although the embeddings are tied; transformers ignores it (CK40)",)
 
 
@@ -254,13 +269,18 @@ def _side_files(
     folder: Path, shards: set[str], problems: Problems
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
     """Return the files to carry along, those left behind, and warnings."""
-    side, left_out, notes = [], [], []
+    side = []
+    left_out = []
+    notes = []
     used = {*shards, "config.json", "model.safetensors.index.json", SOURCE_README}
+
     for name in sorted(path.name for path in folder.iterdir()):
         if not SIDE_FILES.fullmatch(name):
             if name not in used:
                 left_out.append(name)
             continue
+
+        # Damage to the tokenizer is a problem; damage to the generation settings is worth a warning.
         with problems.collect():
             real = resolve_inside(folder, name)
             side.append(name)
@@ -271,8 +291,10 @@ def _side_files(
                     read_json_mapping(real)
                 except CheckpointError as error:
                     notes.append(f"{error.message} (TK06)")
+
     if not any(name.startswith("tokenizer") or name in {"vocab.json", "vocab.txt"} for name in side):
         notes.append("the folder has no tokenizer; the converted model will have none (TK01)")
+
     return tuple(side), tuple(left_out), notes
 
 

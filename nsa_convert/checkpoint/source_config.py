@@ -85,6 +85,7 @@ def read_source_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is not a directory" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}", code="CF24", where=str(folder), hint="check the path")
+
     names = {path.name for path in folder.iterdir()}
     if "config.json" not in names:
         refuse_training_state(names, folder)
@@ -95,6 +96,7 @@ def read_source_config(folder: Path) -> dict[str, Any]:
             where=str(folder),
             hint=f"name the GGUF file itself: {folder / ggufs[0]}" if ggufs else "check the path",
         )
+
     return read_json_mapping(resolve_inside(folder, "config.json"))
 
 
@@ -117,6 +119,7 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return
+
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     raise CheckpointError(
         f"the checkpoint is quantised ({method})",
@@ -132,11 +135,14 @@ def strip_source_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], tupl
     """Return the config without the keys that would fetch or run foreign code, and a warning for each."""
     warnings = []
     kept = dict(config)
+
     for key in FOREIGN_CODE:
         if kept.pop(key, None) is not None:
             warnings.append(f"config.json sets {key!r}; it is dropped (CF15)")
+
     if kept.pop("auto_map", None) is not None:
         warnings.append("config.json names custom code (auto_map); it is neither run nor copied (CF14)")
+
     return kept, tuple(warnings)
 
 
@@ -146,36 +152,48 @@ def dense_tensor_shapes(config: Mapping[str, Any], family: ModelFamily) -> dict[
     ``lm_head.weight`` is left out when the embeddings are tied.
     """
     geometry = geometry_of(config, family)
-    hidden, vocab, inner = config["hidden_size"], config["vocab_size"], config["intermediate_size"]
+    hidden = config["hidden_size"]
+    vocab = config["vocab_size"]
+    inner = config["intermediate_size"]
+
     q_rows = geometry.num_query_heads * geometry.head_dim
     kv_rows = geometry.num_kv_heads * geometry.head_dim
     attention_bias = family.qkv_bias == "attention_bias" and bool(config.get("attention_bias"))
     mlp_bias = family.mlp_bias and bool(config.get("mlp_bias"))
+
+    # One layer: norms, attention, MLP. Weights are stored as [out, in].
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
+
     for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
         layer[f"self_attn.{name}_proj.weight"] = (rows, hidden)
         if attention_bias or family.qkv_bias == "always":
             layer[f"self_attn.{name}_proj.bias"] = (rows,)
+
     layer["self_attn.o_proj.weight"] = (hidden, q_rows)
     if attention_bias:
         layer["self_attn.o_proj.bias"] = (hidden,)
+
     if family.qk_norm:
         layer |= {
             "self_attn.q_norm.weight": (geometry.head_dim,),
             "self_attn.k_norm.weight": (geometry.head_dim,),
         }
+
     for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
         layer[f"mlp.{name}_proj.weight"] = shape
         if mlp_bias:
             layer[f"mlp.{name}_proj.bias"] = (shape[0],)
+
+    # The whole model: every layer, and what lies around them.
     shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     for index in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocab, hidden)
+
     return shapes
 
 
@@ -204,6 +222,8 @@ def _check_counts(config: Mapping[str, Any], problems: Problems) -> None:
                 expected=f"1 to {limit}",
                 found=repr(value),
             )
+
+    # Optional keys may be absent or null; then transformers has a default.
     for key, code in OPTIONAL_COUNTS.items():
         value = config.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= 2**31):
@@ -227,6 +247,7 @@ def _check_numbers(config: Mapping[str, Any], problems: Problems) -> None:
                 expected=f"[{low}, {high})",
                 found=repr(value),
             )
+
     vocab = config.get("vocab_size")
     pad = config.get("pad_token_id")
     if type(vocab) is int and pad is not None and not (type(pad) is int and -1 <= pad < vocab):
@@ -249,6 +270,7 @@ def _check_choices(config: Mapping[str, Any], problems: Problems) -> None:
             expected=", ".join(DTYPES),
             found=repr(dtype),
         )
+
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         problems.add(
@@ -258,6 +280,7 @@ def _check_choices(config: Mapping[str, Any], problems: Problems) -> None:
             expected=", ".join(ACTIVATIONS),
             found=repr(activation),
         )
+
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(config.get(key, False), bool):
             problems.add(

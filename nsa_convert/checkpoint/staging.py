@@ -59,13 +59,16 @@ def machine_error(error: OSError) -> MachineError:
     """Return the error a user should see for a failed system call."""
     where = str(error.filename) if error.filename else None
     reason = os.strerror(error.errno) if error.errno else str(error)
+
     if error.errno in _FULL:
         return MachineError(
             f"writing failed: {reason}", code="SV03", where=where, hint="free space or quota and run again"
         )
+
     if error.errno in _DENIED:
         hint = "choose a place you may write to, or change its permissions"
         return MachineError(f"{reason}: {where or 'a file'}", code="SV15", where=where, hint=hint)
+
     return MachineError(f"{reason}: {where or 'a file'}", code="SV03", where=where)
 
 
@@ -75,8 +78,10 @@ def check_places(source: Path, out: Path) -> None:
     Raises:
         UsageError: The two overlap.
     """
-    here, there = source.resolve(), out.resolve()
+    here = source.resolve()
+    there = out.resolve()
     folder = here if here.is_dir() else here.parent
+
     if there == folder or there in folder.parents or (folder in there.parents and here.is_dir()):
         raise UsageError(
             f"the output {out} and the source {source} overlap",
@@ -98,12 +103,15 @@ def check_free(out: Path, *, overwrite: bool, recognise: str) -> None:
     Raises:
         UsageError: OUT is a file, or a folder with something in it.
     """
+    # What may lie there: nothing, or an empty folder.
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(
             f"{out} exists and is not a folder", code="SV05", where=str(out), hint="choose another OUT"
         )
     if not out.is_dir() or not any(out.iterdir()):
         return
+
+    # A folder with something in it is replaced on demand, and only if it is a checkpoint.
     if not overwrite:
         raise UsageError(
             f"{out} exists and is not empty",
@@ -131,9 +139,13 @@ def staged(out: Path) -> Iterator[Path]:
     """
     parent = out.absolute().parent
     tag = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
-    staging, old = parent / f".nsa-staging-{tag}", parent / f".nsa-replaced-{tag}"
+    staging = parent / f".nsa-staging-{tag}"
+    old = parent / f".nsa-replaced-{tag}"
+
     with machine_errors():
         parent.mkdir(parents=True, exist_ok=True)  # why: the folder in which staging folder, lock and OUT lie
+
+        # One process at a time; what a dead one left is cleared first.
         with _lock(parent / f".nsa-lock-{tag}", out):
             _recover(out, staging, old)
             staging.mkdir()  # why: everything is written here and renamed when it is whole
@@ -157,9 +169,11 @@ def exclusive(out: Path) -> Iterator[None]:
     """
     with machine_errors():
         out.mkdir(parents=True, exist_ok=True)  # why: the lock of a run lies inside its folder
+
     if int(os.environ.get("RANK", "0")):
         yield
         return
+
     with contextlib.ExitStack() as stack:
         with machine_errors():
             stack.enter_context(_lock(out / ".nsa-lock", out))
@@ -215,6 +229,7 @@ def write_whole(path: Path, text: str) -> None:
         MachineError: Disk or permission.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
     with machine_errors():
         # why: the folder of a file that the caller was asked for
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,16 +253,19 @@ def use_umask(path: Path) -> None:
 
 def _publish(staging: Path, out: Path, old: Path) -> None:
     """Flush the small files and the folder, then rename; a replaced folder is removed last, by the caller."""
+    # Hard links are left out: their bytes lie in the source, which is on disk already.
     own = [path for path in staging.rglob("*") if path.is_dir() or path.stat().st_nlink == 1]
     # Together, because the file system writes waiting requests in one go.
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(_sync, own))
     _sync(staging)
+
     taken = out.is_dir() and any(out.iterdir())
     if not (taken and _exchange(staging, out)):
         if taken:
             out.rename(old)  # why: without an exchange in one step OUT is absent for a moment, never half
         staging.rename(out)  # why: the whole folder takes its final name
+
     _sync(out.absolute().parent)
     # why: what --overwrite asked to replace, after its successor is in place
     shutil.rmtree(old, ignore_errors=True)
@@ -300,6 +318,7 @@ def _lock(path: Path, out: Path) -> Iterator[None]:
             if os.fstat(handle).st_ino == path.stat().st_ino:
                 break
         os.close(handle)
+
     try:
         os.ftruncate(handle, 0)  # the lock of a dead process is free, its name stands there still
         os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)

@@ -6,7 +6,8 @@ from nsa_convert.checkpoint.scan import tensor_digest
 from nsa_convert.checkpoint.source import Checkpoint
 from nsa_convert.errors import CheckpointError
 
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TABLE = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def check_tie(checkpoint: Checkpoint) -> None:
@@ -20,12 +21,14 @@ def check_tie(checkpoint: Checkpoint) -> None:
     tensors = checkpoint.weights.tensors()
     if not checkpoint.config.get("tie_word_embeddings", False) or not {TABLE, HEAD} <= tensors.keys():
         return
+
     digests = {
         entry.name: tensor_digest(shard.header.path, entry)
         for shard in checkpoint.weights.shards
         for entry in shard.header.tensors
         if entry.name in (TABLE, HEAD)
     }
+
     if digests[TABLE] != digests[HEAD]:
         raise CheckpointError(
             f"config.json ties {HEAD} to {TABLE}, but both are stored and hold other values",

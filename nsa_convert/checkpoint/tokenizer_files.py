@@ -10,8 +10,9 @@ from nsa_convert.errors import CheckpointError
 from nsa_convert.strict_files import read_json_mapping
 
 TOKENIZER_FILE = "tokenizer.json"
-FILE_LIMIT, VALUES_LIMIT = 200_000_000, 10_000_000
-"""Bytes and values; the largest vocabularies in use have a sixth of that."""
+FILE_LIMIT = 200_000_000  # bytes
+VALUES_LIMIT = 10_000_000
+"""The largest vocabularies in use have a sixth of these."""
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -22,6 +23,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     """
     if TOKENIZER_FILE not in checkpoint.side_files:
         return
+
     path = resolve_inside(checkpoint.folder, TOKENIZER_FILE)
     try:
         content = read_json_mapping(path, limit=FILE_LIMIT, values=VALUES_LIMIT, code="TK01")
@@ -33,6 +35,7 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
             where=TOKENIZER_FILE,
             hint="fetch it again",
         ) from error
+
     rows = checkpoint.config["vocab_size"]
     if largest >= rows:
         raise CheckpointError(
@@ -46,9 +49,11 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def _largest_id(content: dict[str, Any]) -> int:
+    # A BPE vocabulary maps tokens to ids; a unigram one is a list whose positions are the ids.
     vocabulary = content["model"].get("vocab") or {}
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
     ids += [token["id"] for token in content.get("added_tokens") or []]
+
     wrong = [number for number in ids if type(number) is not int]
     if wrong:
         raise TypeError(f"token id {wrong[0]!r}")

@@ -49,17 +49,21 @@ def seal_trained(
     """
     import yaml
 
+    # A source that was trained before brings its stages, a converted one the dense model it was made from.
     before = _report_of(source)
     stages = [*before.get("stages", []), *stages]
     kind = "safetensors" if source else "fresh"
     named = {"id": source_id, "revision": revision, "format": kind}
     base = before.get("source") or _origin(source) or {**named, "files": _hashes(source)}
+
     tokens = sum(stage["tokens"] for stage in stages)
     report = {"schema": 1, "tokens": tokens, "stages": stages, "source": base}
     write_json(folder / TRAINING, report)
+
     text = yaml.safe_dump(_public(dict(recipe)), sort_keys=False)
     # why: the recipe of a trained folder, inside the staging folder of the caller
     (folder / RECIPE).write_text(f"# nsa-convert train {RECIPE}\n{text}", encoding="utf-8")
+
     if source is not None:
         _carry_over(source, folder)
     # save_pretrained has just hashed the weights; what else it listed may have been written again since.
@@ -77,9 +81,11 @@ def seal_saved(model: PreTrainedModel, folder: Path) -> None:
         model: The model that was saved.
         folder: Where.
     """
+    # A local folder is named without its place; anything else is a Hub id, or a model made in memory.
     name = getattr(model.config, "_name_or_path", "") or ""
     source = Path(name) if name and (Path(name) / "config.json").is_file() else None
     place = Path(name).resolve().name if source else name or "a fresh model"
+
     named: dict[str, Any] = {"id": place, "files": {}}
     origin = {**named, "revision": getattr(model.config, "_commit_hash", None)}
     origin["format"] = "safetensors" if name else "fresh"
@@ -87,6 +93,7 @@ def seal_saved(model: PreTrainedModel, folder: Path) -> None:
     before = _report_of(source)
     base = before.get("source") or _origin(source) or origin
     report = {"schema": 1, "tokens": None, "stages": before.get("stages", []), "source": base}
+
     write_json(folder / TRAINING, report)
     if source is not None and source.resolve() != folder.resolve():
         _carry_over(source, folder)
@@ -118,6 +125,7 @@ def _hashes(source: Path | None) -> dict[str, dict[str, str]]:
     """Return name -> ``{"sha256"}`` of the weights of the source, from its manifest where it has one."""
     if source is None:
         return {}
+
     known = _noted(source)
     return {
         path.name: {"sha256": known.get(path.name) or hash_file(path)}
@@ -135,11 +143,13 @@ def _public(values: dict[str, Any]) -> dict[str, Any]:
     values["model"] = name(values.get("model"))
     for stage in values.get("stages", []):
         stage["data"] = [{**row, "path": name(row.get("path"))} for row in stage.get("data", [])]
+
     return {"out": "OUT", **values}
 
 
 def _carry_over(source: Path, folder: Path) -> None:
     """Copy the card of the dense model and its licence files."""
+    # A converted source keeps the dense model's card aside: its own card speaks of the conversion.
     kept = source / SOURCE_FOLDER / CARD
     card = kept if kept.is_file() else source / CARD
     if card.is_file():
@@ -147,6 +157,7 @@ def _carry_over(source: Path, folder: Path) -> None:
         (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
         (folder / SOURCE_FOLDER / CARD).unlink(missing_ok=True)
         copy_file(card, folder / SOURCE_FOLDER / CARD)
+
     for pattern in LICENCES:
         for path in source.glob(pattern):
             if path.is_file() and not (folder / path.name).exists():
