@@ -40,17 +40,22 @@ def read_facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     Raises:
         CheckpointError: A report is damaged.
     """
+    # A folder that was only converted.
     if not (folder / TRAINING).is_file():
         return read_json_mapping(folder / REPORT, limit=REPORT_LIMIT, code="SV17"), None
+
     training = read_json_mapping(folder / TRAINING, limit=REPORT_LIMIT, code="SV17")
     if (folder / REPORT).is_file():
         return read_json_mapping(folder / REPORT, limit=REPORT_LIMIT, code="SV17"), training
+
+    # A trained folder has no conversion report: the same facts from its config and its headers.
     checkpoint = open_converted(folder)
     plan = SparseAttentionConfig.from_dict(checkpoint.config["sparse_attention"])
     methods = resolve_plan(plan, checkpoint.num_layers, checkpoint.geometry)
     tensors = checkpoint.weights.tensors()
     new = {name for name in tensors if SPARSE_TENSOR.match(name)}
     width = 2 if checkpoint.weights.dtype() in ("BF16", "F16") else 4
+
     facts = {
         "versions": {"nsa_convert": __version__},
         "source": training["source"],
@@ -65,6 +70,7 @@ def read_facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
             dataclasses.asdict(c) for c in context_costs(methods, checkpoint.geometry, width, CONTEXTS)
         ],
     }
+
     return facts, training
 
 
@@ -76,6 +82,8 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """
     base = folder / EVALUATION_FOLDER
     reports = []
+
+    # One report in the folder itself, and one in each sub-folder, such as `quick` and `long`.
     for path in [base / "report.json", *sorted(base.glob("*/report.json"))]:
         if path.is_file():
             report = read_json_mapping(path, limit=64_000_000)
@@ -87,6 +95,7 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
                     hint=f"nsa-convert eval {folder} --out {base}",
                 )
             reports.append({**report, "folder": path.parent})
+
     return reports
 
 
@@ -104,12 +113,14 @@ def check_card(text: str) -> list[str]:
         data = ModelCard(text).data
     except Exception as error:  # why: whatever yaml or huggingface_hub say about a header is the reason shown
         return [f"the header cannot be read: {str(error).splitlines()[0]}"]
+
     problems = [f"the header has no {key}" for key in ("license", "library_name") if not data.get(key)]
     base = data.get("base_model")
     if base is not None and not (isinstance(base, str) and HUB_ID.fullmatch(base)):
         problems.append(f"base_model {base!r} is no Hub id")
     if data.get("license") == "other" and not data.get("license_name"):
         problems.append("license: other needs license_name and license_link")
+
     return problems
 
 
@@ -123,6 +134,8 @@ def licence_of(folder: Path, given: str | None) -> dict[str, str]:
     """Return the licence keys of the header: those given, else those of the source's card."""
     if given is not None:
         return {"license": given}
+
+    # The header of the source's card lies between two lines of dashes.
     readme = folder / SOURCE_FOLDER / CARD
     if readme.is_file():
         match = re.match(
@@ -131,6 +144,7 @@ def licence_of(folder: Path, given: str | None) -> dict[str, str]:
         values = parse_yaml(match[1], "the source's card") if match else None
         if isinstance(values, dict) and isinstance(values.get("license"), str):
             return {key: str(values[key]) for key in LICENCE_KEYS if values.get(key)}
+
     raise ConfigError(
         "the licence of the source is not known",
         code="HB16",

@@ -84,6 +84,7 @@ def write_card(
     """
     folder = Path(folder)
     text, results, reports, warnings = _render(folder, license, base_model, name)
+
     path = folder / CARD if out is None else Path(out)
     write_whole(path, text)
     if out is None and results:
@@ -97,22 +98,30 @@ def _render(
     """Return the text, the results for the Hub, the evaluations and warnings."""
     read_manifest(folder)
     facts, training = read_facts(folder)
+
     known = (folder / RECIPE).is_file()
     recipe = (folder / RECIPE).read_text(encoding="utf-8").rstrip() if known else ""
+
+    # Only evaluations of the very files in the folder are shown.
     evaluations = read_evaluations(folder)
     reports = [report for report in evaluations if is_current(report, folder)]
     warnings = [] if reports else ["no evaluation of this model: the card shows no results"]
     if len(reports) < len(evaluations):
         warnings.append(f"{len(evaluations) - len(reports)} evaluations of other files were left out")
+
     name = name or folder.resolve().name
     base = base_model or hub_source(facts)
     if base is None:
         warnings.append("the base model is not a Hub id; --base-model ORG/NAME names it")
+
     header = {**licence_of(folder, license), **({"base_model": base} if base else {})}
     results = [row for report in reports for row in _results(report)]
+
+    # Checked before anything is written.
     text = _fill(folder, facts, training, recipe, reports, header, name, results)
     if problems := check_card(text):
         raise ConfigError("; ".join(problems), code="HB15", where=CARD)
+
     return text, results, reports, warnings
 
 
@@ -139,6 +148,7 @@ def _fill(
         tags=["sparse-attention", "nsa-convert", "custom_code", *(m for m in methods if m != "full")],
         eval_results=results or None,
     )
+
     values = {
         "name": name,
         "title": f"A {facts['family']} model",
@@ -161,6 +171,7 @@ def _fill(
         "limits": _limits(facts, training, reports),
         "recipe": recipe,
     }
+
     try:
         card = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     except ImportError as error:
@@ -171,6 +182,7 @@ def _fill(
 def _training_text(training: Mapping[str, Any] | None) -> str:
     if not training:
         return ""
+
     stages = [f"{stage['name']} ({stage['tokens']:,} tokens)" for stage in training.get("stages", [])]
     total = "an unknown number of tokens" if training["tokens"] is None else f"{training['tokens']:,} tokens"
     return total + (f": {', '.join(stages)}" if stages else "")
@@ -197,9 +209,12 @@ def megabytes(count: float) -> str:
 
 
 def _report_values(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    machine, place = report["environment"], report["folder"]
+    machine = report["environment"]
+    place = report["folder"]
+
     inside = place.relative_to(folder).as_posix()
     plots = [{"path": f"{inside}/{n}", "alt": alt} for n, alt in PLOTS.items() if (place / n).is_file()]
+
     return {
         "command": report["command"],
         "machine": f"{processor(machine)}, torch {machine['torch']}, "
@@ -238,11 +253,15 @@ def _score(cell: Mapping[str, Any] | None) -> str:
 
 def _speed_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
+
+    # One line for each length, with the columns of both kinds of attention.
     for row in report.get("speed", []):
-        mode, line = row["attention"], rows.setdefault(row["length"], {"length": row["length"]})
+        mode = row["attention"]
+        line = rows.setdefault(row["length"], {"length": row["length"]})
         line[f"prefill_{mode}"] = f"{row['prefill_s']:.3g} s"
         line[f"decode_{mode}"] = f"{row['decode_ms']:.3g} ms"
         line[f"cache_{mode}"] = megabytes(row["cache_bytes"])
+
     return [rows[length] for length in sorted(rows)]
 
 
@@ -252,6 +271,8 @@ def _results(report: Mapping[str, Any]) -> list[Any]:
 
     common: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text generation"}
     out = []
+
+    # Texts: three figures each, measured beyond the visible budget.
     for text in report.get("texts", []):
         place: dict[str, Any] = {"dataset_type": f"nsa-convert-text-{text['name']}"}
         place |= {"dataset_name": text["source"], "dataset_revision": text["sha256"]}
@@ -264,6 +285,8 @@ def _results(report: Mapping[str, Any]) -> list[Any]:
             out.append(
                 EvalResult(**common, **place, metric_type=metric, metric_name=title, metric_value=value)
             )
+
+    # Tasks: one score for each length.
     for row in task_rows(report):
         if row["sparse"]:
             # The config tells results apart: the Hub lists those of one type and config as one result.
@@ -277,6 +300,7 @@ def _results(report: Mapping[str, Any]) -> list[Any]:
             out.append(
                 EvalResult(**common, **place, metric_type="accuracy", metric_name=title, metric_value=value)
             )
+
     return out
 
 
@@ -296,6 +320,7 @@ def _write_eval_results(folder: Path, results: list[Any]) -> None:
         )
         for row in results
     ]
+
     path = folder / EVAL_RESULTS
     write_whole(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
@@ -304,19 +329,26 @@ def _limits(
     facts: Mapping[str, Any], training: Mapping[str, Any] | None, reports: list[dict[str, Any]]
 ) -> list[str]:
     lines = []
+
     if facts["dense_until"] and not training:
         lines.append(
             f"It was not trained after conversion: beyond {facts['dense_until']} tokens it approximates the "
             "dense model, on other texts perhaps worse than on those measured here."
         )
+
     if facts["source"]["format"] == "gguf":
         lines.append("The source is a quantised GGUF file, so it is less exact than the original weights.")
+
     if not any(report.get("speed") for report in reports):
         lines.append("Speed was not measured. Sparse attention saves time on long contexts only.")
+
+    # A score on few cases says little.
     small = [r["sparse"]["n"] for report in reports for r in task_rows(report) if r["sparse"]]
     if small and min(small) < 30:
         cases = "a single case" if min(small) == 1 else f"{min(small)} cases"
         lines.append(f"Some retrieval scores rest on {cases} only; mind their 95 % intervals.")
+
+    # What holds for every evaluation and every model; the same warning is shown once.
     lines += [line for report in reports for line in report.get("warnings", [])]
     lines.append("Continuous batching and custom 4-D attention masks are refused with an error.")
     lines.append("It inherits the knowledge, the biases and the licence of the dense model.")
