@@ -59,9 +59,11 @@ def methods(as_json: bool) -> None:
     for method in METHODS.values():
         defaults = {field.name: field.default for field in dataclasses.fields(method.Settings)}
         rows.append({**dataclasses.asdict(method.spec), "defaults": defaults})
+
     if as_json:
         print_json({"ok": True, "methods": rows})
         return
+
     for row in rows:
         paper = f" ({row['paper']})" if row["paper"] else ""
         click.echo(f"{row['name']:6} {row['title']}{paper}: {row['summary']}")
@@ -161,6 +163,7 @@ def convert(
 
     plan = read_plan(method, config, pairs, layers, profile, density)
     source = resolve_model(model, revision=revision, tell=tell)
+
     with shard_progress() as progress:
         report = convert_checkpoint(
             source.path,
@@ -171,6 +174,7 @@ def convert(
             progress=progress,
             **options,
         )
+
     show(report, as_json)
     if report.out is not None:
         hint(f"untrained, it differs from the dense model beyond its budget; next: nsa-convert verify {out}")
@@ -190,8 +194,10 @@ def verify(out: Path, against: str | None, trust_remote_code: bool, as_json: boo
 
     source = None if against is None else resolve_model(against, tell=tell).path
     report = verify_checkpoint(out, source, trust_remote_code=trust_remote_code, progress=tell)
+
     if report.ok or not as_json:
         show(report, as_json)
+
     report.raise_failed()
 
 
@@ -242,12 +248,16 @@ def bench(
 
     settings, plan = read_method(method, pairs, BENCH_SETTINGS)
     raise_problems(unknown_keys(settings, BENCH_SETTINGS, "--set"))
+
     if lengths is not None:
         settings["lengths"] = parse_lengths(lengths, "--lengths")
+
     rule = None if plan is None else plan.default
     report = run_bench(geometry, device=device, check=check, rule=rule, **settings)
+
     if csv_file is not None:
         report.write_csv(csv_file)
+
     if as_json:
         print_json({"ok": True, **report.to_dict()})
     else:
@@ -289,15 +299,20 @@ def generate(
     if pairs and method is None:
         raise UsageError("--set belongs to --method", code="CL02")
     _, plan = read_method(method, pairs, ())
+
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give either --prompt or --prompt-file", code="CL02")
     text = prompt if prompt_file is None else read_text(prompt_file)
     assert text is not None
+
     folder = dense_folder(resolve_model(model, tell=tell), tell)
     tokenizer = load_tokenizer(folder)
     stream = None if as_json else lambda piece: click.echo(piece, nl=False)
+
+    # A plan that does not fit is refused before the model, which may be large, is loaded.
     if plan is not None:
         read_facts(folder, plan)
+
     result = generate_text(
         load_model(folder, plan=plan),
         tokenizer,
@@ -306,6 +321,7 @@ def generate(
         stream=stream,
         chat=chat,
     )
+
     if as_json:
         print_json({"ok": True, **dataclasses.asdict(result)})
     else:

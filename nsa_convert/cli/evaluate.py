@@ -62,17 +62,22 @@ def evaluate(
 
     settings, plan = read_method(method, pairs, suite_settings(suite))
     rows = _named_plans(suite, method, against, plans)
+
     folder = dense_folder(resolve_model(model, tell=tell), tell)
     other = None if against is None else dense_folder(resolve_model(against, tell=tell), tell)
     own: dict[str, Any] = {"plans": rows} if suite == "compare" else {"against": other, "plan": plan}
+
     report = _run(suite, folder, out, {**own, **settings})
+
     if as_json:
         print_json(report.to_dict())
         return
+
     show_tables(report.tables())
     for line in report.warnings:
         click.echo(f"Warning: {line}", err=True)
     click.echo(report.headline())
+
     if out is not None:
         click.echo(f"written: {out / 'report.html'}")
     elif suite in ("long", "full", "compare"):
@@ -85,15 +90,18 @@ def _run(suite: str, folder: Path, out: Path | None, options: dict[str, Any]) ->
         from nsa_convert.evaluation.suites.quick import run_quick
 
         return run_quick(folder, out_dir=out, progress=tell, **options)
+
     if suite == "tasks":
         from nsa_convert.evaluation.suites.lm_eval_tasks import run_tasks
 
         return run_tasks(folder, out_dir=out, say=tell, **options)
+
     with cell_progress() as progress:
         if suite == "compare":
             from nsa_convert.evaluation.suites.compare import run_compare
 
             return run_compare(folder, out_dir=out, say=tell, progress=progress, **options)
+
         from nsa_convert.evaluation.suites.long import run_long
 
         return run_long(folder, suite=suite, out_dir=out, say=tell, progress=progress, **options)
@@ -111,12 +119,14 @@ def _named_plans(suite: str, method: str | None, against: str | None, plans: tup
         raise UsageError(
             "--plan belongs to --suite compare", code="CL02", hint="a single plan: convert --config"
         )
+
     if suite == "compare" and (method is not None or against is not None):
         raise UsageError(
             "--suite compare measures several methods against MODEL itself; leave out --method and --against",
             code="CL02",
             hint="--set methods=nsa,ssa chooses the methods",
         )
+
     return [read_named_plan(plan) for plan in plans]
 
 
@@ -128,6 +138,7 @@ def suite_settings(suite: str) -> set[str]:
     from nsa_convert.evaluation.suites.quick_settings import QuickSettings
 
     kinds: dict[str, type] = {"quick": QuickSettings, "tasks": TaskSettings, "compare": CompareSettings}
+
     own = {"tasks": set(), "compare": {"text_file"}}.get(suite, {"text_file", "length"})
     return own | {field.name for field in dataclasses.fields(kinds.get(suite, LongSettings))}
 

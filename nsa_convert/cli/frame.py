@@ -23,7 +23,8 @@ from nsa_convert.redaction import redact
 SCHEMA = 1
 """Version of the JSON that --json prints."""
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
+TERMINATED = 143
 
 
 class Commands(click.Group):
@@ -63,6 +64,7 @@ class Commands(click.Group):
                 if "--debug" in words:
                     raise
                 status = _print_error(_known_error(error), as_json="--json" in words)
+
         sys.exit(status)
 
 
@@ -70,9 +72,11 @@ def _prepare_process() -> None:
     """Keep libraries quiet and text printable; only a terminal sees progress bars."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -100,12 +104,16 @@ def _known_error(error: Exception) -> NsaConvertError:
     """Return the error as one of ours."""
     if isinstance(error, NsaConvertError):
         return error
+
+    # Bad options and arguments.
     if isinstance(error, click.UsageError):
         command = f"`{error.ctx.command_path} --help`" if error.ctx else "`nsa-convert --help`"
         code = "CL03" if isinstance(error, click.BadParameter) else "CL02"
         return UsageError(error.format_message(), code=code, hint=f"see {command}")
     if isinstance(error, click.ClickException):
         return UsageError(error.format_message(), code="CL02")
+
+    # Too little memory: some libraries say so in the message alone.
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -115,14 +123,19 @@ def _known_error(error: Exception) -> NsaConvertError:
         return MachineError(
             "not enough memory", code="SV07", hint="close other programs or use a bigger machine"
         )
+
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.split(".")[0]
         return MachineError(f"the package {module} is missing", code="CL11", hint=missing_hint(module))
+
     if isinstance(error, OSError) and error.errno:
         from nsa_convert.checkpoint.staging import machine_error
 
         return machine_error(error)
-    text, where = str(error).strip().splitlines(), _traceback_file(error)
+
+    # Anything else is a fault of this program.
+    text = str(error).strip().splitlines()
+    where = _traceback_file(error)
     return NsaConvertError(
         f"{type(error).__name__}: {text[0] if text else 'no message'}",
         where=where,
@@ -148,16 +161,19 @@ def _print_error(error: NsaConvertError, *, as_json: bool) -> int:
 
     known = ERROR_CODES.get(error.code)
     error.hint = error.hint or (known.remedy if known else None)
+
     if as_json:
         values = {key: getattr(error, key) for key in ("message", "where", "expected", "found", "hint")}
         values["problems"] = [{"code": p.code, "message": p.message} for p in error.problems]
         print_json({"ok": False, "code": error.code, "exit": error.exit_status, **values})
         return error.exit_status
+
     lines = [f"Error [{error.code}]: {error.message}"]
     if error.expected and error.found:
         lines.append(f"  expected {error.expected}, found {error.found}")
     if error.hint:
         lines.append(f"Hint: {error.hint}")
+
     click.echo(redact("\n".join(lines)), err=True)
     return error.exit_status
 
@@ -171,6 +187,7 @@ def show(report: Any, as_json: bool) -> None:
     """Print a report to stdout and its warnings to stderr."""
     for line in getattr(report, "warnings", ()):
         click.echo(f"Warning: {line}", err=True)
+
     if as_json:
         print_json({"ok": True, **report.to_dict()})
     else:

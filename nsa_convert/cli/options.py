@@ -17,8 +17,9 @@ def parse_lengths(text: str, option: str) -> tuple[int, ...]:
     """Read ``8192,32768``."""
     try:
         lengths = tuple(int(part) for part in text.split(","))
-    except ValueError:  # why: what is no number is refused two lines further down
+    except ValueError:  # why: what is no number is refused below
         lengths = ()
+
     if not lengths or min(lengths) < 1:
         raise UsageError(
             f"{option} takes whole numbers such as 8192,32768, got '{text}'", code="CL03", found=text
@@ -35,6 +36,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
             raise UsageError(
                 f"--layers takes numbers and ranges such as 0-3,7, got '{text}'", code="CL03", found=text
             )
+
         layers += range(int(first), int(last or first) + 1)
     return tuple(layers)
 
@@ -64,13 +66,16 @@ def read_method(
         The settings of the command and the plan, None without a method.
     """
     settings = parse_settings(pairs)
+
     if method is None:
         return settings, None
+
     from nsa_convert.methods.parts.registry import read_rule
 
     own = {key: value for key, value in settings.items() if key not in known}
     plan = SparseAttentionConfig(default=LayerRule(method=method, settings=own))
     read_rule(plan.default, "--method")
+
     return {key: value for key, value in settings.items() if key in known}, plan
 
 
@@ -84,18 +89,23 @@ def read_plan(
 ) -> SparseAttentionConfig:
     """Return the plan that the options of ``convert`` describe."""
     settings = parse_settings(pairs)
+
     if profile is not None or density is not None:
         if layers is not None or config is not None:
             raise UsageError("a --profile decides the layers; leave out --layers and --config", code="CL02")
         return _with_settings(_profile_plan(profile, density, method), settings)
+
     if config is not None:
         if method is not None or layers is not None:
             raise UsageError("--config holds the whole plan; leave out --method and --layers", code="CL02")
         return _with_settings(read_plan_file(Path(config)), settings)
+
     if method is None:
         raise UsageError(
             "name a --method, or a --config file", code="CL02", hint="`nsa-convert methods` lists them"
         )
+
+    # Without --layers all layers use the method, else all others stay dense.
     rule = LayerRule(
         method=method, settings=settings, layers=None if layers is None else parse_layers(layers)
     )
@@ -135,6 +145,8 @@ def read_named_plan(text: str) -> Any:
     name, equals, given = text.partition("=")
     if not equals or not name.strip() or not given:
         raise UsageError(f"--plan takes NAME=FILE, got '{text}'", code="CL03", found=text)
+
+    # The share of NAME=PROFILE.safetensors@SHARE; in other file names an @ has no meaning.
     file, at, share = given.partition("@")
     path = Path(file)
     if path.suffix == ".safetensors":
@@ -142,6 +154,7 @@ def read_named_plan(text: str) -> Any:
     else:
         path = Path(given)
         plan = read_plan_file(path)
+
     return NamedPlan(
         name=name.strip(), source=path.name + (f"@{share}" if path == Path(file) and at else ""), plan=plan
     )
@@ -163,8 +176,12 @@ def _profile_plan(profile: str | None, density: float | None, method: str | None
     from nsa_convert.heads.profile import HeadProfile, plan_from_profile
 
     read = HeadProfile.load(profile)
+
+    # Classes of heads: those that retrieve, and the others.
     if read.error is None:
         return plan_of_classes(read, density, None if method is None else {"method": method})
+
+    # Budgets, which were measured with one method.
     if method is not None:
         raise UsageError("this --profile was measured with its method; leave out --method", code="CL02")
     if density is None:

@@ -22,19 +22,23 @@ def write_profile(model: str, method: str | None, out: Path, pairs: tuple[str, .
 
     settings = parse_settings(pairs)
     kind = settings.pop("kind", KINDS[0])
+
     if kind not in KINDS:
         raise UsageError(f"there is no kind '{kind}'{suggest(kind, KINDS)}", code="CL03", found=str(kind))
     if method is not None and kind != KINDS[0]:
         raise UsageError(f"--method belongs to kind=budgets, not to kind={kind}", code="CL02")
     if out.exists():
         raise UsageError(f"{out} exists; choose another file or remove it", code="CL03", where=str(out))
+
     folder = dense_folder(resolve_model(model, tell=tell), tell)
     profile = _make(folder, kind, method or "ssa", settings)
     profile.save(out)
+
     if profile.budgets is not None:
         _show_budgets(profile, out, as_json)
         hint(f"next: nsa-convert convert {model} OUT --profile {out} --density 0.5")
         return
+
     _show_scores(profile, out, as_json)
     share = "" if "threshold" in profile.meta else " --density 0.5"
     hint(f"next: nsa-convert convert {model} OUT --profile {out}{share}")
@@ -46,15 +50,19 @@ def _make(folder: Path, kind: str, method: str, settings: dict[str, Any]) -> Any
 
         options = {name: settings.pop(name) for name in ("length", "dtype") if name in settings}
         return profile_checkpoint(folder, method, settings, say=tell, **options)
+
     if kind == "import":
         return _imported(folder, settings)
+
     from nsa_convert.evaluation.models import load_model
 
     dtype = settings.pop("dtype", "float32")
+
     if kind == "razor":
         from nsa_convert.evaluation.heads.retrieval import razor_probe
 
         return razor_probe(load_model(folder, dtype), **_checked(settings, {"period": int, "seed": int}))
+
     if kind == "distance":
         from nsa_convert.evaluation.heads.retrieval import distance_probe
 
@@ -62,13 +70,17 @@ def _make(folder: Path, kind: str, method: str, settings: dict[str, Any]) -> Any
         return distance_probe(
             load_model(folder, dtype), _prose(folder, chosen["tokens"]), length=chosen["length"]
         )
+
     from nsa_convert.loading import load_tokenizer
     from nsa_convert.training.duo_gates import GateSettings, passkey_cases, train_gates
 
-    gates, tokenizer = strict_dataclass(GateSettings, settings, "--set"), load_tokenizer(folder)
+    gates = strict_dataclass(GateSettings, settings, "--set")
+    tokenizer = load_tokenizer(folder)
+
     cases = passkey_cases(
         _prose(folder, gates.max_length), lambda text: tokenizer.encode(text, add_special_tokens=False), gates
     )
+
     return train_gates(load_model(folder, dtype), cases, gates, tell)
 
 
@@ -77,8 +89,10 @@ def _imported(folder: Path, settings: dict[str, Any]) -> Any:
     from nsa_convert.heads.classes import import_profile
 
     chosen = _checked(settings, {"file": str})
+
     if "file" not in chosen:
         raise UsageError("kind=import needs --set file=FILE", code="CL02")
+
     checkpoint = open_checkpoint(folder, allow_extra_tensors=True)
     return import_profile(chosen["file"], checkpoint.num_layers, checkpoint.geometry.num_kv_heads)
 
@@ -94,34 +108,43 @@ def _prose(folder: Path, tokens: int) -> list[int]:
 def _checked(settings: dict[str, Any], kinds: dict[str, type]) -> dict[str, Any]:
     """Return settings of known names and types."""
     problems = unknown_keys(settings, kinds, "--set")
+
     for name, value in settings.items():
         if name in kinds and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
             problems.append(f"--set {name} must be {kinds[name].__name__}, got {value!r}")
+
     raise_problems(problems, code="CF13" if settings.keys() - kinds.keys() else "CF22")
     return settings
 
 
 def _show_budgets(profile: Any, out: Path, as_json: bool) -> None:
-    mass, budgets = profile.captured.mean((0, 1)).tolist(), profile.budgets.tolist()
+    mass = profile.captured.mean((0, 1)).tolist()  # for each budget
+    budgets = profile.budgets.tolist()
+
     if as_json:
         rows = {"budgets": budgets, "captured": mass, "scores": profile.scores.tolist()}
         print_json({"ok": True, "out": str(out), **rows})
         return
+
     for budget, kept in zip(budgets, mass, strict=True):
         click.echo(f"{budget:>7,} keys: {kept:.1%} of the attention mass, mean over heads")
 
 
 def _show_scores(profile: Any, out: Path, as_json: bool) -> None:
     threshold = profile.meta.get("threshold")
+
     if as_json:
         print_json({"ok": True, "out": str(out), "scores": profile.scores.tolist(), "threshold": threshold})
         return
+
     scores = profile.scores
     if threshold is not None:
         kept = int((scores >= threshold).sum())
         click.echo(
             f"{kept} of {scores.numel()} key/value heads keep everything (score of {threshold:g} or more)"
         )
+
+    # The heads with the highest scores.
     best = scores.flatten().topk(min(5, scores.numel())).indices.tolist()
     for index in best:
         layer, head = divmod(index, scores.shape[1])

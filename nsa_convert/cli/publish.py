@@ -59,11 +59,13 @@ def push(
     from nsa_convert.verification import verify_checkpoint
 
     plan = plan_push(model, repo, private=private, allow_unevaluated=allow_unevaluated)
+
     if dry_run:
         show(plan, as_json)
         return
     if not as_json:
         click.echo(plan.to_text(), err=True)
+
     checks = verify_checkpoint(model, progress=tell)
     if not checks.ok:
         failed = next(check for check in checks.checks if check.ok is False)
@@ -73,6 +75,8 @@ def push(
                 message, code="HB20", where=str(model), hint="convert again, or push with --allow-unverified"
             )
         click.echo(f"Warning: {message}", err=True)
+
     report = push_plan(plan, tell=tell)
     show(report, as_json)
+
     hint(f'AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)')

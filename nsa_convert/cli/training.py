@@ -52,23 +52,28 @@ def train(
     path = find_recipe(recipe)
     read = read_recipe(path, parse_settings(pairs))
     folder = model_folder(read.model, read.revision, path.parent)
+
     if dry_run:
         start = read_start(read, folder)
         plan = plan_recipe(read, start, path.parent, parallel=planned(read))
         show(measure_plan(read, start, path.parent, plan) if read.measure else plan, as_json)
         return
+
+    # Of the processes of a distributed run the first one speaks.
     is_main = int(os.environ.get("RANK", "0")) == 0
     allow = Allow(
         partial_resume=allow_partial_resume,
         data_change=allow_data_change,
         eager_fallback=allow_eager_fallback,
     )
+
     say = tell if is_main else lambda line: None
     try:
         report = train_recipe(read, folder, base=path.parent, resume=resume, say=say, allow=allow)
     except Interrupted as error:
         hint(f"the state is saved; go on with{_resume_line(recipe, pairs)}")
         raise SystemExit(128 + error.number) from None
+
     if is_main:
         show(report, as_json)
         hint(f"next: nsa-convert eval {report.model}")
@@ -78,6 +83,7 @@ def _resume_line(recipe: str, pairs: Sequence[str]) -> str:
     """Return the command that goes on: without the same --set it would be another run."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # who started the processes, and how, is not known here
         return " the same command, and --resume"
+
     words = [word for pair in pairs for word in ("--set", pair)]
     return f": {shlex.join(['nsa-convert', 'train', recipe, *words, '--resume'])}"
 
@@ -88,6 +94,7 @@ def model_folder(model: Any, revision: str | None, base: Path) -> Path | None:
 
     if not isinstance(model, str):
         return None
+
     beside = base / model
     name = str(beside) if beside.exists() else model
     return dense_folder(resolve_model(name, revision=revision, tell=tell), tell)
@@ -100,6 +107,8 @@ def model_folder(model: Any, revision: str | None, base: Path) -> Path | None:
 def recipes(action: str | None, name: str | None, as_json: bool) -> None:
     """List the recipes that come with the project; `show NAME` prints one whole, to be kept and edited."""
     known = known_recipes()
+
+    # All recipes, by title.
     if action is None:
         titles = {key: _title(path) for key, path in known.items()}
         if as_json:
@@ -108,11 +117,14 @@ def recipes(action: str | None, name: str | None, as_json: bool) -> None:
             for key, title in titles.items():
                 click.echo(f"{key:32} {title}")
         return
+
+    # One recipe, with what its bases say written out.
     if name is None:
         raise UsageError(
             "recipes show takes the NAME of a recipe", code="CL02", hint="see: nsa-convert recipes"
         )
     text = resolved_text(find_recipe(name))
+
     if as_json:
         print_json({"ok": True, "name": name, "text": text})
     else:
