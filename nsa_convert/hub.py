@@ -318,13 +318,13 @@ def _explain(failure: Exception, what: str, repo: str) -> tuple[BaseException, b
     if status in _BY_STATUS:
         code, message, hint = _BY_STATUS[status]
     elif status >= 500:
-        code, message, hint = (
-            "HB07",
-            f"the Hub failed (status {status})",
-            "try again later; nothing was published",
-        )
+        code = "HB07"
+        message = f"the Hub failed (status {status})"
+        hint = "try again later; nothing was published"
     else:
-        code, message, hint = "HB04", f"the Hub answered with status {status}", "try again with --debug"
+        code = "HB04"
+        message = f"the Hub answered with status {status}"
+        hint = "try again with --debug"
 
     # An answer may say how long to wait; only a number of seconds is understood.
     asked = response.headers.get("Retry-After", "")
