@@ -26,9 +26,11 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=8192)
     options = parser.parse_args()
+
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
     # SSA in full mode computes dense attention and lets an observer see it.
     patch_model(model, SparseAttentionConfig(default=LayerRule(method="ssa", settings={"mode": "full"})))
+
     tokens = AutoTokenizer.from_pretrained(options.model)(options.text.read_text(), return_tensors="pt")
     kept: dict[str, torch.Tensor] = {}
 
@@ -38,6 +40,7 @@ def main() -> None:
 
     with torch.inference_mode(), observe(keep):
         model.model(tokens.input_ids[:, : options.tokens])
+
     save_file(kept, options.out)
     print(f"{options.out}: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in kept.items()))
 

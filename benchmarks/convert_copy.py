@@ -47,18 +47,25 @@ def write_checkpoint(folder: Path, gib: float) -> int:
         "dtype": "bfloat16",
         **LAYER,
     }
+
     folder.mkdir(parents=True)
+
     shards: dict[str, dict] = {}
     generator = torch.Generator().manual_seed(0)
+
+    # Small random weights, so that no value is infinite or suspicious; one shard per layer, one for the rest.
     for name, shape in dense_tensor_shapes(config, FAMILIES["llama"]).items():
         part = name.split(".")[2] if ".layers." in name else "rest"
         shards.setdefault(part, {})[name] = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
-    total, where = 0, {}
+    total = 0
+    where = {}
+
     for index, tensors in enumerate(shards.values(), 1):
         file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
+
     (folder / "config.json").write_text(json.dumps(config))
     index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": where})
     (folder / "model.safetensors.index.json").write_text(index_text)
@@ -94,6 +101,7 @@ def measure(what: str, source: Path, out: Path) -> dict[str, float]:
         [sys.executable, "-c", CHILD, what, str(source), str(out)], capture_output=True, text=True, check=True
     )
     shutil.rmtree(out)
+
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -106,8 +114,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder when left out")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
+
     root = Path(tempfile.mkdtemp(prefix="nsa-bench-", dir=options.folder))
     kinds = ("plain copy", "copy, flushed", "convert, linked", "convert, copied")
+
+    # All kinds in turn, and the disk at rest before each.
     try:
         total = write_checkpoint(root / "source", options.gib)
         os.sync()
@@ -118,6 +129,7 @@ def main() -> None:
                 os.sync()
     finally:
         shutil.rmtree(root)
+
     report(runs, total, options.csv)
 
 
@@ -135,6 +147,8 @@ def report(runs: dict[str, list[dict[str, float]]], total: int, path: Path | Non
         "torch": version("torch"),
         "gib": round(total / 2**30, 3),
     }
+
+    # Times are told as multiples of the plain copy's.
     base = statistics.median(run["seconds"] for run in runs["plain copy"])
     rows = []
     for kind, results in runs.items():
@@ -156,6 +170,7 @@ def report(runs: dict[str, list[dict[str, float]]], total: int, path: Path | Non
             f"{kind:16} {median:6.2f} s ({seconds[0]:.2f}-{seconds[-1]:.2f})  {median / base:5.2f} x copy  "
             f"+{extra:.0f} MiB"
         )
+
     if path is not None:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())

@@ -53,18 +53,24 @@ ROOM = 1024
 def main() -> None:
     """Measure, print and write."""
     options = parse_arguments()
+
     sizes = bench.parse_geometry(options.geometry)
+
+    # Keys and values of each layer, [2, 1, H, T, D].
     g = torch.Generator().manual_seed(0)
     shape = (2, 1, sizes.num_kv_heads, options.length, sizes.head_dim)
     kv = [torch.randn(shape, generator=g).bfloat16() for _ in range(options.layers)]
+
     with torch.inference_mode():
         cases = list(step_cases(sizes, kv, options.methods.split(","), options.compile))
         rows = bench.time_cases("decode", options.length, cases, options.repeats, "cpu")
+
     rows = [per_layer(row, options.layers) for row in rows]
     place = bench.environment("cpu") | {"commit": commit(), "layers": str(options.layers)}
     report = bench.BenchReport(
         geometry=options.geometry, dtype="bfloat16", environment=place, rows=tuple(rows)
     )
+
     print(report.to_table())
     kind = "compiled_" if options.compile else ""
     report.write_csv(options.csv or RESULTS / f"decode_model_{kind}{options.geometry.replace('/', '-')}.csv")
@@ -119,6 +125,7 @@ def group_on_rows(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: object
 ) -> tuple[Tensor, None]:
     """Attend with one query ``[1, HQ, 1, D]`` to all keys ``[1, H, T, D]``, as bench's fastest dense case."""
+    # The query heads of a group as the rows of one product per KV head, [H, G, D].
     rows = q.view(k.shape[1], -1, q.shape[3])
     scores = torch.bmm(rows, k[0].mT).mul_(scaling)
     p = (scores if mask is None else scores.add_(mask[0])).softmax(-1)
@@ -130,6 +137,7 @@ def step(model: PreTrainedModel, kv: list[Tensor], compiled: bool) -> Callable[[
     length = kv[0].shape[3]
     cache = StaticCache(model.config, max_cache_len=length + ROOM) if compiled else DynamicCache()
     token = torch.tensor([[7]])
+
     for index, (k, v) in enumerate(kv):
         remember(model, cache, index, k, v)
     run = torch.compile(model.forward, options={"cpp_wrapper": True}) if compiled else model.forward
@@ -139,20 +147,27 @@ def step(model: PreTrainedModel, kv: list[Tensor], compiled: bool) -> Callable[[
 def remember(model: PreTrainedModel, cache: Cache, index: int, k: Tensor, v: Tensor) -> None:
     """Put keys and values ``[1, H, T, D]`` into a layer's cache, and what a sparse layer keeps of them."""
     sparse = getattr(model.model.layers[index].self_attn, "sparse", None)
+
+    # The layer's entry in the cache has to be of the sparse kind before the first update.
     if sparse is not None:
         sparse_cache_layer(cache, index).open(sparse, None, 0)
     cache.update(k, v, index)
     if sparse is None:
         return
+
+    # The cells of a layer, computed from all keys and values at once.
     context = SparseContext(layout=SequenceLayout(), starts=None, rotary=model.model.rotary_emb)
     sources = {"key": k.transpose(1, 2), "value": v.transpose(1, 2)}
     for pool in sparse.cache_needs().pools:
         source = select_heads(sources[pool.source], pool.heads)
         grow_cells(sparse, pool, cache.layers[index], source, k.shape[2], context, tracked=False)
+
+    # The token states, such as index keys, from random hidden states.
     hidden = torch.randn(1, k.shape[2], sparse.geometry.hidden_size, dtype=k.dtype)
     states = sparse.project(hidden, lambda x: x).token_states
     for name in sparse.cache_needs().token_states:
         grow_states(cache.layers[index], name, states[name], 0)
+
     cache.layers[index].settle()
 
 

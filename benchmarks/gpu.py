@@ -53,8 +53,11 @@ class Limits:
         source = torch.zeros(megabytes << 18, dtype=torch.float32, device=device)
         target = torch.empty_like(source)
         copy = min(timed(lambda: target.copy_(source), device, 10))
+
         a, b = torch.randn(2, size, size, device=device).bfloat16()
         product = min(timed(lambda: a @ b, device, 10))
+
+        # A copy reads and writes every byte; a product of square matrices has 2 * size^3 operations.
         return cls(bytes_per_s=2e3 * source.nbytes / copy, flops_per_s=2e3 * size**3 / product)
 
     def floor_ms(self, case: Case, phase: str) -> float | None:
@@ -111,8 +114,10 @@ def measure(
         why = f"{type(error).__name__}: {str(error)[:120]}"
         tell(f"{where[0]} {where[1]} {phase} {case.name}: left out, {why}")
         return None
-    median, floor = statistics.median(times), limits.floor_ms(case, phase)
+    median = statistics.median(times)
+    floor = limits.floor_ms(case, phase)
     geometry, length, batch = where
+
     return Row(
         geometry=geometry,
         phase=phase,
@@ -139,12 +144,15 @@ def graphed(run: Callable[[], object], device: str) -> Callable[[], object]:
     """Return a replay of a CUDA graph of the call: a step is shorter than launching its kernels in turn."""
     if not device.startswith("cuda"):
         return run
+
+    # The recipe of torch: warm up on a stream of its own, then record.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
+
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -159,14 +167,19 @@ def run_plan(plan: tuple, device: str, limits: Limits, deadline: float, tell: Te
             if time.monotonic() > deadline:
                 tell(f"{geometry} at {length}: left out, the time is up")
                 continue
+
             begin = time.monotonic()
             inputs = bench.Inputs.drifting(sizes, length, torch.bfloat16, device)
             rows = []
+
+            # Forward and backward.
             for case in forward_cases(inputs, device):
                 with torch.no_grad():
                     rows.append(measure(case, "forward", (geometry, length, 1), device, limits, tell))
                 if rows[-1] is not None and case.inputs and time.monotonic() < deadline:
                     rows.append(measure(case, "backward", (geometry, length, 1), device, limits, tell))
+
+            # Decode, while the cache of a batch stays of a size that fits.
             with torch.inference_mode():
                 for batch in DECODE_BATCHES:
                     if time.monotonic() < deadline and batch * length <= 1 << 20:
@@ -174,6 +187,7 @@ def run_plan(plan: tuple, device: str, limits: Limits, deadline: float, tell: Te
                             rows.append(
                                 measure(case, "decode", (geometry, length, batch), device, limits, tell)
                             )
+
             yield from with_speedups([row for row in rows if row is not None])
             tell(f"{geometry} at {length}: {time.monotonic() - begin:.0f} s")
 
@@ -185,6 +199,7 @@ def with_speedups(rows: list[Row]) -> list[Row]:
         if row.name.startswith(bench.DENSE):
             key = row.phase, row.batch
             best[key] = min(best.get(key, float("inf")), row.median_ms)
+
     speeds = (best.get((row.phase, row.batch), float("nan")) / row.median_ms for row in rows)
     filled = zip(rows, speeds, strict=True)
     return [dataclasses.replace(row, speedup=x if x == x else None) for row, x in filled]
@@ -215,10 +230,12 @@ def plot(rows: list[Row], path: Path, tell: Tell) -> None:
     except ImportError:
         tell("matplotlib is missing: no plot")
         return
+
     geometries = list(dict.fromkeys(row.geometry for row in rows))
     figure, axes = pyplot.subplots(
         len(geometries), 2, figsize=(11, 3.6 * len(geometries)), squeeze=False, layout="constrained"
     )
+
     for line, geometry in zip(axes, geometries, strict=True):
         own = [row for row in rows if row.geometry == geometry and row.phase == "forward"]
         for name in dict.fromkeys(row.name for row in own):
@@ -229,6 +246,7 @@ def plot(rows: list[Row], path: Path, tell: Tell) -> None:
         line[1].set(title="over the best dense", xscale="log", xlabel="tokens", ylabel="times faster")
         line[1].axhline(1, color="grey", linewidth=1)
         line[0].legend(fontsize="x-small")
+
     figure.savefig(path, dpi=120)
 
 
@@ -256,9 +274,11 @@ def main(
     parser.add_argument("--seconds", type=float, default=440, help="start no new length after this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("no CUDA device here; --device cpu runs the same path on the torch backend", file=sys.stderr)
         return 5
+
     begin = time.monotonic()
 
     def tell(line: str) -> None:
@@ -266,21 +286,26 @@ def main(
 
     place = bench.environment(options.device) | versions() | {"commit": commit()}
     print(", ".join(f"{k} {v}" for k, v in place.items()))
+
+    # Nothing is timed that is wrong.
     try:
         print(checks_table(self_test(options.device)))
     except Exception as error:
         print(f"the self-test failed: {error}", file=sys.stderr)
         return 4
     tell("all ops agree with the reference")
+
     limits = Limits.measure(options.device, *sizes)
     print(f"copy {limits.bytes_per_s / 1e9:.0f} GB/s, bfloat16 {limits.flops_per_s / 1e12:.1f} TFLOP/s")
     rows = list(run_plan(plan, options.device, limits, begin + options.seconds, tell))
     print(table(rows))
+
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "gpu.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*place, *(field.name for field in dataclasses.fields(Row))])
         writer.writeheader()
         writer.writerows(place | dataclasses.asdict(row) for row in rows)
+
     plot(rows, options.out / "gpu.png", tell)
     return 0
 

@@ -59,16 +59,20 @@ def forward_cases(x: bench.Inputs, device: str) -> Iterator[Case]:
     product = 4 * heads * dim  # operations of a (query, key) pair: two products of all query heads
     moved = 2 * (x.q.nbytes + x.k.nbytes)
     causal = length * (length + 1) / 2
+
     cells = {"width": s.compression_block, "stride": s.compression_stride, "rule": s.rule}
     window = SinkWindow(window_size=s.window_size)
     grid = CellGrid(width=s.compression_block, stride=s.compression_stride)
     cell_pairs = float(grid.complete(torch.arange(1, length + 1)).sum())
+
     with torch.no_grad():
         chosen = block_topk(x.q, x.cell_keys, **cells)
     selected = product * pairs_of(chosen, length)
     # The cells are scored once more than they are attended to: block scores need the softmax's denominator.
-    compressed, banded = 1.5 * product * cell_pairs, product * pairs_of(window, length)
+    compressed = 1.5 * product * cell_pairs
+    banded = product * pairs_of(window, length)
     leaves = (x.q, x.k, x.v)
+
     yield Case(
         name="nsa",
         run=lambda: bench.nsa(x, x.q, DENSE_LAYOUT),
@@ -76,6 +80,7 @@ def forward_cases(x: bench.Inputs, device: str) -> Iterator[Case]:
         inputs=(*leaves, x.cell_keys, x.cell_values),
         flops=selected + compressed + banded,
     )
+
     yield Case(
         name="nsa: compressed + top-k",
         flops=compressed,
@@ -83,6 +88,7 @@ def forward_cases(x: bench.Inputs, device: str) -> Iterator[Case]:
         inputs=(x.q, x.cell_keys, x.cell_values),
         run=lambda: compressed_attention(x.q, x.cell_keys, x.cell_values, **cells).o,
     )
+
     yield Case(
         name="nsa: selected",
         flops=selected,
@@ -90,6 +96,7 @@ def forward_cases(x: bench.Inputs, device: str) -> Iterator[Case]:
         inputs=leaves,
         run=lambda: sparse_attention(*leaves, chosen)[0],
     )
+
     yield Case(
         name="nsa: window",
         flops=banded,
@@ -97,7 +104,9 @@ def forward_cases(x: bench.Inputs, device: str) -> Iterator[Case]:
         inputs=leaves,
         run=lambda: sparse_attention(*leaves, window)[0],
     )
+
     yield Case(name="ssa", run=lambda: bench.ssa(x, x.q, DENSE_LAYOUT), inputs=leaves)
+
     random = random_blocks(x, chosen)
     yield Case(
         name="selected, random lists",
@@ -106,6 +115,7 @@ def forward_cases(x: bench.Inputs, device: str) -> Iterator[Case]:
         inputs=leaves,
         run=lambda: sparse_attention(*leaves, random)[0],
     )
+
     yield from dense_cases(x, product * causal, moved)
     yield from tile_cases(x, device, product)
     yield from fla_cases(x, chosen)
@@ -133,7 +143,10 @@ def dense(x: bench.Inputs, backend: SDPBackend) -> Tensor:
 def random_blocks(x: bench.Inputs, like: BlockSelection) -> BlockSelection:
     """Return lists as long as these, chosen independently: the worst case for tiles of neighbours."""
     batch, heads, length, size = like.block_indices.shape
+
     own = torch.arange(length, device=x.q.device) // like.block_size
+
+    # Draws among the blocks each query may see; a block drawn twice counts once.
     draws = torch.rand(batch, heads, length, size, device=x.q.device)
     drawn = (draws * (own[:, None] + 1)).long().sort(-1).values
     drawn[..., 1:].masked_fill_(drawn[..., 1:] == drawn[..., :-1], -1)
@@ -146,7 +159,10 @@ def tile_cases(x: bench.Inputs, device: str, product: float) -> Iterator[Case]:
     tiles = length // TILE
     if length % TILE or tiles < 8:
         return
+
     g = torch.Generator(device).manual_seed(1)
+
+    # The own block and seven random ones before it.
     rank = torch.rand(1, x.q.shape[2], tiles, tiles, generator=g, device=device)
     own = torch.arange(tiles, device=device)
     later = own > own[:, None]
@@ -155,6 +171,7 @@ def tile_cases(x: bench.Inputs, device: str, product: float) -> Iterator[Case]:
     lists = best.indices.masked_fill(best.values < 0, -1)
     pattern = BlockSelection(block_indices=lists, block_size=TILE, query_block=TILE)
     flops = product * pairs_of(pattern, length)
+
     yield Case(
         name="block mask, tiles of 128",
         flops=flops,
@@ -162,6 +179,7 @@ def tile_cases(x: bench.Inputs, device: str, product: float) -> Iterator[Case]:
         run=lambda: sparse_attention(x.q, x.k, x.v, pattern)[0],
         inputs=(x.q, x.k, x.v),
     )
+
     if device.startswith("cuda") and length in FLEX_LENGTHS:
         yield Case(
             name="block mask, FlexAttention",
@@ -187,8 +205,11 @@ def flex(x: bench.Inputs, lists: Tensor) -> Tensor:
     counts = (lists >= 0).sum(-1).int()
     tiles = lists.shape[2]
     padded = torch.full((*lists.shape[:3], tiles), 0, dtype=torch.int32, device=lists.device)
+
+    # FlexAttention takes lists in order, padded to the number of tiles.
     order = lists.masked_fill(lists < 0, tiles).sort(-1).values  # unused last
     padded[..., : lists.shape[3]] = order.masked_fill(order == tiles, 0).int()
+
     mask = BlockMask.from_kv_blocks(counts, padded, BLOCK_SIZE=TILE, mask_mod=lambda b, h, q, k: q >= k)
     q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
     return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
@@ -222,12 +243,14 @@ def decode_cases(x: bench.Inputs, batch: int) -> Iterator[Case]:
     cache = bench.Inputs(**{n: y if n == "q" else cached(y) for n, y in parts.items()})
     q = x.q[:, -1:].detach().expand(batch, -1, -1, -1).contiguous()
     layout = SequenceLayout(offset=torch.tensor(length - 1, device=q.device))
+
     product = 4 * heads * dim * batch
     s = NSASettings()
     token = 2 * x.k[:, :1].nbytes * batch  # a key and a value of all heads
     read = s.rule.budget + s.window_size + 1.5 * length / s.compression_stride
     yield Case(name="nsa", run=lambda: bench.nsa(cache, q, layout), flops=product * read, bytes=token * read)
     yield Case(name="ssa", run=lambda: bench.ssa(cache, q, layout))
+
     k, v = (y.transpose(1, 2) for y in (cache.k, cache.v))
     rows = q.view(batch, k.shape[1], -1, dim)
     for name, queries, grouped in (("enable_gqa", q.transpose(1, 2), True), ("group as rows", rows, False)):

@@ -43,11 +43,16 @@ def parse_arguments() -> argparse.Namespace:
 def plans(profile: HeadProfile, budget: int, length: int) -> dict[str, tuple[SparseAttentionConfig, float]]:
     """Return name -> (plan, density): one budget for all heads, and budgets by head of the same density."""
     rule = dict(profile.meta["rule"])
-    size, method = rule["block_size"], rule["method"]
+    size = rule["block_size"]
+    method = rule["method"]
+
     settings = {k: v for k, v in rule.items() if k not in ("method", "num_blocks")}
     uniform = LayerRule(method=method, settings={**settings, "num_blocks": budget // size})
+
+    # The density of budgets by head is the mean over the heads.
     by_head = allocate(profile, density_of(budget, length), length)
     spent = sum(density_of(b, length) for b in by_head.flatten().tolist()) / by_head.numel()
+
     return {
         "uniform": (SparseAttentionConfig(default=uniform), density_of(budget, length)),
         "by head": (plan_of(by_head, length, rule, size), spent),
@@ -56,11 +61,16 @@ def plans(profile: HeadProfile, budget: int, length: int) -> dict[str, tuple[Spa
 
 def main() -> None:
     args = parse_arguments()
-    profile, tokenizer = HeadProfile.load(args.profile), load_tokenizer(args.model)
+    profile = HeadProfile.load(args.profile)
+    tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, args.dtype)
+
     texts = {text.name: first_tokens(tokenizer, text, args.length) for text in (code_text(), prose_text())}
     dense = {name: read_out(model, ids) for name, ids in texts.items()}
+
     rows: list[dict[str, Any]] = []
+
+    # Each plan is patched into the one model, measured and taken out again.
     for budget in args.budgets:
         for name, (plan, density) in plans(profile, budget, args.length).items():
             row: dict[str, Any] = {"plan": name, "uniform_budget": budget, "density": round(density, 4)}
@@ -71,6 +81,8 @@ def main() -> None:
             unpatch_model(model)
             rows.append(row)
             print(row, flush=True)
+
+    # The facts of the run stand above the table, as comments.
     if args.csv:
         facts = {
             "nsa_convert": __version__,
@@ -83,6 +95,7 @@ def main() -> None:
             "length": args.length,
             "profile": profile.meta,
         }
+
         with args.csv.open("w", newline="", encoding="utf-8") as file:
             file.write("".join(f"# {key}: {value}\n" for key, value in facts.items()))
             writer = csv.DictWriter(file, list(rows[0]))

@@ -31,12 +31,17 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     """Check, measure, print and write."""
     options = parse_arguments()
-    sizes, dtype = bench.parse_geometry(options.geometry), bench.parse_dtype(options.dtype)
+    sizes = bench.parse_geometry(options.geometry)
+    dtype = bench.parse_dtype(options.dtype)
+
     lengths = [int(x) for x in options.lengths.split(",")]
     source = None if options.inputs is None else load_file(options.inputs)
+
+    # Captured inputs have the geometry of their model.
     if source is not None:
         heads, dim = source["q"].shape[1:]
         sizes = bench.parse_geometry(f"{heads}/{source['k'].shape[1]}/{dim}")
+
     rows: list[bench.BenchRow] = []
     with torch.inference_mode():
         bench.check_ops(sizes, dtype, "cpu")
@@ -45,6 +50,7 @@ def main() -> None:
                 x = bench.Inputs.drifting(sizes, length, dtype, "cpu")
             else:
                 x = real(source, length, dtype)
+
             print(f"{length} tokens, blocks in the union over W queries: {unions(x)}", flush=True)
             if "prefill" in options.phases:
                 cases = [*bench.prefill_cases(x, not options.no_dense), *list_cases(x)]
@@ -53,10 +59,12 @@ def main() -> None:
                 cases = list(bench.decode_cases(x, not options.no_dense))
                 cases += list(compiled(x, cases)) if options.compile else []
                 rows += bench.time_cases("decode", length, cases, 30 * options.repeats, "cpu")
+
     kind = "drifting" if source is None else "real"
     place = bench.environment("cpu") | {"commit": commit(), "inputs": kind}
     geometry = f"{sizes.num_query_heads}/{sizes.num_kv_heads}/{sizes.head_dim}"
     report = bench.BenchReport(geometry=geometry, dtype=options.dtype, environment=place, rows=tuple(rows))
+
     print(report.to_table())
     file = options.csv or RESULTS / f"ops_cpu_{geometry.replace('/', '-')}_{place['inputs']}.csv"
     report.write_csv(file)
@@ -94,8 +102,11 @@ def selection(x: bench.Inputs) -> BlockSelection:
 def unions(x: bench.Inputs) -> dict[int, float]:
     """Return the mean union over W neighbouring queries of the second half of the sequence."""
     lists = selection(x).block_indices[0]  # [H, T, S]
+
+    # Runs of 64 queries, the widest of the unions.
     half = lists[:, lists.shape[1] // 2 // 64 * 64 :]
     half = half[:, : half.shape[1] // 64 * 64]
+
     means = {}
     for width in (1, 4, 8, 16, 32, 64):
         sizes = union_sizes(half.unflatten(1, (-1, width)).flatten(2).flatten(0, 1))
@@ -105,25 +116,35 @@ def unions(x: bench.Inputs) -> dict[int, float]:
 
 def list_cases(x: bench.Inputs) -> Iterator[bench.Case]:
     """Yield the selected branch on lists shared by tiles of 64 queries and on independent random lists."""
-    size, count = NSASettings().block_size, NSASettings().num_blocks
+    size = NSASettings().block_size
+    count = NSASettings().num_blocks
     length, heads = x.k.shape[1:3]
+
+    # The list of a tile is that of its last query.
     last = torch.arange(63, length + 63, 64).clamp(max=length - 1)
     tiles = BlockSelection(
         block_indices=selection(x).block_indices[:, :, last], block_size=size, query_block=64
     )
+
     own = torch.arange(length)[:, None] // size
+
+    # Random blocks among those that a query may see.
     g = torch.Generator().manual_seed(1)
     rank = torch.rand(1, heads, length, -(-length // size), generator=g)
     rank = rank.masked_fill(torch.arange(rank.shape[3]) > own, -1.0)
     best = rank.topk(min(count, rank.shape[3]), -1)
     random = BlockSelection(block_indices=best.indices.masked_fill(best.values < 0, -1), block_size=size)
+
     yield "selected, tiles of 64", lambda: sparse_attention(x.q, x.k, x.v, tiles, layout=DENSE_LAYOUT)
     yield "selected, random lists", lambda: sparse_attention(x.q, x.k, x.v, random, layout=DENSE_LAYOUT)
 
 
 def compiled(x: bench.Inputs, cases: list[bench.Case]) -> Iterator[bench.Case]:
     """Yield decode steps through torch.compile: dense ones, and sparse ones in a graph for any position."""
-    cached, q, offset = x.as_cached(), x.q[:, -1:], torch.tensor(x.k.shape[1] - 1)
+    cached = x.as_cached()
+    q = x.q[:, -1:]
+    offset = torch.tensor(x.k.shape[1] - 1)
+
     for name, options in (("compiled", {}), ("compiled, C++ wrapper", {"cpp_wrapper": True})):
         for case, run in cases:
             if case.startswith(bench.DENSE) and "rows" in case:

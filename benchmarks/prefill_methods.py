@@ -54,15 +54,20 @@ SEARCHES = (
 def main() -> None:
     """Search, measure, print and write."""
     options = parse_arguments()
-    sizes, dtype = bench.parse_geometry(options.geometry), bench.parse_dtype(options.dtype)
+    sizes = bench.parse_geometry(options.geometry)
+    dtype = bench.parse_dtype(options.dtype)
+
     if options.inputs is None:
         source = bench.Inputs.drifting(sizes, options.length, dtype, "cpu")
     else:
         source = real(load_file(options.inputs), options.length, dtype)
         heads, dim = source.q.shape[2:]
         sizes = bench.parse_geometry(f"{heads}/{source.k.shape[2]}/{dim}")
+
     cases = list(bench.prefill_cases(source)) if options.length <= options.dense_up_to else []
     cases = [case for case in cases if case[0].startswith(bench.DENSE)]
+
+    # Every method at the settings whose density comes nearest to the asked one.
     with torch.inference_mode():
         for search in SEARCHES:
             layer, density, settings = find(search, sizes, inputs_of(source), options.density)
@@ -70,10 +75,12 @@ def main() -> None:
             print(name, flush=True)
             cases.append((name, lambda layer=layer: layer(inputs_of(source))))
         rows = bench.time_cases("prefill", options.length, cases, options.repeats, "cpu")
+
     kind = "drifting" if options.inputs is None else "real"
     place = bench.environment("cpu") | {"commit": commit(), "inputs": kind}
     geometry = f"{sizes.num_query_heads}/{sizes.num_kv_heads}/{sizes.head_dim}"
     report = bench.BenchReport(geometry=geometry, dtype=options.dtype, environment=place, rows=tuple(rows))
+
     print(report.to_table())
     report.write_csv(options.csv or RESULTS / f"prefill_methods_{geometry.replace('/', '-')}.csv")
 
@@ -107,6 +114,7 @@ def find(
     settings, density = search_density(
         search.method, lambda share: search.settings(share, length), [x], wanted, STEPS
     )
+
     return build_method(LayerRule(method=search.method, settings=settings), sizes, 0), density, settings
 
 

@@ -45,6 +45,7 @@ def train(name: str, work: Path, settings: dict) -> Recipe:
     overrides = {"out": str(work / name), "report_to": "none", **settings.get(name, {})}
     if name != "dense":
         overrides["model"] = str(work / "dense" / "pretrain" / "model")
+
     recipe = read_recipe(RECIPES / f"{name}.yaml", overrides)
     folder = None if name == "dense" else Path(overrides["model"])
     train_recipe(
@@ -60,11 +61,14 @@ def train(name: str, work: Path, settings: dict) -> Recipe:
 def text_rows(tokenizer) -> list[list[int]]:
     """Return rows of held-out text; a row is one document from its start."""
     rows = []
+
     for kind, hold_out in (("python", 0.05), ("reference", 0.1)):
         documents = open_source(Source(kind=kind, hold_out=hold_out), RECIPES, held_out=True)
         for text in iterate(documents):
             ids = encode(tokenizer, text[: 16 * LENGTH])
             rows += [ids[i : i + LENGTH] for i in range(0, min(len(ids), 4 * LENGTH) - LENGTH + 1, LENGTH)]
+
+    # Rows from the whole length of the held-out texts.
     step = max(1, len(rows) // TEXT_ROWS)
     return rows[::step][:TEXT_ROWS]
 
@@ -83,6 +87,7 @@ def _distances(tokenizer, ids: list[int]) -> list[int]:
     words = [tokenizer.decode([i]).strip() for i in ids]
     told: dict[str, int] = {}
     distance = [0] * len(ids)
+
     for place, word in enumerate(words):
         if len(word) == 2 and word[1] in RECALL_VALUES:  # a pair is one token
             key = word[0]
@@ -96,12 +101,17 @@ def needle_rows(tokenizer) -> list[tuple[float, list[int]]]:
     """Return rows of held-out prose with one pair at a given depth, asked for at the end."""
     documents = open_source(Source(kind="reference", hold_out=0.1), RECIPES, held_out=True)
     prose = [i for text in iterate(documents) for i in encode(tokenizer, text)]
+
     rows = []
     for number in range(NEEDLES):
         depth = NEEDLE_DEPTHS[number % len(NEEDLE_DEPTHS)]
-        key, value = chr(97 + number % 26), RECALL_VALUES[(7 * number + 3) % 10]
+        key = chr(97 + number % 26)
+        value = RECALL_VALUES[(7 * number + 3) % 10]
+
         told = tokenizer(f"set {key}{value}")["input_ids"]
         asked = tokenizer(f" get {key} {key}{value}")["input_ids"]
+
+        # What is left of the row is prose, from another place each time.
         room = LENGTH - len(told) - len(asked)
         hay = prose[(number * 997) % (len(prose) - room) :][:room]
         place = int(depth * room)
@@ -117,7 +127,9 @@ def log_probs(model, ids: list[int]) -> torch.Tensor:
 def measure(model, inputs: dict, dense: list[torch.Tensor] | None) -> tuple[dict, list[torch.Tensor]]:
     """Return perplexity by position, recall by distance, needles, KL to the dense model, and density."""
     model.eval()
-    nll, kl, kept = [], [], []
+    nll = []
+    kl = []
+    kept = []
     density: list[float] = []
 
     def note(record) -> None:
@@ -127,6 +139,7 @@ def measure(model, inputs: dict, dense: list[torch.Tensor] | None) -> tuple[dict
             if name == "selected"
         )
 
+    # Text: the loss by position, and the divergence from the dense model.
     with observe(note):
         for index, ids in enumerate(inputs["text"]):
             lp = log_probs(model, ids)
@@ -135,7 +148,12 @@ def measure(model, inputs: dict, dense: list[torch.Tensor] | None) -> tuple[dict
             if dense is not None:
                 kl.append((dense[index].exp() * (dense[index] - lp)).sum(-1).mean().item())
     by_position = torch.stack(nll).mean(0)  # [T - 1]
-    near, far, told = [0, 0], [0, 0], [0.0, 0]
+
+    # Recall: questions within the budget and beyond it, each as [right answers, questions].
+    near = [0, 0]
+    far = [0, 0]
+    told = [0.0, 0]  # sum of the losses, questions
+
     wrong = []
     for ids, distance in inputs["recall"]:
         before = near[1] + far[1] - near[0] - far[0]
@@ -147,9 +165,12 @@ def measure(model, inputs: dict, dense: list[torch.Tensor] | None) -> tuple[dict
                 bucket[1] += 1
                 told[0] -= lp[place - 1, ids[place]].item()
                 told[1] += 1
+
         wrong.append(near[1] + far[1] - near[0] - far[0] - before)
+
     hits = [int(log_probs(model, ids)[-2].argmax() == ids[-1]) for _, ids in inputs["needles"]]
     edges = [(0, inputs["budget"]), (inputs["budget"], LENGTH // 2), (LENGTH // 2, LENGTH)]
+
     facts = {
         "perplexity": math.exp(by_position.mean()),
         "perplexity_beyond": math.exp(by_position[inputs["budget"] :].mean()),
@@ -166,6 +187,7 @@ def measure(model, inputs: dict, dense: list[torch.Tensor] | None) -> tuple[dict
         "kl": sum(kl) / len(kl) if kl else 0.0,
         "density": sum(density) / len(density) if density else 1.0,
     }
+
     return facts, kept
 
 
@@ -179,33 +201,44 @@ def measure_all(work: Path, budget: int) -> list[dict]:
         "needles": needle_rows(tokenizer),
         "budget": budget,
     }
+
+    # The dense model before conversion, and the control, which was trained further as a dense model.
     dense = load_causal_model(folder, torch.float32)
     facts, kept = measure(dense, inputs, None)
     rows = [{"method": "dense", "when": "start", **facts}]
     control = work / "control" / "pretrain" / "model"
+
     control_kept = None
     if control.is_dir():
         facts, control_kept = measure(load_causal_model(control, torch.float32), inputs, None)
         rows.append({"method": "dense", "when": "control", **facts})
+
     for method in ("nsa", "ssa"):
         if not (work / method).is_dir():
             continue
         recipe = read_recipe(RECIPES / f"{method}.yaml", {"model": str(folder)})
+
+        # Untrained: with the paper's scorer, and with that of the recipe.
         for when, changes in (("paper's scorer", {"scorer": "first_order"}), ("step 0", {})):
             values = {f"sparse_attention.default.{key}": value for key, value in changes.items()}
             changed = read_recipe(RECIPES / f"{method}.yaml", {"model": str(folder), **values})
             plan = read_start(changed, folder).plan
             model = patch_model(load_causal_model(folder, torch.float32), plan)
             rows.append({"method": method, "when": when, **measure(model, inputs, kept)[0]})
+
+        # After each stage: an aligned model beside the dense one it learns from, others beside the control.
         for stage in recipe.stages:
             place = work / method / stage.name / "model"
             if not place.is_dir():
                 continue
+
             model = load_causal_model(place, torch.float32)
             against = kept if stage.kind == "align" or control_kept is None else control_kept
             rows.append(
                 {"method": method, "when": f"after {stage.name}", **measure(model, inputs, against)[0]}
             )
+
+            # The same weights, running dense.
             if method == "ssa":
                 set_mode(model, "full")
                 rows.append(
@@ -220,15 +253,18 @@ def measure_all(work: Path, budget: int) -> list[dict]:
                     rows.append(
                         {"method": method, "when": "its weights, dense", **measure(model, inputs, against)[0]}
                     )
+
     return rows
 
 
 def closed(rows: list[dict], method: str, key: str, start: str = "step 0") -> float | None:
     """Return the share of the gap to the control at ``start`` that is closed after pretraining."""
     value = {(row["method"], row["when"]): row[key] for row in rows}
+
     goal = value.get(("dense", "control"), value[("dense", "start")])
     if (method, "after pretrain") not in value:
         return None
+
     gap = value[(method, start)] - goal
     return None if abs(gap) < 1e-9 else 1 - (value[(method, "after pretrain")] - goal) / gap
 
@@ -238,12 +274,15 @@ def recall_interval(rows: list[dict], method: str, start: str) -> list[float] | 
     wrong = {(row["method"], row["when"]): row["recall_errors_by_document"] for row in rows}
     if (method, "after pretrain") not in wrong or ("dense", "control") not in wrong:
         return None
+
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(RECALL_DOCUMENTS, (RESAMPLES, RECALL_DOCUMENTS), generator=generator)
+
     before, after, goal = (
         torch.tensor(wrong[key])[picks].sum(1).double()
         for key in ((method, start), (method, "after pretrain"), ("dense", "control"))
     )
+
     share = 1 - (after - goal) / (before - goal).clamp(min=1)
     return share.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
@@ -254,8 +293,10 @@ def shares_of(rows: list[dict]) -> dict:
     for method in ("nsa", "ssa"):
         if not any(row["method"] == method for row in rows):
             continue
+
         for key in ("perplexity", "perplexity_beyond", "recall_nll", "needles"):
             shares[f"{method} {key}"] = closed(rows, method, key)
+
         for start in ("step 0", "paper's scorer"):
             for key in ("recall", "recall_far"):
                 shares[f"{method} {key}, from {start}"] = closed(rows, method, key, start)
@@ -267,6 +308,7 @@ def table(rows: list[dict]) -> str:
     """Return the rows as a Markdown table."""
     head = ["method", "when", "ppl", "ppl beyond budget", "errors", "recall far", "needles", "KL", "density"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+
     for row in rows:
         cells = [
             row["method"],
@@ -280,6 +322,7 @@ def table(rows: list[dict]) -> str:
             f"{row['density']:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+
     return "\n".join(lines)
 
 
@@ -298,6 +341,7 @@ def plot(rows: list[dict], work: Path, out: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
     names = [f"{row['method']}\n{row['when']}" for row in rows]
+
     for axis, key, title in (
         (axes[0], "perplexity_beyond", "perplexity beyond the budget"),
         (axes[1], "recall_far", "recall beyond the budget"),
@@ -307,15 +351,18 @@ def plot(rows: list[dict], work: Path, out: Path) -> None:
         axis.set_yticks(range(len(rows)), names, fontsize=6)
         axis.invert_yaxis()
         axis.set_title(title)
+
     for method in ("control", "nsa", "ssa"):
         log = work / method / "log.jsonl"
         if log.is_file():
             points = [json.loads(line) for line in log.read_text().splitlines()]
             points = [p for p in points if p["stage"] == "pretrain"]
             axes[2].plot([p["step"] for p in points], [text_loss(p) for p in points], label=method)
+
     axes[2].set_title("next-token loss of the pretrain stages")
     axes[2].set_xlabel("step")
     axes[2].legend()
+
     figure.tight_layout()
     figure.savefig(out / "recovery.png", dpi=110)
 
@@ -331,18 +378,22 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME:KEY=VALUE")
     parser.add_argument("--budget", type=int, default=64)
     arguments = parser.parse_args()
+
     settings: dict[str, dict] = {}
     for word in arguments.set:
         name, _, pair = word.partition(":")
         key, _, value = pair.partition("=")
         settings.setdefault(name, {})[key] = json.loads(value)
+
     torch.set_num_threads(1)
     begin = time.time()
+
     if arguments.only != "measure":
         for name in arguments.names.split(","):
             train(name, arguments.work, settings)
     if arguments.only == "train":
         return
+
     rows = measure_all(arguments.work, arguments.budget)
     arguments.out.mkdir(parents=True, exist_ok=True)
     shares = shares_of(rows)
@@ -354,9 +405,13 @@ def main() -> None:
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
+
+    # The errors of each document served the intervals and are too many to read.
     for row in rows:
         del row["recall_errors_by_document"]
+
     (arguments.out / "recovery.json").write_text(json.dumps(facts, indent=1) + "\n")
+
     plot(rows, arguments.work, arguments.out)
     print(table(rows))
     print(json.dumps(shares, indent=1))

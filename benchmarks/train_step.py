@@ -65,14 +65,18 @@ def main() -> None:
     options = parse_arguments()
     dense = load(options.model)
     config = dense.config
+
     rows = [row for length in options.lengths for row in measure(dense, length, options)]
+
     heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
     geometry = "/".join(map(str, (*heads, head_dim)))
+
     place = bench.environment("cuda" if torch.cuda.is_available() else "cpu")
     place |= {"commit": commit(), "model": Path(options.model).name, "batch": str(options.batch)}
     dtype = {"bf16": "bfloat16 autocast", "fp32": "float32"}[options.precision]
     report = bench.BenchReport(geometry=geometry, dtype=dtype, environment=place, rows=tuple(rows))
+
     print(report.to_table())
     report.write_csv(options.csv or RESULTS / f"train_step_{Path(options.model).stem}.csv")
 
@@ -96,6 +100,7 @@ def load(name: str) -> PreTrainedModel:
     if name != "tiny":
         path = Path(name)
         return load_gguf_model(path, "float32") if is_gguf(path) else load_causal_model(path, torch.float32)
+
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 4096}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16384}
@@ -106,10 +111,13 @@ def measure(dense: PreTrainedModel, length: int, options: argparse.Namespace) ->
     """Yield a row for the dense model and for each method."""
     names = [DENSE, *options.methods]
     seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    # All models in turn, so that a slower machine is so for all.
     for _ in range(options.rounds):
         for name in names:
             seconds[name] += step_seconds(converted(dense, name), length, options)
             print(f"{length:>7} {name:12} {1000 * seconds[name][-1]:9.1f} ms", flush=True)
+
     base = statistics.median(seconds[DENSE])
     for name in names:
         times = [1000 * x for x in seconds[name]]
@@ -134,7 +142,9 @@ def step_seconds(model: PreTrainedModel, length: int, options: argparse.Namespac
     g = torch.Generator().manual_seed(0)
     count = options.batch * (options.steps + 1)
     rows = torch.randint(0, model.config.vocab_size, (count, length), generator=g)
+
     data = [{"input_ids": row, "labels": row} for row in rows]
+
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -143,6 +153,7 @@ def step_seconds(model: PreTrainedModel, length: int, options: argparse.Namespac
             logging_strategy="no",
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=data, callbacks=[times]).train()
+
     return times.seconds[1:]
 
 

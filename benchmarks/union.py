@@ -93,16 +93,25 @@ def count(lists: Tensor, group: int, block_size: int = 64, shape: Shape | None =
     readers = readers_of((group, 1), 1)
     shape = choose_shape(lists[None], readers, 1) if shape is None else shape
     width = shape.width(readers)
+
     lists = lists[:, : lists.shape[1] // width * width]
+
+    # Listed blocks are what a kernel of one query loads; a tile loads each block of its union once.
     sizes = tile_unions(lists, width)
-    listed, blocks = int((lists >= 0).sum()), int(sizes.sum())
+    listed = int((lists >= 0).sum())
+    blocks = int(sizes.sum())
+
+    # In halves, blocks that both halves list take all rows, the others the rows of one half.
     groups = [(shape.rows, sizes)]
     if shape.halves == 2:
         first, second = tile_unions(lists, width // 2).unflatten(0, (-1, 2)).unbind(1)
         groups = [(shape.rows, first + second - sizes)]
         groups += [(shape.rows // 2, sizes - second), (shape.rows // 2, sizes - first)]
+
+    # Steps of several small blocks that are not full are computed whole.
     join = key_steps(block_size, KEY_ROW)["JOIN"]
     work = sum(rows * join * int(((n + join - 1) // join).sum()) for rows, n in groups)
+
     padded = -(-group // PADDED_ROWS) * PADDED_ROWS
     return Counts(
         rows=shape.rows, halves=shape.halves, width=width, union=blocks / len(sizes),
@@ -136,7 +145,9 @@ def independent(like: Tensor, block_size: int) -> Tensor:
     heads, length, size = like.shape
     g = torch.Generator().manual_seed(0)
     blocks = -(-2 * length // block_size)
+
     own = (torch.arange(length, 2 * length) // block_size)[:, None]
+
     parts = []
     for _ in range(heads):
         rank = torch.rand(length, blocks, generator=g).masked_fill(torch.arange(blocks) > own, -1.0)
@@ -153,9 +164,11 @@ def captured(
     # SSA in full mode computes dense attention and lets an observer see it.
     patch_model(dense, SparseAttentionConfig(default=LayerRule(method="ssa", settings={"mode": "full"})))
     source = prose_text() if text is None else file_text(text)
+
     ids = torch.tensor([first_tokens(load_tokenizer(folder), source, tokens)])
     if ids.shape[1] < tokens:
         raise SystemExit(f"{source.source} has {ids.shape[1]} tokens, {tokens} are needed")
+
     kept: list[tuple[int, Tensor, Tensor]] = []
 
     def keep(record: AttentionRecord) -> None:
@@ -176,6 +189,7 @@ def main() -> None:
     parser.add_argument("--layers", default="2,8,15,22,28")
     parser.add_argument("--csv", type=Path, default=RESULTS / "union.csv")
     options = parser.parse_args()
+
     layers = [int(x) for x in options.layers.split(",")]
     common = {
         "model": options.model,
@@ -184,13 +198,17 @@ def main() -> None:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
+
     rows: list[dict] = []
     for layer, q, k in captured(options.model, options.text, options.tokens, layers):
         for name, (width, stride, rule) in RULES.items():
             lists = choose(q, k, width, stride, rule)[:, options.tokens // 2 :]
             rows += table_rows(common | {"layer": layer, "scores": name, "block": rule.block_size}, lists)
+
+    # Lists that nothing ties together, of 16 blocks each.
     lists = independent(lists[:, :, :16], 64)
     rows += table_rows(common | {"layer": "", "scores": "independent", "block": 64}, lists)
+
     with options.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -214,6 +232,7 @@ def summary(rows: list[dict]) -> str:
         "| scores | G | union W=16 | W=32 | rows | halves | width | bytes moved | matrix work |",
         "|" + "---|" * 9,
     ]
+
     columns = ("union_16", "union_32", "rows", "halves", "width", "bytes_ratio", "matrix_ratio")
     for name in dict.fromkeys(row["scores"] for row in rows):
         for group in GROUPS:
@@ -221,6 +240,7 @@ def summary(rows: list[dict]) -> str:
             means = (sum(row[n] for row in own) / len(own) for n in columns)
             cells = (f"{x:{form}}" for x, form in zip(means, FORMS, strict=True))
             lines.append(f"| {name} | {group} | {' | '.join(cells)} |")
+
     return "\n".join(lines)
 
 

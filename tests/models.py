@@ -166,9 +166,11 @@ def dense_model(family: str, seed: int = 0, **changes: object) -> PreTrainedMode
 def trained_model(family: str, settings: dict, seed: int = 0, **changes: object) -> PreTrainedModel:
     """Return a patched model whose new weights are away from their initial values, as after training."""
     model = patch_model(dense_model(family, seed, **changes), plan(settings))
+
     for name, parameter in model.named_parameters():
         if ".sparse." in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
+
     return model
 
 

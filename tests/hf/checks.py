@@ -19,17 +19,17 @@ import pytest
 from tests.hf.refused import REFUSED, Refused, find
 
 STOCK = "Stock_llama"
-PASSED, LISTED, OTHER = "passed", "listed", "failed"
+PASSED = "passed"
+LISTED = "listed"
+OTHER = "failed"
 
 
 class Checks:
     """Chooses the tests, marks those in the list, counts."""
 
     def __init__(self, record: str | None, against: str | None) -> None:
-        self.record, self.required = (
-            record,
-            None if against is None else json.loads(Path(against).read_text()),
-        )
+        self.record = record
+        self.required = None if against is None else json.loads(Path(against).read_text())
         self.counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self.stock: list[str] = []
         self.used: set[Any] = set()
@@ -39,17 +39,24 @@ class Checks:
         self.note = ""
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        chosen, left = [], []
+        chosen = []
+        left = []
+
         for item in items:
             stock = item.cls.__name__ == STOCK
             (chosen if self._wanted(item.name, stock) else left).append(item)
+
+            # Whole tests in the list are marked; those listed in parts are settled part by part.
             entry = None if stock else find(item.cls.__name__, item.name)
             if entry is not None:
                 self.used.add(entry)
                 if not entry.parts:
                     item.add_marker(pytest.mark.xfail(reason=entry.reason, strict=True))
+
         items[:] = chosen
         config.hook.pytest_deselected(items=left)
+
+        # Only a run of the whole suite can tell which entries name no test.
         whole = not config.getoption("keyword") and all("::" not in arg for arg in config.args)
         if self.required is not None and whole and (stale := [e.test for e in REFUSED if e not in self.used]):
             raise pytest.UsageError(f"refused.py lists tests that do not exist: {', '.join(stale)}")
@@ -61,24 +68,30 @@ class Checks:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> Iterator[None]:
         """Settle what a report means before anybody counts it."""
         _, cls, name = report.nodeid.rsplit("::", 2)
+
         entry = None if cls == STOCK or self.required is None else find(cls, name)
+
+        # Only the report of a part (subTest) has a context.
         if hasattr(report, "context"):
             self._part(report, cls, name, entry)
         else:
             skipped = report.skipped and not hasattr(report, "wasxfail")
+
             if self.required is not None and skipped and (entry is None or entry.parts):
                 report.outcome = "failed"
                 report.longrepr = f"stock Llama passes this test, here it is skipped: {report.longrepr}"
             if entry is not None and entry.parts:
                 self.in_parts.add(entry)
             self._count(report, cls, name)
+
         return (yield)
 
     def _part(self, report: pytest.TestReport, cls: str, name: str, entry: Refused | None) -> None:
         """Look at a part of a test (subTest); stock Llama skips some of them too."""
         # A worker of xdist has settled it already.
         if entry is not None and entry.parts and (report.failed or hasattr(report, "wasxfail")):
-            report.outcome, report.wasxfail = "skipped", entry.reason
+            report.outcome = "skipped"
+            report.wasxfail = entry.reason
             self.failing.add(entry)
         elif report.failed:
             self.counts[cls][OTHER] += 1

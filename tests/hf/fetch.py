@@ -32,7 +32,10 @@ def unpack(folder: Path) -> None:
     """Put the test files of the source distribution into ``folder``."""
     pin = f"transformers=={version()}"
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "transformers"]
+
     subprocess.run([*pip, "-d", str(folder.parent), pin], check=True)
+
+    # Only the files tests/*.py, without their folder.
     with tarfile.open(folder.parent / f"transformers-{version()}.tar.gz") as archive:
         for member in archive.getmembers():
             path = Path(member.name)
@@ -43,11 +46,14 @@ def unpack(folder: Path) -> None:
 def fetch(base: Path, tests: Path | None) -> None:
     folder = base / PACKAGE
     shutil.rmtree(folder, ignore_errors=True)
+
     if tests is not None:
         shutil.copytree(tests, folder)
     else:
         folder.mkdir(parents=True)
         unpack(folder)
+
+    # A mixin that is missing is replaced by an empty class.
     for name, mixin in SUB_FOLDERS.items():
         file = folder / name
         if not file.exists():

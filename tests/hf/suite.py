@@ -48,21 +48,32 @@ class Tester:
     """Makes configs and inputs: rows long enough that every variant has to choose."""
 
     is_training = True
-    batch_size, seq_length = 3, 45
-    vocab_size, hidden_size, intermediate_size = 99, 32, 48
-    num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim = 2, 4, 2, 8
+    batch_size = 3
+    seq_length = 45
+    vocab_size = 99
+    hidden_size = 32
+    intermediate_size = 48
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    num_key_value_heads = 2
+    head_dim = 8
     num_labels = 3
 
     def __init__(self, family: str, variant: str | None) -> None:
         row = FAMILIES[family]
-        self.family, self.variant = family, variant
+        self.family = family
+        self.variant = variant
+
         if variant is None:
             found = {end: getattr(transformers, PREFIX[family] + end, None) for end in AUTO_CLASSES.values()}
             self.classes = {ending: cls for ending, cls in found.items() if cls is not None}
             self.config_class = getattr(transformers, f"{PREFIX[family]}Config")
         else:
-            self.classes, self.config_class = model_classes(row), config_class(row)
-        self.base_model_class, self.causal_lm_class = self.classes["Model"], self.classes["ForCausalLM"]
+            self.classes = model_classes(row)
+            self.config_class = config_class(row)
+
+        self.base_model_class = self.classes["Model"]
+        self.causal_lm_class = self.classes["ForCausalLM"]
 
     def get_config(self) -> Any:
         sizes = {
@@ -77,10 +88,12 @@ class Tester:
                 "head_dim",
             )
         }
+
         if self.family == "mistral":
             sizes["sliding_window"] = None
         if self.variant is not None:
             sizes["sparse_attention"] = plan(EVERY[self.variant]).to_dict()
+
         tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         return self.config_class(max_position_embeddings=512, **sizes, **tokens)
 
