@@ -214,14 +214,14 @@ class Inputs:
         )
 
     def as_cached(self) -> Inputs:
-        """Return the same numbers with keys, values and cells head by head, as a cache holds them."""
+        """Return the same values with keys, values and cells contiguous per head, as a cache holds them."""
         parts = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         cached = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in parts if name != "q"}
         return Inputs(q=self.q, **cached)
 
     @classmethod
     def drifting(cls, sizes: AttentionGeometry, length: int, dtype: torch.dtype, device: str) -> Inputs:
-        """Make queries and keys that drift: neighbours select about as alike as in a language model.
+        """Make random queries and keys that drift, so that neighbours choose nearly the same blocks.
 
         With 16 blocks of 64, the union over 16 (64) neighbouring queries has about 27 (33) blocks; real
         queries of a small model have 23-29 (29-39).
@@ -255,7 +255,7 @@ def mean_pool(x: Tensor, width: int, stride: int) -> Tensor:
 
 
 def nsa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
-    """Run the three branches of NSA with open gates."""
+    """Return the sum of the three branches of NSA, every gate at 1."""
     s = NSASettings()
 
     # Compressed branch, which also chooses the blocks of the selected one.
@@ -304,7 +304,7 @@ def sparse_cases(x: Inputs, q: Tensor, layout: SequenceLayout) -> Iterator[Case]
 
 
 def prefill_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
-    """Yield what a prefill is timed on."""
+    """Yield name and call of each prefill that is timed, dense ones first."""
     q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
     if dense:
         group = q.shape[1] // k.shape[1]
@@ -322,7 +322,7 @@ def prefill_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = No
 
 
 def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
-    """Yield what one decode step is timed on."""
+    """Yield name and call of each decode step that is timed, dense ones first."""
     cached = x.as_cached()
     q = x.q[:, -1:]
     k = cached.k.transpose(1, 2)  # [1, H, T, D]
@@ -346,7 +346,7 @@ def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = Non
 
 
 def time_cases(phase: str, length: int, cases: Iterable[Case], repeats: int, device: str) -> list[BenchRow]:
-    """Time the cases in turn, round after round, so that all meet the same machine.
+    """Time the cases in turn, round after round, so that a machine that slows down slows all of them.
 
     A decode step runs for ``WARM_MS``, then ten times more with the clock, before the next case has its turn.
     """
@@ -462,7 +462,7 @@ def check_ops(sizes: AttentionGeometry, dtype: torch.dtype, device: str) -> None
 
 
 def environment(device: str) -> dict[str, str]:
-    """Return what a number needs beside it: device, versions, threads, date."""
+    """Return what a figure is published with: device, threads, versions, date."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name()
     return {
         "device": name,

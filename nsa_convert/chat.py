@@ -1,4 +1,4 @@
-"""Chat templates are programs of the model's author: rendered in a child process with limits, never here."""
+"""Render chat templates in a child process with limits: they are programs of a model's author."""
 
 from __future__ import annotations
 

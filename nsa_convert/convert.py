@@ -276,14 +276,14 @@ def layer_table(sparse: SparseAttentionConfig, num_layers: int, num_kv_heads: in
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Foreign:
-    """A source that becomes a dense folder on the way.
+    """A source that is first written as a dense folder: a GGUF file or pickled weights.
 
     Attributes:
         format: Its name in the report.
         placed: How its weights get to OUT.
         checkpoint: What the dense folder will be.
         write: Writes it.
-        facts: What else the report says of the source; reads it whole.
+        facts: Returns what else the report says of the source; reads all of its bytes.
     """
 
     format: str
@@ -334,7 +334,7 @@ def _convert_foreign(
     allow_extra_tensors: bool,
     **options: Any,
 ) -> ConversionReport:
-    """Convert by way of a dense folder inside the staging folder."""
+    """Write the source as a dense folder inside the staging folder, and convert that."""
     # Checks and arithmetic first, from the headers of the dense folder to come.
     info = {**identity, "format": foreign.format}
     report = _report(_prepare(foreign.checkpoint, sparse), info, contexts, foreign.placed)

@@ -107,7 +107,7 @@ def _device() -> str:
 
 
 def _kernel_run() -> tuple[str, bool]:
-    """Run block selection on tiny tensors by both backends and compare."""
+    """Run window attention on tiny tensors with the reference and the default backend, and compare."""
     import torch
 
     from nsa_convert.kernels import sparse_attention, use_backend

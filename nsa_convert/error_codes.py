@@ -1,4 +1,4 @@
-"""Every error code: exit status, meaning, way out. Feeds ``nsa-convert explain`` and docs/errors.md."""
+"""Every error code: exit status, meaning, what to do. Feeds ``nsa-convert explain`` and docs/errors.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors a user can meet, each with a stable code, an exit status and a way out."""
+"""Errors a user can meet, each with a stable code, an exit status and a hint what to do."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class CheckFailedError(NsaConvertError):
 
 
 class CacheError(NsaConvertError, ValueError):
-    """A key/value cache cannot be continued by this model without being wrong (exit 3)."""
+    """This model would be wrong if it continued from this key/value cache (exit 3)."""
 
     exit_status = 3
     default_code = "CA01"

@@ -158,7 +158,7 @@ def _check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None) 
 
 
 def _pad_token(tokenizer: Any, ends: set[int | None]) -> int | None:
-    """Return the pad token, or an end token: one sequence is never padded, but generate() warns without."""
+    """Return the pad token or an end token: generate() warns without one, though nothing is padded."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
 

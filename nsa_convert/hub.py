@@ -136,7 +136,7 @@ def dense_folder(model: ResolvedModel, tell: Callable[[str], None] = lambda line
 
 
 def cache_folder() -> Path:
-    """Return the folder for files that can be fetched or made again."""
+    """Return this package's cache folder; everything in it can be fetched or made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa_convert"
 
 
@@ -258,13 +258,13 @@ def with_retries(
     tell: Callable[[str], None] = lambda line: None,
     wait: Callable[[float], None] = time.sleep,
 ) -> Any:
-    """Run one step of a conversation with the Hub.
+    """Run one request to the Hub, again if its failure may be temporary.
 
-    A fault that may pass (429, 5xx, a broken or silent connection) is waited out a few times, with the pause
-    the Hub asks for; any other is explained at once. ``work`` must be safe to repeat.
+    After 429, 5xx, or a broken or silent connection it waits as long as the Hub asks and tries again, a few
+    times; any other failure is explained at once. ``work`` must be safe to repeat.
 
     Raises:
-        HubError: It did not pass.
+        HubError: The last try failed too, or the failure is not a temporary one.
         ConfigError: The Hub refuses the model card (HB15).
     """
     for number in range(1, TRIES + 1):
@@ -284,7 +284,7 @@ def with_retries(
             # why: told apart by status below, and raised, or tried again when it may pass
             failure = error
 
-        # Raise what will not pass, wait for what may.
+        # Raise what is permanent, wait and repeat what may be temporary.
         explained, passing, seconds = _explain(failure, what, repo)
         if not passing or number == TRIES:
             raise explained from failure
@@ -296,7 +296,7 @@ def with_retries(
 
 
 def _explain(failure: Exception, what: str, repo: str) -> tuple[BaseException, bool, float | None]:
-    """Return the error to raise, whether the fault may pass, and the seconds the Hub asks to wait."""
+    """Return the error to raise, whether it may be temporary, and the seconds the Hub asks to wait."""
     # why: error classes, to tell one fault from another
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 

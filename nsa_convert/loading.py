@@ -1,4 +1,4 @@
-"""Load models and tokenizers from a folder that may be a stranger's: checked first, nothing in it is run.
+"""Load models and tokenizers from untrusted folders: checked first, and no code in them is run.
 
 transformers alone would follow an index out of the folder, make up missing weights, take pickles, fetch the
 attention kernels a config names, and ask on the terminal whether to run code files.

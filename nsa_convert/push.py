@@ -145,7 +145,7 @@ def plan_push(
         allow_unevaluated: Publish without an evaluation of these files.
 
     Raises:
-        UsageError: The name of the repository is none.
+        UsageError: ``repo`` is not a repository name.
         CheckpointError: The folder is not a converted one, or a file of the manifest is missing.
         CheckFailedError: There is no evaluation of these files (HB21).
         ConfigError: There is no valid card (HB15), or a file holds a token or a local path (HB13).
@@ -255,7 +255,7 @@ def _check_evaluation(folder: Path, allow: bool) -> list[str]:
 
 
 def _publishable(folder: Path) -> Iterator[str]:
-    """Yield the names of the files that go, but for the card.
+    """Yield the names of the files that are published, except the card.
 
     Other programs save the tokenizer after the model, so its files may be missing in the manifest.
     """
@@ -311,7 +311,7 @@ def _scan(folder: Path, files: list[PushFile]) -> None:
 
 
 def _readable(file: PushFile) -> str:
-    """Return the text of a file, of weights their header; nothing of other files."""
+    """Return the text of a text file, the header of a weight file, and nothing of other files."""
     kind = Path(file.name).suffix
     if kind == ".safetensors":
         with file.path.open("rb") as weights:
@@ -325,7 +325,7 @@ def _readable(file: PushFile) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    """Return whether a file was written here; tokenizers and code may well speak of ``/home/`` in general."""
+    """Return whether this package wrote a file; tokenizers and code may mention ``/home/`` in general."""
     return not name.startswith(("tokenizer", "vocab", "merges", "source/")) and Path(name).suffix != ".py"
 
 

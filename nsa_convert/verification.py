@@ -272,7 +272,7 @@ def _skipped(name: str, code: str, why: str) -> Check:
 
 
 def _run(name: str, code: str, work: Callable[[], str | None]) -> Check:
-    """Run one check; what it returns is the detail, what it raises the reason for failing."""
+    """Run one check: its return value is the detail, the message of its error the reason of a failure."""
     try:
         detail = work()
     except CheckFailedError as error:
@@ -285,7 +285,7 @@ def _run(name: str, code: str, work: Callable[[], str | None]) -> Check:
 
 
 def _files(out: Path) -> str:
-    """Every file of the manifest is there and unchanged, and nothing that would be loaded was added.
+    """Check that the manifest's files are there and unchanged, and that nothing loadable was added.
 
     transformers' Trainer adds its arguments, a pickle, to what it saves; nothing loads it with a model.
     """

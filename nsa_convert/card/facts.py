@@ -1,4 +1,4 @@
-"""What a converted or trained folder knows about itself: its facts, its licence, its evaluations."""
+"""Facts about a converted or trained folder, read from its files: conversion, licence, evaluations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def read_facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return what was made from what, and how it was trained.
+    """Return the facts of a folder's conversion and, where it was trained, its training report.
 
     A folder that was only converted has a report that says so. For a trained one the same keys are read
     from its config and the headers of its weights.
@@ -100,12 +100,12 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_current(report: Mapping[str, Any], folder: Path) -> bool:
-    """Return whether a report is about the very files that are in the folder."""
+    """Return whether a report was made of exactly the files in the folder: of the same manifest."""
     return report.get("model", {}).get("manifest_sha256") == manifest_hash(folder)
 
 
 def check_card(text: str) -> list[str]:
-    """Return what the Hub would refuse or a reader would miss in a card, without asking the Hub."""
+    """Return what is wrong or missing in a card's header; the Hub is not asked."""
     # why: its checks of a card's header run on this machine; nothing is sent
     from huggingface_hub import ModelCard
 
@@ -125,7 +125,7 @@ def check_card(text: str) -> list[str]:
 
 
 def hub_source(facts: Mapping[str, Any]) -> str | None:
-    """Return the Hub id of the dense model; the name of a local folder has no owner."""
+    """Return the Hub id of the dense model; None where its name is that of a local folder."""
     name = facts["source"]["id"]
     return name if HUB_ID.fullmatch(name) else None
 

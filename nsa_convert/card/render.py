@@ -102,7 +102,7 @@ def _render(
     known = (folder / RECIPE).is_file()
     recipe = (folder / RECIPE).read_text(encoding="utf-8").rstrip() if known else ""
 
-    # Only evaluations of the very files in the folder are shown.
+    # Only evaluations of exactly these files are shown.
     evaluations = read_evaluations(folder)
     reports = [report for report in evaluations if is_current(report, folder)]
     warnings = [] if reports else ["no evaluation of this model: the card shows no results"]
@@ -204,7 +204,7 @@ def _cost_row(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def megabytes(count: float) -> str:
-    """Return bytes for people."""
+    """Return a number of bytes as text, in MB or GB."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 

@@ -146,7 +146,7 @@ def load_gguf_tokenizer(path: Path) -> Any:
 
 
 def load_gguf_model(path: Path, dtype: str) -> Any:
-    """Load a GGUF file as a dense model without its note of quantisation, which would forbid saving it.
+    """Load a GGUF file as a dense model, without the quantisation config that would forbid saving it.
 
     Args:
         path: The file.

@@ -36,7 +36,7 @@ _KEYS = {
 
 
 class _Reader:
-    """Walks through the header of a mapped file."""
+    """Reads the header of a memory-mapped file, value by value."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -86,7 +86,7 @@ class _Reader:
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
-    """Return the config.json that a GGUF file amounts to.
+    """Return the config.json that describes the model of a GGUF file.
 
     Raises:
         CheckpointError: The header is damaged, or the model has scaled RoPE, which transformers would drop.

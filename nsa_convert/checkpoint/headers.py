@@ -236,7 +236,7 @@ def _refuse_other_formats(head: bytes, name: str) -> None:
 
 
 def _parse_header(raw: bytes, name: str) -> dict[str, Any]:
-    """Return the header's JSON object; a tensor listed twice is an error, not the last one wins."""
+    """Return the header's JSON object; a tensor that is listed twice is an error."""
     table = parse_json(raw, f"the header of {name}", syntax="CK05", size="CK04", value="CK06")
     if not isinstance(table, dict):
         raise CheckpointError(f"{name}: the header is not a JSON object", code="CK05", where=name)
@@ -282,7 +282,7 @@ def _whole_numbers(values: Any) -> bool:
 
 
 def _check_offsets(entries: list[TensorEntry], data_start: int, size: int, name: str) -> None:
-    """Tensors must lie one after the other without gap or overlap and end with the file."""
+    """Require that the tensors follow one another without gap or overlap and end with the file."""
     at = data_start
 
     # Tensor by tensor: each begins where the one before it ends.

@@ -21,7 +21,7 @@ SOURCE_FOLDER = "source"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON the same way every time."""
+    """Write a value as JSON in UTF-8, indented by two, with a newline at the end."""
     # why: inside the staging folder of the caller
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

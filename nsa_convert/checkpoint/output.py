@@ -22,7 +22,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def shard_names(checkpoint: Checkpoint, new: Sequence[NewTensor]) -> dict[str, str]:
-    """Return source name -> name in OUT; ``model.safetensors`` would hide the index, so it gets a number."""
+    """Return the name in OUT of each shard of the source.
+
+    A single ``model.safetensors`` gets a number: under its own name transformers would load it alone and
+    ignore the index, and with it the new tensors.
+    """
     shards = checkpoint.weights.shards
 
     if new and SPARSE_SHARD in {shard.name for shard in shards}:

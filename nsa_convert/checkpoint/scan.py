@@ -194,7 +194,7 @@ def scan_shard(shard: Shard, source: Path, copy_to: Path | None = None) -> Shard
 
 
 def _compare_with_blob_name(path: Path, name: str, digest: str) -> None:
-    """A weight file in the Hub's cache is called by its hash: a damaged or exchanged one shows."""
+    """Compare a weight file in the Hub's cache with its name there, which is its hash."""
     if path.parent.name == "blobs" and _SHA256.fullmatch(path.name) and path.name != digest:
         raise CheckpointError(
             f"{name} is not the file that was downloaded: its hash is not the one the Hub cache has for it",

@@ -192,7 +192,7 @@ def _read_shards(folder: Path, names: list[str], problems: Problems) -> tuple[Sh
 
 
 def _compare_index(weight_map: dict[str, str], shards: tuple[Shard, ...], problems: Problems) -> None:
-    """The index and the headers must agree tensor by tensor."""
+    """Report every tensor on which the index and the headers disagree."""
     held: dict[str, list[str]] = {}
 
     # The shards that hold each tensor.

@@ -168,7 +168,7 @@ def _check(
 
 
 def _check_layers(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], problems: Problems) -> None:
-    """The number of layers must be that of the headers, before anything of that size is built."""
+    """Report a number of layers other than that of the headers, before anything of that size is built."""
     held = {int(match[1]) for name in tensors if (match := LAYER_TENSOR.match(name))}
     count = config["num_hidden_layers"]
     if held and (len(held) != count or max(held) != count - 1):
@@ -239,7 +239,7 @@ def _extra_tensors(
 def _check_tie(
     config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], problems: Problems
 ) -> tuple[str, ...]:
-    """Tied embeddings may be stored twice, but then in the same shape."""
+    """Report tied embeddings that are stored twice in two shapes; warn of all that are stored twice."""
     head = tensors.get("lm_head.weight")
     table = tensors.get("model.embed_tokens.weight")
     if not config.get("tie_word_embeddings", False) or head is None or table is None:
@@ -299,7 +299,7 @@ def _side_files(
 
 
 def _check_tokenizer_config(config: Mapping[str, Any]) -> None:
-    """A tokenizer may name files of its own folder only."""
+    """Refuse a tokenizer config that names files outside of its own folder."""
     for key, value in config.items():
         if (
             key.endswith("_file")

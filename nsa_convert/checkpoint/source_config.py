@@ -198,7 +198,7 @@ def dense_tensor_shapes(config: Mapping[str, Any], family: ModelFamily) -> dict[
 
 
 def _check_keys(config: Mapping[str, Any], problems: Problems) -> None:
-    """A misspelt key would leave its default in force without a word; keys of other tools are left alone."""
+    """Report misspelt keys, which would silently leave a default in force; other tools' keys are allowed."""
     absent = sorted(READ_KEYS - config.keys())
     for key in sorted(config.keys() - READ_KEYS):
         near = difflib.get_close_matches(key, absent, n=1, cutoff=0.9)

@@ -93,7 +93,7 @@ def check_places(source: Path, out: Path) -> None:
 
 
 def check_free(out: Path, *, overwrite: bool, recognise: str) -> None:
-    """Refuse an OUT that is taken.
+    """Refuse an OUT that holds something already.
 
     Args:
         out: The final place.
@@ -159,7 +159,7 @@ def staged(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Make the folder ``out`` and keep other processes from working in it, for as long as the block runs.
+    """Make the folder ``out`` and lock it against other processes while the block runs.
 
     The processes of one distributed run share the lock of their first one.
 
@@ -202,7 +202,7 @@ def require_space(out: Path, needed: int) -> None:
 
 
 def gigabytes(count: int) -> str:
-    """Return a size for people."""
+    """Return a number of bytes as text, in GB or MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
@@ -223,7 +223,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file, and its folder, so that it is there as a whole or as it was before.
+    """Write a text file atomically and make its folder: afterwards the file is complete or as it was.
 
     Raises:
         MachineError: Disk or permission.
@@ -279,7 +279,7 @@ def _exchange(one: Path, two: Path) -> bool:
 
 
 def _recover(out: Path, staging: Path, old: Path) -> None:
-    """Clear what a dead run left; one that died between its two renames gets its old folder back."""
+    """Clean up after a killed process; killed between its two renames, it gets the old folder put back."""
     if old.exists():
         if out.exists():
             shutil.rmtree(old)  # why: its successor was published before the process was killed
@@ -299,7 +299,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, out: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the file goes away with the block, the lock with the process."""
+    """Hold an exclusive lock on a file; the block removes the file, the end of the process the lock."""
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:

@@ -1,4 +1,4 @@
-"""Whether embeddings that are tied by the config are tied in the file."""
+"""Check that embeddings which the config ties are equal in the weight files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ HEAD = "lm_head.weight"
 
 
 def check_tie(checkpoint: Checkpoint) -> None:
-    """Refuse a stored head that the config says is the embedding table, and that is not.
+    """Refuse a stored head that the config ties to the embedding table but that holds other values.
 
-    transformers would drop it without a word. Only these two tensors are read, where both are stored.
+    transformers would ignore it silently. Only these two tensors are read, where both are stored.
 
     Raises:
         CheckpointError: They differ (CF11).

@@ -72,10 +72,10 @@ def seal_trained(
 
 
 def seal_saved(model: PreTrainedModel, folder: Path) -> None:
-    """Write the training report, the source's card and licence, and the manifest, as far as a model knows.
+    """Write the training report, the source's card and licence, and the manifest, from what a model knows.
 
     For ``save_pretrained``, which any trainer calls: the number of tokens is known to that trainer alone, and
-    the tokenizer's files are mostly written later. What a trainer of this package knows replaces it.
+    the tokenizer's files are mostly written later. This package's own trainer writes a fuller report over it.
 
     Args:
         model: The model that was saved.
@@ -134,7 +134,7 @@ def _hashes(source: Path | None) -> dict[str, dict[str, str]]:
 
 
 def _public(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe without places on this machine."""
+    """Return a recipe in which names of folders stand for paths of this machine."""
 
     def name(text: Any) -> Any:
         return Path(text).name if isinstance(text, str) and (text.startswith(("/", "~", "."))) else text
