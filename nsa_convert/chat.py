@@ -100,14 +100,20 @@ def _read_all(reader: int) -> dict[str, str] | None:
     while (left := end - time.monotonic()) > 0 and len(content) < TEXT_BYTES:
         # Wait until there is something to read, or the time is over.
         if not select.select([reader], [], [], left)[0]:
-            break
+            return None
 
         # An empty read is the end: the child has closed its side of the pipe.
         piece = os.read(reader, 1 << 20)
         if not piece:
-            return json.loads(content) if content else None
+            break
         content += piece
-    return None
+    else:
+        return None
+
+    try:
+        return json.loads(content)
+    except ValueError:  # why: a child that was ended in the middle leaves half an answer
+        return None
 
 
 def _failed(reason: str) -> ConfigError:

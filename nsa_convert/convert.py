@@ -232,7 +232,7 @@ def _report(job: _Job, source: dict[str, Any], contexts: Sequence[int], placed: 
         new_bytes += checkpoint.weight_bytes
 
     until = dense_until(job.methods)
-    width = 2 if checkpoint.weights.dtype() in ("BF16", "F16") else 4
+    width = checkpoint.weights.value_bytes()
 
     return ConversionReport(
         out=None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert.checkpoint.gguf import is_gguf, open_gguf
-from nsa_convert.checkpoint.headers import DTYPE_BYTES, WEIGHT_DTYPES
+from nsa_convert.checkpoint.headers import WEIGHT_DTYPES
 from nsa_convert.checkpoint.source import (
     SPARSE_TENSOR,
     Checkpoint,
@@ -190,7 +190,7 @@ def _outlook(
     except ConfigError as error:
         reason = error.message
 
-    width = DTYPE_BYTES[checkpoint.weights.dtype()]
+    width = checkpoint.weights.value_bytes()
     return MethodOutlook(
         method=name,
         reason=reason,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -8,11 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nsa_convert.card.facts import read_facts
 from nsa_convert.checkpoint.scan import LARGE_WEIGHT, magnitude_bits
 from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.convert import convert_checkpoint
+from nsa_convert.inspection import inspect_checkpoint
 from nsa_convert.strict_files import read_mapping
-from tests.checkpoints import FAMILY_OPTIONS, SETTINGS, shard_paths, tree_hash, write_dense
+from tests.checkpoints import FAMILY_OPTIONS, SETTINGS, dense_model, shard_paths, tree_hash, write_dense
 
 NSA = SparseAttentionConfig(default=LayerRule(method="nsa", settings=SETTINGS))
 SSA = SparseAttentionConfig(default=LayerRule(method="ssa", settings={"block_size": 8, "num_blocks": 4}))
@@ -154,6 +157,21 @@ def test_costs_of_dense_layers_are_equal(tmp_path, source):
         assert cost.dense_kv_bytes == cost.sparse_kv_bytes
         assert cost.dense_prefill_flops == cost.sparse_prefill_flops
         assert cost.density == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_costs_count_the_bytes_of_the_checkpoints_dtype(tmp_path, dtype):
+    source = tmp_path / "dense"
+    dense_model().to(dtype).save_pretrained(source)
+    inspected = inspect_checkpoint(source, "nsa", (4096,)).methods[0].costs
+    out = tmp_path / "out"
+    nsa = SparseAttentionConfig(default=LayerRule(method="nsa"))
+    report = convert_checkpoint(source, out, nsa, contexts=(4096,))
+    assert report.costs == inspected
+    assert read_facts(out)[0]["costs"] == [dataclasses.asdict(cost) for cost in inspected]
+    assert (
+        inspected[0].dense_kv_bytes == 2 * 2 * 2 * 8 * 4096 * dtype.itemsize
+    )  # layers, k and v, heads, D, T
 
 
 @pytest.mark.parametrize("shards", [True, False])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_convert import __version__
-from nsa_convert.checkpoint.manifest import REPORT, SOURCE_FOLDER, TRAINING
+from nsa_convert.checkpoint.manifest import REPORT, REPORT_LIMIT, SOURCE_FOLDER, TRAINING
 from nsa_convert.checkpoint.source import SPARSE_TENSOR, open_converted
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.convert import layer_table
@@ -22,7 +22,6 @@ from nsa_convert.strict_files import parse_yaml, read_json_mapping
 CARD = "README.md"
 EVALUATION_FOLDER = "evaluation"
 EVAL_RESULTS = ".eval_results/nsa-convert.yaml"
-REPORT_LIMIT = 64_000_000
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -54,7 +53,7 @@ def read_facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     methods = resolve_plan(plan, checkpoint.num_layers, checkpoint.geometry)
     tensors = checkpoint.weights.tensors()
     new = {name for name in tensors if SPARSE_TENSOR.match(name)}
-    width = 2 if checkpoint.weights.dtype() in ("BF16", "F16") else 4
+    width = checkpoint.weights.value_bytes()
 
     facts = {
         "versions": {"nsa_convert": __version__},
@@ -86,7 +85,7 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     # One report in the folder itself, and one in each sub-folder, such as `quick` and `long`.
     for path in [base / "report.json", *sorted(base.glob("*/report.json"))]:
         if path.is_file():
-            report = read_json_mapping(path, limit=64_000_000)
+            report = read_json_mapping(path, limit=REPORT_LIMIT)
             if report.get("schema") != 1 or "command" not in report:
                 raise CheckpointError(
                     f"{path} is no report of `nsa-convert eval`",

@@ -13,6 +13,8 @@ from nsa_convert.strict_files import read_json_mapping
 
 MANIFEST = "nsa_manifest.json"
 REPORT = "conversion_report.json"
+REPORT_LIMIT = 64_000_000
+"""Bytes that a report of a conversion, a training or an evaluation may have."""
 RECIPE = "recipe.yaml"
 TRAINING = "training_report.json"
 """Lies in a folder that was trained after conversion."""

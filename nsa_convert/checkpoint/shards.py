@@ -11,6 +11,7 @@ from typing import Any
 
 from nsa_convert.checkpoint.download_notes import compare_revisions
 from nsa_convert.checkpoint.headers import (
+    DTYPE_BYTES,
     MAX_HEADER_BYTES,
     ShardHeader,
     TensorEntry,
@@ -67,6 +68,10 @@ class WeightFiles:
         for entry in self.tensors().values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sorted(sizes), key=lambda name: sizes[name], default="F32")
+
+    def value_bytes(self) -> int:
+        """Return the bytes of one value of :meth:`dtype`, which a cache of the loaded model has too."""
+        return DTYPE_BYTES[self.dtype()]
 
 
 def resolve_inside(folder: Path, name: str) -> Path:

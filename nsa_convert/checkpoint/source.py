@@ -10,7 +10,7 @@ from typing import Any
 
 from nsa_convert.checkpoint.headers import WEIGHT_DTYPES, TensorEntry
 from nsa_convert.checkpoint.problems import Problems
-from nsa_convert.checkpoint.shards import WeightFiles, find_weight_files, resolve_inside
+from nsa_convert.checkpoint.shards import INDEX_FILE, WeightFiles, find_weight_files, resolve_inside
 from nsa_convert.checkpoint.source_config import (
     check_source_config,
     dense_tensor_shapes,
@@ -272,7 +272,7 @@ def _side_files(
     side = []
     left_out = []
     notes = []
-    used = {*shards, "config.json", "model.safetensors.index.json", SOURCE_README}
+    used = {*shards, "config.json", INDEX_FILE, SOURCE_README}
 
     for name in sorted(path.name for path in folder.iterdir()):
         if not SIDE_FILES.fullmatch(name):

@@ -10,6 +10,7 @@ from nsa_convert.checkpoint.manifest import (
     MANIFEST,
     RECIPE,
     REPORT,
+    REPORT_LIMIT,
     SOURCE_FOLDER,
     TRAINING,
     read_manifest,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CARD = "README.md"
-REPORT_LIMIT = 64_000_000
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -104,7 +104,7 @@ def _report_of(source: Path | None) -> dict[str, Any]:
     """Return the training report of a source that was trained before."""
     if source is None or not (source / TRAINING).is_file():
         return {}
-    return read_json_mapping(source / TRAINING)
+    return read_json_mapping(source / TRAINING, limit=REPORT_LIMIT)
 
 
 def _origin(source: Path | None) -> dict[str, Any] | None:

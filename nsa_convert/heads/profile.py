@@ -86,7 +86,7 @@ class HeadProfile:
 
         try:
             notes = json.loads(meta.get("meta", ""))
-        except ValueError:
+        except ValueError:  # why: damaged notes are refused below
             notes = None
 
         if meta.get("format") != FORMAT or "scores" not in tensors or not isinstance(notes, dict):

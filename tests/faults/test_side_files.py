@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
@@ -129,6 +130,17 @@ def test_tk04_endless_template(monkeypatch):
     with pytest.raises(ConfigError, match="takes more than 1 s"):
         render_chat(tokenizer_with(loop), TURNS)
     assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"text": "hal'])
+def test_tk04_a_child_that_dies_while_it_answers(monkeypatch, sent):
+    def die(writer, *_):
+        os.write(writer, sent)
+        os._exit(1)
+
+    monkeypatch.setattr(chat, "_render_and_exit", die)
+    with pytest.raises(ConfigError, match="takes more than"):
+        render_chat(tokenizer_with("{{ 1 }}"), TURNS)
 
 
 def test_tk04_no_template():
