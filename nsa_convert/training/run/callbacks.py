@@ -1,4 +1,4 @@
-"""Callbacks of transformers' Trainer: stop on a signal, and survive what others raise."""
+"""Callbacks of transformers' Trainer: stop on a signal, and contain the errors of other callbacks."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ from transformers import TrainerCallback
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and ends the stage after the step in which a signal came.
+    """Saves a checkpoint and ends the stage after the step in which a signal came.
 
     Args:
-        signals: Holds the ``number`` of the signal that came, or 0; gets that of another process too.
+        signals: Has the ``number`` of the signal that came, or 0; also set when another process got one.
     """
 
     def __init__(self, signals: Any) -> None:
         self.signals = signals
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Agree with the other processes on whether a signal came."""
+        """Save and stop if any process received a signal."""
         number = self.signals.number
+        # All processes have to stop after the same step, or the others wait for this one for ever.
         if args.world_size > 1:
             flag = torch.tensor([number], device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             number = self.signals.number = int(flag)
+
         if number:
             control.should_save = control.should_training_stop = True
 
 
 def guarded(callback: Any, tell: Callable[[str, Exception], None]) -> Any:
-    """Return a callback of someone else (curves, services) whose errors do not end the run.
+    """Wrap a callback of another library (curves, tracking services): its errors do not end the run.
 
     Args:
         callback: A TrainerCallback.
-        tell: Called with the name of the event and the error, once for each event.
+        tell: Called with the name of the event and the error, at the first error of each event.
+
+    Returns:
+        A TrainerCallback with every event of the given one.
     """
 
     class Guarded(TrainerCallback):
-        """Calls another callback and keeps its errors."""
+        """Calls another callback and catches its errors."""
 
     told: set[str] = set()
 
@@ -56,7 +61,9 @@ def guarded(callback: Any, tell: Callable[[str, Exception], None]) -> Any:
 
         return event
 
+    # The Trainer calls events by name: each `on_...` method becomes a guarded one.
     for name in dir(TrainerCallback):
         if name.startswith("on_"):
             setattr(Guarded, name, make(name))
+
     return Guarded()

@@ -1,9 +1,9 @@
-"""Several processes for one model: FSDP2, tensor parallel and context parallel, on engines that exist.
+"""Several processes for one model: FSDP2, tensor parallelism and context parallelism.
 
-FSDP2 and tensor parallel are transformers' own (``DistributedConfig``); a converted model brings the plan for
-its new weights itself (:mod:`nsa_convert.patch.tensor_parallel`). Context parallel splits the tokens of a
-row: queries stay local, keys and values are gathered, so a layer sees the layout it knows, a run of queries
-at an offset among all keys.
+FSDP2 and tensor parallelism are transformers' own (``DistributedConfig``); a converted model brings the
+sharding of its new weights itself (:mod:`nsa_convert.patch.tensor_parallel`). Context parallelism splits the
+tokens of a row: each process keeps its queries, keys and values are gathered from all. A layer then sees a
+layout it knows: a run of queries at an offset among all keys.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def distributed_config(plain: PreTrainedModel, *, fsdp: int = 1, tensor: int = 1
     """Return transformers' DistributedConfig for a dense or converted model.
 
     Args:
-        plain: The model on the meta device, for the names of its new weights.
-        fsdp: Processes that share each weight.
-        tensor: Processes that share each layer.
+        plain: The model on the meta device, for its methods.
+        fsdp: Number of processes that share each weight (FSDP2).
+        tensor: Number of processes that share the heads of each layer.
 
     Raises:
-        ConfigError: A method cannot be shared that way.
+        ConfigError: A method does not support tensor parallelism, or the heads cannot be divided (RC09).
     """
     from transformers.distributed import DistributedConfig
 
@@ -51,21 +51,28 @@ def distributed_config(plain: PreTrainedModel, *, fsdp: int = 1, tensor: int = 1
 
 
 def join_processes() -> None:
-    """Join the processes that torchrun or accelerate started."""
+    """Create the process group of the processes that torchrun or accelerate started."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """Return in every process what the main one computes, or raise the error it raises."""
+    """Run a function in the main process and return its result, or raise its error, in every process.
+
+    Args:
+        work: The function. It may raise :class:`NsaConvertError`; its result is pickled.
+    """
     if not dist.is_initialized():
         return work()
+
+    # The result or the error: other processes wait for either.
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = work()
         except NsaConvertError as error:
             box[1] = error
+
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]
@@ -73,11 +80,13 @@ def from_main(work: Callable[[], T]) -> T:
 
 
 def load_sharded(folder: Path, dtype: torch.dtype, parallel: Parallel) -> PreTrainedModel:
-    """Load a checkpoint with its weights cut among the processes as ``parallel`` says."""
+    """Load a checkpoint with its weights sharded over the processes as ``parallel`` says."""
     from transformers import AutoModelForCausalLM
 
+    # Without storage: only to check the methods and the sizes before loading.
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(safe_config(folder))
+
     config = distributed_config(plain, fsdp=parallel.fsdp, tensor=parallel.tensor)
     model = load_causal_model(folder, dtype, distributed_config=config)
     _save_tied_once(model)
@@ -85,7 +94,7 @@ def load_sharded(folder: Path, dtype: torch.dtype, parallel: Parallel) -> PreTra
 
 
 def _save_tied_once(model: PreTrainedModel) -> None:
-    """Keep copies of tied weights out of what a cut model saves: gathered, they no longer share memory."""
+    """Leave copies of tied weights out of a sharded model's saves: gathered, they no longer share memory."""
     gather = model.gather_sharded_state_dict_for_save
 
     def gather_once(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -96,14 +105,18 @@ def _save_tied_once(model: PreTrainedModel) -> None:
 
 
 def row_mesh(parallel: Parallel) -> Any:
-    """Return the mesh of the processes by the rows they read, or None where each reads its own.
+    """Return the device mesh by the rows that processes read, or None where each reads its own.
 
     Its dimensions have the names by which accelerate's data loader knows that processes read the same rows.
+
+    Returns:
+        A mesh ``(dp_shard, cp)`` or ``(dp_shard, tp)``.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
     if parallel.data == parallel.processes:
         return None
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shared = parallel.processes // parallel.data
     names = ("dp_shard", "cp" if parallel.context > 1 else "tp")
@@ -111,7 +124,7 @@ def row_mesh(parallel: Parallel) -> Any:
 
 
 def whole_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Return the optimizer's state with whole tensors, by parameter name; every process has to call this."""
+    """Return the optimizer's state, unsharded and by parameter name; every process has to call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
@@ -121,7 +134,7 @@ def whole_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-    """Give an optimizer the state that :func:`whole_optimizer_state` returned, cut to this process's part."""
+    """Load a state of :func:`whole_optimizer_state` into an optimizer; each process takes its own part."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -129,9 +142,9 @@ def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]
 
 
 def share_tokens(model: nn.Module, group: Any) -> None:
-    """Let the layers of a model attend across the processes of a group, each with its run of every row.
+    """Make layers attend across a context-parallel group, each process with a part of every row.
 
-    Auxiliary losses are those of the whole rows then; gradients have to be averaged over the group.
+    Auxiliary losses are then those of the whole rows; gradients have to be averaged over the group.
     """
     processes = Processes(group)
     for module in model.modules():
@@ -140,21 +153,26 @@ def share_tokens(model: nn.Module, group: Any) -> None:
 
 
 def split_tokens(batch: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
-    """Return this process's run of every row, with the labels of the tokens that follow.
+    """Return this process's part of every row, with the labels of the tokens that follow.
 
     Args:
         batch: ``input_ids`` and ``labels`` ``[B, T]``, and ``position_ids`` that restart at 0 in each packed
             document; without them a row is one document. Packed rows come one by one, B = 1.
-        group: The context group; T must be a multiple of its size.
+        group: The context-parallel group; T must be a multiple of its size.
 
     Returns:
-        ``input_ids``, ``position_ids`` and ``shift_labels`` of this process; ``cu_seq_lens_q`` of the whole
+        ``input_ids``, ``position_ids`` and ``shift_labels`` ``[B, T / size]`` of this process;
         row where it holds several documents.
     """
     ids, labels, positions = batch["input_ids"], batch["labels"], batch.get("position_ids")
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+
+    # The tokens of this process.
+    size = dist.get_world_size(group)
+    rank = dist.get_rank(group)
     length = ids.shape[1] // size
     here = slice(rank * length, (rank + 1) * length)
+
+    # The label of the last local token is the first token of the next process: shift before cutting.
     following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -163,6 +181,8 @@ def split_tokens(batch: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
         "position_ids": positions[:, here],
         "shift_labels": following[:, here].contiguous(),
     }
+
+    # More starts than rows: a row holds several documents. [documents + 1] boundaries in the whole row.
     begins = (positions == 0).nonzero()[:, 1]
     if len(begins) > len(ids):
         part["cu_seq_lens_q"] = torch.cat([begins, begins.new_tensor([ids.shape[1]])])

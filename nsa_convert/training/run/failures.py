@@ -1,4 +1,4 @@
-"""What ends a training run from below: memory that is not there, kernels that cannot be compiled."""
+"""Turn failures of memory and of kernels during training into errors that say what to do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def explained(stage: Stage) -> Iterator[None]:
         yield
     except NsaConvertError:
         raise
-    except Exception as error:  # why: told apart into memory, disk and kernels, and raised again
+    except Exception as error:  # why: told apart into kernels and memory, and raised again
         if is_kernel_failure(error):
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise KernelFailure(
@@ -36,6 +36,7 @@ def explained(stage: Stage) -> Iterator[None]:
                 code="TR20",
                 hint="the last checkpoint is good: --resume --allow-eager-fallback goes on with plain torch",
             ) from error
+
         if out_of_memory(error):
             way = "with" if stage.checkpointing else "without"
             raise MachineError(
@@ -55,8 +56,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _advice(stage: Stage) -> str:
-    """Return what lowers the memory of a stage, the cheapest first."""
+    """Return the settings that lower the memory of a stage, the one that costs least first."""
     key = f"--set stages.{stage.name}"
+
+    # Recomputing activations keeps the numbers of the run; shorter rows are another run.
     parts = [] if stage.checkpointing else [f"{key}.checkpointing=true"]
     parts += [f"{key}.micro_batch={stage.micro_batch // 2}"] if stage.micro_batch > 1 else []
     return "; or ".join([*parts, f"in another out {key}.seq_len={stage.seq_len // 2}"])

@@ -1,4 +1,4 @@
-"""What a recipe will do, by arithmetic: steps, weights trained, memory; and every reason it cannot."""
+"""Forecast of a run by arithmetic: steps, trained weights, memory; and every reason why it cannot run."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from nsa_convert.training.run.parallel import Parallel, method_problems, paralle
 from nsa_convert.training.run.parallel import stage_problems as sharing_problems
 
 ADAM_BYTES = 8
-"""Two float32 moments per trained weight."""
+"""Bytes per trained weight: two float32 moments."""
 LAYER_WIDTHS = 34
-"""Activations a layer keeps for the backward pass, in units of tokens * hidden_size, attention tiled."""
+"""Activations a layer keeps for the backward pass, in units of tokens * hidden_size, with tiled attention."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage, resolved.
+    """Forecast of one stage.
 
     Attributes:
-        name: Of the stage.
-        kind: Of the stage.
-        train: What is trained.
+        name: Name of the stage.
+        kind: Kind of the stage.
+        train: Which weights are trained.
         seq_len: Tokens in a row.
         steps: Optimizer steps.
         tokens: Tokens that will be read.
-        trained: Weights trained.
-        trained_new: Those of them that conversion added.
+        trained: Number of weights trained.
+        trained_new: Those among them that conversion added.
         losses: Loss -> weight.
-        memory: Bytes one device needs: weights, gradients, optimizer, activations.
-        seconds_per_step: Measured, or None.
-        warnings: What will work but may not be meant.
+        memory: Bytes that one device needs: weights, gradients, optimizer, activations.
+        seconds_per_step: Measured seconds, or None.
+        warnings: What works but is probably not intended.
         data: The sources, with paths resolved.
     """
 
@@ -65,15 +65,15 @@ class StagePlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipePlan:
-    """All stages of a recipe, resolved.
+    """Forecast of all stages of a recipe.
 
     Attributes:
-        model: What it starts from.
-        out: Where it writes.
-        parameters: Weights of the model in all.
-        method: Sparse methods by name, or ``dense``.
+        model: What the run starts from.
+        out: Folder that it writes to.
+        parameters: Number of weights of the model.
+        method: Names of the sparse methods, or ``dense``.
         parallel: How the processes share the work.
-        stages: One plan per stage.
+        stages: One forecast for each stage.
     """
 
     model: str
@@ -93,13 +93,15 @@ class RecipePlan:
         return {**dataclasses.asdict(self), "warnings": self.warnings}
 
     def to_text(self) -> str:
-        """Return the plan for people."""
+        """Return the forecast for people."""
         lines = [f"{self.model} ({self.parameters:,} weights, {self.method}) -> {self.out}"]
         lines.append(f"  {self.parallel.to_text()}")
+
         for stage in self.stages:
             losses = " + ".join(
                 name if weight == 1 else f"{weight:g} {name}" for name, weight in stage.losses.items()
             )
+
             lines.append(
                 f"  {stage.name} ({stage.kind}): {stage.steps:,} steps, {stage.tokens:,} tokens in rows of "
                 f"{stage.seq_len:,}"
@@ -108,17 +110,21 @@ class RecipePlan:
                 f"    trains {stage.train}: {stage.trained:,} weights, {stage.trained_new:,} of them new; "
                 f"minimises {losses}"
             )
+
             lines.append(f"    reads {', '.join(stage.data)}")
+
+            # The time is known only where it was measured.
             time = ""
             if stage.seconds_per_step is not None:
                 hours = stage.steps * stage.seconds_per_step / 3600
                 time = f"; {stage.seconds_per_step:.2f} s a step, {hours:.2f} h"
             lines.append(f"    about {gigabytes(stage.memory)} on one device{time}")
+
         return "\n".join(lines)
 
 
 def plan_recipe(recipe: Recipe, start: Start, base: Path, *, parallel: Parallel | None = None) -> RecipePlan:
-    """Check a recipe against its model and data, and resolve it.
+    """Check a recipe against its model and data, and return the forecast of the run.
 
     Args:
         recipe: The recipe.
@@ -127,34 +133,45 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, parallel: Parallel 
         parallel: How the processes will share the work; those of this run when left out.
 
     Raises:
-        ConfigError: Every problem of every stage, in one message.
+        ConfigError: Every problem of every stage, in one message (RC09).
     """
-    methods, shapes = start.methods(), weight_shapes(start)
+    methods = start.methods()
+    shapes = weight_shapes(start)
     problems: list[str] = []
     plans = []
+
+    # Sizes that do not fit the number of processes would only cause more messages further on.
     config = dict(start.config)
     parallel = parallel_of(recipe) if parallel is None else parallel
     unfit = size_problems(parallel)
     problems += unfit or method_problems(parallel, methods, config)
+
     for stage in recipe.stages:
         found = stage_problems(stage, methods, config)
         found += [] if unfit else sharing_problems(parallel, stage)
+
+        # Every source is opened: a problem of one must not hide those of the others.
         notes: list[str] = []
         for source in stage.data:
             try:
                 notes += source_notes(source, base, chats=stage.kind == "sft")
             except NsaConvertError as error:
                 found.append(error.message)
+
         problems += [f"stage {stage.name}: {line}" for line in found]
         if not found:
+            # The next stage starts with the RoPE that this one sets.
             if stage.rope is not None:
                 config["rope_parameters"], config["max_position_embeddings"] = rope_parameters(
                     config, stage.rope
                 )
+
             resolved = _resolve(stage, recipe, start, methods, shapes, parallel)
             data = tuple(f"{s.weight:g} {describe_source(s, base)}" for s in stage.data)
             plans.append(dataclasses.replace(resolved, data=data, warnings=(*resolved.warnings, *notes)))
+
     raise_problems(problems, code="RC09", hint="no weight was read; correct the recipe and run again")
+
     names = sorted({method.spec.name for method in methods})
     return RecipePlan(
         model=recipe.model if isinstance(recipe.model, str) else f"fresh {recipe.model.family}",
@@ -167,10 +184,10 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, parallel: Parallel 
 
 
 def source_notes(source: Source, base: Path, *, chats: bool) -> list[str]:
-    """Open a source; return what a user should know of it.
+    """Open a source and return what a user should know of it.
 
     Raises:
-        NsaConvertError: It cannot be read.
+        NsaConvertError: The source cannot be read.
     """
     documents = open_source(source, base, chats=chats)
     shared, held = held_out_overlap(source, base)
@@ -184,22 +201,29 @@ def source_notes(source: Source, base: Path, *, chats: bool) -> list[str]:
 
 
 def stage_problems(stage: Stage, methods: Sequence[SparseMethod], config: Mapping[str, Any]) -> list[str]:
-    """Return why a stage cannot run on this model."""
+    """Return why a stage cannot run on this model; one sentence for each problem."""
     problems = loss_problems(stage, methods)
+
+    # Rows must fit the positions of the model, after the stage's own RoPE scaling.
     positions = config.get("max_position_embeddings")
     if stage.rope is not None:
         try:
             _, positions = rope_parameters(config, stage.rope)
         except ConfigError as error:
             problems.append(error.message)
+
     if positions and stage.seq_len > positions:
         problems.append(
             f"seq_len {stage.seq_len} is beyond the model's {positions} positions; shorten it, or set rope"
         )
+
+    # Rows must hold at least one block of every method.
     settings = [leaf.settings for leaf in leaves_of(methods)]
     sizes = {size for s in settings if (size := getattr(s, "block_size", None))}
     if sizes and stage.seq_len < max(sizes):
         problems.append(f"seq_len {stage.seq_len} is below a block of {max(sizes)} tokens; lengthen it")
+
+    # The stage must have something to train.
     new = sum(parameter.numel() for method in methods for parameter in method.parameters())
     if stage.train == "new" and not new:
         what = "the plan adds no weights" if methods else "the model is dense"
@@ -210,13 +234,15 @@ def stage_problems(stage: Stage, methods: Sequence[SparseMethod], config: Mappin
 
 
 def stage_warnings(recipe: Recipe, stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
-    """Return what will work but may not be meant."""
+    """Return what works but is probably not intended; one sentence for each."""
     lines = []
     if recipe.precision == "bf16":
         lines.append(
             "precision bf16 keeps the weights in bfloat16, where AdamW loses most updates by rounding (93 % "
             "at a learning rate of 2e-5) and all weight decay; bf16-mixed does not"
         )
+
+    # Rows within the budget of every sparse layer are computed densely.
     reaches = [method.reach() for method in methods]
     budgets = [reach.visible_budget for reach in reaches if reach.decode_keys is not None]
     if budgets and stage.seq_len <= min(budgets):
@@ -224,6 +250,7 @@ def stage_warnings(recipe: Recipe, stage: Stage, methods: Sequence[SparseMethod]
             f"rows of {stage.seq_len} tokens fit the visible budget of {min(budgets)}: nothing is hidden, "
             "so nothing is learned about selection"
         )
+
     left = stage.tokens % stage.batch_tokens
     if left:
         lines.append(f"the budget is rounded down by {left} tokens to {stage.steps} whole steps")
@@ -231,26 +258,34 @@ def stage_warnings(recipe: Recipe, stage: Stage, methods: Sequence[SparseMethod]
 
 
 def weight_shapes(start: Start) -> dict[str, int]:
-    """Return parameter name -> numbers in it, of the model that will be trained; nothing is allocated."""
+    """Return parameter name -> number of elements of the model that will be trained; nothing is allocated."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from nsa_convert.patch.models import config_class, model_classes
 
+    # What the checkpoint says of its own code and format is no argument of the config.
     values = dict(start.config)
     model_type = values.pop("model_type")
     for key in ("transformers_version", "auto_map", "architectures"):
         values.pop(key, None)
+
     with torch.device("meta"):
         if start.plan is None:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
         else:
             config = config_class(start.family)(**{**values, "sparse_attention": start.plan.to_dict()})
             model = model_classes(start.family)["ForCausalLM"](config)
+
     return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
 
 def is_trained(name: str, train: str) -> bool:
-    """Return whether a weight is trained, by its name; LoRA's own weights are added by peft."""
+    """Return whether a weight of this name is trained; LoRA's own weights are added by peft.
+
+    Args:
+        name: Full name of the parameter.
+        train: ``all``, ``attention``, ``new`` or ``lora``; weights added by conversion are always trained.
+    """
     if ".self_attn.sparse." in name:
         return True
     return train == "all" or (train == "attention" and ".self_attn." in name)
@@ -264,14 +299,18 @@ def _resolve(
     shapes: Mapping[str, int],
     parallel: Parallel,
 ) -> StagePlan:
+    """Return the forecast of a stage that has no problems."""
     trained = sum(size for name, size in shapes.items() if is_trained(name, stage.train))
     new = sum(size for name, size in shapes.items() if ".self_attn.sparse." in name)
     if stage.train == "lora":
         trained += _adapter_size(stage, start)
+
+    # The losses as LossPlan weighs them; the alignment stage has no next-token loss of its own.
     default = 0.0 if stage.kind == "align" else 1.0
     cross_entropy = default if stage.cross_entropy is None else stage.cross_entropy
     losses = {"cross_entropy": cross_entropy} if cross_entropy else {}
     losses |= {"teacher_kl": stage.teacher_kl} if stage.teacher_kl else {}
+
     return StagePlan(
         name=stage.name,
         kind=stage.kind,
@@ -288,8 +327,13 @@ def _resolve(
 
 
 def _adapter_size(stage: Stage, start: Start) -> int:
+    """Return the number of LoRA weights: rank x (inputs + outputs) of each adapted linear layer."""
     g, config = start.geometry, start.config
-    q, kv, inner = g.num_query_heads * g.head_dim, g.num_kv_heads * g.head_dim, config["intermediate_size"]
+    q = g.num_query_heads * g.head_dim
+    kv = g.num_kv_heads * g.head_dim
+    inner = config["intermediate_size"]
+
+    # Inputs + outputs of each linear layer of a decoder layer.
     sizes = {
         "q_proj": g.hidden_size + q,
         "k_proj": g.hidden_size + kv,
@@ -299,24 +343,30 @@ def _adapter_size(stage: Stage, start: Start) -> int:
         "up_proj": g.hidden_size + inner,
         "down_proj": inner + g.hidden_size,
     }
+
     lora = stage.adapters
     return config["num_hidden_layers"] * lora.rank * sum(sizes.get(name, 0) for name in lora.targets)
 
 
 def _memory(stage: Stage, recipe: Recipe, start: Start, total: int, trained: int, parallel: Parallel) -> int:
-    """Estimate bytes on one device.
+    """Estimate the bytes needed on one device.
 
-    Weights, gradients and AdamW's moments, shared by the processes of one copy; per layer
-    ``LAYER_WIDTHS`` hidden widths of activations, or one with checkpointing plus one layer at work; logits
-    and their gradient in float32.
+    Weights, gradients and AdamW's moments are divided by the processes that hold one copy together. Each
+    layer keeps ``LAYER_WIDTHS`` hidden widths of activations; with checkpointing one, and ``LAYER_WIDTHS``
+    once for the layer being recomputed. Logits and their gradient are in float32.
     """
     weight = 2 if recipe.precision == "bf16" else 4
     number = 4 if recipe.precision == "fp32" else 2
     static = (total * weight + trained * (weight + ADAM_BYTES)) // parallel.weight_parts
+
+    # Activations of the rows of one micro-batch.
     rows = stage.micro_batch * stage.seq_len // parallel.context
     width = start.config["hidden_size"] * number * rows
     layers = start.config["num_hidden_layers"]
     kept = layers * width + LAYER_WIDTHS * width if stage.checkpointing else layers * LAYER_WIDTHS * width
+
+    # Logits [rows, vocabulary] and their gradient; a divergence from dense logits takes three times as much.
     logits = 0 if stage.kind == "align" else rows * start.config["vocab_size"] * 4 * 2
     logits *= 3 if stage.teacher_kl else 1
+
     return static + kept + logits

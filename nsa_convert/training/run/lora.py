@@ -1,4 +1,4 @@
-"""LoRA on the dense weights of a converted model; its new weights are trained and saved whole."""
+"""LoRA on the dense weights of a converted model; weights that conversion added are trained in full."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from nsa_convert.training.recipe.sections import Lora
 
 
 def new_modules(model: nn.Module) -> list[str]:
-    """Return the full names of the modules that hold weights conversion added.
+    """Return the full names of the modules that hold weights added by conversion.
 
-    Full names, because peft takes a short one for every module whose name ends in it.
+    Full names, because peft matches a short name with every module whose name ends in it.
     """
     names = []
     for name, module in model.named_modules():
@@ -30,7 +30,7 @@ def new_modules(model: nn.Module) -> list[str]:
 
 
 def add_adapters(model: nn.Module, lora: Lora) -> nn.Module:
-    """Return the model wrapped by peft: adapters on ``lora.targets``, new weights in ``modules_to_save``.
+    """Return the model wrapped by peft: adapters on ``lora.targets``, new modules in ``modules_to_save``.
 
     Raises:
         MachineError: peft is not installed.
@@ -41,6 +41,7 @@ def add_adapters(model: nn.Module, lora: Lora) -> nn.Module:
         raise MachineError(
             "train: lora needs the package peft", code="CL11", hint=pip_line("train")
         ) from error
+
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -49,17 +50,24 @@ def add_adapters(model: nn.Module, lora: Lora) -> nn.Module:
         modules_to_save=new_modules(model) or None,
         task_type="CAUSAL_LM",
     )
+
+    # peft copies the modules to save: they must be unsharded at that moment.
     with _whole(model, config.modules_to_save or []):
         return get_peft_model(model, config)
 
 
 @contextlib.contextmanager
 def _whole(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Let modules of a cut model (FSDP2) have whole weights inside the block, for peft to copy.
+    """Replace sharded weights (FSDP2) of some modules by whole ones inside the block, for peft to copy.
 
-    What it copies is trained. Copies and adapters are small: each process holds all of them, and the Trainer
-    averages their gradients; the modules themselves stay as FSDP knows them, frozen.
+    The copies are what is trained. Copies and adapters are small: each process holds all of them, and the
+    Trainer averages their gradients. The modules themselves get their sharded weights back, frozen.
+
+    Args:
+        model: The model.
+        names: Full names of the modules.
     """
+    # Module name -> parameter name -> parameter as it was.
     cut = {}
     for name in names:
         module = model.get_submodule(name)
@@ -68,15 +76,18 @@ def _whole(model: nn.Module, names: list[str]) -> Iterator[None]:
             if hasattr(parameter, "full_tensor"):
                 mine: Any = parameter.detach()  # a DTensor
                 setattr(module, own, nn.Parameter(mine.full_tensor()))
+
     modules = {name: model.get_submodule(name) for name in names}
+
     yield
+
     for name, parameters in cut.items():
         for own, parameter in parameters.items():
             setattr(modules[name], own, parameter.requires_grad_(False))
 
 
 def _targets(model: nn.Module, lora: Lora) -> list[str]:
-    """Return the full names of the dense layers that get an adapter."""
+    """Return the full names of the dense linear layers that get an adapter."""
     return [
         name
         for name, module in model.named_modules()
@@ -85,7 +96,7 @@ def _targets(model: nn.Module, lora: Lora) -> list[str]:
 
 
 def save_adapters(model: Any, folder: Path, *, is_main: bool) -> None:
-    """Write the adapter to ``folder``; every process of a cut model has to call this, the main one writes."""
+    """Write the adapter to ``folder``; every process of a sharded model calls this, the main one writes."""
     with staged(folder) if is_main else contextlib.nullcontext(folder) as place, quiet():
         model.save_pretrained(place, is_main_process=is_main)  # why: the adapter, inside a staging folder
 
@@ -95,8 +106,8 @@ def merged(model: Any, folder: Path, base: nn.Module | None) -> nn.Module:
 
     Args:
         model: The model with its adapter.
-        folder: Where the adapter is saved.
-        base: The whole model the adapter belongs to, where ``model`` is cut.
+        folder: Folder the adapter was saved to.
+        base: The unsharded model the adapter belongs to, where ``model`` is sharded; else None.
     """
     from peft import PeftModel
 
@@ -104,7 +115,7 @@ def merged(model: Any, folder: Path, base: nn.Module | None) -> nn.Module:
 
 
 def load_adapters(model: Any, folder: Path) -> None:
-    """Read the weights of an adapter, and of the new weights beside it, into a model that has both."""
+    """Load the weights of a saved adapter, and the new weights saved with it, into a model with adapters."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))

@@ -1,4 +1,4 @@
-"""The model a recipe starts from: fetched, converted in memory, or fresh with random weights."""
+"""The model that a recipe starts from: loaded, converted in memory, or fresh with random weights."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 END_TOKEN = "<|end|>"
 TOKENIZER_TEXTS = 400
-"""Documents that the tokenizer of a fresh model is trained on."""
+"""Number of documents of each source that the tokenizer of a fresh model is trained on."""
 DTYPES = {"fp32": torch.float32, "bf16-mixed": torch.float32, "bf16": torch.bfloat16}
+"""Precision of a recipe -> dtype of the weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,9 @@ class Start:
 
     Attributes:
         folder: Dense or converted checkpoint; None for a fresh model.
-        config: Its config.json.
-        plan: The plan of sparse attention; None for a model that stays dense.
-        convert: Whether the plan has to be applied to a dense model.
+        config: Content of its config.json.
+        plan: The sparse plan; None for a model that stays dense.
+        convert: Whether the plan still has to be applied to a dense model.
     """
 
     folder: Path | None
@@ -50,7 +51,7 @@ class Start:
 
     @property
     def geometry(self) -> AttentionGeometry:
-        """Sizes of an attention layer."""
+        """Sizes of an attention layer, as the methods take them."""
         return geometry_of(self.config, self.family)
 
     @property
@@ -74,21 +75,27 @@ def read_start(recipe: Recipe, folder: Path | None) -> Start:
         CheckpointError: There is no config.json.
         UnsupportedModelError: The architecture cannot be trained here.
     """
+    # A fresh model: its config is written in the recipe.
     if isinstance(recipe.model, FreshModel):
         config = _fresh_config(recipe.model).to_dict()
         plan = _sparse_plan(recipe.plan)
         start = Start(folder=None, config=config, plan=plan, convert=plan is not None)
     else:
+        # A checkpoint: a plan stored in it must be the recipe's, or the recipe has none.
         assert folder is not None
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"no model at {str(folder)!r}: it has no config.json", code="CF24", where=str(folder)
             )
+
         config = read_json_mapping(folder / "config.json")
         stored = config.get("sparse_attention")
         plan = _sparse_plan(recipe.plan)
+
         if stored is not None:
-            given, plan = recipe.plan, SparseAttentionConfig.from_dict(stored)
+            given = recipe.plan
+            plan = SparseAttentionConfig.from_dict(stored)
+
             if given is not None and given.to_dict() != plan.to_dict():
                 raise ConfigError(
                     "the checkpoint is converted already, with another plan than the recipe has",
@@ -97,7 +104,10 @@ def read_start(recipe: Recipe, folder: Path | None) -> Start:
                     found=json.dumps(given.to_dict()),
                     hint="leave sparse_attention out, or start from the dense checkpoint",
                 )
+
         start = Start(folder=folder, config=config, plan=plan, convert=stored is None and plan is not None)
+
+    # Both raise where the architecture is not supported or the plan does not fit it.
     start.geometry, start.methods()
     return start
 
@@ -110,15 +120,21 @@ def _sparse_plan(plan: SparseAttentionConfig | None) -> SparseAttentionConfig | 
 
 
 def _fresh_config(fresh: FreshModel) -> Any:
+    """Return transformers' config of a fresh model; ConfigError (RC08) names what it does not know."""
     from transformers import AutoConfig
 
     values = {"vocab_size": fresh.vocab, "attention_dropout": 0.0, **copy.deepcopy(dict(fresh.config))}
+
+    # Mistral's default config limits attention to a sliding window; a fresh model sees all keys.
     if fresh.family == "mistral":
         values.setdefault("sliding_window", None)
+
+    # transformers accepts any key and ignores those it does not know.
     known = set(AutoConfig.for_model(fresh.family).to_dict())
     unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigError(f"model.config: {fresh.family} has no {', '.join(unknown)}", code="RC08")
+
     try:
         return AutoConfig.for_model(fresh.family, **values)
     except Exception as error:
@@ -127,16 +143,19 @@ def _fresh_config(fresh: FreshModel) -> Any:
 
 
 def load_first(recipe: Recipe, start: Start) -> PreTrainedModel:
-    """Return the model the first stage trains, converted where the recipe asks for it."""
+    """Return the model that the first stage trains, converted where the recipe has a plan."""
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[recipe.precision]
+
+    # A fresh model has the same random weights in every process and after every resume.
     if start.folder is None:
         assert isinstance(recipe.model, FreshModel)
         torch.manual_seed(recipe.seed)
         model = AutoModelForCausalLM.from_config(_fresh_config(recipe.model)).to(dtype)
     else:
         model = load_causal_model(start.folder, dtype)
+
     if start.convert:
         assert start.plan is not None
         patch_model(model, start.plan)
@@ -145,7 +164,7 @@ def load_first(recipe: Recipe, start: Start) -> PreTrainedModel:
 
 
 def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
-    """Train a byte-level BPE tokenizer on the first documents of the first stage; the same at every run."""
+    """Train a byte-level BPE tokenizer on the first documents of the first stage; the same in every run."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -154,6 +173,8 @@ def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
     assert isinstance(recipe.model, FreshModel)
     stage = recipe.stages[0]
     sources = [open_source(source, base, chats=stage.kind == "sft") for source in stage.data]
+
+    # One training for each vocabulary size and data.
     key = (recipe.model.vocab, *(documents.fingerprint() for documents in sources))
     if key not in _TOKENIZERS:
         _TOKENIZERS[key] = _train_tokenizer(recipe.model.vocab, sources).to_str()
@@ -162,15 +183,18 @@ def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
 
 
 _TOKENIZERS: dict[tuple[Any, ...], str] = {}
-"""Tokenizers trained by this process: the checks before a run and its first stage ask for the same one."""
+"""Tokenizers trained by this process: the checks before a run and its first stage need the same one."""
 
 
 def _train_tokenizer(vocab: int, sources: Sequence[Any]) -> Any:
+    """Return a trained byte-level BPE tokenizer of the ``tokenizers`` library."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+
+    # All 256 bytes are in the vocabulary, so every text can be encoded.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         special_tokens=[END_TOKEN],
@@ -186,27 +210,32 @@ def _train_tokenizer(vocab: int, sources: Sequence[Any]) -> Any:
                 chat = None if isinstance(text, str) else "\n".join(str(turn.get("content")) for turn in text)
                 yield (chat or text)[:20_000]
 
-    # Bytes and the end token alone need no text.
+    # A vocabulary of the 256 bytes and the end token has nothing to learn from text.
     tokenizer.train_from_iterator(texts() if vocab > 257 else (), trainer)
     return tokenizer
 
 
 def rope_parameters(config: Mapping[str, Any], scaling: RopeScaling) -> tuple[dict[str, Any], int]:
-    """Return the ``rope_parameters`` of a scaled model and its new number of positions.
+    """Return the ``rope_parameters`` of a scaled model and its new ``max_position_embeddings``.
 
     Raises:
-        ConfigError: The model is scaled in another way already.
+        ConfigError: The model already uses another type of scaling (CF09).
     """
+    # Newer configs have rope_parameters; older ones rope_scaling with rope_theta beside it.
     old = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = old.get("rope_theta", config.get("rope_theta", 10000.0))
+
     before = old.get("rope_type", "default")
     if before not in ("default", scaling.type):
         raise ConfigError(
             f"the model's RoPE is of type {before}; it cannot be scaled as {scaling.type}", code="CF09"
         )
+
+    # The length before any scaling: the factor always refers to it.
     original = (
         scaling.original or old.get("original_max_position_embeddings") or config["max_position_embeddings"]
     )
+
     new: dict[str, Any] = {"rope_theta": theta, "rope_type": scaling.type, "factor": scaling.factor}
     if scaling.type != "linear":
         new["original_max_position_embeddings"] = original
@@ -216,11 +245,15 @@ def rope_parameters(config: Mapping[str, Any], scaling: RopeScaling) -> tuple[di
 
 
 def set_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
-    """Change the RoPE of a loaded model in place."""
+    """Replace the RoPE of a loaded model in place."""
     parameters, positions = rope_parameters(model.config.to_dict(), scaling)
+
+    # The model and its inner part may share one config object, or have two.
     for config in {id(c): c for c in (model.config, model.model.config)}.values():
         config.rope_parameters = parameters
         config.max_position_embeddings = positions
+
+    # The frequencies are computed from the config when the module is made.
     old = model.model.rotary_emb
     model.model.rotary_emb = type(old)(config=model.config).to(old.inv_freq.device)
 
@@ -233,5 +266,5 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 
 
 def methods_of(model: nn.Module) -> list[SparseMethod]:
-    """Return the sparse methods of a loaded model, adapters or not; empty for a dense model."""
+    """Return the sparse methods of a loaded model, with or without adapters; empty for a dense model."""
     return sparse_methods(model)

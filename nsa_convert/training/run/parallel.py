@@ -1,4 +1,4 @@
-"""How the processes of a run share its work: weights (FSDP2), the heads of a layer, the tokens of a row."""
+"""How the processes of a run share its work: weights (FSDP2), heads of a layer, tokens of a row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nsa_convert.training.recipe.schema import Recipe, Stage
 
 SHARDING_SINCE = (5, 19)
-"""Version of transformers whose Trainer leaves a model that is cut already as it is."""
+"""Version of transformers since which the Trainer accepts a model that is already sharded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class Parallel:
     """How processes share the work.
 
     Attributes:
-        processes: Of the run.
-        fsdp: Processes that share each weight (FSDP2).
-        tensor: Neighbouring processes that share the heads and the inner width of every layer.
-        context: Neighbouring processes that share the tokens of every row.
+        processes: All processes of the run.
+        fsdp: Number of processes that share each weight (FSDP2).
+        tensor: Number of neighbouring processes that share the heads and the MLP width of every layer.
+        context: Number of neighbouring processes that share the tokens of every row.
     """
 
     processes: int = 1
@@ -39,21 +39,21 @@ class Parallel:
 
     @property
     def data(self) -> int:
-        """Groups of processes that read different rows."""
+        """Number of process groups that read different rows."""
         return max(1, self.processes // (self.tensor * self.context))
 
     @property
     def sharded(self) -> bool:
-        """Whether weights are cut while they are loaded."""
+        """Whether weights are sharded while they are loaded."""
         return self.fsdp > 1 or self.tensor > 1
 
     @property
     def weight_parts(self) -> int:
-        """Processes that hold one copy of the weights together."""
+        """Number of processes over which one copy of the weights is spread."""
         return self.fsdp * self.tensor
 
     def to_text(self) -> str:
-        """Return the plan for people."""
+        """Return one line that says how the work is shared."""
         count = f"{self.processes} process" + ("es" if self.processes > 1 else "")
         each = {
             "every weight shared by {} (FSDP2)": self.fsdp,
@@ -61,6 +61,7 @@ class Parallel:
             "a row by {} (context)": self.context,
         }
         parts = [text.format(size) for text, size in each.items() if size > 1]
+
         if self.processes > 1:
             parts.append(f"{self.data} of them read different rows" if self.data > 1 else "all read one row")
         return "; ".join([count, *parts])
@@ -72,13 +73,18 @@ def world_size() -> int:
 
 
 def parallel_of(recipe: Recipe, processes: int | None = None) -> Parallel:
-    """Return how a recipe's run shares its work among ``processes``, those of the run when left out."""
+    """Return how the run of a recipe shares its work.
+
+    Args:
+        recipe: The recipe.
+        processes: Number of processes; that of this run when left out.
+    """
     count = world_size() if processes is None else processes
     return Parallel(processes=count, fsdp=recipe.fsdp, tensor=recipe.tensor, context=recipe.context)
 
 
 def planned(recipe: Recipe) -> Parallel:
-    """Return what ``--dry-run`` plans: the processes there are, or the fewest the recipe's keys take."""
+    """Return what ``--dry-run`` assumes: the processes of this run, or the fewest that the recipe needs."""
     count = world_size()
     if count == 1:
         count = max(recipe.tensor, recipe.fsdp, recipe.context)
@@ -86,22 +92,26 @@ def planned(recipe: Recipe) -> Parallel:
 
 
 def can_shard() -> bool:
-    """Return whether this transformers trains models whose weights are cut while they load."""
+    """Return whether the installed transformers can train a model sharded at load time."""
     return tuple(map(int, transformers.__version__.split(".")[:2])) >= SHARDING_SINCE
 
 
 def size_problems(parallel: Parallel) -> list[str]:
-    """Return why these keys do not fit the number of processes."""
+    """Return why the sizes do not fit the number of processes or each other."""
     count, fsdp, tensor, context = dataclasses.astuple(parallel)
     how = f"start it with torchrun --nproc-per-node N, or change the keys (the run has {count})"
     if tensor > 1 and context > 1:
         return [f"tensor {tensor} and context {context} cannot be combined; set one of them to 1"]
+
+    # Sharded weights need support by the Trainer.
     problems = []
     if parallel.sharded and not can_shard():
         problems.append(
             "fsdp and tensor need transformers {}.{} or newer, ".format(*SHARDING_SINCE)
             + f"whose Trainer takes models that are cut while they load; this is {transformers.__version__}"
         )
+
+    # Each size must divide the processes; tensor and FSDP take all of them.
     if tensor > 1 and (count != tensor or fsdp > 1):
         problems.append(f"tensor {tensor} takes {tensor} processes and fsdp 1 (got fsdp {fsdp}); {how}")
     elif fsdp not in (1, count):
@@ -109,18 +119,21 @@ def size_problems(parallel: Parallel) -> list[str]:
         problems.append(f"fsdp {fsdp} does not fit: with {count} processes it can be {allowed}; {how}")
     if context > 1 and count % context:
         problems.append(f"context {context} takes a multiple of {context} processes; {how}")
+
     return problems
 
 
 def method_problems(
     parallel: Parallel, methods: Sequence[SparseMethod], config: Mapping[str, Any]
 ) -> list[str]:
-    """Return why the layers of this model cannot be shared that way."""
+    """Return why the layers of this model cannot be shared like this."""
     problems = []
+
+    # torch pads both of the two parameters it sees, each for itself: one of them misses every update.
     rows = config["vocab_size"]
     if parallel.fsdp > 1 and config.get("tie_word_embeddings") and rows % parallel.fsdp:
-        # torch pads both of the two parameters it sees, each for itself: one of them misses every update.
         problems.append(f"fsdp {parallel.fsdp} has to divide the {rows} rows of tied embeddings")
+
     if parallel.tensor > 1:
         problems += tensor_problems(methods, config, parallel.tensor)
     if parallel.context > 1:
@@ -129,9 +142,11 @@ def method_problems(
 
 
 def context_problems(methods: Sequence[SparseMethod]) -> list[str]:
-    """Return why the queries of the layers cannot be a part of the row."""
+    """Return why the layers cannot run with queries of only a part of the row."""
     if not methods:
         return ["context needs a sparse model: the attention of a dense one sees its own tokens only"]
+
+    # Every method must support it, and none may mix neighbouring keys, which another process may have.
     leaves = leaves_of(methods)
     problems = parallel_problems("context", leaves, "context")
     mixing = sorted({m.spec.name for m in leaves if m.cache_needs().key_taps > 1})
@@ -143,17 +158,23 @@ def context_problems(methods: Sequence[SparseMethod]) -> list[str]:
 
 
 def stage_problems(parallel: Parallel, stage: Stage) -> list[str]:
-    """Return why a stage cannot be shared that way."""
+    """Return why a stage cannot be shared like this."""
     problems = []
+
+    # Every group of processes takes the same number of micro-batches in a step.
     if stage.rows_per_step % (stage.micro_batch * parallel.data):
         problems.append(
             f"a step of {stage.rows_per_step} rows cannot be shared by {parallel.data} processes with "
             f"micro_batch {stage.micro_batch}"
         )
+
     if parallel.tensor > 1 and stage.train == "lora":
         problems.append("tensor cannot be combined with train: lora; use fsdp or context")
+
     if parallel.context == 1:
         return problems
+
+    # What context parallelism needs of a stage.
     if stage.kind == "sft":
         problems.append("context cannot be combined with kind sft, whose rows TRL packs; use fsdp or tensor")
     if stage.micro_batch > 1:

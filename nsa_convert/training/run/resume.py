@@ -1,4 +1,4 @@
-"""What a resumed run must agree with, checked before anything is written."""
+"""What a resumed run must have in common with the run it continues, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nsa_convert.training.run.parallel import parallel_of
 from nsa_convert.training.run.stages import MODEL, stage_folder
 
 RUN_FILE = "resolved_recipe.yaml"
-"""The recipe of a run as it was read, ``--set`` included."""
+"""The recipe of a run with all its keys, ``--set`` included."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Allow:
-    """What a user may allow by name, because it changes the numbers of a run.
+    """What a user may allow explicitly, because it changes the numbers of a run.
 
     Attributes:
-        partial_resume: Go on without optimizer, schedule or random states that are gone.
-        data_change: Go on with other data than the checkpoint's, at the same position.
-        eager_fallback: Go on without kernels where one cannot be compiled.
+        partial_resume: Continue without optimizer, schedule or random states that are missing or damaged.
+        data_change: Continue with other data than the checkpoint's, at the same position.
+        eager_fallback: Continue without kernels where one cannot be compiled.
     """
 
     partial_resume: bool = False
@@ -36,7 +36,7 @@ class Allow:
 
 
 def stage_facts(recipe: Recipe, index: int, start: Start) -> dict[str, Any]:
-    """Return what a checkpoint of a stage must agree with."""
+    """Return what a checkpoint of a stage must agree with: recipe, base model, parallel sizes."""
     return {
         "recipe": recipe.fingerprint(index),
         "base": _base_facts(start),
@@ -45,33 +45,43 @@ def stage_facts(recipe: Recipe, index: int, start: Start) -> dict[str, Any]:
 
 
 def check_resume(recipe: Recipe, start: Start) -> None:
-    """Compare a recipe with what finished stages and checkpoints in its ``out`` say.
+    """Compare a recipe with what the finished stages and checkpoints in its ``out`` recorded.
 
     Raises:
-        CheckpointError: Another recipe, model or number of processes wrote them; every difference is named.
+        CheckpointError: They belong to another recipe, model or number of processes; every difference is
+            named (TR12).
     """
     for index in range(len(recipe.stages)):
-        place, expected = stage_folder(recipe, index), stage_facts(recipe, index, start)
+        place = stage_folder(recipe, index)
+        expected = stage_facts(recipe, index, start)
+
+        # A finished stage may have been trained with other processes: only recipe and base model count.
         done = place / MODEL / "stage.json"
         if done.is_file():
             _compare(recipe, done.parent, json.loads(done.read_text())["facts"], expected, ("recipe", "base"))
             continue
+
+        # The first stage that is not finished: its newest checkpoint must agree in everything.
         whole = next((folder for folder in checkpoints(place) if COMPLETE not in damage(folder)), None)
         if whole is not None:
             _compare(recipe, whole, json.loads((whole / COMPLETE).read_text()), expected, tuple(expected))
+
         return
 
 
 def _compare(
     recipe: Recipe, folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any], keys: tuple[str, ...]
 ) -> None:
+    """Raise CheckpointError where recorded and expected facts differ; the recipe is compared key by key."""
     problems = [
         f"{key} is {found.get(key)!r} there and {expected[key]!r} now"
         for key in keys
         if key != "recipe" and found.get(key) != expected[key]
     ]
+
     if found.get("recipe") != expected["recipe"]:
         problems.insert(0, f"the recipe differs: {'; '.join(_changes(recipe)) or 'in keys no longer known'}")
+
     if problems:
         raise CheckpointError(
             f"{folder} belongs to another run: {'; '.join(problems)}",
@@ -82,11 +92,13 @@ def _compare(
 
 
 def _changes(recipe: Recipe) -> Iterator[str]:
-    """Yield the keys that the recipe of the run had otherwise."""
+    """Yield the keys of the recipe that have changed since the run began, with both values."""
     try:
         before = read_recipe(Path(recipe.out) / RUN_FILE).to_dict()
     except NsaConvertError:  # why: without the old recipe the message cannot name the changed keys
         return
+
+    # Keys that a resumed run may change do not count.
     now = recipe.to_dict()
     for values in (before, now):
         for key in UNBOUND_KEYS:
@@ -94,10 +106,12 @@ def _changes(recipe: Recipe) -> Iterator[str]:
         for row in values["stages"]:
             for key in UNBOUND_STAGE_KEYS:
                 row.pop(key)
+
     yield from _differences(before, now, "")
 
 
 def _differences(before: Any, now: Any, where: str) -> Iterator[str]:
+    """Yield ``path was X and is Y`` for every leaf of two nested values that differs."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in sorted({*before, *now}):
             yield from _differences(before.get(key), now.get(key), f"{where}.{key}" if where else key)
@@ -110,8 +124,10 @@ def _differences(before: Any, now: Any, where: str) -> Iterator[str]:
 
 def _base_facts(start: Start) -> str:
     """Return what identifies the base model: its config and the sizes of its weight files."""
+    # A hash of the weights would take minutes; their sizes tell most other models apart.
     sizes = (
         [] if start.folder is None else [p.stat().st_size for p in sorted(start.folder.glob("*.safetensors"))]
     )
+
     config = {key: value for key, value in start.config.items() if key != "transformers_version"}
     return f"{mix(json.dumps(config, sort_keys=True, default=str), *sizes):x}"

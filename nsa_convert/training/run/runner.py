@@ -1,4 +1,4 @@
-"""Run a recipe: stage after stage, each from the model the one before left, resumable at any point."""
+"""Run a recipe: stage after stage, each from the trained model of the one before, resumable at any step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Interrupted(Exception):
     """A signal ended the run after its state was saved.
 
     Args:
-        number: Of the signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -84,7 +84,7 @@ class TrainingReport:
 
 
 class Signals:
-    """Notes SIGTERM and SIGINT instead of dying; a second one ends the process at once."""
+    """Records SIGTERM and SIGINT, so that the run can save and stop; a second one ends it at once."""
 
     def __init__(self, say: Say) -> None:
         self.number = 0
@@ -92,12 +92,13 @@ class Signals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Catch the signals inside the block; does nothing outside the main thread."""
+        """Catch the signals inside the block; has no effect outside the main thread."""
         try:
             before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
         except ValueError:  # why: outside the main thread there are no signals to catch
             yield
             return
+
         try:
             yield
         finally:
@@ -142,15 +143,18 @@ def train_recipe(
         BackendError: A kernel does not compile.
         Interrupted: A signal came; the state is saved.
     """
+    # Everything that needs no weights is checked first.
     start = read_start(recipe, folder)
     for line in plan_recipe(recipe, start, base).warnings:
         say(f"warning: {line}")
     check_data(recipe, start, base)
+
     out = Path(recipe.out)
     if world_size() > 1:
         join_processes()
     # The main process alone: it writes there as soon as it may, which others must not mistake for an old run.
     from_main(lambda: _check_out(out, resume))
+    # From here on this process group is alone in the folder, and a signal ends the run after a step.
     signals = Signals(say)
     with exclusive(out), signals.caught():
         check_resume(recipe, start)
@@ -165,12 +169,13 @@ def train_recipe(
             say(f"warning [TR20]: {error.message}; going on with plain torch, slower")
             with use_backend("torch"):
                 report = run.stages()
+
     final = out / recipe.stages[-1].name / MODEL
     return TrainingReport(out=str(out), model=str(final), stages=report)
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe with every key resolved; the file is whole or absent."""
+    """Write a recipe with all its keys resolved; the file appears complete or not at all."""
     import yaml
 
     text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
@@ -181,9 +186,11 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def _check_out(out: Path, resume: bool) -> None:
+    """Raise UsageError (TR15) if ``out`` holds anything and the run is not resumed."""
     begun = (out / RUN_FILE).is_file()
     if resume or not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
+
     what = "holds a run already" if begun else "exists and holds something else"
     raise UsageError(
         f"{out} {what}",
@@ -201,7 +208,7 @@ def _is_main() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """The stages of a run, one after another; each call goes on where the last one ended."""
+    """The stages of a run, one after another; called again, it continues where it ended."""
 
     recipe: Recipe
     start: Start
@@ -211,18 +218,24 @@ class _Run:
     allow: Allow
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        """Train what is not done yet; return stage -> report."""
+        """Train the stages that are not done yet; return stage name -> report."""
         return {stage.name: self._stage(index) for index, stage in enumerate(self.recipe.stages)}
 
     def _stage(self, index: int) -> dict[str, Any]:
+        """Train one stage and write its model; return its report."""
         recipe, stage, say = self.recipe, self.recipe.stages[index], self.say
         place = stage_folder(recipe, index)
         done = place / MODEL / "stage.json"
+
+        # A stage that has its model is done: `stage.json` is part of the folder, which appears complete.
         if done.is_file():
             say(f"{stage.name}: done already")
             return json.loads(done.read_text())
+
+        # All processes resume from the same checkpoint, the one that the main process chose.
         checkpoint, lost = from_main(lambda: newest(place, say, partial=self.allow.partial_resume))
         tokenizer = stage_tokenizer(recipe, index, self.start, self.base)
+
         with explained(stage):
             model = load_stage_model(recipe, index, self.start, checkpoint)
             trainer = self._trainer(index, model, tokenizer, checkpoint, lost)
@@ -230,16 +243,23 @@ class _Run:
             frozen = frozen_hash(model)
             with quiet():
                 trainer.train_from(checkpoint)
+
+        # The trainer has saved a checkpoint before it stopped.
         if self.signals.number:
             raise Interrupted(self.signals.number)
+
+        # A silent change of frozen weights would make the trained model another model than the recipe says.
         if frozen_hash(model) != frozen:
             raise NsaConvertError(f"stage {stage.name}: a weight that is not trained changed", code="TR17")
+
         report = {
             "facts": trainer.facts,
             "steps": trainer.state.global_step,
             "seconds": round(time.perf_counter() - begin, 2),
             "last": next((row for row in reversed(trainer.state.log_history) if "loss" in row), {}),
         }
+
+        # Write the trained model, with what is needed to verify and publish it.
         seal = lambda folder: _seal(folder, recipe, index, self.start, report)  # noqa: E731
         whole = lambda: load_base(recipe, index, self.start, Parallel())  # noqa: E731
         finish_stage(trainer, tokenizer, place, report, seal, whole)
@@ -248,15 +268,19 @@ class _Run:
     def _trainer(
         self, index: int, model: Any, tokenizer: Any, checkpoint: Path | None, lost: frozenset[str]
     ) -> StageTrainer:
-        """Return the trainer of a stage, its data where the checkpoint left them."""
+        """Return the trainer of a stage, its data at the position of the checkpoint."""
         recipe, stage, place = self.recipe, self.recipe.stages[index], stage_folder(self.recipe, index)
+
+        # A resumed run writes the log lines after its checkpoint again.
         if _is_main():
             place.mkdir(parents=True, exist_ok=True)  # why: the folder of the stage, inside the run's own
             step = 0 if checkpoint is None else step_of(checkpoint)
             trim_log(Path(recipe.out) / "log.jsonl", stage.name, step)
+
         facts = stage_facts(recipe, index, self.start)
         trainer = make_trainer(recipe, index, model, tokenizer, self.base, facts, self.say, lost)
         trainer.add_callback(StopOnSignal(self.signals))
+
         if checkpoint is not None:
             trainer.restore_data(checkpoint, allow_change=self.allow.data_change)
             self.say(f"{stage.name}: going on after step {step_of(checkpoint)}")
@@ -264,11 +288,14 @@ class _Run:
 
 
 def _seal(folder: Path, recipe: Recipe, index: int, start: Start, report: dict[str, Any]) -> None:
-    """Write what the trained folder needs to be verified, described and published."""
+    """Write the recipe, the training report and the manifest into a trained folder."""
     stage = recipe.stages[index]
     row = {"name": stage.name, "kind": stage.kind, "tokens": report["steps"] * stage.batch_tokens}
+
+    # The source is the folder that the stage was trained from; its public name is that of the recipe's model.
     before = stage_folder(recipe, index - 1) / MODEL if index else start.folder
     named = recipe.model if isinstance(recipe.model, str) else "a fresh model"
+
     seal_trained(
         folder,
         recipe=recipe.to_dict(),
@@ -287,28 +314,32 @@ def finish_stage(
     seal: Callable[[Path], None],
     whole: Callable[[], nn.Module],
 ) -> None:
-    """Write the trained model; the folder appears when it is complete.
+    """Write the trained model; its folder appears when it is complete. Every process calls this.
 
     Args:
-        trainer: Of the stage.
-        tokenizer: Of the model.
+        trainer: Trainer of the stage.
+        tokenizer: Tokenizer of the model.
         place: Folder of the stage.
-        report: What ``stage.json`` holds.
-        seal: Adds what a trained folder needs.
-        whole: Returns the model the stage began with, uncut: an adapter is merged into it.
+        report: Content of ``stage.json``.
+        seal: Writes the recipe, the training report and the manifest into the folder.
+        whole: Returns the model the stage began with, unsharded: an adapter is merged into it.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
+
+    # Adapters are also kept by themselves, beside the merged model.
     if trainer.adapts:
         from nsa_convert.training.run.lora import save_adapters
 
         save_adapters(model, place / "adapter", is_main=trainer.is_world_process_zero())
     trainer.accelerator.wait_for_everyone()
+
+    # A sharded model: every process takes part in gathering the weights, the main process writes them.
     if trainer.sharded and not trainer.adapts:
-        # Every process takes part in gathering the weights; the main one writes.
         gathered = place / ".gathered"
         with quiet():
             # why: a sharded model is gathered aside, and renamed when it is sealed
             trainer.model.save_pretrained(gathered, is_main_process=trainer.is_world_process_zero())
+
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(gathered)  # why: beside the gathered weights, before the seal
             (gathered / "stage.json").write_text(json.dumps(report, indent=1))
@@ -317,10 +348,12 @@ def finish_stage(
                 folder.rmdir()  # why: the gathered folder takes the place of the empty staging folder
                 gathered.rename(folder)
     elif trainer.is_world_process_zero():
+        # Otherwise the main process has the whole model, or merges its adapter into one.
         if trainer.adapts:
             from nsa_convert.training.run.lora import merged
 
             model = merged(model, place / "adapter", whole() if trainer.sharded else None)
+
         with staged(place / MODEL) as folder:
             save_model(model, tokenizer, folder)
             # why: the report of the stage, inside the staging folder

@@ -1,4 +1,4 @@
-"""How a stage is put together: its model, its trainer and their arguments."""
+"""Put a stage together: its model, its trainer and the arguments of both."""
 
 from __future__ import annotations
 
@@ -39,38 +39,50 @@ def stage_folder(recipe: Recipe, index: int) -> Path:
 
 
 def stage_tokenizer(recipe: Recipe, index: int, start: Start, base: Path) -> Any:
-    """Return the tokenizer of a stage."""
+    """Return the tokenizer of a stage.
+
+    The first stage takes that of the start model, or trains one for a fresh model; every later stage takes
+    the one that the stage before it saved.
+    """
     if index > 0:
         return load_tokenizer(stage_folder(recipe, index - 1) / MODEL)
     return fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
 
 
 def check_data(recipe: Recipe, start: Start, base: Path) -> None:
-    """Check tokenizer and data against the model, before a weight is read.
+    """Check the tokenizer and the data against the model, before any weight is read.
 
     Raises:
         ConfigError: The tokenizer knows tokens that the model has no row for (DA09), or a stage has less data
             than one step takes (DA06).
     """
     tokenizer = stage_tokenizer(recipe, 0, start, base)
-    last, rows = max(tokenizer.get_vocab().values()), start.config["vocab_size"]
+    # The largest token id must have a row in the embedding matrix.
+    last = max(tokenizer.get_vocab().values())
+    rows = start.config["vocab_size"]
     if last >= rows:
         raise ConfigError(
             f"the tokenizer has token {last}, the model has embeddings for 0 to {rows - 1}",
             code="DA09",
             hint="use the model's own tokenizer",
         )
+
+    # Each source of a stage must hold its share of at least one optimizer step.
     for stage in recipe.stages:
         check_enough(stage.data, tokenizer, stage.batch_tokens, base, chats=stage.kind == "sft")
 
 
 def write_start(recipe: Recipe, start: Start) -> Path:
-    """Write the first model as a folder, in the main process: weights are sharded while they are loaded."""
+    """Write the first model as a folder and return it; the main process writes, the others wait.
+
+    Weights are sharded while they are loaded from disk, so a model made in memory has to be written first.
+    """
     folder = Path(recipe.out) / START
     if int(os.environ.get("RANK", "0")) == 0 and not folder.is_dir():
         with staged(folder) as place, quiet():
             # why: the first model of a sharded run, inside a staging folder
             load_first(recipe, start).save_pretrained(place)
+
     torch.distributed.barrier()
     return folder
 
@@ -78,17 +90,20 @@ def write_start(recipe: Recipe, start: Start) -> Path:
 def load_base(
     recipe: Recipe, index: int, start: Start, parallel: Parallel, checkpoint: Path | None = None
 ) -> PreTrainedModel:
-    """Return the model a stage begins with, cut among the processes, with the RoPE of the stage.
+    """Return the model a stage begins with, sharded over the processes, with the RoPE of the stage.
 
     Args:
         recipe: The recipe.
-        index: Of the stage.
+        index: Number of the stage.
         start: The first model.
         parallel: How the processes share its weights.
-        checkpoint: Where to read it instead.
+        checkpoint: Folder to load a sharded model from instead of the folder of the stage before.
     """
-    stage, dtype = recipe.stages[index], DTYPES[recipe.precision]
+    stage = recipe.stages[index]
+    dtype = DTYPES[recipe.precision]
     written = stage_folder(recipe, index - 1) / MODEL if index else Path(recipe.out) / START
+
+    # A sharded model can only be loaded from a folder; the first one may have to be written before.
     if parallel.sharded:
         model = load_sharded(
             checkpoint or (written if index else write_start(recipe, start)), dtype, parallel
@@ -97,6 +112,7 @@ def load_base(
         model = load_causal_model(written, dtype)
     else:
         model = load_first(recipe, start)
+
     if stage.rope is not None:
         set_rope(model, stage.rope)
     return model
@@ -109,26 +125,33 @@ def load_stage_model(
 
     Args:
         recipe: The recipe.
-        index: Of the stage.
+        index: Number of the stage.
         start: The first model.
-        checkpoint: Where to go on; read here only for a sharded model, the Trainer loads others itself.
+        checkpoint: Checkpoint to resume from; read here only for a sharded model, the Trainer loads others.
     """
-    stage, parallel = recipe.stages[index], parallel_of(recipe)
+    stage = recipe.stages[index]
+    parallel = parallel_of(recipe)
+    # Adapters of a checkpoint are loaded below, into a model with its first weights.
     adapts = stage.train == "lora"
     model = load_base(recipe, index, start, parallel, None if adapts else checkpoint)
+
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, stage.train))
+
     if stage.checkpointing:
         # transformers 5.23 renamed the method; a non-reentrant recompute needs no gradient on its inputs.
         enable = (
             getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         )
         enable({"use_reentrant": False})
+
+    # Adapters start from the same random numbers in every process and after every resume.
     if adapts:
         from nsa_convert.training.run.lora import add_adapters, load_adapters
 
         torch.manual_seed(mix(recipe.seed, stage.name, "adapters"))
         model = add_adapters(model, stage.adapters)
+
         if parallel.sharded and checkpoint is not None:
             load_adapters(model, checkpoint)
     return model
@@ -144,11 +167,24 @@ def make_trainer(
     say: Say,
     lost: frozenset[str] = frozenset(),
 ) -> StageTrainer:
-    """Return the trainer of a stage; ``lost`` are state files of its checkpoint to do without."""
+    """Return the trainer of a stage.
+
+    Args:
+        recipe: The recipe.
+        index: Number of the stage.
+        model: Its model, as from :func:`load_stage_model`.
+        tokenizer: Its tokenizer.
+        base: Folder that relative data paths start from.
+        facts: What a resumed run must agree with.
+        say: Called with progress lines.
+        lost: State files of the checkpoint that are missing or damaged and are not loaded.
+    """
     stage = recipe.stages[index]
     methods = methods_of(model)
     plan = loss_plan(stage, methods, recipe.seed, index)
     args = training_arguments(recipe, index)
+
+    # What both trainers take: that on packed rows and that on TRL's chats.
     common = {
         "stage": stage,
         "parallel": parallel_of(recipe),
@@ -164,10 +200,12 @@ def make_trainer(
         "flops_per_token": flops_per_token(model, stage),
         "peak_flops": peak_flops(),
     }
+
     if stage.kind == "sft":
         from nsa_convert.training.run.sft_trainer import make_sft_trainer
 
         return make_sft_trainer(common, tokenizer, stage, base)
+
     rows = PackedRows(stage.data, tokenizer, stage.seq_len, data_seed(recipe, index), base)
     return StageTrainer(**common, train_dataset=rows, data_collator=collate)
 
@@ -175,7 +213,8 @@ def make_trainer(
 def data_seed(recipe: Recipe, index: int) -> int:
     """Return the seed of a stage's order of documents.
 
-    It follows the stage's name, not its number: a control reads the rows of the run it is compared with.
+    It depends on the stage's name, not on its number: a control run that skips a stage reads the same rows
+    as the run it is compared with.
     """
     return mix(recipe.seed, recipe.stages[index].name, "data")
 
@@ -189,6 +228,7 @@ def argument_values(recipe: Recipe, index: int) -> dict[str, Any]:
         "per_device_train_batch_size": stage.micro_batch,
         "gradient_accumulation_steps": stage.rows_per_step // (stage.micro_batch * parallel_of(recipe).data),
         "learning_rate": stage.lr,
+        # 0 turns gradient clipping off in transformers.
         "max_grad_norm": stage.clip,
         "logging_steps": stage.log_every,
         "logging_nan_inf_filter": False,
@@ -221,34 +261,50 @@ def training_arguments(recipe: Recipe, index: int) -> Any:
 
 
 def _reporters(choice: str) -> list[str]:
-    """Return what the Trainer reports to; a service that is asked for by name must be there."""
+    """Return the services the Trainer reports to.
+
+    Raises:
+        MachineError: A service asked for by name is not installed (CL11).
+    """
     from importlib.util import find_spec
 
     if choice == "auto":
         return ["tensorboard"] if find_spec("tensorboard") else []
+
     if choice != "none" and not find_spec(choice):
         raise MachineError(
             f"report_to asks for {choice}, which is not installed", code="CL11", hint=f"pip install {choice}"
         )
+
     return [] if choice == "none" else [choice]
 
 
 def frozen_hash(model: nn.Module) -> str:
-    """Return a hash of the weights that must not change; of a sharded model, of the local parts."""
+    """Return a SHA-256 hash of the weights that are not trained; of a sharded model, of the local parts."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         if not parameter.requires_grad:
+            # A sharded parameter (DTensor) holds this process's part in `_local_tensor`.
             local = getattr(parameter, "_local_tensor", parameter).detach()
             digest.update(local.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def flops_per_token(model: PreTrainedModel, stage: Stage) -> float:
-    """Return the FLOPs of one token: 6 per weight in a matrix, 12 per visible key, head and coordinate."""
+    """Return the FLOPs of one token, forward and backward.
+
+    6 per weight of a matrix (2 forward, 4 backward), and 12 per visible key, query head and coordinate (the
+    two products of attention).
+    """
     config = model.config
+
+    # The input embedding is a lookup and takes no FLOPs.
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
+
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+
+    # A causal query sees half a row on average, a sparse one at most the limit of its method.
     keys = stage.seq_len / 2
     limits = [method.reach().decode_keys for method in methods_of(model)] or [None] * config.num_hidden_layers
     seen = sum(keys if limit is None else min(keys, limit) for limit in limits)
@@ -271,34 +327,43 @@ def peak_flops() -> float | None:
     """Return the peak of the device, for MFU; None where it is not known."""
     if not torch.cuda.is_available():
         return None
+
     name = torch.cuda.get_device_name()
     return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
 def measure_plan(recipe: Recipe, start: Start, base: Path, plan: RecipePlan) -> RecipePlan:
-    """Return the plan with the seconds of a step, timed on the second of two steps of every stage."""
+    """Return the forecast with the seconds per step, measured on the second of two micro-batches a stage."""
     stages = []
+
     for index, stage in enumerate(recipe.stages):
+        # Every stage is measured on the first model, with the weights trained that the stage trains.
         model = load_first(recipe, start)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_trained(name, stage.train))
+
         tokenizer = fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
         rows = iter(PackedRows(stage.data, tokenizer, stage.seq_len, recipe.seed, base))
+
+        # The first micro-batch pays for compilation and allocation: only the second one counts.
         losses = loss_plan(stage, methods_of(model), recipe.seed, index)
         seconds = [_time_rows(model, losses, stage, rows) for _ in range(2)]
+
         stages.append(dataclasses.replace(plan.stages[index], seconds_per_step=seconds[1]))
     return dataclasses.replace(plan, stages=tuple(stages))
 
 
 def _time_rows(model: nn.Module, losses: LossPlan, stage: Stage, rows: Any) -> float:
-    """Return the seconds a step would take, from one micro-batch."""
+    """Return the seconds of one optimizer step, extrapolated from one micro-batch in one process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     batch = {key: x.to(device) for key, x in collate([next(rows) for _ in range(stage.micro_batch)]).items()}
+
     begin = time.perf_counter()
     if methods_of(model):
         losses.run(model, batch, losses.mode(0)).loss.backward()
     else:
         model(**batch, use_cache=False).loss.backward()
+
     model.zero_grad()
     return (time.perf_counter() - begin) * stage.rows_per_step / stage.micro_batch

@@ -1,4 +1,4 @@
-"""One stage on transformers' Trainer: losses of the layers, whole checkpoints, alarms."""
+"""Train one stage on transformers' Trainer: auxiliary losses, complete checkpoints, alarms."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ class StageTrainer(Trainer):
     Args:
         stage: The stage.
         parallel: How the processes share the work.
-        losses: What it minimises.
-        sparse: Whether the model is a converted one, whose layers return losses.
-        facts: What a resumed run must agree with; noted in every checkpoint.
+        losses: The losses it minimises and their weights.
+        sparse: Whether the model is a converted one, whose layers return auxiliary losses.
+        facts: What a resumed run must agree with; written into every checkpoint.
         say: Called with progress lines.
-        log_file: Gets one JSON line per log.
-        alarms: ``stop`` ends the run at an alarm, ``warn`` says it and goes on.
-        lost: State files of the checkpoint that are not there and are done without.
-        data_fingerprint: Hash of what identifies the data, where they are not :class:`PackedRows`.
-        flops_per_token: Forward and backward work, for MFU; None where the peak of the device is unknown.
-        peak_flops: Of the device.
-        **kwargs: Of transformers' Trainer.
+        log_file: Receives one JSON line per log entry.
+        alarms: ``stop`` ends the run at an alarm, ``warn`` prints it and continues.
+        lost: State files of the checkpoint that are missing or damaged and are not loaded.
+        data_fingerprint: Hash that identifies the data, where they are not :class:`PackedRows`.
+        flops_per_token: FLOPs of a token forward and backward, for MFU.
+        peak_flops: FLOPs per second of the device; None where they are unknown: MFU is not logged then.
+        **kwargs: Arguments of transformers' Trainer.
     """
 
     optimizer: Any
@@ -84,18 +84,23 @@ class StageTrainer(Trainer):
         peak_flops: float | None = None,
         **kwargs: Any,
     ) -> None:
-        self.parallel = parallel  # what the Trainer is made with asks for it
+        self.parallel = parallel  # read by get_cp_size, which the Trainer's constructor may call
+
         # transformers refuses to save a model sharded at load time, because it cannot save such an optimizer;
         # this class can, see below.
         args = kwargs["args"]
-        strategy, args.save_strategy = args.save_strategy, SaveStrategy.NO
+        strategy = args.save_strategy
+        args.save_strategy = SaveStrategy.NO
         super().__init__(**kwargs)
         args.save_strategy = strategy
         self.remove_callback(PrinterCallback)
+
+        # Processes that share a row must be known to accelerate's data loader, and to the layers.
         self.accelerator.state.device_mesh = mesh = row_mesh(parallel)
         self.context_group = mesh.get_group("cp") if parallel.context > 1 else None
         if self.context_group is not None:
             share_tokens(self.model, self.context_group)
+
         self.stage = stage
         self.losses = losses
         self.sparse = sparse
@@ -105,31 +110,37 @@ class StageTrainer(Trainer):
         self.alarms = alarms
         self.lost = lost
         self.data_fingerprint = data_fingerprint
+
+        # Alarms are raised from log lines; a resumed run first reads those that were written before.
         config = self.accelerator.unwrap_model(self.model).config
         self.watch = Watch(config.vocab_size, stage.steps, math.ceil(stage.warmup * stage.steps))
         self.watch.replay(read_log(log_file, stage.name))
         self.gates = GateMeter(self.model)
         self._guard_callbacks()
+
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
+        # compute_loss returns a micro-batch's part of the step's loss: the Trainer must not divide it again.
         self.loss_is_scaled_for_ga = True
         self.sharded = bool(getattr(self, "is_distributed_loading_by_transformers", False))
-        self.adapts = stage.train == "lora"  # what is trained then is whole in every process
+        self.adapts = stage.train == "lora"  # adapters are whole in every process, even of a sharded model
+
+        # State of a save and of a log interval: sums of the losses, start time and step, last micro-batch.
         self._place: Path | None = None
         self._sums: dict[str, list[float]] = {}
         self._clock = (time.perf_counter(), 0)
         self._batch: dict[str, Tensor] = {}
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Keep the tensor parallel size from accelerate, which has nothing to do and refuses it on CPUs."""
+        """Hide the tensor parallel size from accelerate, which does not need it and refuses it on CPUs."""
         return super()._build_accelerator_args(**kwargs) | {"parallelism_config": None}
 
     def get_cp_size(self) -> int:
-        """Return how many processes read the same row and take a run of its tokens each."""
+        """Return how many processes read the same row, each a part of its tokens."""
         return self.parallel.context
 
     def _guard_callbacks(self) -> None:
-        """Keep the errors of services that draw curves away from the run."""
+        """Wrap the callbacks of tracking services, so that their errors do not end the run."""
 
         def tell(name: str, error: Exception) -> None:
             text = str(error).strip().splitlines() or ["no message"]
@@ -142,7 +153,7 @@ class StageTrainer(Trainer):
         handler = self.callback_handler
         handler.callbacks = [guarded(one, tell) if is_service(one) else one for one in handler.callbacks]
 
-    # ---- what is minimised ----
+    # ---- loss ----
 
     def compute_loss(
         self,
@@ -151,21 +162,28 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of one micro-batch; the sum over those of a step is the loss of the step."""
+        """Return the loss of one micro-batch; a step minimises the sum over its micro-batches."""
         self._batch = inputs
-        # Gradients are averaged over the processes; those that share heads have one loss.
+
+        # Gradients are averaged over the processes; tensor-parallel ones compute one loss and count once.
         devices = self.parallel.processes // self.parallel.tensor
         items = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+
+        # A dense model: the next-token loss alone.
         if not self.sparse:
             out = model(**inputs, **items, use_cache=False)
             loss = out.loss * devices
             self._note({"cross_entropy": out.loss * devices}, None)
             return (loss, out) if return_outputs else loss
+
+        # A converted model: the layers return auxiliary losses, which count as a mean over the micro-batches.
         if self.context_group is not None:
             inputs = split_tokens(inputs, self.context_group)
         share = 1 / max(1, self.current_gradient_accumulation_steps)
         mode = self.losses.mode(self.state.global_step, share=share, processes=devices)
         out = self.losses.run(model, inputs | items, mode)
+
+        # Log each loss without its weight.
         values = dict(zip(self.losses.names, self.losses.means(out.auxiliary) * share, strict=True))
         for name in ("cross_entropy", "teacher_kl"):
             value = getattr(out, name)
@@ -175,6 +193,7 @@ class StageTrainer(Trainer):
         return (out.loss, out) if return_outputs else out.loss
 
     def _note(self, values: Mapping[str, Tensor], stream: str | None) -> None:
+        """Add losses to the sums of the log interval; with two streams cross entropy is kept for each."""
         for name, value in values.items():
             key = f"{name}/{stream}" if name == "cross_entropy" and self.losses.dual_stream else name
             total = self._sums.setdefault(key, [0.0, 0.0])
@@ -182,14 +201,14 @@ class StageTrainer(Trainer):
             total[1] += 1 / max(1, self.current_gradient_accumulation_steps)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Stop before a loss that is no number can reach the weights."""
+        """Raise before a loss that is not finite can reach the weights."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             self._stop("the loss", loss.item())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Stop before a gradient that is no number can reach the weights."""
+        """Raise before a gradient that is not finite can reach the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         value = norm.item() if isinstance(norm, Tensor) else norm
         if value is not None and not math.isfinite(value):
@@ -197,11 +216,14 @@ class StageTrainer(Trainer):
         return norm
 
     def _stop(self, what: str, value: float) -> None:
+        """Write the micro-batch to a file and raise CheckFailedError (TR09)."""
         step = self.state.global_step
         note = Path(self.args.output_dir) / f"bad-batch-step-{step}-rank-{self.args.process_index}.json"
         rows = {key: x.tolist() for key, x in self._batch.items() if isinstance(x, Tensor)}
+
         # why: the batch of an alarm, for whoever looks for its cause
         note.write_text(json.dumps({"step": step, "what": what, "value": str(value), "batch": rows}))
+
         raise CheckFailedError(
             f"stage {self.stage.name}: {what} is {value} in step {step + 1}; nothing was updated with it",
             code="TR09",
@@ -213,7 +235,7 @@ class StageTrainer(Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with the learning rates of the stage."""
+        """Return AdamW with the learning rates of the stage."""
         if self.optimizer is None:
             groups = parameter_groups(model or self.model, self.stage)
             first, second = self.stage.betas
@@ -221,19 +243,20 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the schedule of the stage."""
+        """Return the learning rate schedule of the stage."""
         if self.lr_scheduler is None:
             stage = self.stage
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, lambda step: rate(stage, step)
             )
+            # Lets the Trainer drop it when `train` is called again.
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     # ---- logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the single losses, the gap between the streams, speed and MFU."""
+        """Add each loss, the gap between the streams, gates, speed and MFU; write, then check for alarms."""
         if "loss" in logs:
             logs |= self._readings()
         super().log(logs, start_time)
@@ -244,11 +267,13 @@ class StageTrainer(Trainer):
             self._raise_alarms(logs)
 
     def _write_log(self, values: Mapping[str, Any]) -> None:
+        """Append one JSON line to the log of the run."""
         row = {"stage": self.stage.name, "step": self.state.global_step, **values}
         with self.log_file.open("a") as file:  # why: one line of the run's log
             file.write(json.dumps(row) + "\n")
 
     def _raise_alarms(self, logs: Mapping[str, float]) -> None:
+        """Raise CheckFailedError at the first alarm of a log line, or only print the alarms."""
         for alarm in self.watch.alarms(self.state.global_step, logs):
             if self.alarms == "stop":
                 raise CheckFailedError(
@@ -260,31 +285,38 @@ class StageTrainer(Trainer):
             self.say(f"warning [{alarm.code}]: {alarm.message}; {alarm.hint}")
 
     def _readings(self) -> dict[str, float]:
+        """Return the means of the log interval over all processes, and start the next interval."""
         steps = self.state.global_step - self._clock[1]
         seconds = max(time.perf_counter() - self._clock[0], 1e-9)
         self._clock = (time.perf_counter(), self.state.global_step)
+        # Losses are divided by the steps they were seen in: a stream is not drawn in every step.
         means = {key: total / max(count, 1e-9) for key, (total, count) in self._sums.items()}
         means |= self.gates.take()
+
         if self.args.world_size > 1 and means:
             values = torch.tensor(list(means.values()), device=self.args.device)
             torch.distributed.all_reduce(values)
             means = dict(zip(means, (values / self.args.world_size).tolist(), strict=True))
+
         self._sums = {}
         out = {key.replace("/", "_"): value for key, value in means.items()}
         if {"cross_entropy/sparse", "cross_entropy/full"} <= means.keys():
             out["gap"] = means["cross_entropy/sparse"] - means["cross_entropy/full"]
+
+        # Speed over all processes; MFU is the share of the devices' peak.
         out["tokens_per_second"] = steps * self.stage.batch_tokens / seconds
         if self.peak_flops:
             work = out["tokens_per_second"] * self.flops_per_token
             out["mfu"] = work / (self.peak_flops * self.args.world_size)
+
         return out
 
     # ---- checkpoints ----
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end of the stage.
+        """Train to the end of the stage, from a checkpoint or from the start.
 
-        A checkpoint of the last step is only loaded: transformers would do one step more.
+        A checkpoint of the last step is only loaded: transformers would train one more step.
         """
         if checkpoint is None or step_of(checkpoint) < self.stage.steps:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -293,10 +325,10 @@ class StageTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def restore_data(self, checkpoint: Path, *, allow_change: bool) -> None:
-        """Go to the position in the data that a checkpoint was written at.
+        """Set the data to the position at which a checkpoint was written.
 
         Raises:
-            ConfigError: The data are others now, and that is not allowed (DA08).
+            ConfigError: The data have changed, and ``allow_change`` is not given (DA08).
         """
         state = json.loads((checkpoint / "data_state.json").read_text())
         if isinstance(self.train_dataset, PackedRows):
@@ -307,56 +339,67 @@ class StageTrainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load weights; a sharded model was loaded from the checkpoint to begin with."""
+        """Load weights; a sharded model already has them, it was created from the checkpoint."""
         if not self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the optimizer; of a sharded model its whole state is gathered first."""
+        """Save optimizer and schedule; the optimizer of a sharded model is gathered first."""
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+
+        # Adapters are whole in every process, so their optimizer is saved as it is.
         cut = not self.adapts
         state = whole_optimizer_state(self.model, self.optimizer) if cut else self.optimizer.state_dict()
+
         if self.args.should_save:
             # why: states of a checkpoint that is sealed when it is whole
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load optimizer and schedule, but for lost ones; of a sharded model each process takes its part."""
+        """Load optimizer and schedule, except lost ones; of a sharded model each process takes its part."""
         if checkpoint is None or self.is_fsdp_enabled:  # accelerate's own FSDP has its own files
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+
         folder = Path(checkpoint)
+        # Without its state the optimizer starts from zero moments.
         if OPTIMIZER not in self.lost:
             state = load_state(folder / OPTIMIZER)
             if self.sharded and not self.adapts:
                 load_optimizer_state(self.model, self.optimizer, state)
             else:
                 self.optimizer.load_state_dict(state)
+
+        # A lost schedule is computed from the step of the checkpoint.
         if SCHEDULER not in self.lost:
             self.lr_scheduler.load_state_dict(load_state(folder / SCHEDULER))
         else:
             forward_schedule(self.lr_scheduler, self.optimizer, step_of(folder))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load the random states, but for lost ones."""
+        """Load the states of the random number generators, unless they are lost."""
         if not any(name.startswith("rng_state") for name in self.lost):
             super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
+        # While a checkpoint is written: its temporary folder.
         return super()._get_output_dir(trial) if self._place is None else str(self._place)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, seal it, and move it to its place: it is whole or absent."""
+        """Write a checkpoint to a temporary folder, seal it, and rename it: it is complete or absent."""
         place = Path(self.args.output_dir) / SAVING
         if self.is_world_process_zero():
             # why: the folder of an unfinished checkpoint, emptied for this one
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
+
         self.accelerator.wait_for_everyone()
+        # transformers writes into this folder, see _get_output_dir.
         self._place = place
+
         try:
             with machine_errors():
                 super()._save_checkpoint(model, trial)
@@ -370,29 +413,39 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _finish_checkpoint(self, place: Path) -> None:
-        """Add the position in the data, seal the folder and publish it."""
+        """Add the position in the data, seal the folder and move it to its place."""
         folder = place / f"checkpoint-{self.state.global_step}"
+
         # why: a pickle of all arguments, which nothing reads; a token of the Hub would stand in it
         (folder / "training_args.bin").unlink(missing_ok=True)
+
+        # TRL's data have no position of their own: the Trainer skips to the row.
         rows = self.state.global_step * self.stage.rows_per_step
         packed = isinstance(self.train_dataset, PackedRows)
         other = {"rows": rows, "fingerprint": self.data_fingerprint}
         state = self.train_dataset.state_after(rows) if packed else other
+
         # why: where the data stand, before the checkpoint is sealed
         (folder / "data_state.json").write_text(json.dumps(state))
+
         seal(folder, self.facts)
-        # While an alarm is near, the last good checkpoint may be an old one.
+
+        # While an alarm is near, all checkpoints are kept: the last good one may be an old one.
         stage = place.parent
         publish(folder, stage, len(checkpoints(stage)) + 1 if self.watch.suspicious else self.stage.keep)
         place.rmdir()  # why: the checkpoint has left it for its final place
 
     def _not_saved(self, error: MachineError, place: Path) -> MachineError:
-        """Return the error of a checkpoint that could not be written; what there is of it is removed."""
+        """Remove what there is of a checkpoint that could not be written; return the error to raise."""
         # why: half a checkpoint is of no use, and the disk may be full
         shutil.rmtree(place, ignore_errors=True)
-        stage, step = place.parent, self.state.global_step
+
+        # Tell how much space is missing, and what a resumed run can start from.
+        stage = place.parent
+        step = self.state.global_step
         kept = next((path.name for path in checkpoints(stage)), None)
         last = f"{kept} is whole" if kept else "there is none before it"
+
         return MachineError(
             f"checkpoint-{step} of stage {self.stage.name} could not be written: {error.message}; it needs "
             f"about {gigabytes(state_bytes(self.model))}, {gigabytes(free_bytes(stage))} are free; {last}",

@@ -1,4 +1,4 @@
-"""The states of a checkpoint: read as tensors and plain values alone, looked at before they are used."""
+"""State files of a checkpoint: loaded without running code, checked before they are used."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from nsa_convert.errors import CheckpointError
 
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
 STATE_FILES = ("*.pt", "*.pth")
 JSON_FILES = ("trainer_state.json", "data_state.json")
 
 
 class Damaged(Exception):
-    """A file of a checkpoint cannot be read; the one before may serve."""
+    """A file of a checkpoint cannot be read; an earlier checkpoint may be usable."""
 
 
 def load_state(path: Path, device: Any = "cpu") -> Any:
-    """Return what a file of ``torch.save`` holds; only tensors and plain values, no code is run.
+    """Return the content of a ``torch.save`` file; only tensors and plain values, no code is run.
 
     Raises:
         CheckpointError: The file holds something else (TR13).
@@ -50,35 +51,43 @@ def load_state(path: Path, device: Any = "cpu") -> Any:
 
 
 def unreadable(folder: Path, step: int, skip: frozenset[str] = frozenset()) -> dict[str, str]:
-    """Read every state of a checkpoint once; return file -> what is wrong with it.
+    """Read every state file of a checkpoint once; return file name -> what is wrong with it.
 
     Args:
         folder: The checkpoint.
-        step: The optimizer step of its name.
-        skip: Files that are not looked at.
+        step: The optimizer step in its name.
+        skip: Names of files that are not read.
 
     Raises:
-        CheckpointError: A file holds code (TR13), or the optimizer's state NaN or infinity (TR08).
+        CheckpointError: A file contains code (TR13), or the optimizer's state NaN or infinity (TR08).
     """
     problems = {}
+
+    # JSON files: each a mapping, that of the Trainer of the step in the folder's name.
     for name in JSON_FILES:
         try:
             values = json.loads((folder / name).read_text())
         except (OSError, ValueError, RecursionError) as error:
             problems[name] = f"{name} cannot be read ({type(error).__name__})"
             continue
+
         if not isinstance(values, dict):
             problems[name] = f"{name} holds no mapping"
         elif name == "trainer_state.json" and values.get("global_step") != step:
             problems[name] = f"{name} is of step {values.get('global_step')}"
+
+    # States of torch: optimizer, schedule, random numbers.
     for path in sorted(path for pattern in STATE_FILES for path in folder.glob(pattern)):
         if path.name in skip:
             continue
+
         try:
             state = load_state(path)
         except Damaged as error:
             problems[path.name] = str(error)
             continue
+
+        # A state that cannot be used is worse than a damaged one: the run must not start from it unnoticed.
         if path.name == OPTIMIZER and (bad := next(not_finite(state), None)) is not None:
             raise CheckpointError(
                 f"{path}: {bad} holds NaN or infinity, which would reach every weight",
@@ -86,6 +95,7 @@ def unreadable(folder: Path, step: int, skip: frozenset[str] = frozenset()) -> d
                 where=str(path),
                 hint=f"remove {folder} to go on from the checkpoint before it",
             )
+
     return problems
 
 
@@ -105,15 +115,20 @@ def not_finite(values: Any, name: str = "") -> Iterator[str]:
 
 
 def forward_schedule(scheduler: Any, optimizer: Any, step: int) -> None:
-    """Put a schedule whose state was lost to an optimizer step: it is a function of the step alone."""
+    """Set a schedule whose state was lost to an optimizer step: the rate is a function of the step alone."""
     inner = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
     rates = [base * form(step) for base, form in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
-    inner.last_epoch, inner._step_count, inner._last_lr = step, step + 1, rates
+
+    # The three attributes that LambdaLR itself keeps.
+    inner.last_epoch = step
+    inner._step_count = step + 1
+    inner._last_lr = rates
+
     for group, value in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = value
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Return about how many bytes a checkpoint takes: all weights, and two moments of those trained."""
+    """Return about how many bytes a checkpoint takes: all weights, and two moments for each trained one."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return sum(p.numel() * p.element_size() for p in [*model.parameters(), *trained, *trained])
