@@ -1,4 +1,4 @@
-"""The loss of one training step: next token, auxiliary losses of the layers, and which stream they saw."""
+"""The loss of one training step: next-token loss, auxiliary losses of the layers, and the stream they see."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from nsa_convert.training.recipe.schema import Stage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossPlan:
-    """What a stage minimises.
+    """The losses of a stage and their weights.
 
     Attributes:
         cross_entropy: Weight of the next-token loss.
         names: Auxiliary losses, in the order of the columns of ``SparseCausalLMOutput.auxiliary``.
-        weights: Weight of each.
-        layers: For each loss, how many layers have it.
-        dual_stream: Whether the stream is drawn step by step.
-        full_ratio: Share of the steps with the full stream.
+        weights: Weight of each auxiliary loss.
+        layers: For each auxiliary loss, the number of layers that have it.
+        dual_stream: Whether every step draws the sparse or the dense stream.
+        full_ratio: Share of the steps with the dense stream (``full``).
         teacher: Whether the residual stream carries dense attention (``align``).
-        seed: Of the draws.
-        teacher_kl: Weight of the divergence of the logits from dense attention over the same weights.
+        seed: Seed of the draws.
+        teacher_kl: Weight of the divergence of the logits from those of dense attention, same weights.
     """
 
     cross_entropy: float
@@ -44,21 +44,24 @@ class LossPlan:
     teacher_kl: float = 0.0
 
     def mode(self, step: int, *, share: float = 1.0, processes: int = 1) -> TrainingMode:
-        """Return what optimizer step ``step`` asks of the layers.
+        """Return what the layers compute in optimizer step ``step``.
 
         A pure function: the same in every process, for every micro-batch, and after a resume.
 
         Args:
             step: Number of the optimizer step.
-            share: What this pass contributes to the auxiliary means of the step.
-            processes: Over how many processes gradients are averaged; next-token losses are already divided
-                by the labels of all of them.
+            share: Weight of this pass in the step's mean of the auxiliary losses.
+            processes: Number of processes over which gradients are averaged; next-token losses are already
+                divided by the labels of all of them.
         """
+        # Which attention the residual stream carries in this step.
         stream: Stream = "sparse"
         if self.teacher:
             stream = "teacher"
         elif self.dual_stream and uniform(self.seed, step) < self.full_ratio:
             stream = "full"
+
+        # Auxiliary losses are means over the layers that have them.
         pairs = zip(self.weights, self.layers, strict=True)
         return TrainingMode(
             stream=stream,
@@ -70,24 +73,30 @@ class LossPlan:
         )
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any], mode: TrainingMode) -> Any:
-        """Return the :class:`SparseCausalLMOutput` of one pass; ``loss`` is what the pass minimises.
+        """Run one forward pass; ``loss`` of its output is what the pass minimises.
 
-        Without a next-token loss the logits of one token are enough: they are what the pass ends in.
+        Without a next-token loss only the last token's logits are computed.
+
+        Returns:
+            :class:`SparseCausalLMOutput`.
         """
         if self.cross_entropy > 0:
             return model(**inputs, training_mode=mode)
+
         rest = {name: x for name, x in inputs.items() if name not in LABELS}
         return model(**rest, training_mode=mode, logits_to_keep=1)
 
     def means(self, auxiliary: Tensor) -> Tensor:
-        """Return the mean of each loss over the layers that have it, ``[K]``, from ``[layers, K]``."""
+        """Return the mean of each loss over the layers that have it: ``[layers, K]`` -> ``[K]``."""
         return auxiliary.sum(0) / auxiliary.new_tensor(self.layers or (), dtype=auxiliary.dtype).clamp(min=1)
 
 
 def loss_plan(stage: Stage, methods: Sequence[SparseMethod], seed: int, stage_index: int) -> LossPlan:
-    """Return what a stage minimises, from its own weights or the usual ones of the methods."""
+    """Return the losses of a stage, with the weights of the stage or else the defaults of its methods."""
     weights = stage_weights(stage, methods)
     layers = [sum(name in known_losses(m) for m in methods) for name in weights]
+
+    # The alignment stage has no next-token loss and no draws: its stream is always the dense one.
     align = stage.kind == "align"
     default = 0.0 if align else 1.0
     return LossPlan(
@@ -104,21 +113,22 @@ def loss_plan(stage: Stage, methods: Sequence[SparseMethod], seed: int, stage_in
 
 
 def full_ratio(stage: Stage, methods: Sequence[SparseMethod]) -> float:
-    """Return the share of the steps with the full stream: the stage's, or the usual one of the methods."""
+    """Return the share of steps with the dense stream: the stage's, or else the default of the methods."""
     if stage.full_ratio is not None:
         return stage.full_ratio
     return 0.5 if any(m.training_spec.dual_stream for m in methods) else 0.0
 
 
 def known_losses(method: SparseMethod | type[SparseMethod]) -> set[str]:
-    """Return the names of all auxiliary losses a method has."""
+    """Return the names of all auxiliary losses of a method, over all stages."""
     return {name for names in method.training_spec.stage_losses.values() for name in names}
 
 
 def stage_weights(stage: Stage, methods: Sequence[SparseMethod]) -> dict[str, float]:
-    """Return name -> weight of the auxiliary losses of a stage; weights of 0 are left out."""
+    """Return name -> weight of the auxiliary losses of a stage; those of weight 0 are left out."""
     if stage.losses is not None:
         return {name: weight for name, weight in stage.losses.items() if weight > 0}
+
     usual: dict[str, float] = {}
     for method in methods:
         usual |= method.training_spec.stage_losses.get(stage.kind, {})
@@ -126,40 +136,47 @@ def stage_weights(stage: Stage, methods: Sequence[SparseMethod]) -> dict[str, fl
 
 
 def loss_problems(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
-    """Return what is wrong with the losses of a stage for these methods."""
+    """Return why these methods cannot be trained with the losses of a stage, one sentence per problem."""
     known = sorted({name for method in methods for name in known_losses(method)})
     problems = [
         f"loss '{name}' is none of the method's; it has {', '.join(known) or 'none'}"
         for name in stage.losses or {}
         if name not in known
     ]
+
+    # The dense stream needs methods that can compute dense attention too.
     able = {m.spec.name for m in methods if m.training_spec.dual_stream or m.training_spec.has_dense_mode}
     unable = sorted({m.spec.name for m in methods} - able - {FULL})
     if stage.full_ratio and unable:
         problems.append(
             f"full_ratio {stage.full_ratio:g} needs a method that also runs dense; {', '.join(unable)} cannot"
         )
+
+    # A method that looks ahead leaks the next token into a next-token loss.
     ahead = sorted({m.spec.name for m in methods if not m.reach().is_causal})
     if ahead and stage.kind != "align" and full_ratio(stage, methods) < 1:
         problems.append(
             f"{', '.join(ahead)} chooses keys by later tokens, which a next-token loss would learn to read; "
             "train another method, or dense layers"
         )
+
+    # The stage must have something to minimise.
     if stage.teacher_kl and not methods:
         problems.append("teacher_kl needs a sparse model: the recipe has no sparse_attention")
     if stage.kind == "align" and not problems and not stage_weights(stage, methods):
         problems.append("nothing to minimise: every loss has weight 0, or no layer is sparse")
+
     return problems
 
 
 def mix(*numbers: int | str) -> int:
-    """Return a 63-bit number that depends on all of its arguments, the same on every machine."""
+    """Return a 63-bit hash of all arguments, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def uniform(*numbers: int | str) -> float:
-    """Return a number in [0, 1) drawn from :func:`mix`."""
+    """Return a number in [0, 1) derived from :func:`mix`."""
     return mix(*numbers) / 2.0**63
 
 
