@@ -155,7 +155,7 @@ def train_gates(
         model: A dense causal model; it is converted during the training and restored afterwards.
         cases: ``(ids [T], labelled [T] bool)`` for each step, as from :func:`passkey_cases`.
         settings: Steps, rates and the streaming heads.
-        say: Called with the loss and the mean gate, ten times in all.
+        say: Called with the loss and the mean gate, about ten times.
 
     Returns:
         The gates as scores ``[layers, KV heads]``, with threshold 0.5: heads below it stream.

@@ -1,7 +1,7 @@
 """Tasks of the lm-eval harness, with sparse and with dense attention.
 
 Importing this module and calling :func:`register_adapter` gives lm-eval the model ``nsa-convert``; the suite
-``tasks`` does so by itself. lm-eval is an optional extra and is imported when it is needed.
+``tasks`` does so itself. lm-eval is an optional extra and is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from nsa_convert.loading import load_tokenizer
 
 NAME = "nsa-convert"
 RUNS_FOREIGN_CODE = re.compile(r"ruler|niah_|longcxt")
-"""lm-eval loads the tokenizer for these with ``trust_remote_code=True``, whatever the user chose."""
+"""For these tasks lm-eval loads the tokenizer with ``trust_remote_code=True``, whatever the user chose."""
 
 SHARES = {"acc", "acc_norm", "exact_match", "em"}
 """Metrics that are shares of right answers, so that an interval follows from the number of samples."""
@@ -78,15 +78,18 @@ class TaskSettings:
             ConfigError: Unknown keys, no tasks, or tasks that would run foreign code (EV11).
         """
         raise_problems(unknown_keys(values, {f.name for f in dataclasses.fields(cls)}, "eval settings"))
+
         names = numbers(values.get("tasks", ()), str)
         if not names:
             raise ConfigError("the suite needs tasks", code="RC10", hint="--set tasks=arc_easy,hellaswag")
+
         if foreign := [name for name in names if RUNS_FOREIGN_CODE.search(name)]:
             raise ConfigError(
                 f"lm-eval runs code of the model's repository for {', '.join(foreign)}",
                 code="EV11",
                 hint="--suite long has these tasks and runs no code of the model",
             )
+
         return cls(**{**values, "tasks": names})
 
 
@@ -95,8 +98,7 @@ def register_adapter() -> type:
     """Register the model ``nsa-convert`` with lm-eval and return its class.
 
     It loads a converted folder with this package's own classes and never runs code of the folder. Its
-    argument
-    ``attention`` is ``"sparse"`` or ``"dense"`` (the same weights).
+    argument ``attention`` is ``"sparse"`` or ``"dense"`` (the same weights).
 
     Raises:
         MachineError: lm-eval is not installed.
@@ -122,15 +124,18 @@ def register_adapter() -> type:
             plan: SparseAttentionConfig | None = None,
             **ignored: Any,
         ) -> None:
+            # Dense attention has to last as long as this object.
             self.held = contextlib.ExitStack()
             facts = read_facts(pretrained, plan)
             require_one_pass(facts)
             model = load_model(pretrained, dtype, device, plan)
             if attention == "dense" and facts.methods:
                 self.held.enter_context(dense_attention_in(model))
+
             tokenizer = load_tokenizer(pretrained)
             if tokenizer.eos_token_id is None:
                 raise CheckpointError("lm-eval needs a tokenizer with an end token", code="TK01")
+
             sizes = {"batch_size": batch_size, "max_length": max_length}
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **sizes)
             model.register_forward_hook(refuse_broken_logits)
@@ -150,7 +155,9 @@ def require_one_pass(facts: ModelFacts) -> None:
 
 
 def refuse_broken_logits(model: nn.Module, args: Any, out: Any) -> None:
-    """Stop an evaluation whose model gives no numbers: the harness would count them as wrong answers.
+    """Forward hook that stops an evaluation with logits that are not finite.
+
+    The harness would count them as wrong answers.
 
     Raises:
         CheckFailedError: A logit is not finite (EV04).
@@ -175,7 +182,7 @@ def run_tasks(
         against: Folder of the dense checkpoint to compare with; the same weights when left out.
         out_dir: Folder for the report; None writes nothing.
         say: Called with one line before something slow.
-        plan: What the dense checkpoint at ``model_path`` is patched with in memory.
+        plan: Sparse plan with which the dense checkpoint at ``model_path`` is converted in memory.
         **settings: Fields of :class:`TaskSettings`.
 
     Returns:
@@ -187,13 +194,17 @@ def run_tasks(
         MachineError: lm-eval is not installed.
     """
     begin = time.perf_counter()
-    chosen, tell = TaskSettings.read(settings), say or (lambda line: None)
+    chosen = TaskSettings.read(settings)
+    tell = say or (lambda line: None)
     if out_dir is not None:
         require_html()
+
     models = read_both_facts(model_path, plan, against)
     require_one_pass(models[0])
     device = choose_device(chosen.device)
     adapter = register_adapter()
+
+    # One kind of attention after the other, so that only one model is in memory.
     results = {}
     for attention in ("sparse", "dense"):
         facts = models[-1] if attention == "dense" else models[0]
@@ -209,6 +220,7 @@ def run_tasks(
         )
         results[attention] = _evaluate(model, chosen)
         del model
+
     files = {"include_path": chosen.include_path}
     values = envelope("tasks", models, given=settings, chosen=chosen, files=files, device=device, begin=begin)
     values |= {
@@ -226,15 +238,18 @@ def benchmark_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, A
         results: Attention -> what lm-eval returned.
 
     Returns:
-        Rows ``task, metric, n, dense, sparse, low, high``; the last two are the 95 % interval of
-        ``sparse``, where the metric is a share.
+        Rows ``task, metric, n, dense, sparse, low, high``; the last two are the 95 % interval of ``sparse``,
+        where the metric is a share, else None.
     """
     rows = []
     for task, metrics in results["sparse"]["results"].items():
         for metric, value in metrics.items():
+            # lm-eval's keys are `name,filter`; others hold the task's alias and standard errors.
             name, _, part = metric.partition(",")
             if not part or name.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
+
+            # A Wilson interval needs the number of right answers.
             count = results["sparse"].get("n-samples", {}).get(task, {}).get("effective")
             low, high = wilson(value * count, count) if name in SHARES and count else (None, None)
             dense = results["dense"]["results"][task].get(metric)
@@ -244,12 +259,14 @@ def benchmark_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, A
 
 
 def _evaluate(model: Any, chosen: TaskSettings) -> Mapping[str, Any]:
+    """Run the tasks with lm-eval and return its results; ConfigError (EV14) names unknown tasks."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=chosen.include_path, include_defaults=chosen.include_path is None)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     known = set(manager.all_tasks)
+
     if unknown := [name for name in chosen.tasks if name not in known]:
         raise ConfigError(
             f"lm-eval does not know the task {', '.join(unknown)}",
@@ -257,6 +274,7 @@ def _evaluate(model: Any, chosen: TaskSettings) -> Mapping[str, Any]:
             found=", ".join(unknown),
             hint="`lm-eval ls tasks` lists them; --set include_path=FOLDER adds your own",
         )
+
     return simple_evaluate(
         model=model,
         tasks=list(chosen.tasks),
@@ -270,6 +288,7 @@ def _evaluate(model: Any, chosen: TaskSettings) -> Mapping[str, Any]:
 
 
 def _version() -> str:
+    """Return the version of lm-eval."""
     from importlib.metadata import version
 
     return version("lm_eval")

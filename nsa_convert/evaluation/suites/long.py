@@ -1,7 +1,7 @@
-"""The long and the full suite: texts, needles, RULER's offline tasks, recall, time and memory.
+"""The suites ``long`` and ``full``: texts, needles, RULER's offline tasks, recall, time and memory.
 
-Everything is a cell: a text, or one prompt read by one kind of attention. Finished cells are kept, so a run
-that was killed continues where it ended.
+A result is one text read with both kinds of attention, or one prompt read with one. Finished results are
+kept, so a run that was killed continues where it ended.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ from nsa_convert.evaluation.tasks.text import prose_text
 from nsa_convert.loading import load_tokenizer
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a part, the cells done and the cells in all."""
+"""Called with the name of a part, the number of results done and of all results of the part."""
 
 ATTENTIONS = ("sparse", "dense")
 WARM_UP = 64
+"""Tokens of the untimed pass that a model runs after it was loaded."""
 
 
 def run_long(
@@ -69,14 +70,14 @@ def run_long(
 
     Args:
         model_path: Folder of a converted (or dense) checkpoint.
-        suite: ``"long"`` or ``"full"``: other defaults.
+        suite: ``"long"`` or ``"full"``; they differ in their defaults.
         against: Folder of the dense checkpoint to compare with; the same weights when left out.
         text_file: UTF-8 text; by default Python sources and the language reference.
-        out_dir: Folder for report, tables, plots and the cells to resume from; None writes nothing.
+        out_dir: Folder for the report, tables, plots and finished results; None writes nothing.
         length: Tokens per text; four visible budgets when left out.
         say: Called with one line before something slow.
-        progress: Called after every cell.
-        plan: What the dense checkpoint at ``model_path`` is patched with in memory.
+        progress: Called after every result.
+        plan: Sparse plan with which the dense checkpoint at ``model_path`` is converted in memory.
         **settings: Fields of :class:`LongSettings`.
 
     Raises:
@@ -91,31 +92,31 @@ def run_long(
         require_html()
     models = read_both_facts(model_path, plan, against)
     chosen = LongSettings.read(settings, suite, models[0])
+
     asked = {"lengths": chosen.lengths, "task_lengths": chosen.task_lengths}
     asked["length"] = (length,) if isinstance(length, int) else ()
     warnings = check_positions(models, asked, chosen.beyond_positions)
+
     device = choose_device(chosen.device)
     run = _Run(models, chosen, device, say or (lambda line: None), progress or (lambda *args: None))
     run.say("building the prompts")
     inputs = _inputs(models, chosen, text_file, length)
     cases = build_cases(run.tokenizer, chosen)
     store = CellStore(None if out_dir is None else Path(out_dir), run.facts(inputs))
+
     texts = run.texts(store, inputs)
     outcomes = run.cases(store, cases)
     speed = speed_rows(outcomes) if chosen.times else []
+
     warnings += [*inputs.warnings, *after_prompt_warnings(not models[0].one_pass)]
     warnings += empty_warnings(outcomes)
     warnings += few_repeats(speed) + busy_warnings() if speed else []
+
     files = {"text_file": text_file, "qa_file": chosen.qa_file}
     values = envelope(
-        suite,
-        models,
-        given={"length": length, **settings},
-        chosen=chosen,
-        files=files,
-        device=device,
+        suite, models, given={"length": length, **settings}, chosen=chosen, files=files, device=device,
         begin=begin,
-    )
+    )  # fmt: skip
     values |= {
         "texts": texts,
         "needles": needle_rows(outcomes),
@@ -135,12 +136,15 @@ def build_cases(tokenizer: Any, chosen: LongSettings) -> list[Case]:
     Raises:
         ConfigError: A prompt does not fit into its length (EV02).
     """
+    # The needle grid.
     haystack = prose_text().text if chosen.haystack == "prose" else None
     cases = [
         fit_needle(tokenizer, length, depth, haystack=haystack, seed=chosen.seed)
         for length in chosen.lengths
         for depth in chosen.depths
     ]
+
+    # The tasks, by length; questions of a file are a task of their own.
     questions = [] if chosen.qa_file is None else read_questions(chosen.qa_file)
     for length in chosen.task_lengths:
         for index in range(chosen.samples if questions else 0):
@@ -151,11 +155,12 @@ def build_cases(tokenizer: Any, chosen: LongSettings) -> list[Case]:
                     cases.append(build_recall(tokenizer, length, index, chosen.seed))
                 else:
                     cases.append(build_ruler(tokenizer, task, length, index, chosen.seed))
+
     return cases
 
 
 class _Run:
-    """The models of one evaluation; at most one checkpoint is in memory."""
+    """The models of one evaluation; at most one checkpoint is in memory at a time."""
 
     def __init__(
         self,
@@ -165,13 +170,16 @@ class _Run:
         say: Callable[[str], None],
         progress: Progress,
     ) -> None:
-        self.models, self.chosen, self.device = models, chosen, device
-        self.say, self.progress = say, progress
+        self.models = models
+        self.chosen = chosen
+        self.device = device
+        self.say = say
+        self.progress = progress
         self.tokenizer = load_tokenizer(models[0].path)
         self.loaded: tuple[ModelFacts, nn.Module] | None = None
 
     def facts(self, inputs: Inputs) -> dict[str, Any]:
-        """Return what the values of the cells depend on."""
+        """Return everything that the results depend on."""
         names = ("dtype", "num_queries", "seed", "haystack")
         machine = describe_machine(self.device)
         return {
@@ -183,19 +191,27 @@ class _Run:
 
     @contextlib.contextmanager
     def attention(self, kind: str) -> Iterator[nn.Module]:
-        """Give the model with one kind of attention."""
+        """Load the model of a kind of attention if needed, and give it inside the block.
+
+        Args:
+            kind: ``"sparse"`` or ``"dense"``.
+        """
+        # Loading another checkpoint drops the one before it.
         facts = self.models[-1] if kind == "dense" else self.models[0]
         if self.loaded is None or self.loaded[0] != facts:
             self.loaded = None
             self.say(f"loading {facts.path.resolve().name}")
             self.loaded = (facts, load_model(facts.path, self.chosen.dtype, self.device, facts.plan))
             self._warm_up(facts)
+
+        # Without a dense checkpoint the converted model itself attends densely.
         model = self.loaded[1]
         same_weights = kind == "dense" and len(self.models) == 1 and facts.methods
         with dense_attention_in(model) if same_weights else contextlib.nullcontext():
             yield model
 
     def _warm_up(self, facts: ModelFacts) -> None:
+        """Run one short pass, so that later times do not include one-time costs such as compiling kernels."""
         assert self.loaded is not None
         ids = torch.zeros(
             1, min(WARM_UP, facts.max_positions or WARM_UP), dtype=torch.long, device=self.device
@@ -204,11 +220,13 @@ class _Run:
             self.loaded[1](input_ids=ids, use_cache=False, logits_to_keep=1)
 
     def texts(self, store: CellStore, inputs: Inputs) -> list[dict[str, Any]]:
-        """Compare both kinds of attention on every text; texts of one run share the loading of the models."""
+        """Compare both kinds of attention on every text; each model is loaded once for all of them."""
         names = {text.name: f"text/{text.name}/{len(ids)}" for text, ids in inputs.texts}
         pending = [(text, ids) for text, ids in inputs.texts if names[text.name] not in store.values]
         budget = self.models[0].visible_budget
         read: dict[str, dict[str, tuple[Readout, tuple[LayerMass, ...]]]] = {kind: {} for kind in ATTENTIONS}
+
+        # Read the texts that have no result yet.
         for kind in ATTENTIONS:
             for number, (text, ids) in enumerate(pending, 1):
                 with self.attention(kind) as model:
@@ -217,6 +235,8 @@ class _Run:
                     readout = read_out(model, ids, self.models[0].prompt_of(len(ids)), watch)
                     read[kind][text.name] = (readout, tuple(probe.rows))
                 self.progress(f"texts, {kind}", number, len(pending))
+
+        # Compare the two readings of each text.
         out = []
         for text, ids in inputs.texts:
 
@@ -228,10 +248,12 @@ class _Run:
         return out
 
     def cases(self, store: CellStore, cases: list[Case]) -> list[tuple[Case, str, dict[str, Any]]]:
-        """Run every case with both kinds of attention, in turns where they share the weights."""
+        """Run every case with both kinds of attention: case by case where they share the weights."""
         pairs = [(case, kind) for case in cases for kind in ATTENTIONS]
+        # Two checkpoints: all sparse cases first, then all dense ones, so that each is loaded once.
         if len(self.models) == 2:
-            pairs.sort(key=lambda pair: pair[1], reverse=True)  # one loading for each model
+            pairs.sort(key=lambda pair: pair[1], reverse=True)
+
         out = []
         for number, (case, kind) in enumerate(pairs, 1):
             name = f"{kind}/{case.task}/{case.length}/{case.index}/{case.depth}/{hash_of([case])[:12]}"
@@ -248,6 +270,7 @@ class _Run:
 def _inputs(
     models: list[ModelFacts], chosen: LongSettings, text_file: str | Path | None, length: int | None
 ) -> Inputs:
+    """Return the texts of the run; ``beyond_positions`` allows four times the models' positions."""
     if chosen.beyond_positions:
         models = [
             dataclasses.replace(m, max_positions=4 * m.max_positions if m.max_positions else None)

@@ -1,4 +1,4 @@
-"""The quick suite: perplexity, divergence from the dense model, and captured mass, on one or two texts."""
+"""The suite ``quick``: perplexity, divergence from the dense model, captured mass, on one or two texts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Reading:
-    """One model's answers to all inputs."""
+    """One model's results on all inputs: a readout and rows per text, a score per needle."""
 
     readouts: list[Readout]
     layers: list[tuple[LayerMass, ...]]
@@ -54,8 +54,8 @@ def run_quick(
 ) -> QuickReport:
     """Compare a converted model with its dense model.
 
-    Without ``against`` the dense model is the converted one with dense attention over the same weights: the
-    original exactly, as long as the model was not trained after conversion.
+    Without ``against`` the dense model is the converted one with dense attention over the same weights, which
+    is exactly the original as long as the model was not trained after conversion.
 
     Args:
         model_path: Folder of a converted (or dense) checkpoint.
@@ -64,7 +64,7 @@ def run_quick(
         out_dir: Folder for ``report.json``, CSV files and plots; None writes nothing.
         length: Tokens per text; by default four visible budgets, as far as model and text allow.
         progress: Called with one line before each slow step.
-        plan: What the dense checkpoint at ``model_path`` is patched with in memory.
+        plan: Sparse plan with which the dense checkpoint at ``model_path`` is converted in memory.
         **settings: Fields of :class:`QuickSettings`.
 
     Returns:
@@ -80,11 +80,13 @@ def run_quick(
     begin = time.perf_counter()
     say = progress or (lambda line: None)
     chosen = QuickSettings.read(settings)
+
     if out_dir is not None:
         require_html()
     models = read_both_facts(model_path, plan, against)
     inputs = prepare_inputs(models, text_file, length, chosen)
     device = choose_device(chosen.device)
+
     sparse, dense = _read_both(models, inputs, chosen, device, say)
     say("comparing the distributions")
     report = QuickReport(
@@ -104,10 +106,13 @@ def run_quick(
         environment=describe_machine(device),
         seconds=time.perf_counter() - begin,
     )
+
     if out_dir is None:
         return report
+
     say("drawing")
-    values, folder = report.to_dict(), Path(out_dir)
+    values = report.to_dict()
+    folder = Path(out_dir)
     report = dataclasses.replace(report, files=(*write_plots(values, folder), write_html(values, folder)))
     return dataclasses.replace(report, files=(*report.files, *report.write(folder)))
 
@@ -115,15 +120,17 @@ def run_quick(
 def _read_both(
     models: list[ModelFacts], inputs: Inputs, chosen: QuickSettings, device: str, say: Say
 ) -> tuple[_Reading, _Reading]:
-    """Run the sparse model, then the dense one; two checkpoints are never in memory together."""
+    """Run the sparse model, then the dense one; two checkpoints are never in memory at the same time."""
     say(f"loading {models[0].path}")
     model = load_model(models[0].path, chosen.dtype, device, models[0].plan)
     prompt_of = models[0].prompt_of
     sparse = _read(model, inputs, models[0].visible_budget, chosen.num_queries, prompt_of, say)
+
     if len(models) == 2:
         del model
         say(f"loading {models[1].path}")
         model = load_model(models[1].path, chosen.dtype, device)
+
     same_weights = len(models) == 1 and models[0].methods
     with dense_attention_in(model) if same_weights else contextlib.nullcontext():
         say("dense attention")
@@ -139,12 +146,26 @@ def _read(
     prompt_of: Callable[[int], int],
     say: Say,
 ) -> _Reading:
-    readouts, layers, needles = [], [], []
+    """Run a model on all texts and needles.
+
+    Args:
+        model: The model.
+        inputs: Texts and needles.
+        budget: Visible budget; captured mass is measured on queries beyond it. None measures it on all.
+        num_queries: Queries per layer and text that the mass is measured on.
+        prompt_of: Tokens of a text -> tokens to read as a prompt.
+        say: Called with one line before each text and needle.
+    """
+    readouts = []
+    layers = []
+    needles = []
+
     for text, ids in inputs.texts:
         say(f"{text.name}: {len(ids)} tokens")
         probe = MassProbe(budget or 0, num_queries)
         readouts.append(read_out(model, ids, prompt_of(len(ids)), probe.watch))
         layers.append(tuple(probe.rows))
+
     for case in inputs.cases:
         say(f"needle: {case.length} tokens, depth {case.depth:.0%}")
         needles.append(score_case(model, case))
@@ -152,6 +173,7 @@ def _read(
 
 
 def _results(model: ModelFacts, inputs: Inputs, sparse: _Reading, dense: _Reading) -> tuple[TextResult, ...]:
+    """Return the comparison of both readings, text by text."""
     return tuple(
         text_result(model, text, ids, dense.readouts[i], sparse.readouts[i], sparse.layers[i])
         for i, (text, ids) in enumerate(inputs.texts)
@@ -159,5 +181,6 @@ def _results(model: ModelFacts, inputs: Inputs, sparse: _Reading, dense: _Readin
 
 
 def _given(length: int | None, text_file: str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given, without folders, for the report's command line."""
     given = {"length": length, "text_file": None if text_file is None else Path(text_file).name, **settings}
     return {key: value for key, value in given.items() if value is not None}
