@@ -1,4 +1,4 @@
-"""What a comparison of methods says: figures of each row, tables, and two sentences; from its JSON."""
+"""Text of a comparison of methods, made from its JSON: figures of each row, tables, a verdict."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 Report = Mapping[str, Any]
 MACHINE = ("device_name", "threads", "torch", "transformers", "nsa_convert", "date")
-"""Part of ``environment`` that every row of the CSV file repeats."""
+"""Keys of ``environment`` that every row of the CSV file repeats."""
 DISTANCES = ("kl", "kl_after")
-"""KL beyond the budget, where one pass is a measure for all rows; KL of what follows a prompt."""
+"""KL beyond the budget, where reading in one pass is a measure for all rows; KL of what follows a prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table as text.
+    """A table of text.
 
     Attributes:
-        title: Above it.
+        title: Title above the table.
         note: How to read it.
         header: Names of the columns.
-        rows: Cells.
+        rows: The text of each cell, row by row.
     """
 
     title: str
@@ -33,8 +33,11 @@ class Table:
 
 
 def summary(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures of a row over its texts and needles; None where there is none."""
-    texts, needles = list(row["texts"].values()), row["needles"]
+    """Return the figures of a row over its texts and needles; None for figures that it does not have."""
+    texts = list(row["texts"].values())
+    needles = row["needles"]
+
+    # Densities are those of the texts, or of the needles where there are no texts.
     measured = texts or needles
     return {
         "hits": sum(case["hit"] for case in needles) if needles else None,
@@ -53,19 +56,21 @@ def summary(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def distance_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return which of :data:`DISTANCES` compares all rows that read a text."""
+    """Return the key in :data:`DISTANCES` that every row with a text has."""
     return (
         "kl" if all(text["kl"] is not None for row in rows for text in row["texts"].values()) else "kl_after"
     )
 
 
 def csv_rows(report: Report) -> list[dict[str, Any]]:
-    """Return one flat row for each row of a comparison, with its plan and the machine."""
+    """Return one flat row for each row of a comparison, with its plan and the machine's versions."""
     machine = {key: report["environment"][key] for key in MACHINE} if report.get("rows") else {}
+
     rows = []
     for row in report.get("rows", []):
         keys = ("name", "kind", "budget", "length", "tokens", "visible", "causal", "one_pass")
         flat = {key: row[key] for key in keys} | summary(row)
+        # Every row has the columns of all texts, so that the rows share their keys.
         for name in _text_names(report):
             text = row["texts"].get(name, {})
             for key in ("ppl", "ratio", "kl", "ppl_after", "ratio_after", "kl_after"):
@@ -75,8 +80,9 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
 
 
 def tables(report: Report) -> list[Table]:
-    """Return for each length a table for each text, and one of what was read and what it cost."""
-    rows, out = report.get("rows", []), []
+    """Return for each length a table per text, and one of needles, mass, density and memory."""
+    rows = report.get("rows", [])
+    out = []
     for length in sorted({row["length"] for row in rows}):
         mine = [row for row in rows if row["length"] == length]
         for name in _text_names(report):
@@ -86,8 +92,10 @@ def tables(report: Report) -> list[Table]:
 
 
 def _text_table(name: str, length: int, rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return the table of one text at one length; none if no row has read it."""
     if not rows:
         return []
+
     forms = {"ppl": ".4g", "ratio": ".3f", "kl": ".2g", "ratio_after": ".3f", "kl_after": ".2g"}
     cells = [
         (
@@ -96,6 +104,8 @@ def _text_table(name: str, length: int, rows: Sequence[Mapping[str, Any]]) -> li
         )
         for row in rows
     ]  # fmt: skip
+
+    # The note tells how many tokens follow the prompt.
     last = length - rows[0]["texts"][name]["prompt"]
     note = (
         "ppl is the perplexity of the whole text; x and KL are over the dense model beyond the budget. They "
@@ -107,6 +117,7 @@ def _text_table(name: str, length: int, rows: Sequence[Mapping[str, Any]]) -> li
 
 
 def _reading_table(length: int, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of needles, mass, density and memory at one length."""
     cells = []
     for row in rows:
         found = summary(row)
@@ -117,6 +128,7 @@ def _reading_table(length: int, rows: Sequence[Mapping[str, Any]]) -> Table:
             _mass(found), number(found["density_prompt"], ".2f"), number(found["density_steps"], ".2f"),
             number(cache, ".1f"),
         ))  # fmt: skip
+
     note = (
         "visible: context that every layer sees whole. needles: read back, teacher-forced, and the mean NLL "
         "of the answers. mass: dense attention captured / best possible, mean over layers and texts. prompt "
@@ -129,7 +141,7 @@ def _reading_table(length: int, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def comparison_verdict(report: Report) -> str:
-    """Return what is closest to the dense model and what finds the needles, for each length and budget."""
+    """Return which method is closest to dense and which lose needles, for each length and budget."""
     groups: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
     dense: dict[int, dict[str, Any]] = {}
     for row in report["rows"]:
@@ -137,21 +149,29 @@ def comparison_verdict(report: Report) -> str:
             dense[row["length"]] = summary(row)
         else:
             groups.setdefault((row["length"], row["budget"]), {})[row["name"]] = summary(row)
+
     parts = []
     distance = distance_of(report["rows"])
     for (length, budget), rows in groups.items():
         near = {name: row[distance] for name, row in rows.items() if row[distance] is not None}
         said = []
+
+        # By distance, where a row has read a text.
         if near:
-            best, worst = min(near, key=near.__getitem__), max(near, key=near.__getitem__)
+            best = min(near, key=near.__getitem__)
+            worst = max(near, key=near.__getitem__)
             said.append(
                 f"{best} is closest to dense (KL {near[best]:.3g}), {worst} farthest ({near[worst]:.3g})"
             )
+
+        # By needles, against those that dense attention finds.
         if hits := dense.get(length, {}).get("hits"):
             lost = [name for name, row in rows.items() if row["cases"] and row["hits"] < hits]
             said.append(f"needles are lost by {', '.join(lost)}" if lost else "no needle of dense is lost")
+
         if said:
             parts.append(f"At {length} tokens, budget {budget}: {'; '.join(said)}.")
+
     return " ".join(parts) or "Nothing was measured that the dense model can do."
 
 
@@ -161,15 +181,17 @@ def number(value: float | None, form: str = "") -> str:
 
 
 def _mass(found: Mapping[str, Any]) -> str:
+    """Return captured mass over the oracle as text, a dash where nothing was hidden."""
     shares = [found[key] for key in ("captured", "oracle")]
     return "-" if shares[0] is None else "/".join(number(share, ".2f") for share in shares)
 
 
 def _text_names(report: Report) -> list[str]:
+    """Return the names of all texts in the order of their first row."""
     return list(dict.fromkeys(name for row in report.get("rows", []) for name in row["texts"]))
 
 
 def known_mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the values that are known, None where none is."""
+    """Return the mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

@@ -1,4 +1,4 @@
-"""Panels and plots: what the drawings of all suites are made of."""
+"""Panels and plots: the parts that the drawings of all suites are made of."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from nsa_convert.extras import pip_line
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe-Ito (the blue a little lighter, for dark pages), told apart by colour-blind readers too.
-DENSE, SPARSE, THIRD, FOURTH = "#1F83C6", "#D55E00", "#009E73", "#CC79A7"
+# Okabe-Ito (the blue a little lighter, for dark pages): colour-blind readers can tell them apart.
+DENSE = "#1F83C6"
+SPARSE = "#D55E00"
+THIRD = "#009E73"
+FOURTH = "#CC79A7"
 INK = "#010203"
-"""Stands for the colour of the surrounding text in an SVG."""
+"""Placeholder for the colour of the surrounding text, replaced in the SVG."""
 
 PANEL = (3.9, 3.0)
-"""Inches: readable on a phone, where panels stand below each other."""
+"""Width and height in inches: readable on a phone, where panels are below each other."""
 ABREAST = 3
-"""Most panels beside each other in a PNG file."""
+"""Largest number of panels side by side in a PNG file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +34,9 @@ class Panel:
     """One set of axes.
 
     Attributes:
-        title: Above it.
-        draw: Draws on axes.
-        height: Inches.
+        title: Title above the axes.
+        draw: Draws on the axes it is given.
+        height: Height in inches.
     """
 
     title: str
@@ -46,11 +49,11 @@ class Plot:
     """Panels that belong together.
 
     Attributes:
-        name: Of the PNG file, without its ending.
+        name: Name of the PNG file, without its ending.
         title: What is shown.
         note: How to read it.
-        table: The CSV file with the same numbers.
-        panels: Side by side.
+        table: Name of the CSV file with the same numbers.
+        panels: The panels, side by side.
     """
 
     name: str
@@ -61,7 +64,7 @@ class Plot:
 
 
 def require_matplotlib() -> None:
-    """Raise MachineError when plots cannot be made."""
+    """Raise MachineError (CL11) if matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -80,32 +83,37 @@ def save_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)  # why: the folder of --out, which may not exist yet
     written = []
     for plot in plots:
-        height, lines = max(panel.height for panel in plot.panels), -(-len(plot.panels) // ABREAST)
+        height = max(panel.height for panel in plot.panels)
+        lines = -(-len(plot.panels) // ABREAST)  # rounded up
         size = (PANEL[0] * min(ABREAST, len(plot.panels)), height * lines + 0.4)
         figure = Figure(figsize=size, layout="constrained")  # no pyplot, so no global state
         figure.suptitle(plot.title, fontsize=11)
+
         for number, panel in enumerate(plot.panels, 1):
             axis = figure.add_subplot(lines, min(ABREAST, len(plot.panels)), number)
             axis.set_title(panel.title, fontsize=10)
             panel.draw(axis)
+
         figure.savefig(folder / f"{plot.name}.png", dpi=120)  # why: a plot in the folder of --out
         written.append(folder / f"{plot.name}.png")
     return written
 
 
 def panel_svg(panel: Panel, name: str) -> str:
-    """Return a panel as inline SVG whose text takes the colour of the page.
+    """Return a panel as inline SVG, whose text has the colour of the page.
 
     Args:
         panel: What to draw.
-        name: Unique in the page; keeps the ids of several drawings apart.
+        name: Unique within the page; prefix of the ids in the drawing.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
+    # Text and lines get the placeholder colour; text stays text, and equal drawings have equal ids.
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     ink = dict.fromkeys(keys, INK)
     style = {**ink, "svg.fonttype": "none", "svg.hashsalt": name, "axes.facecolor": "none"}
+
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(PANEL[0], panel.height), layout="constrained")
         figure.patch.set_alpha(0)
@@ -114,13 +122,18 @@ def panel_svg(panel: Panel, name: str) -> str:
         out = io.StringIO()
         # why: into memory; the caller puts it into the page
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
+
+    # The page has its own text colour and fonts, and needs no metadata.
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
+
+    # Ids of several drawings in one page must differ, and so must the references to them.
     ids = set(re.findall(r'\bid="([^"]+)"', svg))
     for found in sorted(ids, key=len, reverse=True):
         svg = re.sub(rf'(id="|#){re.escape(found)}(?=["\)])', rf"\g<1>{name}-{found}", svg)
+
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
 
 
@@ -130,5 +143,5 @@ def legend(axis: Axes, **options: Any) -> None:
 
 
 def plot_of(name: str, title: str, panels: Sequence[Panel], table: str, note: str) -> Plot | None:
-    """Return a plot, or None when there are no panels."""
+    """Return a plot, or None if there are no panels."""
     return Plot(name=name, title=title, note=note, table=table, panels=tuple(panels)) if panels else None

@@ -1,4 +1,4 @@
-"""The report people look at: one HTML file that holds everything, readable on a phone and in the dark."""
+"""The report as one self-contained HTML file, readable on a phone and with dark colours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPLATE = files("nsa_convert") / "templates" / "report.html"
 
 
 def write_html(report: Mapping[str, Any], folder: Path) -> Path:
-    """Write ``report.html`` from the JSON of an evaluation; it fetches nothing and runs no script.
+    """Write ``report.html`` from the JSON of an evaluation; it loads nothing and runs no script.
 
     Raises:
         MachineError: jinja2 or matplotlib is not installed.
@@ -32,7 +32,7 @@ def write_html(report: Mapping[str, Any], folder: Path) -> Path:
 
 
 def require_html() -> None:
-    """Raise MachineError when the report cannot be made."""
+    """Raise MachineError (CL11) if matplotlib or jinja2 is not installed."""
     require_matplotlib()
     try:
         import jinja2  # noqa: F401
@@ -41,9 +41,10 @@ def require_html() -> None:
 
 
 def render_html(report: Mapping[str, Any]) -> str:
-    """Return the page. Names and texts from the report are escaped."""
+    """Return the page; names and texts from the report are escaped."""
     from jinja2 import Environment
 
+    # Drawings become part of the page.
     plots = [
         {
             "name": plot.name,
@@ -57,6 +58,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         }
         for plot in plots_of(report)
     ]
+
     settings = {"settings": report.get("settings"), "environment": report.get("environment")}
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -72,10 +74,12 @@ def render_html(report: Mapping[str, Any]) -> str:
 
 
 def _facts(report: Mapping[str, Any]) -> list[str]:
+    """Return the short facts below the title: budget, methods, reference, suite, machine, date."""
     machine = report["environment"]
     methods = ", ".join(f"{n} layers {name}" for name, n in report["model"]["layers_by_method"].items())
     against = report["against"].get("attention") or report["against"]["name"]
     budget = report.get("visible_budget")
+
     return [
         f"visible budget {budget} tokens" if budget else "no layer is sparse",
         methods or "dense model",
@@ -88,9 +92,12 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
 
 
 def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """Yield all tables as the template takes them; those without rows are left out by the caller."""
+    # The rows of the suite `compare`.
     for table in comparison_tables(report):
         rows = [[_cell(value) for value in row] for row in table.rows]
         yield {"title": table.title, "header": table.header, "note": table.note, "rows": rows}
+
     yield {
         "title": "Scores by task",
         "header": ["task", "length", "dense", "sparse"],
@@ -100,6 +107,7 @@ def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             for row in task_rows(report)
         ],
     }
+
     yield {
         "title": "lm-eval",
         "header": ["task", "metric", "samples", "dense", "sparse", "95 % interval"],
@@ -109,6 +117,8 @@ def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             for row in report.get("benchmarks", [])
         ],
     }
+
+    # One table per text: a line per range of context.
     for text in report.get("texts", []):
         yield {
             "title": f"{text['name']}: {text['tokens']} tokens",
@@ -131,6 +141,7 @@ def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
                 for row in text["buckets"]
             ],
         }
+
     yield {
         "title": "Time and memory",
         "header": ["length", "attention", "prompt", "one token", "cache"],
@@ -149,10 +160,12 @@ def _tables(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _cell(value: Any, small: str = "", share: float | None = None) -> dict[str, Any]:
+    """Return a cell: its text, a remark in small type, and a share in percent to draw as a bar."""
     return {"text": value, "small": small, "share": share}
 
 
 def _share(cell: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the cell of a score with its number of cases and interval; a dash for None."""
     if cell is None:
         return _cell("-")
     small = f"{cell['n']}, {cell['low']:.0%} to {cell['high']:.0%}"

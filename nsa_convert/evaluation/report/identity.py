@@ -1,4 +1,4 @@
-"""Who was evaluated, on what machine, with which command. No local path: a report is made to be published."""
+"""Model, machine and command of an evaluation, without local paths: reports are made to be published."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def describe_model(facts: ModelFacts, *, same_weights: bool = False) -> dict[str
     """Return what a report says about a model.
 
     Args:
-        facts: Of its config.
-        same_weights: It is the dense form of the evaluated model, over the same weights.
+        facts: What its config says.
+        same_weights: It is the evaluated model itself with dense attention.
 
     Returns:
         ``name`` (of the folder), ``model_type``, ``layers_by_method``, and for a converted folder
-        ``manifest_sha256``, which ties the report to these very files.
+        ``manifest_sha256``, which ties the report to exactly these files.
     """
     counts = {name: facts.methods.count(name) for name in dict.fromkeys(facts.methods)}
     out: dict[str, Any] = {
@@ -39,14 +39,16 @@ def describe_model(facts: ModelFacts, *, same_weights: bool = False) -> dict[str
         "layers_by_method": counts,
         "manifest_sha256": manifest_hash(facts.path),
     }
+
     if facts.plan is not None:
         out["patched_in_memory"] = facts.plan.to_dict()
     return {**out, "attention": "dense, over the weights of the evaluated model"} if same_weights else out
 
 
 def fingerprint(model: ModelFacts) -> dict[str, Any]:
-    """Return what identifies a checkpoint without reading its weights."""
+    """Return what identifies a checkpoint, without reading its weights."""
     facts = describe_model(model)
+    # Without a manifest the files are identified by size and time of their last change.
     if facts["manifest_sha256"] is None:
         rows = sorted(path for path in model.path.iterdir() if path.suffix in {".safetensors", ".json"})
         facts["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in rows]
@@ -60,7 +62,7 @@ def manifest_hash(folder: Path) -> str | None:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Return versions, device, threads and date."""
+    """Return versions, device, number of threads and date."""
     return {
         "nsa_convert": __version__,
         "torch": torch.__version__,
@@ -75,7 +77,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Return the processor's name where Linux tells it, else the architecture."""
+    """Return the name of the processor as Linux reports it, else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # why: without /proc the architecture stands for the processor's name
@@ -91,28 +93,32 @@ def command_line(
     settings: Mapping[str, Any],
     plans: Sequence[str] = (),
 ) -> str:
-    """Return the command that repeats an evaluation; models appear by name, files by file name.
+    """Return the command that repeats an evaluation; models and files are named without their folders.
 
     Args:
         model: The evaluated model.
         against: The dense checkpoint, or None.
-        suite: Its name.
-        settings: Settings that differ from the defaults.
-        plans: ``NAME=FILE`` of further rows.
+        suite: Name of the suite.
+        settings: Settings that were given.
+        plans: ``NAME=FILE`` of the plans that a comparison also runs.
     """
     words = ["nsa-convert", "eval", model.path.resolve().name]
     words += [] if against is None else ["--against", against.path.resolve().name]
+
+    # A plan given as a method: its settings are those of the command too.
     if model.plan is not None:
         rule = model.plan.default
         words += ["--method", rule.method]
         own = {key: json.dumps(x) if isinstance(x, dict) else x for key, x in rule.settings.items()}
         settings = {**own, **settings}
+
     words += ["--suite", suite, *(word for plan in plans for word in ("--plan", plan))]
     for key, value in settings.items():
         if isinstance(value, (list, tuple)):
             value = ",".join(str(part) for part in value)
         text = str(value).lower() if isinstance(value, bool) else value
         words += ["--set", f"{key}={text}"]
+
     return shlex.join(words)
 
 
@@ -120,7 +126,7 @@ def choose_device(name: str) -> str:
     """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        ConfigError: CUDA was asked for and there is none.
+        ConfigError: CUDA was asked for and there is none (RC10).
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

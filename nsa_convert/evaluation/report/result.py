@@ -1,4 +1,4 @@
-"""The result of an evaluation: one object, its JSON, its CSV files and its tables."""
+"""The result of the suite ``quick``: an object, its JSON, its CSV files and its tables."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 CURVE_POINTS = 32
+"""Number of parts that a text is divided into for plots."""
 WORST_LAYERS = 5
+"""Number of layers with the least captured mass that a table shows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextResult:
-    """Both models on one text.
+    """Comparison of both kinds of attention on one text.
 
     Attributes:
         text: The text and its origin.
-        tokens: Tokens both models read.
+        tokens: Tokens that both models read.
         divergence: Values for each prediction.
         buckets: Ranges of context length to average over.
-        layers: Captured mass per layer and pattern; empty when nothing was hidden.
+        layers: Captured mass per layer and pattern; empty if nothing was hidden.
         prompt: Tokens that were read as a prompt before the scored ones; 0 where all are scored.
     """
 
@@ -46,24 +48,26 @@ class TextResult:
     prompt: int = 0
 
     def bucket_rows(self) -> list[dict[str, Any]]:
-        """Return one summary per bucket, with its ``context`` as text."""
+        """Return one summary per bucket, with its range as ``context``."""
         return [{"context": b.label, **self.divergence.summary(b)} for b in self.buckets]
 
     def beyond(self, budget: int | None) -> dict[str, Any]:
-        """Return the summary over contexts beyond the budget, or over all when there are none."""
-        last, first = self.tokens - 1, max(0, self.prompt - 1)
+        """Return the summary over contexts beyond the budget, or over all if there are none."""
+        last = self.tokens - 1
+        first = max(0, self.prompt - 1)
         begin = budget or 0
         return self.divergence.summary(Bucket(begin, last, first) if first < begin < last else None)
 
     def curve(self) -> list[dict[str, Any]]:
-        """Return summaries of 32 equal stretches of context, for plots."""
-        last, first = self.tokens - 1, max(0, self.prompt - 1)
+        """Return the summaries of :data:`CURVE_POINTS` equal ranges of context, for plots."""
+        last = self.tokens - 1
+        first = max(0, self.prompt - 1)
         edges = sorted({first + round(i * (last - first) / CURVE_POINTS) for i in range(CURVE_POINTS + 1)})
         pieces = [Bucket(a, b, first) for a, b in zip(edges, edges[1:], strict=False)]
         return [{"context_end": p.end, **self.divergence.summary(p)} for p in pieces]
 
     def to_dict(self, budget: int | None = None) -> dict[str, Any]:
-        """Return everything but the single predictions; ``beyond`` leaves out what the budget covers."""
+        """Return all but the single predictions; ``beyond`` leaves out contexts within the budget."""
         return {
             "name": self.text.name,
             "kind": self.text.kind,
@@ -81,10 +85,11 @@ class TextResult:
 
 
 def mean_layers(layers: Iterable[LayerMass]) -> dict[str, dict[str, float | None]]:
-    """Return for each pattern the mean over layers of density, captured mass and oracle."""
+    """Return pattern -> means over the layers of density, captured mass, oracle and recall."""
     grouped: dict[str, list[LayerMass]] = {}
     for row in layers:
         grouped.setdefault(row.pattern, []).append(row)
+
     return {
         name: {
             "density": known_mean(row.density for row in rows),
@@ -99,20 +104,20 @@ def mean_layers(layers: Iterable[LayerMass]) -> dict[str, dict[str, float | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickReport:
-    """What ``eval --suite quick`` found.
+    """Result of ``eval --suite quick``.
 
     Attributes:
-        command: Repeats the evaluation.
+        command: Command line that repeats the evaluation.
         model: Facts about the evaluated model.
         against: Facts about the dense reference.
-        visible_budget: Longest context every layer sees whole; None when no layer is sparse.
+        visible_budget: Longest context within which every layer is dense; None if no layer is sparse.
         texts: One result per text.
-        needles: Dense and sparse scores, empty when none were asked for.
-        warnings: What the reader must know before believing the numbers.
-        settings: How it was run.
+        needles: Dense and sparse scores; empty if there were no needles.
+        warnings: What limits the results.
+        settings: All settings of the run.
         environment: Versions and device.
         seconds: Wall time.
-        files: What was written.
+        files: Files that were written.
     """
 
     command: str
@@ -130,6 +135,7 @@ class QuickReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object (``schema`` 1)."""
         return {
+            # The keys are a published format: tools read them by name.
             "schema": SCHEMA,
             "ok": True,
             "suite": "quick",
@@ -161,7 +167,7 @@ class QuickReport:
         return " | ".join(parts)
 
     def texts_beyond(self, result: TextResult) -> dict[str, Any]:
-        """Return the summary of a text over contexts beyond the budget, or over all when there are none."""
+        """Return the summary of a text over contexts beyond the budget, or over all if there are none."""
         return result.beyond(self.visible_budget)
 
     def tables(self) -> list[Table]:
@@ -177,6 +183,7 @@ class QuickReport:
 
         Files without rows are left out. Each row names its text.
         """
+        # File name -> its rows.
         tables = {
             "buckets.csv": [{"text": t.text.name, **r} for t in self.texts for r in t.bucket_rows()],
             "positions.csv": [{"text": t.text.name, **r} for t in self.texts for r in t.curve()],
@@ -189,10 +196,13 @@ class QuickReport:
                 for score in scores
             ],
         }
+
         folder.mkdir(parents=True, exist_ok=True)  # why: the folder of --out, which may not exist yet
         written = [folder / name for name, rows in tables.items() if rows]
         for path in written:
             write_csv(path, tables[path.name])
+
+        # The JSON is written last and lists all files.
         report = folder / "report.json"
         whole = dataclasses.replace(self, files=(*self.files, *written, report)).to_dict()
         write_whole(report, json.dumps(whole, indent=2, allow_nan=False) + "\n")
@@ -200,7 +210,7 @@ class QuickReport:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows that share their keys; the keys are the header."""
+    """Write rows with equal keys as a CSV file; the keys are its header."""
     with path.open("w", newline="", encoding="utf-8") as file:  # why: a table in the folder of --out
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -208,7 +218,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def flat_layer(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a :class:`LayerMass` row with one number or text in each cell."""
+    """Return the fields of a :class:`LayerMass`, with lists as one text, for a CSV file."""
     gates = row["gates"] or {}
     return {
         **row,
@@ -218,7 +228,7 @@ def flat_layer(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def after_prompt_warnings(scores_after_prompt: bool) -> list[str]:
-    """Return what to say where only what follows a prompt is scored."""
+    """Return the warning for texts of which only what follows a prompt is scored; empty otherwise."""
     if not scores_after_prompt:
         return []
     return [
@@ -228,7 +238,7 @@ def after_prompt_warnings(scores_after_prompt: bool) -> list[str]:
 
 
 def simple_table(title: str, columns: Sequence[str]) -> Table:
-    """Return an empty rich table; the first column is text, the others are numbers."""
+    """Return an empty rich table; its first column is aligned as text, the others as numbers."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -239,11 +249,14 @@ def simple_table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _text_table(result: TextResult, budget: int | None) -> Table:
+    """Return the table of one text: a line per range of context, then all of it."""
     about = f"visible budget {budget}" if budget else "no layer is sparse"
     after = f", scored after a prompt of {result.prompt}" if result.prompt else ""
     title = f"{result.text.name}, {result.tokens} tokens{after}, {about}\n{result.text.source}"
+
     columns = ("context", "tokens", "dense ppl", "sparse", "ratio", "KL", "KL p99", "top-1", "top-5")
     table = simple_table(title, columns)
+
     for row in [*result.bucket_rows(), {"context": "all", **result.divergence.summary()}]:
         table.add_row(
             row["context"],
@@ -260,13 +273,17 @@ def _text_table(result: TextResult, budget: int | None) -> Table:
 
 
 def _layer_table(result: TextResult) -> Table:
-    """Show the mean over layers and the layers that capture least; the files have all of them."""
+    """Return the means over layers and the layers that capture least; the files have all layers."""
     columns = ("layer", "pattern", "density", "captured", "oracle", "worst head")
     title = f"{result.text.name}: captured attention mass beyond the budget"
     table = simple_table(title, columns)
+
+    # One line per pattern with its means.
     for name, mean in mean_layers(result.layers).items():
         oracle = "-" if mean["oracle"] is None else f"{mean['oracle']:.3f}"
         table.add_row("mean", name, f"{mean['density']:.3f}", f"{mean['captured']:.3f}", oracle, "")
+
+    # Then the layers whose choice of keys captures least.
     chosen = [row for row in result.layers if row.oracle is not None]
     for row in sorted(chosen, key=lambda row: row.captured)[:WORST_LAYERS]:
         table.add_row(
@@ -281,6 +298,7 @@ def _layer_table(result: TextResult) -> Table:
 
 
 def _needle_table(needles: Mapping[str, Sequence[NeedleScore]]) -> Table:
+    """Return the table of needles: a line per length, a column per kind of attention."""
     table = simple_table("needles, teacher-forced: hits/cases, answer NLL", ("length", *needles))
     for length in hits_by_length(next(iter(needles.values()))):
         cells = []

@@ -1,4 +1,4 @@
-"""The report of every suite but the quick one: a JSON object, its files and tables."""
+"""The report of every suite except ``quick``: a JSON object, its files and tables."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SuiteReport:
-    """What a suite found.
+    """Result of a suite.
 
     Attributes:
-        values: The JSON object (``schema`` 1): the keys of :func:`envelope`, and those of the suite.
+        values: The JSON object (``schema`` 1): the keys of :func:`envelope` and those of the suite.
     """
 
     values: dict[str, Any]
 
     @property
     def warnings(self) -> list[str]:
-        """Return what limits the result."""
+        """Return what limits the results."""
         return self.values["warnings"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,17 +48,18 @@ class SuiteReport:
         return verdict(self.values)
 
     def tables(self) -> list[Table]:
-        """Return rich tables: texts, tasks, times, lm-eval."""
+        """Return the rich tables that have rows: texts, comparison, tasks, times, lm-eval."""
         tables = [*map(_text_table, self.values["texts"]), *map(_as_rich, comparison_tables(self.values))]
         tables += [_task_table(self.values), _speed_table(self.values), _benchmark_table(self.values)]
         return [table for table in tables if table.row_count]
 
     def write(self, folder: Path, files: Sequence[Path] = ()) -> SuiteReport:
-        """Write ``report.json`` and the CSV files; return the report that lists them and ``files``."""
+        """Write ``report.json`` and the CSV files; return the report, which lists them and ``files``."""
         folder.mkdir(parents=True, exist_ok=True)  # why: the folder of --out, which may not exist yet
         tables = {name: rows for name, rows in _csv_tables(self.values).items() if rows}
         for name, rows in tables.items():
             write_csv(folder / name, rows)
+
         names = [*(path.name for path in files), *tables, "report.json"]
         report = SuiteReport(values={**self.values, "files": names})
         write_whole(folder / "report.json", json.dumps(report.values, indent=2, allow_nan=False) + "\n")
@@ -76,21 +77,24 @@ def envelope(
     files: Mapping[str, str | Path | None] | None = None,
     plans: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the keys that every report has, with nothing measured yet.
+    """Return the keys that every report has, without any results.
 
     Args:
-        suite: Its name.
-        models: The evaluated model, and the dense reference when it is another checkpoint.
-        given: Settings that were given, None where one was left out.
-        chosen: Dataclass of all settings.
+        suite: Name of the suite.
+        models: The evaluated model, and the dense reference if it is another checkpoint.
+        given: Settings that were given; None for those left out.
+        chosen: Dataclass with all settings.
         device: ``cpu`` or ``cuda``.
-        begin: ``time.perf_counter()`` when the run began.
-        files: Settings that are files or folders; the report names them without the folders they lie in.
-        plans: ``NAME=FILE`` of further rows.
+        begin: ``time.perf_counter()`` at the start of the run.
+        files: Settings that are files or folders; the report names them without their parent folders.
+        plans: ``NAME=FILE`` of the plans that a comparison also runs.
     """
     named = {key: None if path is None else Path(path).resolve().name for key, path in (files or {}).items()}
     shown = {key: value for key, value in {**given, **named}.items() if value is not None}
+
     against = models[1] if len(models) == 2 else None
+
+    # The keys are a published format: tools read them by name.
     return {
         "schema": SCHEMA,
         "ok": True,
@@ -112,16 +116,19 @@ def envelope(
 
 
 def finish(values: Mapping[str, Any], out_dir: str | Path | None, say: Callable[[str], None]) -> SuiteReport:
-    """Return the report, written with its plots, page and tables where there is a folder."""
+    """Return the report; with a folder, also write its plots, HTML page and tables there."""
+    # Through JSON, so that it is the same as a report that is read from its file.
     report = SuiteReport(values=json.loads(json.dumps(values)))
     if out_dir is None:
         return report
+
     say("drawing")
     folder = Path(out_dir)
     return report.write(folder, [*write_plots(values, folder), write_html(values, folder)])
 
 
 def _csv_tables(values: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return file name -> rows of all CSV files; some may be empty."""
     texts = values["texts"]
     return {
         "buckets.csv": [{"text": text["name"], **row} for text in texts for row in text["buckets"]],
@@ -136,6 +143,7 @@ def _csv_tables(values: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _as_rich(table: ComparisonTable) -> Table:
+    """Return a table of a comparison as a rich table."""
     out = simple_table(table.title, table.header)
     for row in table.rows:
         out.add_row(*row)
@@ -143,10 +151,12 @@ def _as_rich(table: ComparisonTable) -> Table:
 
 
 def _text_table(text: Mapping[str, Any]) -> Table:
+    """Return the table of one text: a line per range of context."""
     title = f"{text['name']}, {text['tokens']} tokens\n{text['source']}"
     table = simple_table(
         title, ("context", "tokens", "dense ppl", "sparse", "ratio", "KL", "KL p99", "top-1")
     )
+
     for row in text["buckets"]:
         table.add_row(
             row["context"],
@@ -162,6 +172,7 @@ def _text_table(text: Mapping[str, Any]) -> Table:
 
 
 def _task_table(values: Mapping[str, Any]) -> Table:
+    """Return the scores of both kinds of attention by task and length; the interval is the sparse one's."""
     table = simple_table("right answers", ("task", "length", "cases", "dense", "sparse", "95 % interval"))
     for row in task_rows(values):
         cells = [row["dense"], row["sparse"]]
@@ -173,6 +184,7 @@ def _task_table(values: Mapping[str, Any]) -> Table:
 
 
 def _benchmark_table(values: Mapping[str, Any]) -> Table:
+    """Return the table of lm-eval's scores."""
     columns = ("task", "metric", "samples", "dense", "sparse", "95 % interval")
     table = simple_table("lm-eval", columns)
     for row in values.get("benchmarks", []):
@@ -181,8 +193,10 @@ def _benchmark_table(values: Mapping[str, Any]) -> Table:
 
 
 def _speed_table(values: Mapping[str, Any]) -> Table:
+    """Return the table of times and cache sizes."""
     columns = ("length", "attention", "prompts", "prompt s", "token ms", "cache MB")
     table = simple_table("time and memory", columns)
+
     for row in values["speed"]:
         table.add_row(
             str(row["length"]),
