@@ -1,4 +1,4 @@
-"""One prompt with what should come after it, and how prompts are fitted to a length."""
+"""A prompt with its answer, and the fitting of prompts to a length."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.tasks.needle import build_case
 
 MAX_DOUBLINGS = 24
+"""Largest number of doublings when the length of a prompt is searched."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,15 +21,15 @@ class Case:
 
     Attributes:
         task: Name of the task.
-        length: Upper bound on prompt, answer and generated tokens together.
+        length: Largest number of tokens of prompt, answer and generation together.
         index: Number of the sample.
         prompt_ids: Tokens up to the answer.
-        answer_ids: Tokens fed after the prompt when the answer is teacher-forced.
+        answer_ids: Tokens fed after the prompt when the answer is scored by teacher forcing.
         spans: ``(begin, end)`` parts of ``answer_ids`` that are scored.
-        gold: Strings that a generated answer should contain; empty when nothing is generated.
-        max_new: Tokens to generate.
-        depth: Of a needle, 0 to 1; None elsewhere.
-        any_of: One of the gold strings is enough.
+        gold: Strings that a generated answer should contain; empty if nothing is generated.
+        max_new: Number of tokens to generate.
+        depth: Depth of a needle, 0 to 1; None for other tasks.
+        any_of: Whether one of the gold strings is enough.
     """
 
     task: str
@@ -43,7 +44,7 @@ class Case:
     any_of: bool = False
 
     def score(self, text: str) -> float:
-        """Return the share of ``gold`` in a text, or with ``any_of`` whether it has any of it."""
+        """Return the share of ``gold`` strings in a text; with ``any_of`` 1 if it contains any of them."""
         if self.any_of:
             return float(any(contained([part], text) for part in self.gold))
         return contained(self.gold, text)
@@ -54,8 +55,8 @@ class Draft:
     """A prompt as text, before it is tokenised.
 
     Attributes:
-        prompt: Up to the answer, without a space at the end.
-        gold: The answers.
+        prompt: Text up to the answer, without a space at the end.
+        gold: The right answers.
         answer: The answer as text; ``gold`` joined by commas when left out.
     """
 
@@ -70,7 +71,7 @@ class Draft:
 
 
 def rng_of(*parts: object) -> random.Random:
-    """Return a generator for one sample; other samples, lengths and tasks do not change what it draws."""
+    """Return a generator whose draws depend only on these values: other samples do not change them."""
     return random.Random("/".join(str(part) for part in parts))
 
 
@@ -84,17 +85,17 @@ def fit_case(
     least: int = 0,
     any_of: bool = False,
 ) -> Case:
-    """Return the longest prompt of a task that fits.
+    """Return the longest prompt of a task that fits into a length.
 
     Args:
-        tokenizer: Of transformers.
-        task: For the case.
-        length: Tokens for prompt, answer and generation together.
-        index: For the case.
-        draft: Number of units of filler -> the prompt.
-        max_new: Tokens to generate.
-        least: Units below which the task makes no sense.
-        any_of: For the case.
+        tokenizer: Tokenizer of transformers.
+        task: Name of the task.
+        length: Largest number of tokens of prompt, answer and generation together.
+        index: Number of the sample.
+        draft: Number of filler units -> the prompt.
+        max_new: Number of tokens to generate.
+        least: Least number of units for which the task makes sense.
+        any_of: Whether one of the gold strings is enough.
 
     Raises:
         ConfigError: Not even the smallest prompt fits (EV02).
@@ -125,17 +126,18 @@ def fit_case(
 def fit_needle(
     tokenizer: Any, length: int, depth: float, *, haystack: str | None, seed: int, max_new: int = 16
 ) -> Case:
-    """Return a case of the needle grid; its number is also generated.
+    """Return a case of the needle grid, whose number is also to be generated.
 
     Args:
-        tokenizer: Of transformers.
-        length: Tokens for prompt, answer and generation together.
-        depth: Where the needle stands, 0 to 1.
-        haystack: Text around it, or None for noise.
-        seed: Changes key, number and place.
-        max_new: Tokens to generate.
+        tokenizer: Tokenizer of transformers.
+        length: Largest number of tokens of prompt, answer and generation together.
+        depth: Position of the needle, 0 to 1.
+        haystack: Text around the needle, or None for noise.
+        seed: Seed of key, number and start in the haystack.
+        max_new: Number of tokens to generate.
     """
     made = build_case(tokenizer, length - max_new, depth, haystack=haystack, seed=seed)
+
     return Case(
         task="needle",
         length=length,
@@ -152,13 +154,15 @@ def fit_needle(
 def encode_answer(
     tokenizer: Any, prompt: str, answer: str, *, special_tokens: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Tokenise prompt and answer as one text, and cut before the first token of the answer.
+    """Tokenise prompt and answer as one text, and split it before the first token of the answer.
 
-    A tokenizer that splits off the space before a number leaves it in the prompt: whether a model answers
-    with a space, a colon or bold type is format, not retrieval.
+    A tokenizer with a token of its own for the space before a number leaves that token in the prompt: whether
+    a model answers with a space, a colon or bold type is format, not retrieval.
     """
     before = tokenizer(prompt, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     whole = tokenizer(f"{prompt} {answer}", add_special_tokens=special_tokens, verbose=False)["input_ids"]
+
+    # The common beginning of both, then tokens that hold white space only.
     cut = 0
     while cut < len(before) and before[cut] == whole[cut]:
         cut += 1
@@ -168,10 +172,10 @@ def encode_answer(
 
 
 def largest_fit(size_of: Callable[[int], int], limit: int, *, least: int = 0, what: str = "a prompt") -> int:
-    """Return the largest n >= least with ``size_of(n) <= limit``, within a bounded number of tries.
+    """Return the largest n >= least with ``size_of(n) <= limit``, by doubling and then halving.
 
     Raises:
-        ConfigError: ``size_of(least)`` is above the limit.
+        ConfigError: ``size_of(least)`` is above the limit (EV02).
     """
     smallest = size_of(least)
     if smallest > limit:
@@ -182,11 +186,17 @@ def largest_fit(size_of: Callable[[int], int], limit: int, *, least: int = 0, wh
             found=str(limit),
             hint="raise the length",
         )
-    low, high = least, max(1, 2 * least)
+
+    # Double until it is too much.
+    low = least
+    high = max(1, 2 * least)
     for _ in range(MAX_DOUBLINGS):
         if size_of(high) > limit:
             break
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
+
+    # Now low fits and high does not (or the tries are used up): halve the gap.
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if size_of(middle) <= limit else (low, middle)
@@ -194,7 +204,7 @@ def largest_fit(size_of: Callable[[int], int], limit: int, *, least: int = 0, wh
 
 
 def hash_of(cases: Sequence[Case]) -> str:
-    """Return the sha256 over all prompts and answers, so that a report says exactly what was asked."""
+    """Return the SHA-256 hash of all prompts and answers, so that a report identifies what was asked."""
     digest = hashlib.sha256()
     for case in cases:
         digest.update(repr((case.task, case.length, case.prompt_ids, case.answer_ids, case.gold)).encode())
@@ -202,6 +212,6 @@ def hash_of(cases: Sequence[Case]) -> str:
 
 
 def contained(gold: Sequence[str], text: str) -> float:
-    """Return the share of the gold strings that a text contains, whatever the case (RULER's match of all)."""
+    """Return the share of the gold strings that a text contains, ignoring case (RULER's match of all)."""
     low = text.lower()
     return sum(part.lower() in low for part in gold) / len(gold)

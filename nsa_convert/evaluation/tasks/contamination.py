@@ -1,4 +1,4 @@
-"""Whether a model was trained on the very texts it is evaluated on."""
+"""Whether a model was trained on the texts that it is evaluated on."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from nsa_convert.evaluation.tasks.text import EvalText
 from nsa_convert.strict_files import read_mapping
 
 KINDS = {"code": "python", "prose": "reference"}
-"""Name of a default text -> the kind of training data that holds it."""
+"""Kind of a default text -> kind of training data that contains it."""
 
 
 def seen_in_training(folder: Path, texts: Sequence[EvalText]) -> list[str]:
-    """Return a warning when training data of the model hold evaluation texts.
+    """Return a warning if evaluation texts are in the training data of the model.
 
-    The recipe in the folder tells kinds and file names, so that is what is compared.
+    The recipe in the folder names kinds and files of the data: only those are compared, not the contents.
 
     Args:
-        folder: The evaluated model.
-        texts: What it is evaluated on.
+        folder: Folder of the evaluated model.
+        texts: The evaluation texts.
     """
     sources = _sources(folder)
     kinds = {source.get("kind") for source in sources}
     names = {Path(str(source["path"])).name for source in sources if source.get("path")}
+
     seen = [
         text.name
         for text in texts
@@ -34,6 +35,7 @@ def seen_in_training(folder: Path, texts: Sequence[EvalText]) -> list[str]:
     ]
     if not seen:
         return []
+
     count = f"{len(seen)} of {len(texts)} evaluation texts"
     return [
         f"{count} ({', '.join(seen)}) are in this model's training data: its figures on them say little "
@@ -42,13 +44,14 @@ def seen_in_training(folder: Path, texts: Sequence[EvalText]) -> list[str]:
 
 
 def _sources(folder: Path) -> list[dict]:
-    """Return the data sources of the recipe in a folder; none where it was not trained here."""
+    """Return the data sources of the recipe in a folder; none if there is no readable recipe."""
     if not (folder / RECIPE).is_file():
         return []
     try:
         stages = read_mapping(folder / RECIPE).get("stages")
     except NsaConvertError:  # why: without a readable recipe nothing can be compared
         return []
+
     rows = [row for row in stages if isinstance(row, dict)] if isinstance(stages, list) else []
     found = [source for row in rows for source in row.get("data") or []]
     return [source for source in found if isinstance(source, dict)]

@@ -1,8 +1,8 @@
 """A number hidden in a long prompt, scored by teacher forcing.
 
 The prompts follow RULER's ``niah_single`` tasks (arXiv 2404.06654): one sentence with a seven-digit number
-is placed at a given depth of a haystack, and the prompt ends in the beginning of the answer. Free generation
-of a small model fails on the format first, so the answer is scored instead: the case is a hit when every
+is placed at a given depth of a haystack, and the prompt ends with the beginning of the answer. Small models
+often miss the format when they generate freely, so the answer is scored instead: a case is a hit if every
 answer token is the model's first choice given the prompt and the answer tokens before it.
 """
 
@@ -33,6 +33,7 @@ ADJECTIVES = ("amber", "brisk", "calm", "eager", "faint", "gentle", "hollow", "k
 NOUNS = ("anchor", "basket", "candle", "engine", "forest", "harbor", "island", "lantern", "meadow", "violin")
 DEPTHS = (0.1, 0.35, 0.6, 0.85)
 MAX_TRIES = 64
+"""Largest number of doublings when the length of a haystack is searched."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,11 @@ class NeedleCase:
     """One prompt with its answer.
 
     Attributes:
-        length: Upper bound on prompt and answer together, in tokens.
-        depth: Where the needle stands in the haystack, 0 (start) to 1 (end).
+        length: Largest number of tokens of prompt and answer together.
+        depth: Position of the needle in the haystack, 0 (start) to 1 (end).
         prompt_ids: Tokens up to the answer.
         answer_ids: Tokens of the answer.
-        key: What the number belongs to.
+        key: Name that the number belongs to.
         value: The number, as text.
     """
 
@@ -61,12 +62,12 @@ class NeedleScore:
     """Teacher-forced result of one case.
 
     Attributes:
-        length: Of the case.
-        depth: Of the case.
-        tokens: Prompt and answer tokens the model read.
-        hit: Every answer token was the argmax.
-        correct_tokens: How many were.
-        answer_tokens: How many there are.
+        length: Length of the case.
+        depth: Depth of the case.
+        tokens: Number of prompt and answer tokens that the model read.
+        hit: Whether every answer token was the model's first choice.
+        correct_tokens: How many answer tokens were.
+        answer_tokens: Number of answer tokens.
         nll: Mean negative log-likelihood of the answer tokens.
     """
 
@@ -80,13 +81,15 @@ class NeedleScore:
 
 
 def haystack_sentences(text: str | None, rng: random.Random) -> Iterator[str]:
-    """Yield haystack sentences without end: RULER's noise, or the sentences of a text from a random start."""
+    """Yield haystack sentences without end: RULER's noise, or a text's sentences from a random one on."""
     if text is None:
         while True:
             yield NOISE
+
     sentences = [s.strip() for s in text.replace("\n", " ").split(". ") if s.strip()]
     if not sentences:
         raise ConfigError("the haystack text has no sentence", code="EV02")
+
     position = rng.randrange(len(sentences))
     while True:
         yield sentences[position % len(sentences)].rstrip(".") + "."
@@ -104,18 +107,18 @@ def build_case(
 ) -> NeedleCase:
     """Build one prompt of at most ``length`` tokens, answer included.
 
-    The random draws depend on (seed, length, depth) alone, so adding a length changes no other case.
+    The random draws depend on (seed, length, depth) alone: another length in the grid changes no other case.
 
     Args:
         tokenizer: Tokenizer of transformers.
-        length: Tokens available.
-        depth: 0 to 1.
+        length: Largest number of tokens.
+        depth: Position of the needle, 0 to 1.
         haystack: Text whose sentences surround the needle, or None for RULER's noise sentences.
         chat: Put the question into the tokenizer's chat template as a user turn.
-        seed: Changes key, number and place in the haystack.
+        seed: Seed of key, number and start in the haystack.
 
     Raises:
-        ConfigError: The frame of the prompt alone does not fit into ``length`` tokens.
+        ConfigError: The prompt without any haystack does not fit into ``length`` tokens (EV02).
     """
     rng = random.Random(f"needle/{seed}/{length}/{depth}")
     key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
@@ -128,6 +131,7 @@ def build_case(
             sentences.append(next(stream))
         return _encode(tokenizer, _context(sentences[:count], depth, key, value), key, value, chat)
 
+    # As many sentences as fit.
     count = _largest_fit(lambda n: sum(map(len, encode(n))), length)
     prompt, answer = encode(count)
     return NeedleCase(
@@ -136,25 +140,30 @@ def build_case(
 
 
 def _context(sentences: Sequence[str], depth: float, key: str, value: str) -> str:
+    """Return the haystack with the needle at its depth."""
     place = round(depth * len(sentences))
     needle = NEEDLE.format(key=key, value=value)
     return " ".join([*sentences[:place], needle, *sentences[place:]])
 
 
 def _encode(tokenizer: Any, context: str, key: str, value: str, chat: bool) -> tuple[list[int], list[int]]:
-    """Tokenise prompt and answer as one text, and cut before the first token of the number.
+    """Tokenise prompt and answer as one text, and split it before the first token of the number.
 
-    A tokenizer that splits off the space before a number leaves it in the prompt: whether a model answers
-    with a space, a colon or bold type is format, not retrieval.
+    A tokenizer with a token of its own for the space before a number leaves that token in the prompt: whether
+    a model answers with a space, a colon or bold type is format, not retrieval.
     """
-    question, prefix = TASK.format(context=context, key=key), ANSWER_PREFIX.format(key=key)
+    question = TASK.format(context=context, key=key)
+    prefix = ANSWER_PREFIX.format(key=key)
     if chat:
         prompt = render_chat(tokenizer, [{"role": "user", "content": question}]) + prefix
     else:
         prompt = f"{question} {prefix}"
-    # A template writes its own special tokens; a plain prompt gets those of the tokenizer (BOS).
+
+    # A chat template writes its own special tokens; a plain prompt gets those of the tokenizer (BOS).
     before = tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"]
     whole = tokenizer(f"{prompt} {value}", add_special_tokens=not chat, verbose=False)["input_ids"]
+
+    # The common beginning of both, then tokens that hold white space only.
     cut = 0
     while cut < len(before) and before[cut] == whole[cut]:
         cut += 1
@@ -164,7 +173,11 @@ def _encode(tokenizer: Any, context: str, key: str, value: str, chat: bool) -> t
 
 
 def _largest_fit(size_of: Callable[[int], int], limit: int) -> int:
-    """Return the largest n with ``size_of(n) <= limit``, within a bounded number of tries."""
+    """Return the largest n with ``size_of(n) <= limit``, by doubling and then halving.
+
+    Raises:
+        ConfigError: ``size_of(0)`` is above the limit (EV02).
+    """
     smallest = size_of(0)
     if smallest > limit:
         raise ConfigError(
@@ -174,11 +187,17 @@ def _largest_fit(size_of: Callable[[int], int], limit: int) -> int:
             found=str(limit),
             hint="raise the needle length",
         )
-    low, high = 0, 1
+
+    # Double until it is too much.
+    low = 0
+    high = 1
     for _ in range(MAX_TRIES):
         if size_of(high) > limit:
             break
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
+
+    # Now low fits and high does not (or the tries are used up): halve the gap.
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if size_of(middle) <= limit else (low, middle)
@@ -190,22 +209,26 @@ def score_case(model: nn.Module, case: NeedleCase) -> NeedleScore:
     """Score one case: read the prompt, then the answer in decoding steps.
 
     Raises:
-        CheckFailedError: A logit is not finite.
+        CheckFailedError: A logit is not finite (EV04).
     """
     from transformers import DynamicCache
 
     ids = torch.tensor([case.prompt_ids + case.answer_ids], device=next(model.parameters()).device)
     prompt, answer = ids[:, : len(case.prompt_ids)], ids[0, len(case.prompt_ids) :]
+
+    # The logits before each answer token: the prompt's last one, then those of the answer but the last.
     cache = DynamicCache(config=model.config)
     out = [model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]]
-    for step in answer[None, :-1].split(STEP_TOKENS, 1):  # nothing is asked of the last token
+    for step in answer[None, :-1].split(STEP_TOKENS, 1):
         if step.numel():
             out.append(model(input_ids=step, past_key_values=cache, use_cache=True).logits[0])
     logits = torch.cat(out).float()  # [A, V]
+
     if not torch.isfinite(logits).all():
         raise CheckFailedError(
             f"the model's logits are not finite on a needle prompt of {ids.shape[1]} tokens", code="EV04"
         )
+
     correct = int((logits.argmax(-1) == answer).sum())
     nll = -logits.log_softmax(-1).gather(1, answer[:, None]).mean().item()
     return NeedleScore(
@@ -228,7 +251,7 @@ def build_cases(
     chat: bool = False,
     seed: int = 0,
 ) -> list[NeedleCase]:
-    """Build the grid of lengths and depths; see :func:`build_case`."""
+    """Return one case for each length and depth; see :func:`build_case`."""
     return [
         build_case(tokenizer, length, depth, haystack=haystack, chat=chat, seed=seed)
         for length in lengths
@@ -237,7 +260,7 @@ def build_cases(
 
 
 def hits_by_length(scores: Sequence[NeedleScore]) -> dict[int, tuple[int, int]]:
-    """Return ``{length: (hits, cases)}``."""
+    """Return length -> ``(hits, cases)``."""
     out: dict[int, tuple[int, int]] = {}
     for score in scores:
         hits, cases = out.get(score.length, (0, 0))

@@ -1,8 +1,8 @@
-"""Texts to evaluate on: the user's file, or sources and documentation that come with every Python.
+"""Texts to evaluate on: the user's file, or code and documentation that come with every Python.
 
-Nothing is shipped with the package. The default code text is the source of standard-library modules and
-the default prose text is the language reference that ``pydoc`` displays; both are read from the running
-interpreter, so figures compare only between runs of one Python version (the report names it).
+The package ships no texts. The default code text is the source of standard-library modules, the default prose
+text is the language reference that ``pydoc`` displays. Both are read from the running interpreter, so only
+figures of the same Python version can be compared (the report names it).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROSE_TOPICS = (
     "formatstrings",
 )
 MIN_TOKENS = 16
-"""Fewer tokens than this make no meaningful average."""
+"""Averages over fewer tokens mean nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class EvalText:
     Attributes:
         name: Short name for tables and file names.
         kind: ``"code"``, ``"prose"`` or ``"file"``.
-        source: Where it was read from, for the report.
-        text: The characters.
+        source: Origin of the text, for the report.
+        text: The text itself.
     """
 
     name: str
@@ -50,12 +50,16 @@ class EvalText:
 
     @property
     def sha256(self) -> str:
-        """Return the hash of the UTF-8 text."""
+        """Return the SHA-256 hash of the UTF-8 text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def code_text() -> EvalText:
-    """Return standard-library source code, ``argparse`` first (about 100 kB)."""
+    """Return source code of the standard library, ``argparse`` first (about 100 kB).
+
+    Raises:
+        MachineError: This Python has no source files (EV12).
+    """
     parts = []
     for name in CODE_MODULES:
         try:
@@ -66,12 +70,17 @@ def code_text() -> EvalText:
                 code="EV12",
                 hint="give a text file instead",
             ) from error
+
     source = f"CPython {platform.python_version()} sources: {', '.join(CODE_MODULES)}"
     return EvalText(name="code", kind="code", source=source, text="\n".join(parts))
 
 
 def prose_text() -> EvalText:
-    """Return chapters of the Python language reference as ``pydoc`` stores them (about 200 kB)."""
+    """Return chapters of the Python language reference as ``pydoc`` stores them (about 200 kB).
+
+    Raises:
+        MachineError: This Python does not have them (EV12).
+    """
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
@@ -80,6 +89,7 @@ def prose_text() -> EvalText:
             code="EV12",
             hint="give a text file instead",
         ) from error
+
     parts = [topics[name] for name in PROSE_TOPICS if name in topics]
     source = f"CPython {platform.python_version()} language reference (pydoc_data.topics)"
     return EvalText(name="prose", kind="prose", source=source, text="\n\n".join(parts))
@@ -94,7 +104,7 @@ def file_text(path: str | Path) -> EvalText:
     """Read a UTF-8 text file.
 
     Raises:
-        ConfigError: The path is no readable UTF-8 text file, or it is empty.
+        ConfigError: The file cannot be read, is not UTF-8 text, or is empty (DA01).
     """
     path = Path(path)
     try:
@@ -104,23 +114,26 @@ def file_text(path: str | Path) -> EvalText:
         raise ConfigError(
             f"cannot read the evaluation text {str(path)!r}: {reason}", code="DA01", where=str(path)
         ) from error
+
     if not text.strip():
         raise ConfigError(f"the evaluation text {str(path)!r} is empty", code="DA01", where=str(path))
     return EvalText(name=path.stem, kind="file", source=f"file {path.name}", text=text)
 
 
 def first_tokens(tokenizer: Any, text: EvalText, length: int) -> list[int]:
-    """Return at most ``length`` token ids of the text, special tokens as the tokenizer adds them.
+    """Return at most ``length`` token ids of the text, with the special tokens that the tokenizer adds.
 
-    Only as many characters as can matter are tokenised: a multi-megabyte book costs no more than its start.
+    Only as many characters as are needed are tokenised: a book of megabytes costs no more than its beginning.
 
     Raises:
-        ConfigError: The text has fewer than 16 tokens.
+        ConfigError: The text has fewer than 16 tokens (DA02).
     """
     characters = 16 * length  # no common tokenizer averages 16 characters a token over a window
     ids = tokenizer(text.text[:characters], verbose=False)["input_ids"]
+    # The text may still have unusually long tokens.
     if len(ids) < length and len(text.text) > characters:
         ids = tokenizer(text.text, verbose=False)["input_ids"]
+
     if len(ids) < MIN_TOKENS:
         raise ConfigError(
             f"text too short: {text.source} has {len(ids)} tokens, at least {MIN_TOKENS} are needed",
