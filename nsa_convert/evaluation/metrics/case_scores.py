@@ -1,4 +1,4 @@
-"""What a list of outcomes says: rows of needles, tasks and times, and what limits them."""
+"""Rows of needles, tasks and times from the results of cases, and warnings about them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from nsa_convert.evaluation.tasks.cases import Case
 
 Outcomes = Sequence[tuple[Case, str, Mapping[str, Any]]]
-"""Cases with the attention they ran with and what came out."""
+"""Cases with the attention they ran with and their results."""
 
 FEW_REPEATS = 3
+"""Times that rest on fewer prompts get a warning."""
 NEAR = 0.75
 """Prompts shorter than this share of their nominal length do not count for times."""
 
@@ -31,8 +32,9 @@ def needle_rows(outcomes: Outcomes) -> dict[str, list[dict[str, Any]]]:
 
 
 def prompt_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
-    """Return one row for each prompt of a task and attention."""
+    """Return one row for each prompt of a task and kind of attention; needles are left out."""
     keys = ("tokens", "score", "forced", "forced_tokens", "spans", "nll", "text")
+
     return [
         {
             "task": case.task,
@@ -47,12 +49,16 @@ def prompt_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
 
 
 def _pick(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return a mapping with some of its keys."""
     return {key: values[key] for key in keys}
 
 
 def busy_warnings() -> list[str]:
-    """Return a warning when other processes want the processor too, so that times mean little."""
-    cores, own = os.cpu_count() or 1, min(torch.get_num_threads(), os.cpu_count() or 1)
+    """Return a warning if other processes also use the processor, so that times are not reliable."""
+    cores = os.cpu_count() or 1
+    own = min(torch.get_num_threads(), os.cpu_count() or 1)
+
+    # Average load of the last five minutes, less that of this process.
     others = os.getloadavg()[1] - own
     if others <= max(0.5, 0.25 * cores):
         return []
@@ -60,13 +66,13 @@ def busy_warnings() -> list[str]:
 
 
 def few_repeats(speed: list[dict[str, Any]]) -> list[str]:
-    """Return a warning for lengths whose times rest on few prompts."""
+    """Return a warning for lengths whose times are medians of few prompts."""
     few = sorted({row["length"] for row in speed if row["repeats"] < FEW_REPEATS})
     return [f"times at {few} rest on fewer than {FEW_REPEATS} prompts"] if few else []
 
 
 def empty_warnings(outcomes: Outcomes) -> list[str]:
-    """Return how many free answers hold no text: a model that ends at once scores 0 for another reason."""
+    """Return warnings about free answers without text: they score 0 although nothing was answered."""
     texts = [(kind, value["text"]) for _, kind, value in outcomes if value["text"] is not None]
     lines = []
     for kind in sorted({kind for kind, _ in texts}):
@@ -78,15 +84,20 @@ def empty_warnings(outcomes: Outcomes) -> list[str]:
 
 
 def speed_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
-    """Return medians over the prompts of each length: seconds to read, milliseconds per token, cache bytes.
+    """Return the medians over the prompts of each length: times and size of the cache.
 
     Args:
-        outcomes: Cases with the attention they ran with and what came out.
+        outcomes: Cases with the attention they ran with and their results.
+
+    Returns:
+        One row for each length and kind of attention that has timed decoding steps.
     """
+    # Prompts that are much shorter than their nominal length would make it look faster.
     groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for case, kind, value in outcomes:
         if value["tokens"] >= NEAR * case.length:
             groups.setdefault((case.length, kind), []).append(value)
+
     rows = []
     for (length, kind), values in sorted(groups.items()):
         prefill = [value["prefill_s"] for value in values]

@@ -1,4 +1,4 @@
-"""How much of dense attention a model reads: counted while it runs, and set by a search."""
+"""Density, the share of dense attention's pairs that a model reads: counted in a run, or set by a search."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 PHASES = ("prompt", "steps")
 SEARCH_LAYERS = 6
-"""Layers whose queries and keys a search looks at, evenly spaced."""
+"""Number of layers whose queries and keys a search uses, evenly spaced."""
 HALVINGS = 8
-"""Of the interval that is searched."""
+"""Number of times that a search halves its interval."""
 
 
 @dataclasses.dataclass
 class PairCounter:
-    """Pairs read over pairs of dense causal attention, of prompts and of decoding steps.
+    """Counts query-key pairs that are read, against those of dense causal attention.
 
-    :meth:`add` is an observer of one sequence without padding. A cache that forgot is counted by the tokens
-    that were seen.
+    Prompts and decoding steps are counted apart. :meth:`add` is an observer of one sequence without padding.
+    With a cache that evicts tokens, dense attention still counts all tokens seen so far.
 
     Attributes:
         read: Phase -> pairs read, summed over query heads and layers.
         whole: Phase -> pairs of dense causal attention.
-        seen: Layer and heads -> tokens seen.
+        seen: (layer, heads) -> number of tokens seen.
     """
 
     read: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -42,27 +42,32 @@ class PairCounter:
     seen: dict[tuple, int] = dataclasses.field(default_factory=dict)
 
     def add(self, record: AttentionRecord) -> None:
-        """Count a call of one layer, or of some of its heads."""
+        """Count one call of a layer, or of some of its heads."""
         new, heads, place = record.q.shape[1], record.q.shape[2], (record.layer_index, record.heads)
+
+        # Keys before the call: those in the cache, and those that dense attention would have.
         kept = int(record.layout.offset)
         phase = "prompt" if new > STEP_TOKENS else "steps"
         seen = self.seen.get(place, 0) if phase == "steps" else kept
         self.seen[place] = seen + new
+
+        # Without patterns all keys that are there are read.
         shares = [p.density(new, record.k.shape[1], record.layout) for p in record.patterns.values()]
         self.read[phase] += heads * _pairs(new, kept) * (sum(shares) if shares else 1.0)
         self.whole[phase] += heads * _pairs(new, seen)
 
     def densities(self) -> dict[str, float]:
-        """Return the density of the prompts and of the steps; 1 where nothing was counted."""
+        """Return the density of prompts and of decoding steps; 1 where nothing was counted."""
         return {phase: self.read[phase] / self.whole[phase] if self.whole[phase] else 1.0 for phase in PHASES}
 
 
 def _pairs(new: int, before: int) -> float:
+    """Return the causal pairs of ``new`` queries with ``before`` keys and their own."""
     return new * before + new * (new + 1) / 2
 
 
 def prompt_density(layer: PrefillMethod, x: AttentionInputs) -> float:
-    """Return the share of the pairs of dense causal attention that a method for prompts computes."""
+    """Return the density of a method for prompts on given queries and keys."""
     return sum(part.density(x.q.shape[1], x.k.shape[1], x.layout) for part in layer.patterns(x).values())
 
 
@@ -70,7 +75,15 @@ def prompt_density(layer: PrefillMethod, x: AttentionInputs) -> float:
 def capture_inputs(
     model: PreTrainedModel, ids: Sequence[int], layers: int = SEARCH_LAYERS
 ) -> list[AttentionInputs]:
-    """Return queries and keys of some layers of a dense model that reads a prompt."""
+    """Return the attention inputs of some layers of a dense model that reads a prompt.
+
+    They hold queries and keys; values and hidden states are placeholders.
+
+    Args:
+        model: A dense causal model; it is patched while it reads and restored afterwards.
+        ids: Tokens of the prompt.
+        layers: Number of layers, about.
+    """
     records: list[AttentionRecord] = []
     total = len(model.model.layers)
     wanted = set(range(0, total, max(1, total // layers)))
@@ -85,6 +98,7 @@ def capture_inputs(
             model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     finally:
         unpatch_model(model)
+
     return [
         AttentionInputs(
             q=r.q, k=r.k, v=r.k, hidden=r.q.new_zeros(*r.q.shape[:2], 1), pooled={}, layout=r.layout,
@@ -102,34 +116,38 @@ def search_density(
     wanted: float,
     halvings: int = HALVINGS,
 ) -> tuple[dict[str, Any], float]:
-    """Return the settings, among those tried by halving, whose density is nearest to what is wanted.
+    """Search for the settings whose density is nearest to the wanted one.
 
     Args:
         method: Name of a method for prompts.
-        settings_of: Settings for a number in 0 .. 1; larger ones keep more.
-        inputs: Of the layers that the density is the mean over, without padding.
-        wanted: Pairs over the pairs of dense causal attention.
-        halvings: Of the interval.
+        settings_of: Number from 0 to 1 -> settings; larger numbers keep more pairs.
+        inputs: Inputs of the layers over which the density is averaged, without padding.
+        wanted: Density to reach.
+        halvings: Number of times that the interval is halved.
 
     Returns:
-        The settings and their density.
+        The best settings of those tried, and their density.
     """
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     tried: list[tuple[float, dict[str, Any], float]] = []
     for _ in range(halvings):
+        # The density at the middle of the interval.
         middle = (low + high) / 2
         settings = dict(settings_of(middle))
         layer = build_method(LayerRule(method=method, settings=settings), geometry_of_inputs(inputs[0]), 0)
         assert isinstance(layer, PrefillMethod)
         density = sum(prompt_density(layer, x) for x in inputs) / len(inputs)
+
         tried.append((abs(density - wanted), settings, density))
         low, high = (middle, high) if density < wanted else (low, middle)
+
     _, settings, density = min(tried, key=lambda entry: entry[0])
     return settings, density
 
 
 def geometry_of_inputs(x: AttentionInputs) -> AttentionGeometry:
-    """Return the sizes of a layer with these queries and keys."""
+    """Return the sizes of an attention layer with these queries and keys."""
     heads, dim = x.q.shape[2:]
     return AttentionGeometry(
         hidden_size=heads * dim, num_query_heads=heads, num_kv_heads=x.k.shape[2], head_dim=dim

@@ -1,4 +1,4 @@
-"""How far a sparse model's next-token distributions are from the dense model's."""
+"""Divergence of a sparse model's next-token distributions from those of the dense model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ QUANTILES = (0.5, 0.95, 0.99)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Per-position comparison of two models on one sequence of T tokens; all tensors on the CPU.
+    """Comparison of two models on one sequence of T tokens, prediction by prediction; tensors on the CPU.
 
     Attributes:
         dense_nll: ``[T - 1]`` negative log-likelihood of the next token under the dense model.
         sparse_nll: ``[T - 1]`` the same under the sparse model.
         kl: ``[T - 1]`` KL(dense || sparse) of the next-token distributions, in nats.
-        top1: ``[T - 1]`` 1.0 where both put the same token first.
-        top5: ``[T - 1]`` share of the dense model's five likeliest tokens that the sparse model also has
-            among its five.
+        top1: ``[T - 1]`` 1.0 where both models have the same most likely token, else 0.0.
+        top5: ``[T - 1]`` share of the dense model's five most likely tokens that are among the sparse model's
+            five.
     """
 
     dense_nll: Tensor
@@ -33,15 +33,18 @@ class Divergence:
     top5: Tensor
 
     def summary(self, bucket: Bucket | None = None) -> dict[str, float | int]:
-        """Average over a bucket of context lengths, or over all predictions.
+        """Average over a range of context lengths, or over all predictions.
 
         Returns:
             ``tokens, dense_ppl, sparse_ppl, ppl_ratio, kl_mean, kl_p50, kl_p95, kl_p99, kl_max, top1, top5``.
         """
+        # Perplexities are means in the logarithm; KL also has quantiles, which show rare large values.
         pick = bucket.of if bucket is not None else lambda values: values
         kl = pick(self.kl).double()
-        dense, sparse = perplexity(pick(self.dense_nll)), perplexity(pick(self.sparse_nll))
+        dense = perplexity(pick(self.dense_nll))
+        sparse = perplexity(pick(self.sparse_nll))
         quantiles = torch.quantile(kl, torch.tensor(QUANTILES, dtype=kl.dtype)).tolist()
+
         return {
             "tokens": len(kl),
             "dense_ppl": dense,
@@ -57,17 +60,19 @@ class Divergence:
 
 @torch.inference_mode()
 def compare(dense: Readout, sparse: Readout, input_ids: list[int]) -> Divergence:
-    """Compare two models on the sequence both have read.
+    """Compare two models on the sequence that both have read.
 
-    KL is summed over the whole vocabulary in float32. It is never negative in exact arithmetic; values down
-    to -1e-6 are rounding and are cut to 0.
+    KL is summed over the whole vocabulary in float32. Rounding can make it slightly negative; it is clamped
+    to 0.
 
     Raises:
-        ConfigError: The models have different vocabularies.
-        CheckFailedError: A logit is not finite.
+        ConfigError: The models have different vocabularies (EV07).
+        CheckFailedError: A logit is not finite (EV04).
     """
     targets = torch.tensor(input_ids[1:], device=sparse.states.device)
     columns: list[list[Tensor]] = [[], [], [], [], []]
+
+    # In chunks, so that only few positions have their logits in memory at a time.
     for begin in range(0, len(targets), CHUNK):
         target = targets[begin : begin + CHUNK, None]
         p = dense.log_probs(begin, begin + len(target)).to(target.device)
@@ -76,16 +81,27 @@ def compare(dense: Readout, sparse: Readout, input_ids: list[int]) -> Divergence
             raise ConfigError(
                 f"the models have different vocabularies: {p.shape[1]} and {q.shape[1]} tokens", code="EV07"
             )
+
         for column, values in zip(columns, _compare_chunk(p, q, target), strict=True):
             column.append(values.cpu())
+
     names = ("dense_nll", "sparse_nll", "kl", "top1", "top5")
     return Divergence(**{name: torch.cat(c) for name, c in zip(names, columns, strict=True)})
 
 
 def _compare_chunk(p: Tensor, q: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Return the fields of :class:`Divergence` for N positions, each ``[N]``.
+
+    Args:
+        p: ``[N, V]`` log-probabilities of the dense model.
+        q: ``[N, V]`` log-probabilities of the sparse model.
+        target: ``[N, 1]`` next tokens.
+    """
     size = min(5, p.shape[1])
-    dense_top, sparse_top = p.topk(size).indices, q.topk(size).indices  # [N, 5]
+    dense_top = p.topk(size).indices  # [N, 5]
+    sparse_top = q.topk(size).indices
     shared = (dense_top[:, :, None] == sparse_top[:, None]).any(2).float().mean(1)
+
     return (
         -p.gather(1, target)[:, 0],
         -q.gather(1, target)[:, 0],

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 256
-"""Positions whose logits exist at one time: a [T, V] tensor of float32 would be 3 GB at T = 16k."""
+"""Positions whose logits are in memory at a time: [T, V] in float32 would be 3 GB at T = 16k, V = 50k."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Readout:
-    """What a model says about one sequence, as its last hidden states and its output head.
+    """A model's predictions for one sequence, as its last hidden states and its output head.
 
-    The pair stands for ``[T, V]`` logits without holding them.
+    Both together stand for ``[T, V]`` logits, which would need too much memory.
 
     Attributes:
         states: ``[T, C]`` hidden states after the final norm.
@@ -39,7 +39,7 @@ class Readout:
         """Return log-probabilities of the token after each position begin .. end - 1, ``[N, V]`` float32.
 
         Raises:
-            CheckFailedError: A logit is not finite.
+            CheckFailedError: A logit is not finite (EV04).
         """
         logits = self.head(self.states[begin:end]).float()
         if not torch.isfinite(logits).all():
@@ -63,35 +63,41 @@ def read_out(
 
     Args:
         model: Dense or sparse.
-        input_ids: The sequence.
-        prompt: 0 reads it in one pass without a cache. Else so many tokens are read as a prompt, and the
-            others in decoding steps on its cache.
-        watch: Entered around the pass, or around the reading of the prompt.
-        whole: Keep the states of the prompt too.
+        input_ids: Tokens of the sequence.
+        prompt: 0 reads the sequence in one pass without a cache. Otherwise so many tokens are read as a
+            prompt, and the others in decoding steps on its cache.
+        watch: Context manager around the pass, or around the reading of the prompt.
+        whole: Also keep the states of the prompt.
 
     Returns:
         The states of all positions, or of those from the prompt's last token on.
     """
     ids = torch.tensor([input_ids], device=next(model.parameters()).device)
     head = model.get_output_embeddings()
+
+    # One pass.
     if not prompt:
         with watch():
             states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         return Readout(states=states, head=head)
+
+    # The prompt, then decoding steps.
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     with watch():
         out = model.base_model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
     states = [out.last_hidden_state[0] if whole else out.last_hidden_state[0, -1:]]
+
     for step in ids[:, prompt:].split(STEP_TOKENS, 1):
         out = model.base_model(input_ids=step, past_key_values=cache, use_cache=True)
         states.append(out.last_hidden_state[0])
+
     return Readout(states=torch.cat(states), head=head)
 
 
 def scored_ids(input_ids: list[int], prompt: int) -> list[int]:
-    """Return the tokens that belong to the states of :func:`read_out`."""
+    """Return the tokens that belong to the states that :func:`read_out` returns without ``whole``."""
     return input_ids[max(0, prompt - 1) :]
 
 
@@ -108,15 +114,15 @@ def token_nll(readout: Readout, input_ids: list[int]) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Predictions made from more than ``begin`` and at most ``end`` tokens of context.
+    """Predictions with more than ``begin`` and at most ``end`` tokens of context.
 
-    The prediction after token t has t + 1 tokens of context. With ``end`` at most the visible budget, no key
+    The prediction after token t has t + 1 tokens of context. If ``end`` is at most the visible budget, no key
     was hidden from any prediction in the bucket.
 
     Attributes:
-        begin: Tokens of context.
-        end: Tokens of context.
-        first: Tokens of context that the first prediction of the values has, less one.
+        begin: Tokens of context, exclusive.
+        end: Tokens of context, inclusive.
+        first: Tokens of context of the first prediction in the values, minus one.
     """
 
     begin: int
@@ -124,23 +130,24 @@ class Bucket:
     first: int = 0
 
     def of(self, values: Tensor) -> Tensor:
-        """Return the entries of ``values`` (one per prediction) in this bucket."""
+        """Return the part of ``values`` (one per prediction) that belongs to this bucket."""
         return values[self.begin - self.first : self.end - self.first]
 
     @property
     def label(self) -> str:
-        """Return the context lengths as text."""
+        """Return the range of context lengths as text."""
         return f"{self.begin + 1}-{self.end}"
 
 
 def position_buckets(length: int, budget: int | None = None, prompt: int = 0) -> list[Bucket]:
-    """Cut context lengths 1 .. length at the budget times powers of two.
+    """Divide context lengths 1 .. length into buckets.
 
-    The edges are B/2, B, 2B, 4B ...; without a budget 512, 1024, 2048 ... After a prompt there is one bucket,
-    of the context lengths from the prompt on.
+    The edges are B/2, B, 2B, 4B ... for a visible budget B, else 512, 1024, 2048 ... After a prompt there is
+    one bucket, with the context lengths from the prompt on.
     """
     if prompt:
         return [Bucket(prompt - 1, length, prompt - 1)]
+
     edge = max(1, budget // 2) if budget else 512
     edges = [0]
     while edge < length:

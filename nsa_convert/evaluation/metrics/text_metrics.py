@@ -1,4 +1,4 @@
-"""What two readings of a text say about a model."""
+"""The result of a text from the readings of two models."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def text_result(
     sparse: Readout,
     layers: tuple[LayerMass, ...],
 ) -> TextResult:
-    """Compare two readings of a text, of all of it or of what follows a prompt.
+    """Compare two readings of a text: of all of it, or of what follows a prompt.
 
     Args:
         model: The evaluated model.
         text: The text.
-        ids: Its tokens.
-        dense: How the dense model read it.
-        sparse: How the model read it.
-        layers: What its layers attended to.
+        ids: Tokens of the text.
+        dense: What the dense model read.
+        sparse: What the evaluated model read.
+        layers: Captured mass of the layers of the evaluated model.
     """
     prompt = model.prompt_of(len(ids))
     return TextResult(
