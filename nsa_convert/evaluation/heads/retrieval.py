@@ -1,4 +1,4 @@
-"""Which heads retrieve, found without any data or training: what head profiles with scores are made from."""
+"""Retrieval heads, found without data or training: probes that give head profiles their scores."""
 
 from __future__ import annotations
 
@@ -20,33 +20,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REPEATS = 4
-ECHO_SHARE, INDUCTION_SHARE = 0.01, 0.14
-"""Shares of all key/value heads that retrieve (golden-stick's defaults; the paper says about as much)."""
+"""Number of copies of the random tokens."""
+ECHO_SHARE = 0.01
+INDUCTION_SHARE = 0.14
+"""Shares of all key/value heads that retrieve (golden-stick's defaults; the paper's are about the same)."""
 
 
 @torch.inference_mode()
 def razor_probe(model: PreTrainedModel, *, period: int = 2500, seed: int = 0) -> HeadProfile:
-    """Find retrieval heads by random tokens that are repeated four times (RazorAttention, section 3.2).
+    """Find retrieval heads with random tokens that are repeated four times (RazorAttention, section 3.2).
 
-    A head that looks from a token to the earlier copies of it echoes; one that looks to the tokens behind
-    them predicts by induction. Both scores are the mean probability over all queries behind the first copy
-    and all earlier copies, and the largest one of the query heads that share a key/value head. Heads are
-    ranked over all layers.
+    A head that attends from a token to its earlier copies is an echo head; one that attends to the tokens
+    that follow these copies is an induction head. Both scores are the mean probability over all queries after
+    the first copy and all earlier copies; of the query heads that share a key/value head the largest counts.
+    Heads of all layers are ranked together.
 
     Args:
-        model: A dense causal model; it is patched meanwhile and left as it was.
-        period: Random tokens of one copy.
-        seed: Of the random tokens.
+        model: A dense causal model; it is patched while it reads and restored afterwards.
+        period: Number of random tokens in a copy.
+        seed: Seed of the random tokens.
 
     Returns:
         Scores ``max(0.01 / echo rank, 0.14 / induction rank)`` with ranks as shares of all heads, less half a
         head: the best 1 % and 14 %, rounded, reach the threshold 1.
 
     Raises:
-        ConfigError: The period is below 2.
+        ConfigError: The period is below 2 (CF22).
     """
     if period < 2:
         raise ConfigError(f"period must be at least 2, got {period}", code="CF22")
+
+    # Random tokens of a part of the vocabulary, after the begin token if the model has one.
     config = model.config
     vocabulary = config.vocab_size
     generator = torch.Generator().manual_seed(seed)
@@ -55,6 +59,8 @@ def razor_probe(model: PreTrainedModel, *, period: int = 2500, seed: int = 0) ->
     )
     begin = [] if config.bos_token_id is None else [int(config.bos_token_id)]
     prompt = torch.cat([torch.tensor(begin, dtype=torch.long), ids.repeat(REPEATS)])
+
+    # Scores of all heads, [layers, KV heads].
     echo, induction = (torch.zeros(config.num_hidden_layers, config.num_key_value_heads) for _ in range(2))
 
     def look(record: AttentionRecord) -> None:
@@ -63,7 +69,10 @@ def razor_probe(model: PreTrainedModel, *, period: int = 2500, seed: int = 0) ->
             found[record.layer_index] = x.unflatten(0, (record.k.shape[2], -1)).amax(1).cpu()
 
     _run_dense(model, prompt, look)
+
+    # Ranks 1 .. n -> shares; the best heads of either kind score highest.
     shares = [(_rank(x) - 0.5) / x.numel() for x in (echo, induction)]
+
     meta = {
         "kind": "razor",
         "source": f"{period} random tokens, {REPEATS} times",
@@ -78,35 +87,43 @@ def razor_probe(model: PreTrainedModel, *, period: int = 2500, seed: int = 0) ->
 
 
 def repeat_scores(q: Tensor, k: Tensor, scale: float, period: int, begin: int) -> tuple[Tensor, Tensor]:
-    """Return each query head's mean probability of earlier copies, and of the tokens behind them.
+    """Return each query head's mean probability of earlier copies, and of the tokens that follow them.
 
     Args:
-        q: ``[T, HQ, D]`` of a text that repeats.
-        k: ``[T, H, D]``.
+        q: ``[T, HQ, D]`` queries of the repeated tokens.
+        k: ``[T, H, D]`` keys.
         scale: Factor on the scores.
-        period: Tokens of a copy.
-        begin: Tokens before the first copy.
+        period: Number of tokens in a copy.
+        begin: Number of tokens before the first copy.
 
     Returns:
-        Echo and induction, ``[HQ]`` float32.
+        Echo and induction, each ``[HQ]`` float32.
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
-    q, first = q.float() * scale, begin + period
+    q = q.float() * scale
+    first = begin + period
     norm = _log_denominators(q, k)[first:]  # [T - first, HQ]
+
+    # Echo looks back whole periods; induction one token less, at what followed the earlier copy.
     scores = []
     for shift in (0, 1):
-        total, count = torch.zeros(q.shape[1], device=q.device), 0
+        total = torch.zeros(q.shape[1], device=q.device)
+        count = 0
         for back in range(period - shift, len(q) - begin, period):
-            own = slice(max(first, begin + back), len(q))  # the copy must lie behind the first tokens
+            # Only queries after the first copy that have such a key after the first tokens.
+            own = slice(max(first, begin + back), len(q))
             earlier = k[own.start - back : len(q) - back]
             p = ((q[own] * earlier).sum(-1) - norm[own.start - first :]).exp()
-            total, count = total + p.sum(0), count + len(p)
+            total = total + p.sum(0)
+            count = count + len(p)
+
         scores.append(total / count)
     return scores[0], scores[1]
 
 
 def _log_denominators(q: Tensor, k: Tensor, width: int = 256) -> Tensor:
-    """Return the lse of causal attention with scaled ``q [T, HQ, D]``, in pieces: ``[T, HQ]``."""
+    """Return the log-sum-exp of causal attention, ``[T, HQ]``, for scaled ``q`` and ``k [T, HQ, D]``."""
+    # In pieces of queries, so that no [T, T] tensor is held.
     parts = []
     for begin in range(0, len(q), width):
         end = min(begin + width, len(q))
@@ -118,19 +135,19 @@ def _log_denominators(q: Tensor, k: Tensor, width: int = 256) -> Tensor:
 
 @torch.inference_mode()
 def distance_probe(model: PreTrainedModel, ids: Sequence[int], *, length: int = 500) -> HeadProfile:
-    """Score heads by how far back their mean query looks, in one pass over a short text.
+    """Score heads by how far back their mean query attends, in one pass over a short text.
 
-    The mean query and the mean key of each head, taken before rotation, are repeated ``length`` times and
-    rotated to their positions. The score is the mean of the cumulative attention of the last query: 1 where
-    all of it goes to the first token, near 0 where it goes to the last ones. A stand-in for learned gates.
+    The mean query and the mean key of each head, before RoPE, are repeated ``length`` times and rotated to
+    their positions. The score is the mean of the cumulative attention of the last query: 1 if all of it is on
+    the first token, near 0 if it is on the last ones. It approximates learned gates.
 
     Args:
-        model: A dense causal model; it is patched meanwhile and left as it was.
+        model: A dense causal model; it is patched while it reads and restored afterwards.
         ids: Tokens of a text.
-        length: Repetitions.
+        length: Number of repetitions.
 
     Returns:
-        Scores without a threshold.
+        Scores ``[layers, KV heads]``, without a threshold.
     """
     config, scores = (
         model.config,
@@ -139,18 +156,24 @@ def distance_probe(model: PreTrainedModel, ids: Sequence[int], *, length: int = 
     move = mover(model.model.rotary_emb)
 
     def look(record: AttentionRecord) -> None:
+        # Undo RoPE and average over the text: [1, 1, heads, D].
         place = torch.arange(record.q.shape[1], device=record.q.device)[None]
         q, k = (
             move(x.float(), place, torch.zeros_like(place)).mean(1, keepdim=True)
             for x in (record.q, record.k)
         )
+
+        # Keys at positions 0 .. N - 1, the query at the last one.
         far = torch.arange(length, device=q.device)[None]
         k = move(k.expand(-1, length, -1, -1), torch.zeros_like(far), far)[0]  # [N, H, D]
         q = move(q, torch.zeros_like(far[:, :1]), far[:, -1:])[0, 0].unflatten(0, (k.shape[1], -1))
+
+        # Mean over positions and the query heads of a KV head.
         p = (torch.einsum("hgd,nhd->hgn", q, k) * record.scale).softmax(-1)
         scores[record.layer_index] = p.cumsum(-1).mean((1, 2)).cpu()
 
     _run_dense(model, torch.tensor(list(ids)), look)
+
     meta = {
         "kind": "distance",
         "source": f"cumulative attention of the mean query, {length} times, {len(ids)} tokens",
@@ -161,7 +184,7 @@ def distance_probe(model: PreTrainedModel, ids: Sequence[int], *, length: int = 
 
 
 def _run_dense(model: PreTrainedModel, ids: Tensor, look: Callable[[AttentionRecord], Any]) -> None:
-    """Read a text with dense attention and show each layer's queries and keys."""
+    """Read a text with dense attention and pass each layer's record to ``look``."""
     patch_model(model, SparseAttentionConfig(default=LayerRule(method=FULL)))
     try:
         with observe(look):
@@ -171,7 +194,7 @@ def _run_dense(model: PreTrainedModel, ids: Tensor, look: Callable[[AttentionRec
 
 
 def _rank(scores: Tensor) -> Tensor:
-    """Return 1 for the largest score, 2 for the next, ...; equal scores in order."""
+    """Return 1 for the largest score, 2 for the next and so on; equal scores keep their order."""
     order = scores.flatten().argsort(descending=True, stable=True)
     rank = torch.empty(scores.numel())
     rank[order] = torch.arange(1.0, scores.numel() + 1)
