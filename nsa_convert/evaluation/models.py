@@ -1,4 +1,4 @@
-"""Loading models for evaluation, and the dense model inside a converted one."""
+"""Models for evaluation: what their config says, their loading, and dense attention in converted ones."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from nsa_convert.strict_files import read_json_mapping
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNLIMITED = 1 << 40
-"""A visible budget above this is no budget: the layer is dense."""
+"""A visible budget above this is no limit: the layer is dense."""
 SCORED_TOKENS = 256
-"""Tokens at the end of a text that are scored where the rest is a prompt; at most a quarter of the text."""
+"""Tokens at the end of a text that are scored if the rest is a prompt; at most a quarter of the text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What config.json says, before any weight is read.
+    """What config.json says of a model, before any weight is read.
 
     Attributes:
         path: Folder of the checkpoint.
-        model_type: Of the config.
-        max_positions: Longest sequence the model was built for, or None when the config does not say.
-        vocab_size: Rows of the embedding.
-        methods: Layer -> method name; empty for a dense model.
-        visible_budget: Longest context that every layer sees whole; None for a dense model.
-        plan: What the dense checkpoint is patched with in memory; None where it runs as it is.
-        one_pass: Whether a text read in one pass shows what the methods do: not where later tokens choose
-            keys, nor where a method is for decoding only.
+        model_type: ``model_type`` of the config.
+        max_positions: Longest sequence that the model was made for; None if the config does not say.
+        vocab_size: Rows of the embedding matrix.
+        methods: Name of the method of each layer; empty for a dense model.
+        visible_budget: Longest context within which every layer is dense; None for a dense model.
+        plan: Sparse plan with which the dense checkpoint is converted in memory; None if it runs as it is.
+        one_pass: Whether reading a text in one pass shows what the methods do. It does not if later tokens
+            choose keys, or a method is for decoding only.
     """
 
     path: Path
@@ -56,12 +56,12 @@ class ModelFacts:
     one_pass: bool = True
 
     def prompt_of(self, tokens: int) -> int:
-        """Return how much of a text is read as a prompt before the rest is scored; 0 where all is scored."""
+        """Return the number of tokens of a text to read as a prompt before the scored ones; 0: score all."""
         return 0 if self.one_pass else prompt_tokens(tokens)
 
 
 def prompt_tokens(tokens: int) -> int:
-    """Return how much of a text is read as a prompt where only the rest is scored."""
+    """Return the number of tokens to read as a prompt, where only the rest is scored."""
     return tokens - min(SCORED_TOKENS, tokens // 4)
 
 
@@ -69,13 +69,13 @@ def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> M
     """Read the config of a dense or converted checkpoint.
 
     Args:
-        path: Its folder.
-        plan: Run the dense checkpoint with this plan, in memory.
+        path: Folder of the checkpoint.
+        plan: Sparse plan with which a dense checkpoint is to run.
 
     Raises:
         CheckpointError: There is no such folder, or no readable config.json.
         ConfigError: The sparse plan is wrong, or the checkpoint has one already.
-        UnsupportedModelError: The architecture is none that can be evaluated.
+        UnsupportedModelError: The architecture is not supported.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -84,6 +84,8 @@ def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> M
             code="CF24",
             where=str(path),
         )
+
+    # The methods of the layers: from the stored plan of a converted checkpoint, or from the given one.
     config = read_json_mapping(path / "config.json")
     model_type = str(config.get("model_type"))
     methods: list[SparseMethod] = []
@@ -97,6 +99,7 @@ def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> M
         methods = resolve_plan(stored, config["num_hidden_layers"], geometry)
     elif plan is not None:
         methods = resolve_plan(plan, config["num_hidden_layers"], geometry_of(config))
+
     budgets = [method.reach().visible_budget for method in methods]
     return ModelFacts(
         path=path,
@@ -113,12 +116,12 @@ def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> M
 def read_both_facts(
     path: str | Path, plan: SparseAttentionConfig | None, against: str | Path | None
 ) -> list[ModelFacts]:
-    """Return the facts of a model, and of the dense checkpoint it is compared with where there is one."""
+    """Return the facts of a model, followed by those of the dense checkpoint it is compared with, if any."""
     return [read_facts(path, plan), *([] if against is None else [read_facts(against)])]
 
 
 def reads_texts(method: SparseMethod) -> bool:
-    """Return whether reading a text in one pass shows, causally, all that a method does."""
+    """Return whether reading a text in one pass shows, causally, everything that a method does."""
     in_prompts = "prefill" in method.spec.phases and not isinstance(method, Phases)
     return method.reach().is_causal and in_prompts
 
@@ -131,10 +134,10 @@ def load_model(
 ) -> nn.Module:
     """Load a dense or converted checkpoint for inference with this package's own classes.
 
-    Code files inside the checkpoint are not run. With a ``plan`` a dense model is patched in memory.
+    Code files inside the checkpoint are not run. With a ``plan`` a dense model is converted in memory.
 
     Raises:
-        CheckpointError: The folder is damaged or hostile.
+        CheckpointError: The folder is damaged or unsafe.
     """
     model = load_causal_model(Path(path), DTYPES[dtype]).to(device).eval()
     return model if plan is None else patch_model(model, plan)
@@ -142,7 +145,7 @@ def load_model(
 
 @contextlib.contextmanager
 def patched_in(model: nn.Module, plan: SparseAttentionConfig | None) -> Iterator[nn.Module]:
-    """Give a dense model a plan inside the block; None leaves it dense."""
+    """Convert a dense model with a plan inside the block; None leaves it dense."""
     if plan is None:
         yield model
         return
@@ -157,14 +160,16 @@ def patched_in(model: nn.Module, plan: SparseAttentionConfig | None) -> Iterator
 def dense_attention_in(model: nn.Module) -> Iterator[nn.Module]:
     """Give every layer of a converted model dense attention over the same weights, inside the block.
 
-    The method modules are set aside, not copied. In a model that was trained after conversion this is dense
-    attention with the trained weights, not the original dense model.
+    The sparse modules are kept aside and put back afterwards. In a model that was trained after conversion
+    this is dense attention with the trained weights, not the original dense model.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
     if not layers:
         raise ConfigError("this is no converted model: its attention is dense already", code="CF12")
+
     methods = [layer.sparse for layer in layers]
     full = LayerRule(method="full")
+
     try:
         for layer, method in zip(layers, methods, strict=True):
             layer.sparse = build_method(full, method.geometry, method.layer_index)
