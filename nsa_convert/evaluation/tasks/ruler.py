@@ -239,7 +239,8 @@ def _common_words(rng: random.Random) -> Callable[[int], Draft]:
     """A numbered list in which ten words appear thirty times each and every other word three times."""
     words = sorted(set(re.findall(r"\b[a-z]{4,10}\b", prose_text().text)))
     rng.shuffle(words)
-    common, rare = words[:COMMON], words[COMMON:]
+    common = words[:COMMON]
+    rare = words[COMMON:]
     order = rng.random()
 
     def draft(count: int) -> Draft:
