@@ -5,7 +5,8 @@ import re
 import pytest
 
 from nsa_convert.errors import ConfigError
-from nsa_convert.evaluation.tasks.cases import contained, encode_answer, fit_needle, hash_of, largest_fit
+from nsa_convert.evaluation.tasks.cases import contained, fit_needle, hash_of
+from nsa_convert.evaluation.tasks.fitting import encode_answer, largest_fit
 from nsa_convert.evaluation.tasks.qa import build_qa, read_questions
 from nsa_convert.evaluation.tasks.recall import QUERIES, build_recall
 from nsa_convert.evaluation.tasks.ruler import RULER_TASKS, build_ruler

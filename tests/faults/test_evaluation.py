@@ -13,7 +13,7 @@ from nsa_convert.evaluation.report.verdict import task_rows, verdict
 from nsa_convert.evaluation.suites import long, quick
 from nsa_convert.evaluation.suites.lm_eval_tasks import refuse_broken_logits, run_tasks
 from nsa_convert.evaluation.suites.long import run_long
-from nsa_convert.evaluation.tasks.cases import largest_fit
+from nsa_convert.evaluation.tasks.fitting import largest_fit
 from nsa_convert.evaluation.tasks.needle import build_case
 from nsa_convert.evaluation.tasks.recall import build_recall
 from nsa_convert.evaluation.tasks.ruler import RULER_TASKS, build_ruler

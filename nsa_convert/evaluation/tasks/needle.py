@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from nsa_convert.chat import render_chat
 from nsa_convert.errors import CheckFailedError, ConfigError
+from nsa_convert.evaluation.tasks.fitting import encode_answer, largest_fit
 from nsa_convert.methods.parts.prefill import STEP_TOKENS
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -32,8 +33,6 @@ NEEDLE = "One of the special magic numbers for {key} is: {value}."
 ADJECTIVES = ("amber", "brisk", "calm", "eager", "faint", "gentle", "hollow", "keen", "lively", "quiet")
 NOUNS = ("anchor", "basket", "candle", "engine", "forest", "harbor", "island", "lantern", "meadow", "violin")
 DEPTHS = (0.1, 0.35, 0.6, 0.85)
-MAX_TRIES = 64
-"""Largest number of doublings when the length of a haystack is searched."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +131,7 @@ def build_case(
         return _encode(tokenizer, _context(sentences[:count], depth, key, value), key, value, chat)
 
     # As many sentences as fit.
-    count = _largest_fit(lambda n: sum(map(len, encode(n))), length)
+    count = largest_fit(lambda n: sum(map(len, encode(n))), length, what="a needle prompt")
     prompt, answer = encode(count)
     return NeedleCase(
         length=length, depth=depth, prompt_ids=tuple(prompt), answer_ids=tuple(answer), key=key, value=value
@@ -147,11 +146,7 @@ def _context(sentences: Sequence[str], depth: float, key: str, value: str) -> st
 
 
 def _encode(tokenizer: Any, context: str, key: str, value: str, chat: bool) -> tuple[list[int], list[int]]:
-    """Tokenise prompt and answer as one text, and split it before the first token of the number.
-
-    A tokenizer with a token of its own for the space before a number leaves that token in the prompt: whether
-    a model answers with a space, a colon or bold type is format, not retrieval.
-    """
+    """Return the tokens of the prompt, up to the number, and those of the number."""
     question = TASK.format(context=context, key=key)
     prefix = ANSWER_PREFIX.format(key=key)
     if chat:
@@ -160,48 +155,7 @@ def _encode(tokenizer: Any, context: str, key: str, value: str, chat: bool) -> t
         prompt = f"{question} {prefix}"
 
     # A chat template writes its own special tokens; a plain prompt gets those of the tokenizer (BOS).
-    before = tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"]
-    whole = tokenizer(f"{prompt} {value}", add_special_tokens=not chat, verbose=False)["input_ids"]
-
-    # The common beginning of both, then tokens that hold white space only.
-    cut = 0
-    while cut < len(before) and before[cut] == whole[cut]:
-        cut += 1
-    while cut < len(whole) - 1 and not tokenizer.decode(whole[cut : cut + 1]).strip():
-        cut += 1
-    return whole[:cut], whole[cut:]
-
-
-def _largest_fit(size_of: Callable[[int], int], limit: int) -> int:
-    """Return the largest n with ``size_of(n) <= limit``, by doubling and then halving.
-
-    Raises:
-        ConfigError: ``size_of(0)`` is above the limit (EV02).
-    """
-    smallest = size_of(0)
-    if smallest > limit:
-        raise ConfigError(
-            f"a needle prompt needs {smallest} tokens without any haystack, {limit} were allowed",
-            code="EV02",
-            expected=f"length >= {smallest}",
-            found=str(limit),
-            hint="raise the needle length",
-        )
-
-    # Double until it is too much.
-    low = 0
-    high = 1
-    for _ in range(MAX_TRIES):
-        if size_of(high) > limit:
-            break
-        low = high
-        high = 2 * high
-
-    # Now low fits and high does not (or the tries are used up): halve the gap.
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size_of(middle) <= limit else (low, middle)
-    return low
+    return encode_answer(tokenizer, prompt, value, special_tokens=not chat)
 
 
 @torch.inference_mode()

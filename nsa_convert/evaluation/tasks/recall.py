@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsa_convert.evaluation.tasks.cases import Case, largest_fit, rng_of
+from nsa_convert.evaluation.tasks.cases import Case, rng_of
+from nsa_convert.evaluation.tasks.fitting import largest_fit
 from nsa_convert.evaluation.tasks.ruler import ADJECTIVES, NOUNS
 
 QUERIES = 16

@@ -26,9 +26,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nsa_convert.evaluation.tasks.cases import Case, Draft, fit_case, rng_of
+from nsa_convert.evaluation.tasks.needle import NOISE
 from nsa_convert.evaluation.tasks.text import prose_text
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 # fmt: off
 ADJECTIVES = (
     "amber", "brisk", "calm", "daring", "eager", "faint", "gentle", "hollow", "icy", "jolly", "keen",
