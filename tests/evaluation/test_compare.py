@@ -16,6 +16,7 @@ from nsa_convert.evaluation.metrics.density import PairCounter
 from nsa_convert.evaluation.metrics.mass import LayerMass
 from nsa_convert.evaluation.metrics.perplexity import perplexity, read_out, token_nll
 from nsa_convert.evaluation.models import load_model, patched_in
+from nsa_convert.evaluation.report.compare_tables import comparison_verdict
 from nsa_convert.evaluation.report.plots import plots_of
 from nsa_convert.evaluation.suites import compare
 from nsa_convert.evaluation.suites.compare import mass_of, run_compare
@@ -36,6 +37,9 @@ WORDS = [
     f"lengths={LENGTH}", "--set", "needle_lengths=700", "--set", "depths=0.5", "--set", "texts=prose",
 ]  # fmt: skip
 GEOMETRY = AttentionGeometry(hidden_size=64, num_query_heads=4, num_kv_heads=2, head_dim=16)
+
+
+DENSITY = {"prompt": 1.0, "steps": 1.0}
 
 
 def run(*words: object) -> Result:
@@ -327,6 +331,29 @@ def test_a_converted_model_is_refused(pair: tuple[Path, Path]) -> None:
     assert result.exit_code == 3
     assert "methods are compared on a dense model" in result.stderr
     assert "--plan belongs to --suite compare" in run(pair[0], "--plan", "a=b").stderr
+
+
+@pytest.mark.parametrize(
+    ("hits", "told"),
+    [
+        ({0.1: True}, "no needle of dense is lost"),
+        ({0.1: True, 0.5: False}, "no needle of dense is lost"),
+        ({0.1: False, 0.5: True}, "needles are lost by nsa"),
+        ({}, "no needle of dense is lost"),
+    ],
+    ids=["not all asked yet", "dense loses it too", "another one found", "none asked yet"],
+)
+def test_a_needle_is_lost_where_dense_finds_that_one(hits: dict[float, bool], told: str) -> None:
+    def row(kind: str, found: dict[float, bool]) -> dict:
+        needles = [
+            {"depth": depth, "hit": hit, "nll": 0.0, "cache_bytes": 1, "density": DENSITY, "seconds": 0.0}
+            for depth, hit in found.items()
+        ]
+        names = {"kind": kind, "name": kind, "length": 100, "budget": "64"}
+        return {**names, "texts": {}, "needles": needles}
+
+    rows = [row("dense", {0.1: True, 0.5: False, 0.9: True}), row("nsa", hits)]
+    assert told in comparison_verdict({"rows": rows})
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

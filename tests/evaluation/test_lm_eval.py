@@ -80,6 +80,8 @@ def test_rows_put_both_kinds_of_attention_side_by_side():
     report = {**sample_report(), "benchmarks": [first, second]}
     assert "0.5 on t (acc) where dense attention has 1" in verdict(report)
     assert "0.215 to 0.785" in render_html(report)
+    alone = {**report, "benchmarks": benchmark_rows({"sparse": RESULT, "dense": {"results": {"t": {}}}})}
+    assert "0.5 on t (acc) where dense attention has -" in verdict(alone)
 
 
 @pytest.mark.parametrize(

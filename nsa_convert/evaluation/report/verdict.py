@@ -127,10 +127,10 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 def _benchmark_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence with the first three scores of lm-eval."""
-    parts = [
-        f"{row['sparse']:.4g} on {row['task']} ({row['metric']}) where dense attention has {row['dense']:.4g}"
-        for row in rows[:3]
-    ]
+    parts = []
+    for row in rows[:3]:
+        dense, sparse, _ = benchmark_cells(row)
+        parts.append(f"{sparse} on {row['task']} ({row['metric']}) where dense attention has {dense}")
     more = f", and so on over {len(rows)} scores" if len(rows) > 3 else ""
     return f"By lm-eval it has {' and '.join(parts)}{more}."
 
