@@ -75,12 +75,12 @@ class LossPlan:
     def run(self, model: nn.Module, inputs: Mapping[str, Any], mode: TrainingMode) -> Any:
         """Run one forward pass; ``loss`` of its output is what the pass minimises.
 
-        Without a next-token loss only the last token's logits are computed.
+        Without a next-token loss and without a divergence only the last token's logits are computed.
 
         Returns:
             :class:`SparseCausalLMOutput`.
         """
-        if self.cross_entropy > 0:
+        if mode.cross_entropy > 0 or mode.teacher_kl > 0:
             return model(**inputs, training_mode=mode)
 
         rest = {name: x for name, x in inputs.items() if name not in LABELS}

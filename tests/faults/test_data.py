@@ -254,6 +254,24 @@ def test_da13_texts_that_are_both_trained_on_and_held_out(tmp_path):
     assert shared == sum(text in squeezed[0] for text in held_texts) > 0
 
 
+def test_da13_what_cannot_be_held_out_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="hold_out and size need a source that can be counted"):
+        Source(kind="hub", path="some/set", streaming=True, hold_out=0.1)
+    with pytest.raises(ConfigError, match="holds no document out"):
+        open_source(Source(kind="python"), tmp_path, held_out=True)
+
+
+def test_da13_size_takes_documents_with_and_without_a_held_out_part(tmp_path):
+    write_lines(tmp_path / "a.jsonl", *({"text": f"{WORDS}{i}"} for i in range(20)))
+    every, few, kept = (
+        open_source(Source(**jsonl(**more)), tmp_path)
+        for more in ({}, {"size": 3}, {"size": 3, "hold_out": 0.5})
+    )
+    assert [every.count, few.count, kept.count] == [20, 3, 3]
+    assert [few.read(i) for i in range(3)] == [every.read(i) for i in range(3)]
+    assert len({every.fingerprint(), few.fingerprint(), kept.fingerprint()}) == 3
+
+
 def test_da13_evaluation_texts_in_the_training_data(tmp_path):
     import yaml
 

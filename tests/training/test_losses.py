@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from nsa_convert.patch.patching import patch_model, sparse_methods
 from nsa_convert.training.losses import LossPlan, loss_plan, loss_problems, uniform
 from nsa_convert.training.recipe.fields import read_dataclass
 from nsa_convert.training.recipe.schema import Stage
+from nsa_convert.training.run.stages import flops_per_token
 from tests.models import MOBA, NSA, SSA, VARIANTS, dense_model, plan, tokens, trained_model
-from tests.training.recipes import stage
+from tests.training.recipes import recipe, stage
 
 LENGTH = 53
 
@@ -367,3 +369,14 @@ def test_a_selection_that_looks_ahead_is_not_trained(method: str) -> None:
     methods = sparse_methods(patch_model(dense_model("llama"), plan({"method": method})))
     assert f"{method} chooses keys by later tokens" in loss_problems(read_stage(), methods)[0]
     assert not loss_problems(read_stage(full_ratio=1.0), methods)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_count_every_matrix_and_the_visible_keys(tmp_path: Path, tied: bool) -> None:
+    model = dense_model("llama", tie_word_embeddings=tied)
+    sizes = model.config
+    matrices = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.dim() > 1)
+    matrices += sizes.vocab_size * sizes.hidden_size  # the LM head, tied or not
+    attention = 12 * sizes.num_hidden_layers * 64 / 2 * sizes.num_attention_heads * sizes.head_dim
+    (row,) = recipe(tmp_path, None, stage(seq_len=64)).stages
+    assert flops_per_token(model, row) == pytest.approx(6 * matrices + attention)

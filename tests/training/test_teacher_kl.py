@@ -40,6 +40,19 @@ def test_value_and_gradient_are_those_of_the_formula(settings):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
+def test_a_stage_of_distillation_alone_reads_every_token(tmp_path):
+    """With cross_entropy 0 the divergence is that of all tokens, not of the last one alone."""
+    found = []
+    for weight in (0.0, 1.0):
+        folder = tmp_path / f"run{weight:g}"
+        train(folder, TINY_NSA, stage(cross_entropy=weight, teacher_kl=0.5, train="new", tokens=64))
+        found.append(json.loads((folder / "log.jsonl").read_text().splitlines()[0]))
+    alone, both = found
+    assert alone["teacher_kl"] > 0
+    assert alone["teacher_kl"] == pytest.approx(both["teacher_kl"], rel=1e-6)
+    assert alone["loss"] == pytest.approx(0.5 * alone["teacher_kl"], rel=1e-3, abs=2e-4)
+
+
 def test_within_the_budget_a_fresh_conversion_is_its_own_teacher():
     from nsa_convert.patch.patching import patch_model
     from tests.models import plan

@@ -129,12 +129,21 @@ def _split(documents: Documents, source: Source, held_out: bool) -> Documents:
     if count == 0:
         raise ConfigError(f"data {source.kind} {source.path or ''} holds no document", code="DA01")
 
-    if count is None or not (source.hold_out or held_out):
+    if held_out and not source.hold_out:
+        raise ConfigError(
+            f"data {source.kind} {source.path or ''} holds no document out",
+            code="DA01",
+            hint="give the source a hold_out, the share of its documents that training never sees",
+        )
+    if count is None or not (source.hold_out or source.size):
         return documents
 
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    cut = count - max(1, round(count * source.hold_out))
-    picked = order[cut:] if held_out else order[:cut]
+    # Without a part to hold out the order stays, and `size` takes the first documents.
+    picked = list(range(count))
+    if source.hold_out:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+        cut = count - max(1, round(count * source.hold_out))
+        picked = order[cut:] if held_out else order[:cut]
     if not picked:
         raise ConfigError(
             f"data {source.kind} {source.path or ''}: {count} documents leave none beside hold_out",
@@ -143,7 +152,7 @@ def _split(documents: Documents, source: Source, held_out: bool) -> Documents:
 
     if source.size:
         picked = picked[: source.size]
-    facts = [documents.facts, source.hold_out, held_out]
+    facts = [documents.facts, source.hold_out, held_out, *([source.size] if source.size else [])]
     return Documents(lambda i: documents.read(picked[i]), len(picked), facts, documents.notes)
 
 

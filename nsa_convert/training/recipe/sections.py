@@ -28,7 +28,7 @@ class Source:
         split: Split of a Hub data set.
         streaming: Read a Hub data set row by row instead of fetching it first.
         hold_out: Share of the documents, at the end, that training never sees.
-        size: Documents a generated kind draws from; 0 for no end.
+        size: Documents to draw from, 0 for all; ``recall`` has no end of its own.
         skip_bad: Documents that may be left out because they are damaged or no text; more are an error.
         pairs: Most key/value pairs in a ``recall`` document, at most 26.
     """
@@ -55,6 +55,11 @@ class Source:
             problems.append(f"weight must be a positive number, got {self.weight}")
         if not 0 <= self.hold_out < 1:
             problems.append(f"hold_out must be at least 0 and below 1, got {self.hold_out}")
+        if self.streaming and (self.hold_out or self.size):
+            problems.append(
+                "hold_out and size need a source that can be counted, not streaming: true; leave that out, "
+                "or hold out another split of the data set"
+            )
         if self.size < 0 or self.skip_bad < 0:
             problems.append(f"size and skip_bad must be >= 0, got {self.size} and {self.skip_bad}")
         if not 1 <= self.pairs <= 26:

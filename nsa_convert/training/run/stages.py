@@ -298,8 +298,10 @@ def flops_per_token(model: PreTrainedModel, stage: Stage) -> float:
     """
     config = model.config
 
-    # The input embedding is a lookup and takes no FLOPs.
+    # The input embedding is a lookup and takes no FLOPs; tied, the same weight is the LM head's matrix.
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        matrices += model.get_input_embeddings().weight.numel()
 
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
