@@ -7,29 +7,14 @@ Only shapes and names are checked here. A method checks its own settings (see
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from nsa_convert.errors import ConfigError
+from nsa_convert.settings import at_least, one_or_more, raise_problems, read_settings, type_problems
 
 FULL = "full"
 """Method name of a layer that keeps dense attention."""
-
-T = TypeVar("T")
-
-
-def suggest(name: str, known: Collection[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known name, or the list of known names."""
-    near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    return f"; known: {', '.join(sorted(known))}"
-
-
-def unknown_keys(given: Collection[str], known: Collection[str], where: str) -> list[str]:
-    """Return one problem line for each key of ``given`` that is not in ``known``."""
-    return [f"{where}: unknown key '{key}'{suggest(key, known)}" for key in given if key not in known]
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
@@ -41,68 +26,6 @@ def number_ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def raise_problems(problems: list[str], *, code: str = "CF13", hint: str | None = None) -> None:
-    """Raise one ConfigError that lists every problem, or return when there is none."""
-    if problems:
-        raise ConfigError("; ".join(problems), code=code, hint=hint)
-
-
-def between(name: str, value: float, least: float, most: float) -> list[str]:
-    """Return the problem of a setting outside of a range, if it has one."""
-    return [] if least <= value <= most else [f"{name} must be between {least} and {most}, got {value}"]
-
-
-def at_least(least: int, **values: int) -> list[str]:
-    """Return the problems of settings below a limit."""
-    return [f"{name} must be >= {least}, got {x}" for name, x in values.items() if x < least]
-
-
-def one_or_more(names: Sequence[str], settings: object) -> list[str]:
-    """Return the problems of settings that must be at least 1."""
-    return at_least(1, **{name: getattr(settings, name) for name in names})
-
-
-def strict_dataclass(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from a mapping, every key and type checked.
-
-    Args:
-        cls: Dataclass whose fields are int, float, bool, str or ``Literal``.
-        values: Given keys and values.
-        where: Prefix of the messages.
-
-    Raises:
-        ConfigError: Unknown keys (the nearest field is named), wrong types, or whatever the dataclass
-            itself refuses; all problems in one message.
-    """
-    hints = get_type_hints(cls)
-    problems = unknown_keys(values, hints, where)
-    for key, value in values.items():
-        if key in hints and not _matches(value, hints[key]):
-            problems.append(f"{where}: {key} must be {_describe(hints[key])}, got {value!r}")
-    raise_problems(problems)
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}", code=error.code, hint=error.hint) from error
-
-
-def _matches(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is list:
-        return isinstance(value, (list, tuple))
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}
-    return names.get(kind, str(kind))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,11 +47,8 @@ class AttentionGeometry:
     qkv_bias: bool = False
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be a positive integer, got {value!r}"
-            for name, value in vars(self).items()
-            if name != "qkv_bias" and (not _matches(value, int) or value < 1)
-        ]
+        sizes = [field.name for field in dataclasses.fields(self) if field.name != "qkv_bias"]
+        problems = type_problems(self) or one_or_more(sizes, self)
         if not problems and self.num_query_heads % self.num_kv_heads:
             problems.append(
                 f"num_attention_heads {self.num_query_heads} is not a multiple of "
@@ -159,28 +79,23 @@ class LayerRule:
     heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        if not isinstance(self.method, str) or not self.method:
-            problems.append(f"method must be a name, got {self.method!r}")
-        for name, numbers, least in (("layers", self.layers, None), ("heads", self.heads, 0)):
-            problems += _list_problems(name, numbers, least)
+        problems = type_problems(self)
+        if not problems:
+            problems += _list_problems("layers", self.layers)
+            problems += _list_problems("heads", self.heads)
+            problems += at_least(0, heads=min(self.heads or (0,)))
         raise_problems(problems, code="RC10")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "rule") -> LayerRule:
         """Read ``{"method": ..., "layers": [...], "heads": [...], **settings}``."""
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{where}: expected a mapping with 'method', got {values!r}", code="CF20")
-        rest = dict(values)
-        if "method" not in rest:
-            raise ConfigError(f"{where}: 'method' is missing", code="CF20")
-        method = rest.pop("method")
-        lists = {name: rest.pop(name, None) for name in ("layers", "heads")}
-        for name, given in lists.items():
-            if given is not None and not isinstance(given, (list, tuple)):
-                raise ConfigError(f"{where}: {name} must be a list of integers, got {given!r}", code="RC10")
-        numbers = {name: None if given is None else tuple(given) for name, given in lists.items()}
-        return cls(method=method, settings=rest, **numbers)
+        return read_settings(cls, values, where, code="CF20")
+
+    @staticmethod
+    def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a rule is read from: the settings of the method stand beside the rule's own keys."""
+        own = {key: values[key] for key in ("method", "layers", "heads") if key in values}
+        return {**own, "settings": {key: values[key] for key in values if key not in own}}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that :meth:`from_dict` reads."""
@@ -191,14 +106,11 @@ class LayerRule:
         return out
 
 
-def _list_problems(name: str, numbers: tuple[int, ...] | None, least: int | None) -> list[str]:
+def _list_problems(name: str, numbers: tuple[int, ...] | None) -> list[str]:
     if numbers is None:
         return []
     if not numbers:
         return [f"{name} is empty; leave it out to cover all {name}"]
-    integers = all(isinstance(i, int) and not isinstance(i, bool) for i in numbers)
-    if not integers or (least is not None and min(numbers) < least):
-        return [f"{name} must be integers{'' if least is None else ' from 0'}, got {list(numbers)}"]
     if len(set(numbers)) != len(numbers):
         return [f"{name} are listed twice: {sorted(numbers)}"]
     return []
@@ -238,20 +150,7 @@ class SparseAttentionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
         """Read ``{"default": {...}, "rules": [...]}``; unknown keys are an error."""
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"sparse_attention: expected a mapping, got {values!r}", code="CF20")
-        raise_problems(unknown_keys(values, {"default", "rules"}, "sparse_attention"))
-        if "default" not in values:
-            raise ConfigError("sparse_attention: 'default' is missing", code="CF20")
-        rules = values.get("rules", ())
-        if not isinstance(rules, (list, tuple)):
-            raise ConfigError(f"sparse_attention.rules: expected a list, got {rules!r}", code="CF20")
-        return cls(
-            default=LayerRule.from_dict(values["default"], "sparse_attention.default"),
-            rules=tuple(
-                LayerRule.from_dict(rule, f"sparse_attention.rules[{i}]") for i, rule in enumerate(rules)
-            ),
-        )
+        return read_settings(cls, values, "sparse_attention", code="CF20")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that :meth:`from_dict` reads."""

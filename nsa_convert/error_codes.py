@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from nsa_convert.config import suggest
 from nsa_convert.errors import UsageError
+from nsa_convert.settings import suggest
 
 EXIT_STATUS = {
     0: "done",

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, SparseAttentionConfig, raise_problems
+from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.families import family_of, geometry_of
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.mix import leaves
 from nsa_convert.methods.parts.registry import build_layer, read_rule
 from nsa_convert.methods.parts.selection import NO_REUSE
+from nsa_convert.settings import raise_problems
 
 AUTO_CLASSES = {
     "AutoModel": "Model",

@@ -53,20 +53,26 @@ def test_a_layer_named_from_both_ends_is_refused() -> None:
         ([], "expected a mapping"),
         ({"default": {"method": "nsa"}, "rule": []}, "did you mean 'rules'"),
         ({"default": {"block_size": 64}}, "'method' is missing"),
-        ({"default": {"method": 3}}, "method must be a name"),
+        ({"default": {"method": 3}}, "method must be a text, got 3"),
         ({"default": {"method": "nsa", "layers": [1]}}, "belongs in a rule"),
         (
             {"default": {"method": "nsa"}, "rules": [{"method": "full", "layer": 3}]},
             "'layers' is missing, it has method, layer",
         ),
-        ({"default": {"method": "nsa"}, "rules": {"method": "full"}}, "expected a list"),
+        ({"default": {"method": "nsa"}, "rules": {"method": "full"}}, "rules must be a list, got"),
         ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": []}]}, "layers is empty"),
-        ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": "0-3"}]}, "list of integers"),
-        ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1.5]}]}, "must be integers"),
+        (
+            {"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": "0-3"}]},
+            "layers must be a list of whole numbers, got '0-3'",
+        ),
+        (
+            {"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1.5]}]},
+            "layers must be a list of whole numbers",
+        ),
         ({"default": {"method": "nsa", "heads": [0]}}, "belongs in a rule"),
         (
             {"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": [1], "heads": [-1]}]},
-            "integers from 0",
+            "heads must be >= 0, got -1",
         ),
         (
             {
@@ -109,7 +115,7 @@ def test_layers_outside_the_model() -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 3), (0, 1), (4, True), (4, "2"), (-4, 2), (4, 8)])
 def test_bad_geometry(heads: object, kv_heads: object) -> None:
-    with pytest.raises(ConfigError, match="multiple|positive integer"):
+    with pytest.raises(ConfigError, match="multiple|must be a whole number|must be >= 1"):
         AttentionGeometry(hidden_size=8, num_query_heads=heads, num_kv_heads=kv_heads, head_dim=2)
 
 

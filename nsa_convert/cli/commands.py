@@ -12,7 +12,7 @@ from nsa_convert.cli.frame import Commands, common, hint, print_json, shard_prog
 from nsa_convert.cli.training import recipes, train
 from nsa_convert.errors import ConfigError, MachineError, UsageError
 
-BENCH_SETTINGS = ("dtype", "repeats", "dense")
+BENCH_SETTINGS = {"dtype": str, "repeats": int, "dense": bool}
 
 
 @click.group(
@@ -244,10 +244,10 @@ def bench(
     """Time sparse against dense attention on this machine."""
     from nsa_convert.bench import run_bench
     from nsa_convert.cli.options import parse_lengths, read_method
-    from nsa_convert.config import raise_problems, unknown_keys
+    from nsa_convert.settings import read_values
 
     settings, plan = read_method(method, pairs, BENCH_SETTINGS)
-    raise_problems(unknown_keys(settings, BENCH_SETTINGS, "--set"))
+    settings = read_values(BENCH_SETTINGS, settings, "--set")
 
     if lengths is not None:
         settings["lengths"] = parse_lengths(lengths, "--lengths")

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from nsa_convert.cli.frame import hint, print_json, tell
-from nsa_convert.config import raise_problems, strict_dataclass, suggest, unknown_keys
 from nsa_convert.errors import UsageError
+from nsa_convert.settings import read_settings, read_values, suggest
 
 KINDS = ("budgets", "razor", "duo", "distance", "import")
 """What a profile is made of, chosen by ``--set kind=``."""
@@ -61,12 +61,17 @@ def _make(folder: Path, kind: str, method: str, settings: dict[str, Any]) -> Any
     if kind == "razor":
         from nsa_convert.evaluation.heads.retrieval import razor_probe
 
-        return razor_probe(load_model(folder, dtype), **_checked(settings, {"period": int, "seed": int}))
+        chosen = read_values({"period": int, "seed": int}, settings, "--set")
+        return razor_probe(load_model(folder, dtype), **chosen)
 
     if kind == "distance":
         from nsa_convert.evaluation.heads.retrieval import distance_probe
 
-        chosen = {"length": 500, "tokens": 4096, **_checked(settings, {"length": int, "tokens": int})}
+        chosen = {
+            "length": 500,
+            "tokens": 4096,
+            **read_values({"length": int, "tokens": int}, settings, "--set"),
+        }
         return distance_probe(
             load_model(folder, dtype), _prose(folder, chosen["tokens"]), length=chosen["length"]
         )
@@ -74,7 +79,7 @@ def _make(folder: Path, kind: str, method: str, settings: dict[str, Any]) -> Any
     from nsa_convert.loading import load_tokenizer
     from nsa_convert.training.duo_gates import GateSettings, passkey_cases, train_gates
 
-    gates = strict_dataclass(GateSettings, settings, "--set")
+    gates = read_settings(GateSettings, settings, "--set")
     tokenizer = load_tokenizer(folder)
 
     cases = passkey_cases(
@@ -88,7 +93,7 @@ def _imported(folder: Path, settings: dict[str, Any]) -> Any:
     from nsa_convert.checkpoint.source import open_checkpoint
     from nsa_convert.heads.classes import import_profile
 
-    chosen = _checked(settings, {"file": str})
+    chosen = read_values({"file": str}, settings, "--set")
 
     if "file" not in chosen:
         raise UsageError("kind=import needs --set file=FILE", code="CL02")
@@ -103,18 +108,6 @@ def _prose(folder: Path, tokens: int) -> list[int]:
     from nsa_convert.loading import load_tokenizer
 
     return load_tokenizer(folder).encode(prose_text().text, add_special_tokens=False)[:tokens]
-
-
-def _checked(settings: dict[str, Any], kinds: dict[str, type]) -> dict[str, Any]:
-    """Return settings of known names and types."""
-    problems = unknown_keys(settings, kinds, "--set")
-
-    for name, value in settings.items():
-        if name in kinds and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
-            problems.append(f"--set {name} must be {kinds[name].__name__}, got {value!r}")
-
-    raise_problems(problems, code="CF13" if settings.keys() - kinds.keys() else "CF22")
-    return settings
 
 
 def _show_budgets(profile: Any, out: Path, as_json: bool) -> None:

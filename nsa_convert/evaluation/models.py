@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ from nsa_convert.patch.patching import patch_model, unpatch_model
 from nsa_convert.plan import resolve_plan
 from nsa_convert.strict_files import read_json_mapping
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = {name: getattr(torch, name) for name in get_args(Dtype)}
 UNLIMITED = 1 << 40
 """A visible budget above this is no limit: the layer is dense."""
 SCORED_TOKENS = 256

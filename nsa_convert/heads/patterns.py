@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nsa_convert.config import LayerRule, SparseAttentionConfig, raise_problems
+from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.minference import head_problems
+from nsa_convert.settings import raise_problems
 from nsa_convert.strict_files import parse_json
 
 FILE_LIMIT = 16 << 20

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.errors import ConfigError
 from nsa_convert.kernels.indexed import token_topk
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
 from nsa_convert.methods.parts.index import INDEX_TRAINING, Index, IndexKey, index_weights
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import TokenSelection
+from nsa_convert.settings import raise_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import at_least, between, one_or_more, raise_problems
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
 from nsa_convert.methods.parts.last_queries import last_attention
 from nsa_convert.methods.parts.prefill import BlockPrefillMethod
@@ -25,6 +24,7 @@ from nsa_convert.methods.parts.tile_budgets import (
     mean_rows,
     sum_runs,
 )
+from nsa_convert.settings import at_least, between, one_or_more, raise_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

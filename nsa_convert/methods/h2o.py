@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nsa_convert.config import AttentionGeometry, at_least, raise_problems
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.attention import dense_attention
 from nsa_convert.methods.parts.base import (
     AttentionInputs,
@@ -30,6 +30,7 @@ from nsa_convert.methods.parts.base import (
 from nsa_convert.methods.parts.budget import parts_of
 from nsa_convert.methods.parts.cache_policy import CachePolicy
 from nsa_convert.methods.parts.column_sums import attend_and_sum
+from nsa_convert.settings import at_least, raise_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

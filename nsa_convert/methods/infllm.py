@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, at_least, one_or_more, raise_problems
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.common.flash import attend_rows, plain_attention
 from nsa_convert.kernels.common.merge import merge_lse
@@ -38,6 +38,7 @@ from nsa_convert.methods.parts.budget import parts_of
 from nsa_convert.methods.parts.cache_policy import KeepAll
 from nsa_convert.methods.parts.column_sums import column_sums
 from nsa_convert.patterns import BlockSelection, Pattern, SequenceLayout, SinkWindow, TokenSelection
+from nsa_convert.settings import at_least, one_or_more, raise_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

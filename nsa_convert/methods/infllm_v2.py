@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from nsa_convert.config import at_least, raise_problems, strict_dataclass, unknown_keys
 from nsa_convert.kernels.compressed import block_topk, compressed_attention
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Pool
 from nsa_convert.methods.parts.budget import parts_of, widened
 from nsa_convert.methods.parts.selection import NO_REUSE, SelectingMethod
 from nsa_convert.patterns import BlockSelection, BlockTopK
+from nsa_convert.settings import at_least, raise_problems, read_settings, unknown_keys
 
 COARSER = 4
 """The coarse cells are this many times as long and as far apart as those that score."""
@@ -197,7 +197,7 @@ def from_sparse_config(values: Mapping[str, Any]) -> InfLLMv2Settings:
     raise_problems(problems, code="CF22")
 
     shared = {key: values[key] for key in _SHARED_KEYS if key in values}
-    return strict_dataclass(InfLLMv2Settings, shared, "sparse_config")
+    return read_settings(InfLLMv2Settings, shared, "sparse_config")
 
 
 def to_sparse_config(settings: InfLLMv2Settings) -> dict[str, Any]:

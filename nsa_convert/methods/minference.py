@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import at_least, one_or_more, raise_problems
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
 from nsa_convert.methods.parts.last_queries import last_attention
 from nsa_convert.methods.parts.prefill import PrefillMethod
@@ -30,6 +29,7 @@ from nsa_convert.methods.parts.tile_budgets import (
     mean_rows,
 )
 from nsa_convert.patterns import Pattern, TokenSelection
+from nsa_convert.settings import at_least, one_or_more, raise_problems
 
 KINDS = ("vertical_and_slash", "stream_llm", "block_sparse")
 """Names of the patterns, as the published head files spell them."""

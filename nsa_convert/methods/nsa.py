@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from nsa_convert.config import AttentionGeometry, at_least
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.compressed import CompressedOutput, block_topk, compressed_attention
 from nsa_convert.kernels.compressed.cells import CellGrid
@@ -40,6 +40,7 @@ from nsa_convert.methods.parts.losses import score_kl
 from nsa_convert.methods.parts.scores import for_loss, half_variance, scored, with_scores
 from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patterns import BlockTopK, Pattern, SinkWindow
+from nsa_convert.settings import at_least
 
 TAUGHT = "taught key"
 """Pool of compressed keys that pass no gradient on to the keys."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, at_least, raise_problems
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.kernels.common.merge import merge_lse
 from nsa_convert.methods.parts.base import (
@@ -29,6 +29,7 @@ from nsa_convert.methods.parts.base import (
 from nsa_convert.methods.parts.budget import band_of
 from nsa_convert.methods.parts.cache_policy import KeepRecent
 from nsa_convert.patterns import SinkWindow
+from nsa_convert.settings import at_least, raise_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import at_least, between, one_or_more, raise_problems
 from nsa_convert.kernels.union.skipping import LEAST_ROWS, skipping_attention
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, record
 from nsa_convert.methods.parts.prefill import BlockPrefillMethod
@@ -28,6 +27,7 @@ from nsa_convert.methods.parts.tile_budgets import (
     mean_rows,
     share_in_group,
 )
+from nsa_convert.settings import at_least, between, one_or_more, raise_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

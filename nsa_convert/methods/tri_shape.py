@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import at_least, raise_problems
 from nsa_convert.kernels.attention import dense_attention, sparse_attention
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec, Reach, record
 from nsa_convert.methods.parts.budget import band_of
 from nsa_convert.methods.parts.prefill import PrefillMethod
 from nsa_convert.patterns import SequenceLayout, SinkWindow
+from nsa_convert.settings import at_least, raise_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

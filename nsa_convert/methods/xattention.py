@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nsa_convert.config import at_least, between, one_or_more, raise_problems
 from nsa_convert.methods.parts.base import AttentionInputs, MethodSpec
 from nsa_convert.methods.parts.prefill import BlockPrefillMethod
 from nsa_convert.methods.parts.tile_budgets import (
@@ -22,6 +21,7 @@ from nsa_convert.methods.parts.tile_budgets import (
     share_in_group,
     sum_runs,
 )
+from nsa_convert.settings import at_least, between, one_or_more, raise_problems
 
 SCORE_BYTES = 1 << 25
 """Scores of token groups that are held at once."""

@@ -27,7 +27,7 @@ CODE_FILES = ("configuration", "sparse_attention", "modeling")
 
 _REGISTRY = "nsa_convert.methods.parts.registry"
 _PARTS = {
-    "sparse_attention": ("errors", "config", "families", "patterns", "kernels", "methods"),
+    "sparse_attention": ("errors", "settings", "config", "families", "patterns", "kernels", "methods"),
     "modeling": ("plan", "patch"),
 }
 

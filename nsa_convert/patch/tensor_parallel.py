@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from nsa_convert.config import raise_problems
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.registry import parallel_problems
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.collectives import Processes
+from nsa_convert.settings import raise_problems
 
 HEAD_STYLE = "nsa_heads"
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nsa_convert.config import LayerRule, SparseAttentionConfig, raise_problems
+from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.heads.profile import HeadProfile
 from nsa_convert.methods.parts.base import teacher_output
 from nsa_convert.patch.patching import patch_model, unpatch_model
+from nsa_convert.settings import raise_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -282,7 +282,7 @@ def test_a_head_profile_is_a_plan(pair: tuple[Path, Path], tmp_path: Path) -> No
         (["--set", "budgets=.inf"], "budgets must be numbers of tokens"),
         (["--set", "budgets=512.5"], "budgets must be numbers of tokens"),
         (["--set", "lengths=-1"], "lengths must be at least 16 tokens"),
-        (["--set", "lengths=long"], "lengths must be a list of numbers, got 'long'"),
+        (["--set", "lengths=long"], "lengths must be a list of whole numbers, got 'long'"),
         (["--set", "budgets=[]"], "budgets must be numbers of tokens"),
         (["--set", "needle_lengths=2000"], "needle_lengths [2000] are beyond the model's 1024 positions"),
         (["--set", "lengths=2000"], "lengths [2000] are beyond"),

@@ -150,8 +150,8 @@ def test_a_dense_model_has_nothing_sparse(pair):
         ({"needle_lengths": [100]}, "without any haystack"),
         ({"needle_lenghts": [500]}, "did you mean 'needle_lengths'"),
         (
-            {"needle_lengths": "many", "dtype": "int8", "num_queries": 0},
-            r"needle_lengths.*dtype must be one of.*num_queries",
+            {"needle_lengths": "many", "dtype": "int8", "num_queries": "few"},
+            r"dtype must be one of.*num_queries must be a whole number.*needle_lengths must be a list",
         ),
         ({"needle_depths": [1.5]}, "between 0 and 1"),
         ({"text_file": "missing.txt"}, "cannot read"),

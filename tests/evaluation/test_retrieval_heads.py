@@ -162,7 +162,7 @@ def test_import_on_the_command_line(tmp_path: Path) -> None:
     [
         (["kind=razr"], "there is no kind 'razr'; did you mean 'razor'?"),
         (["kind=razor", "perod=9"], "unknown key 'perod'; did you mean 'period'?"),
-        (["kind=razor", "period=long"], "--set period must be int, got 'long'"),
+        (["kind=razor", "period=long"], "--set: period must be a whole number, got 'long'"),
         (["kind=import"], "kind=import needs --set file=FILE"),
     ],
 )

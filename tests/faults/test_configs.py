@@ -316,9 +316,9 @@ CF22 = {
     "block": ({"block_size": 9, "compression_stride": 4, "compression_block": 8}, "block_size"),
     "window": ({"window_size": 0}, "window_size"),
     "budget": ({"num_blocks": 1, "num_sink_blocks": 1, "num_local_blocks": 2}, "num_blocks"),
-    "text": ({"block_size": "'64'"}, "must be an integer, got '64'"),
-    "truth": ({"num_blocks": "true"}, "must be an integer, got True"),
-    "fraction": ({"window_size": 1.5}, "must be an integer, got 1.5"),
+    "text": ({"block_size": "'64'"}, "must be a whole number, got '64'"),
+    "truth": ({"num_blocks": "true"}, "must be a whole number, got True"),
+    "fraction": ({"window_size": 1.5}, "must be a whole number, got 1.5"),
     "choice": ({"gate": "x"}, "signed, sigmoid"),
 }
 

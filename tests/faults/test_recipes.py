@@ -171,7 +171,7 @@ def test_rc09_lengths_that_do_not_fit_are_refused_and_none_is_rounded(tmp_path):
         ([1, 1], "layers are listed twice: [1, 1]"),
         ([1, -1], "listed twice"),
         ([], "layers is empty"),
-        ("0-1", "layers must be a list of integers, got '0-1'"),
+        ("0-1", "layers must be a list of whole numbers, got '0-1'"),
     ],
 )
 def test_rc10_layers_that_are_not_there(tmp_path, layers, says):

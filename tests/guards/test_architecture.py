@@ -13,7 +13,7 @@ PACKAGE = "nsa_convert"
 
 # A module may import from its own layer's neighbours only where BESIDE says so, and from every layer below.
 LAYERS = (
-    ("errors", "error_codes", "redaction", "config", "strict_files", "extras", "families"),
+    ("errors", "error_codes", "redaction", "settings", "config", "strict_files", "extras", "families"),
     ("patterns",),
     ("kernels",),
     ("methods",),
@@ -43,7 +43,7 @@ FENCES = {
 }
 
 # What a converted checkpoint carries is written out of these; names are followed through one form of import.
-BUNDLED = {"errors", "config", "families", "patterns", "kernels", "methods", "plan", "patch"}
+BUNDLED = {"errors", "settings", "config", "families", "patterns", "kernels", "methods", "plan", "patch"}
 
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = {"kernels": 120}  # elsewhere 80
@@ -186,7 +186,7 @@ def test_direction_guard_can_fail(path, line, complaint):
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("errors.py", "from nsa_convert.config import suggest"),
+        ("errors.py", "from nsa_convert.settings import suggest"),
         ("methods/x.py", "from nsa_convert.methods.parts.base import Pool\nimport torch"),
         ("kernels/x.py", "import torch\nimport triton"),
         ("cli.py", "import click\nfrom nsa_convert.hub import resolve"),

@@ -158,8 +158,8 @@ class TestInitialisation:
         ({"num_local_blocks": 0}, "its own block"),
         ({"blokc_size": 64}, "did you mean 'block_size'"),
         ({"gate": "softmax"}, "one of signed, sigmoid"),
-        ({"block_size": "64"}, "block_size must be an integer, got '64'"),
-        ({"num_blocks": True}, "num_blocks must be an integer, got True"),
+        ({"block_size": "64"}, "block_size must be a whole number, got '64'"),
+        ({"num_blocks": True}, "num_blocks must be a whole number, got True"),
     ],
 )
 def test_bad_settings(settings: dict, message: str) -> None:

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patch.patching import patch_model, sparse_methods
+from nsa_convert.settings import read_settings
 from nsa_convert.training.losses import LossPlan, loss_plan, loss_problems, uniform
-from nsa_convert.training.recipe.fields import read_dataclass
 from nsa_convert.training.recipe.schema import Stage
 from nsa_convert.training.run.stages import flops_per_token
 from tests.models import MOBA, NSA, SSA, VARIANTS, dense_model, plan, tokens, trained_model
@@ -339,10 +339,7 @@ def test_auxiliary_losses_compile():
 
 def read_stage(**changes: object) -> Stage:
     given = {key: value for key, value in stage(**changes).items() if value is not None}
-    problems: list[str] = []
-    read = read_dataclass(Stage, given, "stage", problems)
-    assert not problems
-    return read
+    return read_settings(Stage, given, "stage")
 
 
 def test_a_method_that_also_runs_dense_can_end_on_dense_steps() -> None:

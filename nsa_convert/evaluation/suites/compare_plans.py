@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig, raise_problems
+from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.models import UNLIMITED, reads_texts
 from nsa_convert.evaluation.suites.compare_settings import GRAIN, CompareSettings, budget_at, budget_label
@@ -14,6 +14,7 @@ from nsa_convert.heads.profile import density_of
 from nsa_convert.methods.parts.mix import leaves_of
 from nsa_convert.methods.parts.registry import METHODS, method_class
 from nsa_convert.plan import resolve_plan
+from nsa_convert.settings import raise_problems
 
 DENSE = "dense"
 PAIRED_PREFILL = "xattention"

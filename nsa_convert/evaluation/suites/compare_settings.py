@@ -5,26 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from nsa_convert.config import raise_problems, suggest, unknown_keys
 from nsa_convert.evaluation.metrics.mass import NUM_QUERIES
-from nsa_convert.evaluation.models import DTYPES
+from nsa_convert.evaluation.models import Dtype
 from nsa_convert.evaluation.suites.quick_settings import (
-    DEVICES,
-    HAYSTACKS,
-    not_allowed,
-    not_counts,
-    not_flags,
-    read_lists,
+    Device,
+    Haystack,
+    outside_shares,
+    read_suite_settings,
 )
 from nsa_convert.evaluation.tasks.text import MIN_TOKENS
 from nsa_convert.methods.parts.registry import METHODS
+from nsa_convert.settings import at_least, raise_problems, suggest
 
 GRAIN = 128
 """Budgets that are a share of a length are rounded to a multiple of this, which all blocks divide."""
 TEXTS = ("code", "prose")
-EQUAL = ("visible", "density")
 LISTS = ("methods", "budgets", "lengths", "needle_lengths", "depths", "texts")
 
 
@@ -51,14 +48,14 @@ class CompareSettings:
 
     methods: tuple[str, ...] = tuple(METHODS)
     budgets: tuple[float, ...] = (0.25,)
-    equal: str = "visible"
+    equal: Literal["visible", "density"] = "visible"
     lengths: tuple[int, ...] = (2048,)
     needle_lengths: tuple[int, ...] | None = None
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     texts: tuple[str, ...] = TEXTS
-    haystack: str = "noise"
-    dtype: str = "float32"
-    device: str = "auto"
+    haystack: Haystack = "noise"
+    dtype: Dtype = "float32"
+    device: Device = "auto"
     num_queries: int = NUM_QUERIES
     finished: bool = False
     seed: int = 0
@@ -70,19 +67,13 @@ class CompareSettings:
         Raises:
             ConfigError: Unknown keys, methods and bad values, all in one message.
         """
-        raise_problems(unknown_keys(values, {f.name for f in dataclasses.fields(cls)}, "eval settings"))
-        return cls(**values)
+        return read_suite_settings(cls, values)
 
     def __post_init__(self) -> None:
         if self.needle_lengths is None:
             object.__setattr__(self, "needle_lengths", self.lengths)
-        problems = read_lists(
-            self, methods=str, budgets=float, lengths=int, needle_lengths=int, depths=float, texts=str
-        )
-        problems += not_allowed(self, equal=EQUAL, dtype=tuple(DTYPES), device=DEVICES, haystack=HAYSTACKS)
-        problems += not_counts(self, num_queries=1, seed=0) + not_flags(self, "finished")
-        problems += [] if problems else self._list_problems()
-        raise_problems(problems, code="RC10")
+        problems = at_least(1, num_queries=self.num_queries) + at_least(0, seed=self.seed)
+        raise_problems([*problems, *self._list_problems()], code="RC10")
         unknown = [name for name in self.methods if name not in METHODS]
         raise_problems(
             [f"unknown method '{name}'{suggest(name, METHODS)}" for name in unknown], code="RC02",
@@ -95,8 +86,7 @@ class CompareSettings:
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         unknown = [name for name in self.texts if name not in TEXTS]
         problems = [f"there is no text {name!r} (texts: {', '.join(TEXTS)})" for name in unknown]
-        if not all(0 <= depth <= 1 for depth in self.depths):
-            problems.append(f"depths must be between 0 and 1, got {list(self.depths)}")
+        problems += outside_shares("depths", self.depths)
         short = [n for n in self.all_lengths() if n < MIN_TOKENS]
         if short:
             problems.append(f"lengths must be at least {MIN_TOKENS} tokens, got {short}")

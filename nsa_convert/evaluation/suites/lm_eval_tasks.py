@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsa_convert.config import SparseAttentionConfig, raise_problems, unknown_keys
+from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, MachineError
 from nsa_convert.evaluation.models import (
+    Dtype,
     ModelFacts,
     dense_attention_in,
     load_model,
@@ -31,7 +32,7 @@ from nsa_convert.evaluation.report.html import require_html
 from nsa_convert.evaluation.report.identity import choose_device
 from nsa_convert.evaluation.report.suite_report import SuiteReport, envelope, finish
 from nsa_convert.evaluation.report.verdict import wilson
-from nsa_convert.evaluation.suites.quick_settings import numbers
+from nsa_convert.evaluation.suites.quick_settings import Device, read_suite_settings
 from nsa_convert.extras import pip_line
 from nsa_convert.loading import load_tokenizer
 
@@ -60,15 +61,25 @@ class TaskSettings:
         seed: Of everything lm-eval draws.
     """
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
     include_path: str | None = None
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 1
     max_length: int | None = None
-    dtype: str = "float32"
-    device: str = "auto"
+    dtype: Dtype = "float32"
+    device: Device = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("the suite needs tasks", code="RC10", hint="--set tasks=arc_easy,hellaswag")
+        if foreign := [name for name in self.tasks if RUNS_FOREIGN_CODE.search(name)]:
+            raise ConfigError(
+                f"lm-eval runs code of the model's repository for {', '.join(foreign)}",
+                code="EV11",
+                hint="--suite long has these tasks and runs no code of the model",
+            )
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> TaskSettings:
@@ -77,20 +88,7 @@ class TaskSettings:
         Raises:
             ConfigError: Unknown keys, no tasks, or tasks that would run foreign code (EV11).
         """
-        raise_problems(unknown_keys(values, {f.name for f in dataclasses.fields(cls)}, "eval settings"))
-
-        names = numbers(values.get("tasks", ()), str)
-        if not names:
-            raise ConfigError("the suite needs tasks", code="RC10", hint="--set tasks=arc_easy,hellaswag")
-
-        if foreign := [name for name in names if RUNS_FOREIGN_CODE.search(name)]:
-            raise ConfigError(
-                f"lm-eval runs code of the model's repository for {', '.join(foreign)}",
-                code="EV11",
-                hint="--suite long has these tasks and runs no code of the model",
-            )
-
-        return cls(**{**values, "tasks": names})
+        return read_suite_settings(cls, values)
 
 
 @functools.cache

@@ -6,18 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from nsa_convert.config import raise_problems, unknown_keys
 from nsa_convert.evaluation.metrics.mass import NUM_QUERIES
-from nsa_convert.evaluation.models import DTYPES, ModelFacts
+from nsa_convert.evaluation.models import Dtype, ModelFacts
 from nsa_convert.evaluation.suites.quick_settings import (
-    DEVICES,
-    HAYSTACKS,
-    not_allowed,
-    not_counts,
-    not_flags,
-    read_lists,
+    Device,
+    Haystack,
+    outside_shares,
+    read_suite_settings,
 )
 from nsa_convert.evaluation.tasks.ruler import RULER_TASKS
+from nsa_convert.settings import at_least, raise_problems
 
 RECALL = "recall"
 TASKS = (*RULER_TASKS, RECALL)
@@ -52,9 +50,9 @@ class LongSettings:
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     samples: int = 1
     qa_file: str | None = None
-    haystack: str = "noise"
-    dtype: str = "float32"
-    device: str = "auto"
+    haystack: Haystack = "noise"
+    dtype: Dtype = "float32"
+    device: Device = "auto"
     num_queries: int = NUM_QUERIES
     beyond_positions: bool = False
     times: bool = True
@@ -67,10 +65,10 @@ class LongSettings:
         Raises:
             ConfigError: Unknown keys and bad values, all in one message.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        raise_problems(unknown_keys(values, known, "eval settings"))
         full = suite == "full"
-        chosen = cls(**{"samples": 5 if full else 1, **values})
+        chosen = read_suite_settings(cls, {"samples": 5 if full else 1, **values})
+
+        # Lengths that nobody gave are multiples of the visible budget.
         budget = model.visible_budget or DEFAULT_BUDGET
         limit = model.max_positions or budget * 32
         lengths = chosen.lengths or tuple(
@@ -84,16 +82,11 @@ class LongSettings:
         )
 
     def __post_init__(self) -> None:
-        problems = read_lists(self, lengths=int, task_lengths=int, depths=float, tasks=str)
-        problems += not_allowed(self, dtype=tuple(DTYPES), device=DEVICES, haystack=HAYSTACKS)
-        problems += not_counts(self, samples=1, num_queries=1, seed=0)
-        problems += not_flags(self, "beyond_positions", "times")
-        if not problems:
-            problems += [
-                f"there is no task {name!r} (tasks: {', '.join(TASKS)})"
-                for name in self.tasks
-                if name not in TASKS
-            ]
-            if not all(0 <= depth <= 1 for depth in self.depths):
-                problems.append(f"depths must be between 0 and 1, got {list(self.depths)}")
+        problems = at_least(1, samples=self.samples, num_queries=self.num_queries)
+        problems += at_least(0, seed=self.seed) + outside_shares("depths", self.depths)
+        problems += [
+            f"there is no task {name!r} (tasks: {', '.join(TASKS)})"
+            for name in self.tasks
+            if name not in TASKS
+        ]
         raise_problems(problems, code="RC10")

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nsa_convert.config import raise_problems
 from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.models import ModelFacts
 from nsa_convert.evaluation.suites.quick_settings import QuickSettings
@@ -21,6 +20,7 @@ from nsa_convert.evaluation.tasks.text import (
     prose_text,
 )
 from nsa_convert.loading import load_tokenizer
+from nsa_convert.settings import raise_problems
 
 BUDGETS = 4
 """Default length in visible budgets: far beyond the point where the first keys are hidden."""

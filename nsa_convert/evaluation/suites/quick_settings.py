@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from nsa_convert.config import raise_problems, unknown_keys
 from nsa_convert.evaluation.metrics.mass import NUM_QUERIES
-from nsa_convert.evaluation.models import DTYPES
+from nsa_convert.evaluation.models import Dtype
 from nsa_convert.evaluation.tasks.needle import DEPTHS
+from nsa_convert.settings import at_least, raise_problems, read_settings
 
-HAYSTACKS = ("noise", "prose")
-DEVICES = ("auto", "cpu", "cuda")
+T = TypeVar("T")
+
+Haystack = Literal["noise", "prose"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,78 +33,57 @@ class QuickSettings:
         seed: Of the needles.
     """
 
-    dtype: str = "float32"
-    device: str = "auto"
+    dtype: Dtype = "float32"
+    device: Device = "auto"
     num_queries: int = NUM_QUERIES
     needle_lengths: tuple[int, ...] = ()
     needle_depths: tuple[float, ...] = DEPTHS
-    needle_haystack: str = "noise"
+    needle_haystack: Haystack = "noise"
     needle_chat: bool = False
     seed: int = 0
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> QuickSettings:
         """Return checked settings; raises ConfigError that names unknown keys and bad values."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        raise_problems(unknown_keys(values, known, "eval settings"))
-        return cls(**values)
+        return read_suite_settings(cls, values)
 
     def __post_init__(self) -> None:
-        problems = read_lists(self, needle_lengths=int, needle_depths=float)
-        problems += not_allowed(self, dtype=tuple(DTYPES), device=DEVICES, needle_haystack=HAYSTACKS)
-        problems += not_counts(self, num_queries=1, seed=0) + not_flags(self, "needle_chat")
-        if not problems and not all(0 <= depth <= 1 for depth in self.needle_depths):
-            problems.append(f"needle_depths must be between 0 and 1, got {list(self.needle_depths)}")
-        if not problems and self.needle_lengths and not self.needle_depths:
+        problems = at_least(1, num_queries=self.num_queries) + at_least(0, seed=self.seed)
+        problems += outside_shares("needle_depths", self.needle_depths)
+        if self.needle_lengths and not self.needle_depths:
             problems.append("needle_depths is empty: leave it out for the default depths")
         raise_problems(problems, code="RC10")
 
 
-def read_lists(settings: Any, **kinds: type) -> list[str]:
-    """Read the named fields of a frozen dataclass as lists; return the problems."""
-    problems = []
-    for name, kind in kinds.items():
-        value = getattr(settings, name)
-        try:
-            object.__setattr__(settings, name, numbers(value, kind))
-        except (TypeError, ValueError):  # why: collected with the value and raised together
-            problems.append(f"{name} must be a list{'' if kind is str else ' of numbers'}, got {value!r}")
-    return problems
+def read_suite_settings(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Build the settings of a suite; a list may be written as ``"1024,2048"`` or as its only item.
+
+    Raises:
+        ConfigError: Unknown keys, wrong types and bad values, all in one message.
+    """
+    hints = get_type_hints(cls)
+    items = {name: get_args(kind)[0] for name, hint in hints.items() for kind in _tuples(hint)}
+    lists = {key: _as_list(value, items[key]) for key, value in values.items() if key in items}
+    return read_settings(cls, {**values, **lists}, "eval settings", code="RC10")
 
 
-def not_allowed(settings: Any, **allowed: tuple[str, ...]) -> list[str]:
-    """Return the problems of fields that take one of a few words."""
-    return [
-        f"{name} must be one of {', '.join(words)}, got {getattr(settings, name)!r}"
-        for name, words in allowed.items()
-        if getattr(settings, name) not in words
-    ]
+def _tuples(hint: Any) -> list[Any]:
+    """Return the types of lists that a field may have."""
+    return [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]
 
 
-def not_counts(settings: Any, **least: int) -> list[str]:
-    """Return the problems of fields that are whole numbers from a least one on."""
-    given = {name: getattr(settings, name) for name in least}
-    return [
-        f"{name} must be a whole number >= {least[name]}, got {value!r}"
-        for name, value in given.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]
-    ]
-
-
-def not_flags(settings: Any, *names: str) -> list[str]:
-    """Return the problems of fields that are true or false."""
-    given = {name: getattr(settings, name) for name in names}
-    return [
-        f"{name} must be true or false, got {value!r}"
-        for name, value in given.items()
-        if not isinstance(value, bool)
-    ]
-
-
-def numbers(value: Any, kind: type) -> tuple[Any, ...]:
-    """Read a number, a list of numbers, or ``"1024,2048"``."""
+def _as_list(value: Any, item: type) -> Any:
+    """Return the list that a text or a single value stands for; what is neither, as it is."""
     if isinstance(value, str):
-        value = [part for part in value.split(",") if part.strip()]
-    if not isinstance(value, (list, tuple)):
-        value = [value]
-    return tuple(kind(part) for part in value)
+        try:
+            return [item(part) for part in value.split(",") if part.strip()]
+        except ValueError:  # why: refused where the types are checked
+            return value
+    return [value] if isinstance(value, item | int) else value
+
+
+def outside_shares(name: str, values: Sequence[float]) -> list[str]:
+    """Return the problem of a list whose values are not all from 0 to 1, if it has one."""
+    if all(0 <= value <= 1 for value in values):
+        return []
+    return [f"{name} must be between 0 and 1, got {list(values)}"]

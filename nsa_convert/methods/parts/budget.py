@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from nsa_convert.config import at_least, raise_problems
 from nsa_convert.errors import ConfigError
 from nsa_convert.patterns import BlockTopK
+from nsa_convert.settings import at_least, raise_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from nsa_convert.config import AttentionGeometry, raise_problems
+from nsa_convert.config import AttentionGeometry
 from nsa_convert.methods.parts.base import AttentionInputs, CacheNeeds, MethodSpec, Reach, SparseMethod
 from nsa_convert.methods.parts.inputs import select_heads
 from nsa_convert.methods.parts.mix import Member, Mix, of_member
 from nsa_convert.methods.parts.prefill import is_step
 from nsa_convert.methods.parts.training_mode import TrainingMode
+from nsa_convert.settings import raise_problems
 
 
 @dataclasses.dataclass(frozen=True)

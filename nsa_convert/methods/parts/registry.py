@@ -6,14 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nsa_convert.config import (
-    FULL,
-    AttentionGeometry,
-    LayerRule,
-    SparseAttentionConfig,
-    strict_dataclass,
-    suggest,
-)
+from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.dsa import DSA
 from nsa_convert.methods.flexprefill import FlexPrefill
@@ -35,6 +28,7 @@ from nsa_convert.methods.ssa import SSA
 from nsa_convert.methods.streaming import Streaming
 from nsa_convert.methods.tri_shape import TriShape
 from nsa_convert.methods.xattention import XAttention
+from nsa_convert.settings import read_settings, suggest
 
 METHODS: dict[str, type[SparseMethod]] = {
     "nsa": NSA,
@@ -116,7 +110,7 @@ def read_rule(rule: LayerRule, where: str) -> tuple[type[SparseMethod], Any]:
         ConfigError: Unknown method, unknown setting or bad value.
     """
     method = method_class(rule.method)
-    settings: Any = strict_dataclass(method.Settings, rule.settings, f"{where} ({rule.method})")
+    settings: Any = read_settings(method.Settings, rule.settings, f"{where} ({rule.method})")
     # Settings that name further methods have them read in turn.
     if hasattr(settings, "resolved"):
         settings = settings.resolved(lambda part, name: _read_part(part, f"{where} {name}"))

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from nsa_convert.config import suggest
 from nsa_convert.errors import ConfigError
+from nsa_convert.settings import suggest
 
 PIECE = 1 << 20
 """Bytes of a piece that is hashed of a long file."""

@@ -305,7 +305,7 @@ def _table(source: Source, base: Path, chats: bool) -> Documents:
     # The column must exist; a stream may not know its columns before its first row.
     columns = table.column_names or list(next(iter(table), {}))
     if source.column not in columns:
-        from nsa_convert.config import suggest
+        from nsa_convert.settings import suggest
 
         raise ConfigError(
             f"data {source.kind} {source.path}: no column '{source.column}'{suggest(source.column, columns)}",

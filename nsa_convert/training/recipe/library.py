@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nsa_convert.config import suggest
 from nsa_convert.errors import UsageError
+from nsa_convert.settings import suggest
 
 NOT_RUN = ("accelerate", "base")
 """Folders beside the recipes: presets for ``accelerate launch``, and what recipes build on."""

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nsa_convert.config import SparseAttentionConfig, raise_problems
+from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.redaction import secret_places
+from nsa_convert.settings import raise_problems, read_settings
 from nsa_convert.training.recipe.bases import read_values
-from nsa_convert.training.recipe.fields import read_dataclass
 from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, RopeScaling, Source
 
 SCHEMA = 1
@@ -228,7 +228,7 @@ class Recipe:
             try:
                 SparseAttentionConfig.from_dict(self.sparse_attention)
             except ConfigError as error:
-                problems.append(error.message)
+                problems += [own.message for own in error.problems or (error,)]
         raise_problems(problems, code="RC08")
 
     @property
@@ -282,7 +282,11 @@ def recipe_from_dict(
         )
     for key, value in (overrides or {}).items():
         _override(values, key.split("."), value, key, problems)
-    recipe = read_dataclass(Recipe, values, where, problems)
+    recipe: Recipe | None = None
+    try:
+        recipe = read_settings(Recipe, values, where)
+    except ConfigError as error:
+        problems += [own.message for own in error.problems or (error,)]
     raise_problems(
         [line.removeprefix(f"{where}: ") if len(problems) == 1 else line for line in problems],
         code="RC08",

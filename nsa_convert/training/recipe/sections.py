@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from nsa_convert.config import raise_problems
+from nsa_convert.settings import raise_problems
 
 GENERATED = ("python", "reference", "recall")
 """Kinds of data that need no file: they come with Python or are generated."""

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nsa_convert.config import raise_problems
 from nsa_convert.errors import NsaConvertError
 from nsa_convert.loading import load_causal_model, safe_config
 from nsa_convert.patch.attention import SparseAttention
@@ -24,6 +23,7 @@ from nsa_convert.patch.collectives import Processes
 from nsa_convert.patch.modeling import SparseModelMixin
 from nsa_convert.patch.patching import sparse_methods
 from nsa_convert.patch.tensor_parallel import tensor_problems
+from nsa_convert.settings import raise_problems
 from nsa_convert.training.run.parallel import Parallel
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from nsa_convert.checkpoint.staging import gigabytes
-from nsa_convert.config import raise_problems
 from nsa_convert.errors import ConfigError, NsaConvertError
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.mix import leaves_of
+from nsa_convert.settings import raise_problems
 from nsa_convert.training.data.sources import describe_source, held_out_overlap, open_source
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.recipe.schema import Recipe, Stage
