@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from nsa_convert.config import AttentionGeometry, LayerRule
+from nsa_convert.config import AttentionGeometry, SparseAttentionConfig
 from nsa_convert.errors import CheckFailedError, ConfigError
 from nsa_convert.kernels.attention import sparse_attention
 from nsa_convert.kernels.common.backend import use_backend
@@ -30,7 +30,7 @@ from nsa_convert.kernels.compressed import block_topk, compressed_attention
 from nsa_convert.kernels.selftest import CheckRow, checks_table, self_test
 from nsa_convert.methods.nsa import NSASettings
 from nsa_convert.methods.parts.base import SparseMethod
-from nsa_convert.methods.parts.registry import build_method
+from nsa_convert.methods.parts.registry import build_layer
 from nsa_convert.methods.parts.standalone import prompt_case, step_cases
 from nsa_convert.methods.ssa import SSASettings
 from nsa_convert.patterns import DENSE_LAYOUT, SequenceLayout, SinkWindow
@@ -128,7 +128,7 @@ def run_bench(
     repeats: int = 5,
     dense: bool = True,
     check: bool = False,
-    rule: LayerRule | None = None,
+    plan: SparseAttentionConfig | None = None,
 ) -> BenchReport:
     """Check the ops against the reference, then time NSA, SSA and their parts against dense attention.
 
@@ -140,7 +140,7 @@ def run_bench(
         repeats: Timed runs of a prefill; decode takes ten times as many.
         dense: Whether to time dense attention too.
         check: Whether to compare every op with the reference first: all group sizes, gradients, batches.
-        rule: A method with its settings, to time in place of NSA and SSA.
+        plan: Its first layer is timed in place of NSA and SSA.
 
     Raises:
         ConfigError: A setting is malformed or there is no such device.
@@ -157,7 +157,7 @@ def run_bench(
     # The self-test, and the method to time, if they are asked for.
     rows: list[BenchRow] = []
     checks = self_test(device) if check else ()
-    layer = None if rule is None else build_method(rule, sizes, 0).to(device, kind)
+    layer = None if plan is None else build_layer(plan, sizes, 0).to(device, kind)
 
     # Prefill and decode of one length share their inputs.
     with torch.inference_mode():

@@ -42,7 +42,7 @@ from nsa_convert.config import LayerRule, SparseAttentionConfig, number_ranges
 from nsa_convert.errors import UsageError
 from nsa_convert.estimate import CONTEXTS, ContextCost, context_costs, cost_lines, dense_until
 from nsa_convert.methods.parts.base import SparseMethod
-from nsa_convert.methods.parts.registry import read_rule, settings_dict
+from nsa_convert.methods.parts.registry import read_rule
 from nsa_convert.patch.remote_code import write_code_files
 from nsa_convert.plan import resolve_plan, sparse_config_dict
 
@@ -101,7 +101,7 @@ class ConversionReport:
             f"{self.source['id']} ({self.family})",
             f"kept: {self.kept_parameters:,} parameters in {self.kept_tensors} tensors",
             *(
-                f"layers {run['layers']}{_heads_text(run)}: {run['method']} {_settings_text(run['settings'])}"
+                f"layers {run['layers']}{_scope_text(run)}: {run['method']} {_settings_text(run['settings'])}"
                 for run in self.layers
             ),
             f"new: {self.new_parameters:,} parameters ({share:.2%}) in {len(self.new_tensors)} tensors",
@@ -206,7 +206,7 @@ def explicit_settings(sparse: SparseAttentionConfig) -> SparseAttentionConfig:
 
     def explicit(rule: LayerRule, where: str) -> LayerRule:
         _, settings = read_rule(rule, where)
-        return dataclasses.replace(rule, settings=settings_dict(settings))
+        return dataclasses.replace(rule, settings=dataclasses.asdict(settings))
 
     rules = tuple(explicit(rule, f"rules[{i}]") for i, rule in enumerate(sparse.rules))
     return SparseAttentionConfig(default=explicit(sparse.default, "default"), rules=rules)
@@ -260,6 +260,7 @@ def layer_table(sparse: SparseAttentionConfig, num_layers: int, num_kv_heads: in
         entries = [
             {"method": rule.method, "settings": dict(rule.settings)}
             | ({} if rule.heads is None else {"heads": number_ranges(rule.heads)})
+            | ({} if rule.phase is None else {"phase": rule.phase})
             for rule in sparse.for_layer(layer, num_kv_heads)
         ]
 
@@ -423,8 +424,9 @@ def recipe_text(report: ConversionReport, sparse: SparseAttentionConfig) -> str:
     return f"# nsa-convert convert MODEL OUT --config {RECIPE}\n{body}"
 
 
-def _heads_text(run: dict[str, Any]) -> str:
-    return f", KV heads {run['heads']}" if "heads" in run else ""
+def _scope_text(run: dict[str, Any]) -> str:
+    heads = f", KV heads {run['heads']}" if "heads" in run else ""
+    return heads + (f", {run['phase']}" if "phase" in run else "")
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:

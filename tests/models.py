@@ -89,7 +89,7 @@ VARIANTS = {
     "quest": QUEST,
     "hybrid": HYBRID,
     "msa-reuse": {**MSA, "rules": [{**MSA, "layers": [1, 2], "reuse_from": 0}]},
-    "phases": {"method": "phases", "prefill": SSA, "decode": SSA},
+    "phases": {**SSA, "rules": [{**SSA, "phase": "decode"}]},
     "ssa-gated": {**SSA, "num_blocks": 3, "gate": "signed", "scorer": "second_order"},
 }
 
@@ -139,7 +139,7 @@ EVICTING = {
 EVERY = {**VARIANTS, **PREFILL, **EVICTING}
 """All variants; every method of the registry has one (tests/guards/test_variants.py)."""
 
-METHODS = (*(name for name in VARIANTS if name in REGISTERED and name != "phases"), "hybrid")
+METHODS = (*(name for name in VARIANTS if name in REGISTERED), "hybrid")
 """Variants that are tested with every family; the others, which differ in an option, with one."""
 PAIRS = [(family, name) for name in VARIANTS for family in (FAMILIES if name in METHODS else ("qwen2",))]
 QUICK = {*METHODS, "phases"}

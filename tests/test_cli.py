@@ -290,10 +290,9 @@ def test_a_method_for_each_phase(source, tmp_path):
     result = run("convert", source, tmp_path / "out", *words, "--json")
     assert json.loads(result.stdout)["ok"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    plan = config["sparse_attention"]["default"]
-    assert plan["method"] == "phases"
-    assert (plan["prefill"]["method"], plan["prefill"]["threshold"]) == ("xattention", 0.9)
-    assert (plan["decode"]["method"], plan["decode"]["num_blocks"]) == ("quest", 8)
+    prefill, (decode,) = config["sparse_attention"]["default"], config["sparse_attention"]["rules"]
+    assert (prefill["method"], prefill["threshold"]) == ("xattention", 0.9)
+    assert (decode["method"], decode["num_blocks"], decode["phase"]) == ("quest", 8, "decode")
     assert run("verify", tmp_path / "out").exit_code == 0
 
 

@@ -37,6 +37,46 @@ def test_rules_for_heads_leave_the_rest_to_the_default() -> None:
     assert [(r.method, r.heads) for r in plan.for_layer(2, 4)] == [("full", (0, 2)), ("nsa", (1, 3))]
 
 
+def test_the_narrowest_rule_is_run() -> None:
+    rules = [
+        {"method": "quest", "phase": "decode"},
+        {"method": "full", "layers": [0]},
+        {"method": "h2o", "layers": [1, 2], "phase": "decode"},
+        {"method": "ssa", "layers": [2], "heads": [1]},
+        {"method": "moba", "heads": [0], "phase": "prefill"},
+    ]
+    values = {"default": {"method": "nsa"}, "rules": rules}
+    plan = SparseAttentionConfig.from_dict(values)
+    assert plan.to_dict() == values
+    run = [[(r.method, r.heads, r.phase) for r in plan.for_layer(layer, 2)] for layer in range(4)]
+    moba = ("moba", (0,), "prefill")
+    assert run == [
+        [("full", None, None)],
+        [moba, ("h2o", (0,), "decode"), ("nsa", (1,), "prefill"), ("h2o", (1,), "decode")],
+        [moba, ("h2o", (0,), "decode"), ("ssa", (1,), None)],
+        [moba, ("quest", (0,), "decode"), ("nsa", (1,), "prefill"), ("quest", (1,), "decode")],
+    ]
+
+
+def test_older_plans_name_both_phases_in_one_rule() -> None:
+    pair = {"method": "phases", "prefill": "xattention", "decode": {"method": "quest", "num_blocks": 8}}
+    heads = {"layers": [1], "heads": [0]}
+    rules = [{"method": "full", "layers": [0]}, {"method": "phases", "decode": "h2o", **heads}]
+    plan = SparseAttentionConfig.from_dict({"default": pair, "rules": rules})
+    assert plan.to_dict() == {
+        "default": {"method": "xattention"},
+        "rules": [
+            {"method": "full", "layers": [0]},
+            {"method": "full", **heads, "phase": "prefill"},
+            {"method": "quest", "num_blocks": 8, "phase": "decode"},
+            {"method": "h2o", **heads, "phase": "decode"},
+        ],
+    }
+    settings = {key: pair[key] for key in ("prefill", "decode")}
+    built = SparseAttentionConfig(default=LayerRule(method="phases", settings=settings))
+    assert built.to_dict() == {"default": plan.default.to_dict(), "rules": [plan.rules[2].to_dict()]}
+
+
 def test_a_layer_named_from_both_ends_is_refused() -> None:
     plan = SparseAttentionConfig(
         default=LayerRule(method="nsa"), rules=(LayerRule(method="full", layers=(2, -1)),)
@@ -57,7 +97,7 @@ def test_a_layer_named_from_both_ends_is_refused() -> None:
         ({"default": {"method": "nsa", "layers": [1]}}, "belongs in a rule"),
         (
             {"default": {"method": "nsa"}, "rules": [{"method": "full", "layer": 3}]},
-            "'layers' is missing, it has method, layer",
+            "'layers', 'heads' or 'phase' is missing, it has method, layer",
         ),
         ({"default": {"method": "nsa"}, "rules": {"method": "full"}}, "rules must be a list, got"),
         ({"default": {"method": "nsa"}, "rules": [{"method": "full", "layers": []}]}, "layers is empty"),
@@ -92,6 +132,17 @@ def test_a_layer_named_from_both_ends_is_refused() -> None:
             },
             "layer 1 is named by",
         ),
+        ({"default": {"method": "nsa", "phase": "decode"}}, "'phase' belongs in a rule"),
+        (
+            {"default": {"method": "nsa"}, "rules": [{"method": "full", "phase": "prompt"}]},
+            "phase must be one of prefill, decode, got 'prompt'",
+        ),
+        (
+            {"default": {"method": "nsa"}, "rules": [{"method": name, "phase": "decode"} for name in "ab"]},
+            r"every layer is named by rules\[0\] and rules\[1\]",
+        ),
+        ({"default": {"method": "phases", "prefil": "nsa"}}, "did you mean 'prefill'"),
+        ({"default": {"method": "phases", "phase": "decode"}}, "names both phases; leave out 'phase'"),
     ],
 )
 def test_bad_plans(values: object, message: str) -> None:

@@ -57,7 +57,7 @@ def test_costs_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("method", "adapts"),
     [("xattention", True), ("flexprefill", True), ("spargeattn", True), ("minference", True), ("full", False),
-     ("tri_shape", False), ("h2o", False), ("quest", False), ("phases", False)],
+     ("tri_shape", False), ("h2o", False), ("quest", False)],
 )  # fmt: skip
 def test_work_that_depends_on_the_text_is_said_to(tmp_path, method, adapts):
     report = inspect_checkpoint(write_dense(tmp_path / "dense"), method, (8192,))
@@ -84,8 +84,9 @@ def test_dense_decoding_leaves_the_prompt_sparse():
 
 
 def test_one_adapting_layer_makes_the_work_a_bound(tmp_path):
-    adapting = {"method": "phases", "prefill": "xattention", "decode": "quest", "layers": [1]}
-    plan = SparseAttentionConfig.from_dict({"default": {"method": "full"}, "rules": [adapting]})
+    rules = [{"method": "xattention", "phase": "prefill"}, {"method": "quest", "phase": "decode"}]
+    rules = [{**rule, "layers": [1]} for rule in rules]
+    plan = SparseAttentionConfig.from_dict({"default": {"method": "full"}, "rules": rules})
     geometry = AttentionGeometry(hidden_size=32, num_query_heads=4, num_kv_heads=2, head_dim=8)
     (cost,) = context_costs(resolve_plan(plan, 2, geometry), geometry, 4, [8192])
     assert cost.prefill_depends_on_text

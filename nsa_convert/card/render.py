@@ -189,8 +189,8 @@ def _training_text(training: Mapping[str, Any] | None) -> str:
 
 
 def _layer_row(run: Mapping[str, Any]) -> dict[str, Any]:
-    heads = {"heads": run["heads"]} if "heads" in run else {}
-    return {**run, "text": " ".join(f"{key}={value}" for key, value in {**heads, **run["settings"]}.items())}
+    scope = {key: run[key] for key in ("heads", "phase") if key in run}
+    return {**run, "text": " ".join(f"{key}={value}" for key, value in {**scope, **run["settings"]}.items())}
 
 
 def _cost_row(row: Mapping[str, Any]) -> dict[str, str]:

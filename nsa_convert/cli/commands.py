@@ -252,8 +252,7 @@ def bench(
     if lengths is not None:
         settings["lengths"] = parse_lengths(lengths, "--lengths")
 
-    rule = None if plan is None else plan.default
-    report = run_bench(geometry, device=device, check=check, rule=rule, **settings)
+    report = run_bench(geometry, device=device, check=check, plan=plan, **settings)
 
     if csv_file is not None:
         report.write_csv(csv_file)

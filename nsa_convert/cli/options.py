@@ -74,7 +74,8 @@ def read_method(
 
     own = {key: value for key, value in settings.items() if key not in known}
     plan = SparseAttentionConfig(default=LayerRule(method=method, settings=own))
-    read_rule(plan.default, "--method")
+    for rule in (plan.default, *plan.rules):
+        read_rule(rule, "--method")
 
     return {key: value for key, value in settings.items() if key in known}, plan
 

@@ -17,7 +17,7 @@ from nsa_convert.families import FAMILIES, family_of_sparse, geometry_of
 from nsa_convert.loading import load_causal_model
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.mix import leaves_of
-from nsa_convert.methods.parts.phases import Phases
+from nsa_convert.methods.parts.phases import PhaseMix
 from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.patch.attention import SparseAttention
 from nsa_convert.patch.patching import patch_model, unpatch_model
@@ -124,7 +124,7 @@ def read_both_facts(
 
 def reads_texts(method: SparseMethod) -> bool:
     """Return whether reading a text in one pass shows, causally, everything that a method does."""
-    in_prompts = "prefill" in method.spec.phases and not isinstance(method, Phases)
+    in_prompts = "prefill" in method.spec.phases and not isinstance(method, PhaseMix)
     return method.reach().is_causal and in_prompts
 
 

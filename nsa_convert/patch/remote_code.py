@@ -18,7 +18,7 @@ from nsa_convert import __version__
 from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.families import FAMILIES, family_of_sparse
 from nsa_convert.methods.parts.mix import HeadMix
-from nsa_convert.methods.parts.phases import PhasesSettings
+from nsa_convert.methods.parts.phases import PhaseMix
 from nsa_convert.methods.parts.registry import METHODS, STRUCTURES, read_rule
 from nsa_convert.patch.code_bundle import ENTRIES, File, bundle
 
@@ -109,14 +109,13 @@ def plan_classes(sparse: SparseAttentionConfig) -> list[str]:
     """
     names = set()
     for rule in (sparse.default, *sparse.rules):
-        method, settings = read_rule(rule, "sparse_attention")
+        method, _ = read_rule(rule, "sparse_attention")
         names.add(method.spec.name)
 
-        # A rule by phases names several methods.
-        if isinstance(settings, PhasesSettings):
-            names |= {part.method.spec.name for part in vars(settings).values()}
         if rule.heads is not None:
             names.add(HeadMix.spec.name)
+        if rule.phase is not None:
+            names.add(PhaseMix.spec.name)
 
     return [name for name in (*METHODS, *STRUCTURES) if name in names]
 

@@ -20,7 +20,7 @@ from nsa_convert.evaluation.report.compare_tables import comparison_verdict
 from nsa_convert.evaluation.report.plots import plots_of
 from nsa_convert.evaluation.suites import compare
 from nsa_convert.evaluation.suites.compare import mass_of, run_compare
-from nsa_convert.evaluation.suites.compare_plans import beside_dense, paired
+from nsa_convert.evaluation.suites.compare_plans import beside_dense
 from nsa_convert.evaluation.suites.compare_settings import CompareSettings, budget_at, budget_label
 from nsa_convert.evaluation.suites.finished_cells import CELLS
 from nsa_convert.heads.profile import HeadProfile, density_of
@@ -186,7 +186,7 @@ def without_times(row: dict) -> dict:
     return {**row, "texts": [*row["texts"]], "needles": [{**cell, "seconds": 0} for cell in cells]}
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "phases"])
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("budget", [256, 512, 2048])
 def test_a_budget_is_the_budget(name: str, budget: int) -> None:
     meaning = METHODS[name].Settings
@@ -203,11 +203,9 @@ def test_a_budget_is_the_budget(name: str, budget: int) -> None:
 
 def test_every_method_has_a_budget() -> None:
     """Exactly one of two: so many keys, or a share of the pairs that is searched for."""
-    meanings = {name: method.Settings for name, method in METHODS.items() if name != "phases"}
+    meanings = {name: method.Settings for name, method in METHODS.items()}
     both = {n: [hasattr(s, "at_budget"), hasattr(s, "at_share")].count(True) for n, s in meanings.items()}
     assert both == dict.fromkeys(meanings, 1)
-    settings = paired(512, {"threshold": 0.5})
-    assert build_method(LayerRule(method="phases", settings=settings), GEOMETRY, 0).reach().decode_keys == 512
 
 
 def test_shares_of_a_length_and_equal_densities() -> None:

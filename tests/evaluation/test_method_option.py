@@ -56,7 +56,10 @@ def test_eval_patches_in_memory_what_convert_would_write(pair: tuple[Path, Path]
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("settings", [XATTENTION, QUEST, {"method": "phases", "prefill": XATTENTION}])
+DENSE_STEPS = {**XATTENTION, "rules": [{"method": "full", "phase": "decode"}]}
+
+
+@pytest.mark.parametrize("settings", [XATTENTION, QUEST, DENSE_STEPS])
 def test_what_follows_a_prompt_is_scored(pair: tuple[Path, Path], settings: dict) -> None:
     report = run_quick(pair[0], plan=plan(settings), length=LENGTH)
     assert any("scored after a prompt" in line for line in report.warnings)
@@ -143,9 +146,11 @@ def test_bad_requests(pair: tuple[Path, Path], words: list[str], message: str) -
 
 
 def test_facts(pair: tuple[Path, Path]) -> None:
-    passes = {"nsa": True, "moba": True, "quest": False, "xattention": False, "phases": False}
-    for name, one_pass in passes.items():
-        facts = read_facts(pair[0], plan({"method": name}))
+    plans = {name: {"method": name} for name in ("nsa", "moba", "quest", "xattention")}
+    plans["phases"] = {"method": "nsa", "rules": [{"method": "quest", "phase": "decode"}]}
+    for name, given in plans.items():
+        one_pass = name in ("nsa", "moba")
+        facts = read_facts(pair[0], plan(given))
         assert facts.one_pass == one_pass
         assert facts.methods == (name,) * 3
         assert facts.prompt_of(2000) == (0 if one_pass else 1744)

@@ -184,9 +184,8 @@ PLANS |= {
     "full": {"method": "full"},
     "hybrid": VARIANTS["hybrid"],
     "phases of others": {
-        "method": "phases",
-        "prefill": EVERY["xattention"],
-        "decode": EVERY["streaming-evict"],
+        **EVERY["xattention"],
+        "rules": [{**EVERY["streaming-evict"], "phase": "decode"}],
     },
     "layers": {**SSA, "rules": [{**STREAMING, "layers": [0]}, {**DSA, "layers": [1], "index_key": "shared"}]},
 }
@@ -200,7 +199,8 @@ PLANS[EVERYTHING] = {
         {**plan, "layers": [layer], "heads": [0]}
         for layer, (name, plan) in enumerate(PLANS.items())
         if name in METHODS
-    ],
+    ]
+    + [{"method": "full", "phase": "decode"}],
 }
 
 

@@ -241,7 +241,7 @@ def test_score_kl_teaches_the_compressor_alone(variant):
     learned = {**NSA, "key_compressor": "token_mlp"}
     more = {
         "hybrid-learned": {**learned, "rules": [{**SSA, "layers": [0], "heads": [1]}]},
-        "phases-learned": {"method": "phases", "prefill": learned, "decode": {"method": "full"}},
+        "phases-learned": {**learned, "rules": [{"method": "full", "phase": "decode"}]},
     }
     model, ids = trained_model("llama", {**VARIANTS, **more}[variant]).train(), tokens(1, LENGTH)
     out = model(input_ids=ids, training_mode=TrainingMode(losses=("score_kl",)))

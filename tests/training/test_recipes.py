@@ -107,8 +107,7 @@ def test_every_trainable_method_trains_in_every_precision(name, precision, tmp_p
 
 
 def test_every_trainable_method_has_a_tiny_recipe():
-    missing = {name for name, method in METHODS.items() if method.spec.trainable} - set(TRAINED)
-    assert missing == {"phases"}, "a pair of methods trains the one that reads prompts"
+    assert {name for name, method in METHODS.items() if method.spec.trainable} <= set(TRAINED)
 
 
 def test_recipes_are_listed_and_shown():

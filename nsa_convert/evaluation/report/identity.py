@@ -17,6 +17,7 @@ import transformers
 
 from nsa_convert import __version__
 from nsa_convert.checkpoint.manifest import MANIFEST
+from nsa_convert.config import PAIR, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.models import ModelFacts
 
@@ -107,9 +108,8 @@ def command_line(
 
     # A plan given as a method: its settings are those of the command too.
     if model.plan is not None:
-        rule = model.plan.default
-        words += ["--method", rule.method]
-        own = {key: json.dumps(x) if isinstance(x, dict) else x for key, x in rule.settings.items()}
+        method, own = _words_of_plan(model.plan)
+        words += ["--method", method]
         settings = {**own, **settings}
 
     words += ["--suite", suite, *(word for plan in plans for word in ("--plan", plan))]
@@ -120,6 +120,15 @@ def command_line(
         words += ["--set", f"{key}={text}"]
 
     return shlex.join(words)
+
+
+def _words_of_plan(plan: SparseAttentionConfig) -> tuple[str, dict[str, Any]]:
+    """Return the method and the settings by which a command names the plan that it was given by --method."""
+    if not plan.rules:
+        return plan.default.method, dict(plan.default.settings)
+    parts = {"prefill": plan.default, **{str(rule.phase): rule for rule in plan.rules}}
+    pair = {name: json.dumps({"method": rule.method, **rule.settings}) for name, rule in parts.items()}
+    return PAIR, pair
 
 
 def choose_device(name: str) -> str:

@@ -9,7 +9,13 @@ from typing import Any
 from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.models import UNLIMITED, reads_texts
-from nsa_convert.evaluation.suites.compare_settings import GRAIN, CompareSettings, budget_at, budget_label
+from nsa_convert.evaluation.suites.compare_settings import (
+    GRAIN,
+    PAIRS,
+    CompareSettings,
+    budget_at,
+    budget_label,
+)
 from nsa_convert.heads.profile import density_of
 from nsa_convert.methods.parts.mix import leaves_of
 from nsa_convert.methods.parts.registry import METHODS, method_class
@@ -17,10 +23,6 @@ from nsa_convert.plan import resolve_plan
 from nsa_convert.settings import raise_problems
 
 DENSE = "dense"
-PAIRED_PREFILL = "xattention"
-"""The method that ``phases`` runs on prompts when it is compared."""
-PAIRED_DECODE = "quest"
-"""The method that ``phases`` runs in decoding steps when it is compared."""
 
 Search = Callable[[str, int, int], Mapping[str, Any]]
 """Method, budget in tokens, length -> settings that keep as many pairs of a prompt as the budget."""
@@ -84,11 +86,8 @@ def named_plans(settings: CompareSettings, plans: Sequence[NamedPlan]) -> list[N
     Raises:
         ConfigError: A name is used twice, or is that of the dense model (RC10).
     """
-    methods = [
-        NamedPlan(name=name, source=name, plan=SparseAttentionConfig(default=LayerRule(method=name)))
-        for name in settings.methods
-    ]
-
+    alone = {name: SparseAttentionConfig(default=LayerRule(method=name)) for name in settings.methods}
+    methods = [NamedPlan(name=name, source=name, plan=PAIRS.get(name, plan)) for name, plan in alone.items()]
     names = [DENSE, *(plan.name for plan in methods), *(plan.name for plan in plans)]
     twice = sorted({name for name in names if names.count(name) > 1})
     raise_problems(
@@ -219,15 +218,6 @@ def _at_budget(
     return SparseAttentionConfig(default=filled(plan.default), rules=tuple(map(filled, plan.rules)))
 
 
-def paired(budget: int, prefill: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of ``phases`` for a budget, given those found for its method for prompts."""
-    paired_decode: Any = method_class(PAIRED_DECODE).Settings
-    return {
-        "prefill": {"method": PAIRED_PREFILL, **prefill},
-        "decode": {"method": PAIRED_DECODE, **paired_decode.at_budget(budget)},
-    }
-
-
 def settings_at(method: str, tokens: int, length: int, search: Search) -> dict[str, Any]:
     """Return the settings of a method at a budget.
 
@@ -240,9 +230,6 @@ def settings_at(method: str, tokens: int, length: int, search: Search) -> dict[s
         return settings.at_budget(tokens)
     if hasattr(settings, "at_share"):
         return dict(search(method, tokens, length))
-    if method == "phases":
-        return paired(tokens, search(PAIRED_PREFILL, tokens, length))
-
     raise ConfigError(
         f"it is not said what a budget means for '{method}'", code="CF22", hint="give its settings"
     )

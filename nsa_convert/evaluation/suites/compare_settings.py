@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from nsa_convert.config import PAIR, LayerRule, SparseAttentionConfig
 from nsa_convert.evaluation.metrics.mass import NUM_QUERIES
 from nsa_convert.evaluation.models import Dtype
 from nsa_convert.evaluation.suites.quick_settings import (
@@ -22,6 +23,13 @@ from nsa_convert.settings import at_least, raise_problems, suggest
 GRAIN = 128
 """Budgets that are a share of a length are rounded to a multiple of this, which all blocks divide."""
 TEXTS = ("code", "prose")
+PAIRS = {
+    PAIR: SparseAttentionConfig(
+        default=LayerRule(method="xattention"), rules=(LayerRule(method="quest", phase="decode"),)
+    )
+}
+"""Rows beside the methods: a method that reads prompts with one that decodes."""
+COMPARED = (*METHODS, *PAIRS)
 LISTS = ("methods", "budgets", "lengths", "needle_lengths", "depths", "texts")
 
 
@@ -30,7 +38,7 @@ class CompareSettings:
     """Settings of the suite ``compare`` (``--set key=value``).
 
     Attributes:
-        methods: Names of methods; all by default.
+        methods: Names of methods, or ``phases`` for XAttention's prompts with Quest's steps; all by default.
         budgets: Keys a query sees: numbers of tokens, or shares of each length below 1.
         equal: ``"visible"`` gives the sparse heads of a plan the budget as it is; ``"density"`` gives them
             less where others are dense, so that the plan keeps as many pairs as a method for all heads.
@@ -46,7 +54,7 @@ class CompareSettings:
         seed: Of the needles.
     """
 
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = COMPARED
     budgets: tuple[float, ...] = (0.25,)
     equal: Literal["visible", "density"] = "visible"
     lengths: tuple[int, ...] = (2048,)
@@ -74,9 +82,9 @@ class CompareSettings:
             object.__setattr__(self, "needle_lengths", self.lengths)
         problems = at_least(1, num_queries=self.num_queries) + at_least(0, seed=self.seed)
         raise_problems([*problems, *self._list_problems()], code="RC10")
-        unknown = [name for name in self.methods if name not in METHODS]
+        unknown = [name for name in self.methods if name not in COMPARED]
         raise_problems(
-            [f"unknown method '{name}'{suggest(name, METHODS)}" for name in unknown], code="RC02",
+            [f"unknown method '{name}'{suggest(name, COMPARED)}" for name in unknown], code="RC02",
             hint="`nsa-convert methods` lists them; mixes of methods come from --plan NAME=FILE",
         )  # fmt: skip
 

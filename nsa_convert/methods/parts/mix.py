@@ -1,4 +1,4 @@
-"""Layers that run several methods: a method for each group of heads, or for each phase (phases.py)."""
+"""Layers that run several methods: one for each group of heads, or one for each phase (phases.py)."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class HeadMix(Mix):
     @staticmethod
     def split(method: type[SparseMethod], settings: Any, heads: tuple[int, ...]) -> list[HeadPart]:
         """Return the parts of a rule: runs of neighbouring heads, where the method lets heads be apart."""
-        # Settings that name further methods answer for all of them.
+        # The settings of a pair of methods, one for each phase, answer for both.
         couples = getattr(settings, "couples_heads", method.spec.couples_heads)
         runs = [heads] if couples else neighbours(heads)
         return [HeadPart(method=method, settings=settings, heads=run) for run in runs]

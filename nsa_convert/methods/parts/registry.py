@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nsa_convert.config import FULL, AttentionGeometry, LayerRule, SparseAttentionConfig
+from nsa_convert.config import FULL, PHASES, AttentionGeometry, LayerRule, SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.methods.dsa import DSA
 from nsa_convert.methods.flexprefill import FlexPrefill
@@ -20,7 +19,7 @@ from nsa_convert.methods.nsa import NSA
 from nsa_convert.methods.parts.base import MethodSpec, SparseMethod
 from nsa_convert.methods.parts.dense import FullAttention
 from nsa_convert.methods.parts.mix import HeadMix
-from nsa_convert.methods.parts.phases import Phases
+from nsa_convert.methods.parts.phases import PhaseMix, PhasePart, PhaseParts
 from nsa_convert.methods.quest import Quest
 from nsa_convert.methods.razor import Razor
 from nsa_convert.methods.spargeattn import SpargeAttn
@@ -47,15 +46,15 @@ METHODS: dict[str, type[SparseMethod]] = {
     "spargeattn": SpargeAttn,
     "minference": MInference,
     "tri_shape": TriShape,
-    "phases": Phases,
 }
 
 
 STRUCTURES: dict[str, type[SparseMethod]] = {
     "full": FullAttention,
     "hybrid": HeadMix,
+    "phases": PhaseMix,
 }
-"""What a layer may be beside one of the methods: dense, or heads with methods of their own."""
+"""What a layer may be beside one of the methods: dense, or a mix of methods by heads or by phases."""
 
 LEFT_OUT: tuple[str, ...] = ()
 """Names of both tables that a copy of this code beside a checkpoint lacks: its plan does not use them."""
@@ -110,22 +109,7 @@ def read_rule(rule: LayerRule, where: str) -> tuple[type[SparseMethod], Any]:
         ConfigError: Unknown method, unknown setting or bad value.
     """
     method = method_class(rule.method)
-    settings: Any = read_settings(method.Settings, rule.settings, f"{where} ({rule.method})")
-    # Settings that name further methods have them read in turn.
-    if hasattr(settings, "resolved"):
-        settings = settings.resolved(lambda part, name: _read_part(part, f"{where} {name}"))
-    return method, settings
-
-
-def settings_dict(settings: Any) -> dict[str, Any]:
-    """Return checked settings as the mapping that a plan stores, with every default spelled out."""
-    if hasattr(settings, "to_dict"):
-        return settings.to_dict()
-    return dataclasses.asdict(settings)
-
-
-def _read_part(part: Mapping[str, Any], where: str) -> tuple[type[SparseMethod], Any]:
-    return read_rule(LayerRule.from_dict(part, where), where)
+    return method, read_settings(method.Settings, rule.settings, f"{where} ({rule.method})")
 
 
 def build_method(rule: LayerRule, geometry: AttentionGeometry, layer_index: int) -> SparseMethod:
@@ -142,15 +126,39 @@ def build_layer(sparse: SparseAttentionConfig, geometry: AttentionGeometry, laye
     """Build the method module of one layer of a plan whose layers count from the front.
 
     Raises:
-        ConfigError: Unknown method, unknown setting or bad value.
+        ConfigError: Unknown method, unknown setting or bad value, or methods that cannot share the layer.
     """
-    rules = sparse.for_layer(layer_index, geometry.num_kv_heads)
-    if len(rules) == 1:
-        return build_method(rules[0], geometry, layer_index)
+    where = f"layer {layer_index}"
+    shares = sparse.shares(layer_index, geometry.num_kv_heads)
+    rules = (sparse.default, *sparse.rules)
+    parts = {
+        heads: _read_phases([rules[number] for number in dict.fromkeys(numbers.values())], where)
+        for heads, numbers in shares.items()
+    }
+    if len(parts) == 1:
+        ((method, settings),) = parts.values()
+        return method(settings, geometry, layer_index)
+
+    # Heads differ. A method whose heads choose together cannot be split because the other phase differs.
+    for phase in PHASES:
+        numbers = [share[phase] for share in shares.values()]
+        for number in sorted({number for number in numbers if numbers.count(number) > 1}):
+            name = rules[number].method
+            if method_class(name).spec.couples_heads:
+                raise ConfigError(
+                    f"{where}: {name} chooses for all its heads together, so that the other phase of these "
+                    "heads must have one method too",
+                    code="CF22",
+                )
     mix: Any = _structure("hybrid")
-    parts: list[Any] = []
-    for rule in rules:
-        method, settings = read_rule(rule, f"layer {layer_index}")
-        assert rule.heads is not None
-        parts += mix.split(method, settings, rule.heads)
-    return mix(tuple(sorted(parts, key=lambda part: part.heads)), geometry, layer_index)
+    runs = [run for heads, (method, own) in parts.items() for run in mix.split(method, own, heads)]
+    return mix(tuple(sorted(runs, key=lambda run: run.heads)), geometry, layer_index)
+
+
+def _read_phases(rules: Sequence[LayerRule], where: str) -> tuple[type[SparseMethod], Any]:
+    """Return the method class and settings of one rule for both phases, or of one for each."""
+    read = [read_rule(rule, where) for rule in rules]
+    if len(read) == 1:
+        return read[0]
+    prefill, decode = (PhasePart(method, settings) for method, settings in read)
+    return _structure("phases"), PhaseParts(prefill=prefill, decode=decode)
