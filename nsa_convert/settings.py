@@ -126,7 +126,13 @@ def type_problems(settings: Any) -> list[str]:
     hints = get_type_hints(type(settings))
     found: list[ConfigError] = []
     _read_values({name: hints[name] for name in vars(settings)}, vars(settings), "", "", found)
-    return [problem.message for problem in found]
+    lines = [problem.message for problem in found]
+
+    # Only what is written may be a float; a built dataclass must hold the whole number itself.
+    for name, value in vars(settings).items():
+        if hints[name] is int and isinstance(value, float) and value.is_integer():
+            lines.append(f"{name} must be {_describe(int)}, got {value!r}")
+    return lines
 
 
 def _read_dataclass(cls: type, values: Any, where: str, code: str, problems: list[ConfigError]) -> Any:
@@ -194,6 +200,8 @@ def _convert(kind: Any, value: Any, where: str, code: str, problems: list[Config
         if isinstance(value, str) and value in get_args(kind):
             return value
         raise _WrongType
+
+    # Lists and mappings, each item for itself.
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise _WrongType
@@ -204,6 +212,7 @@ def _convert(kind: Any, value: Any, where: str, code: str, problems: list[Config
             raise _WrongType
         item = get_args(kind)[1]
         return {str(key): _convert(item, x, f"{where}.{key}", code, problems) for key, x in value.items()}
+
     if _is_dataclass(kind):
         return value if isinstance(value, kind) else _read_dataclass(kind, value, where, code, problems)
     return _scalar(kind, value)
@@ -231,12 +240,15 @@ def _scalar(kind: Any, value: Any) -> Any:
     if kind is Any:
         return value
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    # The same value may be written in two ways.
     if kind is float and number:
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)  # YAML writes a token budget of five billion as 5e9
     if kind is list and isinstance(value, tuple):
         return list(value)
+
     if isinstance(value, kind) and (kind is not int or number):
         return value
     raise _WrongType
