@@ -217,7 +217,8 @@ class SparseAttentionConfig:
         A rule that covers a part of the heads carries them in ``heads``, ascending, and one for a single
         phase carries that, the default's share too. Where phases differ, the rule for prompts comes first.
         """
-        every, shares = (self.default, *self.rules), self.shares(layer, num_kv_heads)
+        every = (self.default, *self.rules)
+        shares = self.shares(layer, num_kv_heads)
         found = []
         for heads, numbers in shares.items():
             own = heads if len(shares) > 1 else None
@@ -234,7 +235,8 @@ class SparseAttentionConfig:
         Raises:
             ConfigError: A rule names a layer or a head the model does not have, or one twice.
         """
-        problems, rules = [], []
+        problems = []
+        rules = []
         for index, rule in enumerate(self.rules):
             layers = rule.layers or ()
             outside = sorted(layer for layer in layers if not -num_layers <= layer < num_layers)
@@ -279,7 +281,8 @@ def _without_pairs(default: LayerRule, rules: Sequence[LayerRule]) -> tuple[Laye
     ``{"method": "phases", "prefill": {...}, "decode": {...}}`` is a rule for each of them. The second one is
     put behind all others, so that the numbers of the rules stay.
     """
-    found, further = [], []
+    found = []
+    further = []
     for index, rule in enumerate((default, *rules)):
         if rule.method != PAIR:
             found.append(rule)
@@ -299,9 +302,12 @@ def _parts_of_pair(rule: LayerRule, where: str) -> dict[Phase, LayerRule]:
     kinds: dict[str, Any] = dict.fromkeys(PHASES, str | Mapping)
     dense: dict[str, Any] = dict.fromkeys(PHASES, FULL)
     given = dense | read_values(kinds, rule.settings, where)
-    problems, parts = [], {}
+    problems: list[str] = []
+    parts: dict[Phase, LayerRule] = {}
     if rule.phase is not None:
         problems.append(f"{where} names both phases; leave out 'phase'")
+
+    # Each phase is a name, or a rule without layers, heads and phase of its own.
     for phase in PHASES:
         part = given[phase]
         values = {"method": part} if isinstance(part, str) else part

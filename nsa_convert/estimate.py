@@ -81,9 +81,13 @@ def _cost(
     dense_entry = 2 * geometry.num_kv_heads * row
     kv = flops = decode = 0
     density = 0.0
+
     for method in leaves_of(methods):
-        needs, reach, heads = method.cache_needs(), method.reach(), method.geometry.num_kv_heads
-        limit, policy = reach.decode_keys, needs.policy
+        needs = method.cache_needs()
+        reach = method.reach()
+        heads = method.geometry.num_kv_heads
+        limit = reach.decode_keys
+        policy = needs.policy
 
         # What the cache holds, and what of it one new token reads.
         kept = length if policy is None else policy.size(length)
@@ -109,6 +113,7 @@ def _cost(
             kv += pool_bytes
             decode += pool_bytes
             flops += work * _sum_of_cells(length, pool.width, pool.stride)
+
     return ContextCost(
         context=length,
         dense_kv_bytes=dense_entry * length * len(methods),
@@ -149,6 +154,7 @@ def cost_lines(costs: Sequence[ContextCost]) -> list[str]:
             f"{cost.sparse_decode_bytes / cost.dense_decode_bytes:>14.1%}  "
             f"{f'{bound}{work:.1%}':>16}"
         )
+
     if any(cost.prefill_depends_on_text for cost in costs):
         lines.append("  <=: how much of a prompt is read depends on its text; `nsa-convert eval` counts it")
     return lines

@@ -115,6 +115,7 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+
     if model_type in [family.sparse_model_type for family in FAMILIES.values()]:
         raise UnsupportedModelError(
             f"this checkpoint is already converted (model_type {model_type!r})",
@@ -122,6 +123,8 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
             where="config.json: model_type",
             hint="use it as it is, or `nsa-convert revert` it first",
         )
+
+    # Why some well-known architectures cannot be converted is said with the refusal.
     reason = next((f": {why}" for part, why in _REASONS if part in str(model_type)), "")
     raise UnsupportedModelError(
         f"model_type {model_type!r} cannot be converted{reason}",
@@ -170,7 +173,10 @@ def geometry_of(config: Mapping[str, Any], family: ModelFamily | None = None) ->
         raise ConfigError(
             f"config.json: positive integers are needed for {', '.join(missing)}; got {found}", code="CF01"
         )
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+
+    # Older configs do not give the head dim.
+    hidden = config["hidden_size"]
+    heads = config["num_attention_heads"]
     head_dim = config_value(config, "head_dim", family)
     if head_dim is None:
         if hidden % heads:
@@ -180,6 +186,7 @@ def geometry_of(config: Mapping[str, Any], family: ModelFamily | None = None) ->
                 code="CF03",
             )
         head_dim = hidden // heads
+
     kv_heads = config_value(config, "num_key_value_heads", family)
     return AttentionGeometry(
         hidden_size=hidden,
@@ -228,6 +235,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sliding_window_problems(config: Mapping[str, Any], family: ModelFamily) -> list[str]:
+    # Newer configs list the kind of every layer.
     kinds = config.get("layer_types")
     if kinds is not None and (
         not isinstance(kinds, (list, tuple)) or set(map(str, kinds)) != {"full_attention"}
@@ -235,6 +243,8 @@ def _sliding_window_problems(config: Mapping[str, Any], family: ModelFamily) -> 
         return [f"layer_types must be all 'full_attention', got {sorted(set(map(str, kinds)))}"]
     if kinds is not None and len(kinds) != config.get("num_hidden_layers", len(kinds)):
         return [f"layer_types lists {len(kinds)} layers, num_hidden_layers is {config['num_hidden_layers']}"]
+
+    # Older ones give one window for all; for Mistral, leaving it out means one of 4096 tokens.
     if family.model_type == "mistral" and config_value(config, "sliding_window", family) is not None:
         window = config_value(config, "sliding_window", family)
         return [f"sliding_window must be null (the model attends to its whole context), got {window!r}"]
@@ -247,6 +257,8 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
     for key in ("rope_parameters", "rope_scaling"):
         if config.get(key) is not None and not isinstance(config[key], Mapping):
             return [f"{key} must be a mapping or null, got {config[key]!r}"]
+
+    # The kind of RoPE, and its base.
     parameters = rope_parameters(config)
     problems = []
     if parameters["rope_type"] not in ROPE_TYPES:
@@ -255,9 +267,12 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
         )
     if not _is_positive(parameters["rope_theta"]):
         problems.append(f"rope_theta must be a positive finite number, got {parameters['rope_theta']!r}")
+
+    # The numbers of a scaled one.
     problems += _scaling_problems(parameters)
     if "factor" in parameters and not (_is_positive(parameters["factor"]) and parameters["factor"] >= 1):
         problems.append(f"the rope scaling factor must be >= 1, got {parameters['factor']!r}")
+
     if config.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) not in (
         1,
         1.0,
@@ -276,7 +291,8 @@ def _scaling_problems(parameters: Mapping[str, Any]) -> list[str]:
         if not _is_positive(parameters.get(key))
     ]
     if not problems and parameters["rope_type"] == "llama3":
-        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        low = parameters["low_freq_factor"]
+        high = parameters["high_freq_factor"]
         if high <= low:
             problems.append(f"high_freq_factor must be above low_freq_factor {low!r}, got {high!r}")
     return problems

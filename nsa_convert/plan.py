@@ -46,6 +46,7 @@ def resolve_plan(
         ConfigError: A layer that does not exist, an unknown method or setting, a bad value; all problems of
             all rules at once.
     """
+    # Whether the layers and heads exist, then each rule by itself.
     problems = []
     try:
         sparse = sparse.resolved(num_layers, geometry.num_kv_heads)
@@ -61,6 +62,8 @@ def resolve_plan(
             problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems), code="CF22")
+
+    # Whether the methods fit the model and each other.
     with torch.device("meta"):
         methods = [build_layer(sparse, geometry, i) for i in range(num_layers)]
     raise_problems(_reuse_problems(methods), code="CF22")
@@ -69,13 +72,16 @@ def resolve_plan(
 
 def _reuse_problems(methods: list[SparseMethod]) -> list[str]:
     """Return what is wrong with layers that reuse the selection of another one."""
-    chosen, problems = {}, []
+    chosen = {}
+    problems = []
     for layer, method in enumerate(methods):
         for leaf in leaves(method):
             source = getattr(leaf.settings, "reuse_from", NO_REUSE)
             if source == NO_REUSE:
                 chosen[layer, leaf.heads] = leaf.settings
                 continue
+
+            # What a layer reuses must have been chosen as it would choose itself.
             wanted = dataclasses.replace(leaf.settings, reuse_from=NO_REUSE)
             if chosen.get((source, leaf.heads)) != wanted:
                 problems.append(
@@ -113,9 +119,11 @@ def new_tensors(
     Raises:
         ConfigError: See :func:`resolve_plan`.
     """
-    geometry, num_layers = geometry_of(config), config["num_hidden_layers"]
+    geometry = geometry_of(config)
+    num_layers = config["num_hidden_layers"]
     resolve_plan(sparse, num_layers, geometry)
     sparse = sparse.resolved(num_layers, geometry.num_kv_heads)
+
     tensors = {}
     for layer in range(num_layers):
         method = build_layer(sparse, geometry, layer)
@@ -152,6 +160,8 @@ def sparse_config_dict(config: Mapping[str, Any], sparse: SparseAttentionConfig)
         "auto_map",
     ):
         out.pop(key, None)
+
+    # The classes that load it: those of this package, or of the code files beside the weights.
     prefix = f"NSA{family.class_prefix}"
     out["model_type"] = family.sparse_model_type
     out["architectures"] = [family.sparse_architecture]
@@ -161,5 +171,6 @@ def sparse_config_dict(config: Mapping[str, Any], sparse: SparseAttentionConfig)
             auto: f"modeling_{family.sparse_model_type}.{prefix}{part}" for auto, part in AUTO_CLASSES.items()
         },
     }
+
     out["sparse_attention"] = sparse.to_dict()
     return out

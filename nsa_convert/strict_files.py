@@ -49,8 +49,10 @@ def parse_json(
     # Counted first: small lists take thirty times the memory of their text.
     count = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
     if count > values:
-        text, most = f"{where} holds about {count:,} values", f"at most {values:,}"
+        text = f"{where} holds about {count:,} values"
+        most = f"at most {values:,}"
         raise CheckpointError(text, code=size, where=where, expected=most, found=f"{count:,}")
+
     try:
         parsed = json.loads(
             raw.decode("utf-8-sig"),
@@ -59,9 +61,12 @@ def parse_json(
             parse_float=_finite,
             parse_int=_whole,
         )
+
+        # Escapes may hold half a character, which nothing can write again.
         if _SURROGATE.search(raw):
             json.dumps(parsed, ensure_ascii=False).encode()
         return parsed
+
     except UnicodeDecodeError as error:
         text = f"{where} is not UTF-8 text (byte {error.start})"
         raise CheckpointError(text, code=syntax, where=where) from error
@@ -129,6 +134,7 @@ def read_json_mapping(
             expected=f"at most {limit:,} bytes",
             found=f"{size:,} bytes",
         )
+
     value = parse_json(path.read_bytes(), where, values=values, syntax=code)
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -184,10 +190,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"no such file: {path}", code="RC12", where=str(path))
     if path.stat().st_size > CONFIG_LIMIT:
         raise ConfigError(f"{path.name} is bigger than {CONFIG_LIMIT:,} bytes", code="RC12", where=str(path))
+
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path.name} is not UTF-8 text", code="RC12", where=str(path)) from error
+
     value = parse_yaml(text, path.name, quoted=True)
     if not isinstance(value, dict):
         raise ConfigError(

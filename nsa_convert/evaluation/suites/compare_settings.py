@@ -92,18 +92,23 @@ class CompareSettings:
         """Return what is wrong in the lists."""
         for name in LISTS:
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+
+        # Texts, depths and lengths.
         unknown = [name for name in self.texts if name not in TEXTS]
         problems = [f"there is no text {name!r} (texts: {', '.join(TEXTS)})" for name in unknown]
         problems += outside_shares("depths", self.depths)
         short = [n for n in self.all_lengths() if n < MIN_TOKENS]
         if short:
             problems.append(f"lengths must be at least {MIN_TOKENS} tokens, got {short}")
+
+        # Budgets below 1 are shares of a length, others numbers of tokens.
         wrong = [x for x in self.budgets if not (0 < x < 1 or (math.isfinite(x) and x >= 1 and x % 1 == 0))]
         if wrong or not self.budgets:
             problems.append(
                 "budgets must be numbers of tokens such as 512, or shares of the length such as 0.25, got "
                 f"{list(self.budgets)}"
             )
+
         if not (self.lengths or (self.needle_lengths and self.depths)):
             problems.append("there is nothing to measure: give lengths, or needle_lengths and depths")
         return problems

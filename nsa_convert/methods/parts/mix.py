@@ -83,7 +83,8 @@ class Mix(SparseMethod):
 
     def _share(self, members: Iterable[Member]) -> None:
         """Note who serves what; a layer asks for it in every call."""
-        self.members, self.cached_heads = tuple(members), []
+        self.members = tuple(members)
+        self.cached_heads = []
         place = self.geometry.num_kv_heads
         for member in self.members:
             extra = member.method.cache_needs().extra_head_sets * len(member.heads)
@@ -92,13 +93,18 @@ class Mix(SparseMethod):
 
     def cache_needs(self) -> CacheNeeds:
         """Return the needs of all members, each under its name; what is forgotten is the members' own."""
-        pools, loss_pools, states, taps = [], [], [], 1
+        pools = []
+        loss_pools = []
+        states = []
+        taps = 1
+
         for member, heads in zip(self.members, self.cached_heads, strict=True):
             needs = member.method.cache_needs()
             pools += [_renamed(pool, member.name, heads) for pool in needs.pools]
             loss_pools += [_renamed(pool, member.name, heads) for pool in needs.loss_pools]
             states += [f"{member.name}.{state}" for state in needs.token_states]
             taps = max(taps, needs.key_taps)
+
         return CacheNeeds(
             pools=tuple(pools), loss_pools=tuple(loss_pools), token_states=tuple(states), key_taps=taps
         )
@@ -120,12 +126,14 @@ class Mix(SparseMethod):
         keys: list[Tensor] = []
         values: list[Tensor] = []
         states: dict[str, Tensor] = {}
+
         for member in self.members:
             own = member.method.project(hidden, rotate)
             if own.k is not None and own.v is not None:
                 keys.append(own.k)
                 values.append(own.v)
             states |= {f"{member.name}.{name}": x for name, x in own.token_states.items()}
+
         if not keys:
             return Projection(token_states=states)
         return Projection(k=torch.cat(keys, 2), v=torch.cat(values, 2), token_states=states)
@@ -224,7 +232,9 @@ class HeadMix(Mix):
         sums: dict[str, Tensor] = {}
         weights: dict[str, int] = {}
         for method, part, inputs in zip(self.parts, self.settings, self._split(x), strict=True):
-            spec, own_mode = method.training_spec, mode
+            # A part that has neither a dense mode nor two streams stays sparse where the others run dense.
+            spec = method.training_spec
+            own_mode = mode
             if mode.stream == "full" and not spec.has_dense_mode and not spec.dual_stream:
                 own_mode = dataclasses.replace(mode, stream="sparse")
             o, losses = method.train_forward(inputs, own_mode)
@@ -237,10 +247,13 @@ class HeadMix(Mix):
 
     def _split(self, x: AttentionInputs) -> Iterator[AttentionInputs]:
         for i, (part, cached) in enumerate(zip(self.settings, self.cached_heads, strict=True)):
+            # Where a part forgets, the cache holds what each of them may read; else it is a slice of one.
             if x.parts:
                 own = x.parts[i]
             else:
                 own = CachedPart(k=select_heads(x.k, cached), v=select_heads(x.v, cached), layout=x.layout)
+
+            # Queries, pools and token states of its heads, under the names that the part knows.
             yield dataclasses.replace(
                 x,
                 **vars(own),

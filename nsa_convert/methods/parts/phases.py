@@ -70,9 +70,8 @@ class PhaseMix(Mix):
 
     def __init__(self, settings: PhaseParts, geometry: AttentionGeometry, layer_index: int) -> None:
         super().__init__(settings, geometry, layer_index)
-        prefill, decode = settings.prefill, settings.decode
-        self.prefill = prefill.method(prefill.settings, geometry, layer_index)
-        self.decode = decode.method(decode.settings, geometry, layer_index)
+        self.prefill = settings.prefill.method(settings.prefill.settings, geometry, layer_index)
+        self.decode = settings.decode.method(settings.decode.settings, geometry, layer_index)
 
         # Both methods read all heads of the layer.
         heads = tuple(range(geometry.num_kv_heads))
@@ -111,14 +110,16 @@ class PhaseMix(Mix):
 
     def cache_needs(self) -> CacheNeeds:
         """Return the needs of both methods; training reads prompts, decoding decides what is forgotten."""
-        needs, decode = super().cache_needs(), self.decode.cache_needs()
+        needs = super().cache_needs()
+        decode = self.decode.cache_needs()
         sets = self.prefill.cache_needs().extra_head_sets + decode.extra_head_sets
         trained = tuple(pool for pool in needs.loss_pools if pool.name.startswith("prefill."))
         return dataclasses.replace(needs, loss_pools=trained, extra_head_sets=sets, policy=decode.policy)
 
     def reach(self) -> Reach:
         """Return what each phase reads, and what both have to be asked for together."""
-        prefill, decode = self.prefill.reach(), self.decode.reach()
+        prefill = self.prefill.reach()
+        decode = self.decode.reach()
         return dataclasses.replace(
             super().reach(),
             decode_keys=decode.decode_keys,

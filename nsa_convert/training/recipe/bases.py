@@ -50,7 +50,8 @@ def resolved_text(path: Path) -> str:
     # Short mappings on one line, as the recipes are written.
     style: dict[str, Any] = {"default_flow_style": None, "sort_keys": False, "allow_unicode": True}
     body = yaml.safe_dump(_merge_files(files), width=110, **style)
-    lines, places = [], _places(body)
+    lines = []
+    places = _places(body)
     for number, line in enumerate(body.splitlines()):
         indent = line[: len(line) - len(line.lstrip())]
         lines += [indent + comment for comment in comments.get(places.get(number, ()), ())]
@@ -67,6 +68,7 @@ def _files(path: Path) -> dict[Path, dict[str, Any]]:
         found[path] = {key: value for key, value in values.items() if key != BASE}
         if BASE not in values:
             return found
+
         base = _find_base(values[BASE], path)
         if any(base.samefile(file) for file in found):
             raise ConfigError(
@@ -82,12 +84,14 @@ def _find_base(name: Any, path: Path) -> Path:
     if not isinstance(name, str):
         text = "base must be the name of a recipe, or a path from the folder of this one"
         raise ConfigError(f"{path.name}: {text}, got {name!r}", code="RC08", where=str(path))
+
     hint = "`nsa-convert recipes` lists names; a path ends in .yaml and starts from the folder of the recipe"
     try:
         base = find_recipe(name, path.parent)
     except UsageError as error:
         text = f"{path.name}: base: {error.message}"
         raise ConfigError(text, code="RC12", where=str(path), hint=error.hint or hint) from error
+
     if not base.is_file():
         text = f"{path.name}: base: no such file: {base}"
         raise ConfigError(text, code="RC12", where=str(path), hint=hint)
@@ -100,13 +104,15 @@ def _merge_files(files: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     where = first.name
     for path, own in others:
         both = _merged(values, own)
-        rows, changes = values.get("stages"), own.get("stages")
+        rows = values.get("stages")
+        changes = own.get("stages")
         if isinstance(rows, list) and isinstance(changes, list):
             stages = _merged(_by_name(rows, where), _by_name(changes, path.name))
             both["stages"] = list(stages.values())
         # What the recipe adds comes first: model and out stand above the stages.
         added = [key for key in own if key not in values]
-        values, where = {key: both[key] for key in (*added, *values)}, path.name
+        values = {key: both[key] for key in (*added, *values)}
+        where = path.name
     return dict(values)
 
 
@@ -121,6 +127,7 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def _by_name(rows: list[Any], where: str) -> dict[str, Any]:
     """Return stages by their name."""
     named: dict[str, Any] = {}
+
     for index, row in enumerate(rows):
         name = row.get("name") if isinstance(row, dict) else None
         if not isinstance(name, str) or name in named:

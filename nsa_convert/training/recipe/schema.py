@@ -98,6 +98,8 @@ class Stage:
             least = 2 if key == "seq_len" else 1
             if getattr(self, key) < least:
                 problems.append(f"{key} must be >= {least}, got {getattr(self, key)}")
+
+        # Whole rows make a step, and whole steps the budget.
         if not problems:
             rows = self.seq_len * self.micro_batch
             if self.batch_tokens % rows:
@@ -108,6 +110,7 @@ class Stage:
                 problems.append(
                     f"a budget of {self.tokens} tokens is below one step of {self.batch_tokens} tokens"
                 )
+
         if self.save_every < 0:
             problems.append(f"save_every must be >= 0, got {self.save_every}")
         if not self.data:
@@ -124,10 +127,14 @@ class Stage:
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 problems.append(f"{key} must be between 0 and 1, got {value}")
+
+        # The optimizer.
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             problems.append(f"betas must be two numbers from 0 and below 1, got {list(self.betas)}")
         if self.weight_decay < 0 or self.clip < 0:
             problems.append(f"weight_decay and clip must be >= 0, got {self.weight_decay} and {self.clip}")
+
+        # Losses.
         weights = {"cross_entropy": self.cross_entropy or 0.0, "teacher_kl": self.teacher_kl}
         weights |= self.losses or {}
         problems += [
@@ -141,6 +148,8 @@ class Stage:
         problems = []
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
             problems.append(f"name must be letters, digits, - and _, got {self.name!r}")
+
+        # What the kind of the stage leaves no room for.
         if self.kind == "align" and self.train in ("all", "lora"):
             problems.append(f"kind align trains new or attention, got {self.train}")
         if self.kind == "align" and self.cross_entropy:
@@ -213,17 +222,20 @@ class Recipe:
             )
         elif self.schema < 1:
             problems.append(f"schema {self.schema} is not known; this version reads {SCHEMA}")
+
         if not self.stages:
             problems.append("stages is empty")
         names = [stage.name for stage in self.stages]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             problems.append(f"stages share a name: {', '.join(twice)}")
+
         if self.seed < 0:
             problems.append(f"seed must be >= 0, got {self.seed}")
         for key in ("fsdp", "tensor", "context"):
             if getattr(self, key) < 1:
                 problems.append(f"{key} counts processes, from 1, got {getattr(self, key)}")
+
         if self.sparse_attention is not None:
             try:
                 SparseAttentionConfig.from_dict(self.sparse_attention)
@@ -272,7 +284,8 @@ def recipe_from_dict(
     values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, where: str = "recipe"
 ) -> Recipe:
     """Build a recipe from plain values; see :func:`read_recipe`."""
-    values, problems = copy.deepcopy(dict(values)), list[str]()
+    values = copy.deepcopy(dict(values))
+    problems = list[str]()
     if secrets := [*secret_places(values), *secret_places(dict(overrides or {}))]:
         raise ConfigError(
             f"{where}: {', '.join(secrets)} is a secret, which does not belong in a recipe",
@@ -280,8 +293,11 @@ def recipe_from_dict(
             where=where,
             hint="remove it, and set HF_TOKEN (or WANDB_API_KEY) in the environment, or `hf auth login`",
         )
+
+    # Overrides come first, so that the recipe is checked as it will run.
     for key, value in (overrides or {}).items():
         _override(values, key.split("."), value, key, problems)
+
     recipe: Recipe | None = None
     try:
         recipe = read_settings(Recipe, values, where)
@@ -298,6 +314,7 @@ def recipe_from_dict(
 
 def _override(values: Any, path: Sequence[str], value: Any, key: str, problems: list[str]) -> None:
     """Set one dotted key; stages are named by their name or their number."""
+    # Go down to what holds the last part; sections that the recipe lacks are made.
     for part in path[:-1]:
         if isinstance(values, list):
             names = [row.get("name") if isinstance(row, dict) else None for row in values]
@@ -309,6 +326,7 @@ def _override(values: Any, path: Sequence[str], value: Any, key: str, problems: 
             if not isinstance(values.get(part), (dict, list)):
                 values[part] = {}
             values = values[part]
+
     if isinstance(values, list) and path[-1].isdigit() and int(path[-1]) < len(values):
         values[int(path[-1])] = value
     elif isinstance(values, dict):

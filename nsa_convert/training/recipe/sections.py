@@ -51,6 +51,7 @@ class Source:
             problems.append(f"kind {self.kind} reads no path, got {self.path!r}")
         if self.kind not in GENERATED and not self.path:
             problems.append(f"kind {self.kind} needs a path")
+
         if not (self.weight > 0 and math.isfinite(self.weight)):
             problems.append(f"weight must be a positive number, got {self.weight}")
         if not 0 <= self.hold_out < 1:
