@@ -21,7 +21,7 @@ from nsa_convert.evaluation.report.plots import plots_of
 from nsa_convert.evaluation.suites import compare
 from nsa_convert.evaluation.suites.compare import mass_of, run_compare
 from nsa_convert.evaluation.suites.compare_plans import beside_dense
-from nsa_convert.evaluation.suites.compare_settings import CompareSettings, budget_at, budget_label
+from nsa_convert.evaluation.suites.compare_settings import COMPARED, CompareSettings, budget_at, budget_label
 from nsa_convert.evaluation.suites.finished_cells import CELLS
 from nsa_convert.heads.profile import HeadProfile, density_of
 from nsa_convert.methods.parts.base import AttentionInputs, observe
@@ -367,6 +367,6 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 
 def test_settings_by_default() -> None:
     chosen = CompareSettings.read({})
-    assert chosen.methods == tuple(METHODS)
+    assert chosen.methods == COMPARED
     assert (chosen.budgets, chosen.lengths, chosen.needle_lengths) == ((0.25,), (2048,), (2048,))
     assert CompareSettings.read({"lengths": "300,300"}).all_lengths() == [300]
