@@ -159,7 +159,7 @@ def captured(
     model: str, text: Path | None, tokens: int, layers: list[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield ``(layer, q [1, T, HQ, D], k [1, T, H, D])`` of a dense run."""
-    folder = dense_folder(resolve_model(model, tell=print), tell=print)
+    folder = dense_folder(resolve_model(model, say=print), say=print)
     dense = load_model(folder)
     # SSA in full mode computes dense attention and lets an observer see it.
     patch_model(dense, SparseAttentionConfig(default=LayerRule(method="ssa", settings={"mode": "full"})))

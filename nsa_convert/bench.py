@@ -163,7 +163,7 @@ def run_bench(
     with torch.inference_mode():
         check_ops(sizes, kind, device)
         for length in lengths:
-            inputs = Inputs.drifting(sizes, length, kind, device)
+            inputs = OpInputs.drifting(sizes, length, kind, device)
             rows += time_cases("prefill", length, prefill_cases(inputs, dense, layer), repeats, device)
             rows += time_cases("decode", length, decode_cases(inputs, dense, layer), 10 * repeats, device)
 
@@ -192,7 +192,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
+class OpInputs:
     """Queries, keys and values ``[1, T, heads, D]``, and the compressed cells of NSA and SSA."""
 
     q: Tensor
@@ -203,7 +203,7 @@ class Inputs:
     block_keys: Tensor
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> OpInputs:
         """Add the mean-pooled cells to q, k and v."""
         nsa = NSASettings()
         size = SSASettings().block_size
@@ -213,14 +213,14 @@ class Inputs:
             q=q, k=k, v=v, cell_keys=cells[0], cell_values=cells[1], block_keys=mean_pool(k, size, size)
         )
 
-    def as_cached(self) -> Inputs:
+    def as_cached(self) -> OpInputs:
         """Return the same values with keys, values and cells contiguous per head, as a cache holds them."""
         parts = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         cached = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in parts if name != "q"}
-        return Inputs(q=self.q, **cached)
+        return OpInputs(q=self.q, **cached)
 
     @classmethod
-    def drifting(cls, sizes: AttentionGeometry, length: int, dtype: torch.dtype, device: str) -> Inputs:
+    def drifting(cls, sizes: AttentionGeometry, length: int, dtype: torch.dtype, device: str) -> OpInputs:
         """Make random queries and keys that drift, so that neighbours choose nearly the same blocks.
 
         With 16 blocks of 64, the union over 16 (64) neighbouring queries has about 27 (33) blocks; real
@@ -254,7 +254,7 @@ def mean_pool(x: Tensor, width: int, stride: int) -> Tensor:
     return x.unfold(1, width, stride).mean(-1, dtype=torch.float32).to(x.dtype)
 
 
-def nsa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
+def nsa(x: OpInputs, q: Tensor, layout: SequenceLayout) -> Tensor:
     """Return the sum of the three branches of NSA, every gate at 1."""
     s = NSASettings()
 
@@ -276,7 +276,7 @@ def nsa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
     return cells.o + selected + window
 
 
-def ssa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
+def ssa(x: OpInputs, q: Tensor, layout: SequenceLayout) -> Tensor:
     """Run SSA: block choice and one attention."""
     s = SSASettings()
     chosen = block_topk(q, x.block_keys, width=s.block_size, stride=s.block_size, rule=s.rule, layout=layout)
@@ -286,7 +286,7 @@ def ssa(x: Inputs, q: Tensor, layout: SequenceLayout) -> Tensor:
 Case = tuple[str, Callable[[], object]]
 
 
-def sparse_cases(x: Inputs, q: Tensor, layout: SequenceLayout) -> Iterator[Case]:
+def sparse_cases(x: OpInputs, q: Tensor, layout: SequenceLayout) -> Iterator[Case]:
     """Yield NSA, its branches, and SSA."""
     s = NSASettings()
     cells: dict[str, Any] = {"width": s.compression_block, "stride": s.compression_stride}
@@ -303,7 +303,7 @@ def sparse_cases(x: Inputs, q: Tensor, layout: SequenceLayout) -> Iterator[Case]
     yield "ssa", lambda: ssa(x, q, layout)
 
 
-def prefill_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
+def prefill_cases(x: OpInputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
     """Yield name and call of each prefill that is timed, dense ones first."""
     q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
     if dense:
@@ -321,7 +321,7 @@ def prefill_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = No
     yield from sparse_cases(x, x.q, DENSE_LAYOUT) if layer is None else [prompt_case(layer, x.q, x.k, x.v)]
 
 
-def decode_cases(x: Inputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
+def decode_cases(x: OpInputs, dense: bool = True, layer: SparseMethod | None = None) -> Iterator[Case]:
     """Yield name and call of each decode step that is timed, dense ones first."""
     cached = x.as_cached()
     q = x.q[:, -1:]
@@ -428,7 +428,7 @@ def _resident_mib(field: str) -> float:
 
 def check_ops(sizes: AttentionGeometry, dtype: torch.dtype, device: str) -> None:
     """Compare NSA and SSA with the reference at a small odd length; raise CheckFailedError if they differ."""
-    x = Inputs.drifting(sizes, 1531, torch.float32, device)
+    x = OpInputs.drifting(sizes, 1531, torch.float32, device)
     x = dataclasses.replace(x, **{f.name: getattr(x, f.name).to(dtype) for f in dataclasses.fields(x)})
 
     # Scores that differ in the last bit may choose another block, so the lists are made once.

@@ -17,7 +17,6 @@ from nsa_convert.checkpoint.manifest import RECIPE, REPORT, write_json, write_ma
 from nsa_convert.checkpoint.new_weights import NewTensor, planned_tensors, write_new_shard
 from nsa_convert.checkpoint.output import (
     SPARSE_SHARD,
-    Progress,
     converted_index,
     keep_originals,
     place_shards,
@@ -43,6 +42,7 @@ from nsa_convert.errors import UsageError
 from nsa_convert.estimate import CONTEXTS, ContextCost, context_costs, cost_lines, dense_until
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.registry import read_rule
+from nsa_convert.notices import Progress, silent
 from nsa_convert.patch.remote_code import write_code_files
 from nsa_convert.plan import resolve_plan, sparse_config_dict
 
@@ -141,7 +141,7 @@ def convert_checkpoint(
     revision: str | None = None,
     contexts: Sequence[int] = CONTEXTS,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> ConversionReport:
     """Write the sparse form of a dense checkpoint to a new folder.
 
@@ -368,7 +368,7 @@ def _fill(
     *,
     copy: bool,
     threads: int | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[ConversionReport, dict[str, str]]:
     """Write everything but the manifest; return the report and the hashes that are known already."""
     checkpoint = job.checkpoint

@@ -64,11 +64,6 @@ class ModelFamily:
         return f"nsa_{self.model_type}"
 
     @property
-    def dense_architecture(self) -> str:
-        """Name of the dense causal model class."""
-        return f"{self.class_prefix}ForCausalLM"
-
-    @property
     def sparse_architecture(self) -> str:
         """Name of the converted causal model class."""
         return f"NSA{self.class_prefix}ForCausalLM"

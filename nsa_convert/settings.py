@@ -179,7 +179,7 @@ def _read_values(
             continue
         try:
             read[key] = _convert(kind, values[key], f"{where}.{key}" if where else key, code, problems)
-        except _WrongType:
+        except _WrongType:  # why: told with all other problems of the mapping
             text = f"{key} must be {_describe(kind)}, got {values[key]!r}"
             problems.append(ConfigError(f"{where}: {text}" if where else text, code=code))
     return read

@@ -31,6 +31,7 @@ from nsa_convert.checkpoint.staging import (
 )
 from nsa_convert.equivalence import bare_logits, compare_with_dense, probe_lengths, sparse_logits
 from nsa_convert.errors import CheckFailedError, CheckpointError, NsaConvertError
+from nsa_convert.notices import Say, silent
 from nsa_convert.patch.remote_code import code_files
 from nsa_convert.strict_files import read_json_mapping
 
@@ -109,7 +110,7 @@ def verify_checkpoint(
     *,
     lengths: Sequence[int] | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[str], None] | None = None,
+    say: Say = silent,
 ) -> VerificationReport:
     """Check that a converted folder is whole and still holds the dense model.
 
@@ -120,7 +121,7 @@ def verify_checkpoint(
         lengths: Context lengths for the comparison of logits; chosen by the size of the model when left out.
         trust_remote_code: Also run code files in ``out`` that this version of the package would not have
             written.
-        progress: Called with the name of each check before it runs.
+        say: Called with the name of each check before it runs.
 
     Returns:
         Every check with its outcome; a check that cannot run because an earlier one failed says so.
@@ -129,7 +130,6 @@ def verify_checkpoint(
         CheckpointError: ``out`` is not a converted folder.
     """
     out = Path(out)
-    tell = progress or (lambda name: None)
 
     read_manifest(out)
     trained = (out / TRAINING).is_file()
@@ -141,7 +141,7 @@ def verify_checkpoint(
         ("values", "CK27", lambda: _values(out)),
         ("kept tensors", "SV18", lambda: _kept_tensors(out, against)),
     ):
-        tell(name)
+        say(name)
         moot = trained and code == "SV18"
         checks.append(_skipped(name, code, _TRAINED) if moot else _run(name, code, work))
 
@@ -151,7 +151,7 @@ def verify_checkpoint(
         ("full budget = dense", "SV19", lambda: _full_budget(out, lengths)),
         ("bare transformers", "SV20", lambda: _bare(out, trust_remote_code)),
     ):
-        tell(name)
+        say(name)
         if trained and code == "SV19":
             checks.append(_skipped(name, code, _TRAINED))
         elif whole:

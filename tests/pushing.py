@@ -44,7 +44,7 @@ def hub(monkeypatch):
 
 def push(model, **options):
     told, waits = [], []
-    report = push_plan(plan_push(model, REPO, **options), tell=told.append, wait=waits.append)
+    report = push_plan(plan_push(model, REPO, **options), say=told.append, wait=waits.append)
     return report, told, waits
 
 

@@ -53,7 +53,7 @@ def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_drifting_inputs_select_alike() -> None:
-    x = bench.Inputs.drifting(bench.parse_geometry("4/2/16"), 2048, torch.float32, "cpu")
+    x = bench.OpInputs.drifting(bench.parse_geometry("4/2/16"), 2048, torch.float32, "cpu")
     near = torch.nn.functional.cosine_similarity(x.q[0, 1:], x.q[0, :-1], dim=-1).mean()
     far = torch.nn.functional.cosine_similarity(x.q[0, 1024:], x.q[0, :1024], dim=-1).mean()
     assert near > 0.5 > far.abs()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from nsa_convert.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Shard, Weight
 from nsa_convert.checkpoint.source import SOURCE_README, Checkpoint
 from nsa_convert.checkpoint.staging import copy_file, link_file
 from nsa_convert.errors import CheckpointError
+from nsa_convert.notices import Progress
 
 SPARSE_SHARD = "model-sparse.safetensors"
 """Holds the new tensors."""
 
-Progress = Callable[[str, int, int], None]
 """Called with the name of a finished shard, the shards done, and the shards in all."""
 
 
@@ -60,7 +60,7 @@ def place_shards(
     names: Mapping[str, str],
     copy: bool,
     threads: int | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[list[ShardScan], bool]:
     """Link or copy every shard and read it once; returns the scans and whether all were linked."""
     shards = checkpoint.weights.shards
@@ -71,8 +71,7 @@ def place_shards(
         linked = not copy and link_file(shard.header.path, target)
         scan = scan_shard(shard, target if linked else shard.header.path, None if linked else target)
         done.append(shard.name)
-        if progress is not None:
-            progress(shard.name, len(done), len(shards))
+        progress(shard.name, len(done), len(shards))
         return scan, linked
 
     results = run_threads(place, shards, threads)

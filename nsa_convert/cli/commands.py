@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from nsa_convert import __version__
-from nsa_convert.cli.frame import Commands, common, hint, print_json, shard_progress, show, tell
+from nsa_convert.cli.frame import Commands, common, hint, print_json, say, shard_progress, show
 from nsa_convert.cli.training import recipes, train
 from nsa_convert.errors import ConfigError, MachineError, UsageError
 
@@ -119,7 +119,7 @@ def inspect(
     from nsa_convert.inspection import inspect_checkpoint
 
     lengths = parse_lengths(context, "--context")
-    show(inspect_checkpoint(resolve_model(model, tell=tell).path, method, lengths), as_json)
+    show(inspect_checkpoint(resolve_model(model, say=say).path, method, lengths), as_json)
 
 
 @main.command()
@@ -162,7 +162,7 @@ def convert(
     from nsa_convert.hub import resolve_model
 
     plan = read_plan(method, config, pairs, layers, profile, density)
-    source = resolve_model(model, revision=revision, tell=tell)
+    source = resolve_model(model, revision=revision, say=say)
 
     with shard_progress() as progress:
         report = convert_checkpoint(
@@ -192,8 +192,8 @@ def verify(out: Path, against: str | None, trust_remote_code: bool, as_json: boo
     from nsa_convert.hub import resolve_model
     from nsa_convert.verification import verify_checkpoint
 
-    source = None if against is None else resolve_model(against, tell=tell).path
-    report = verify_checkpoint(out, source, trust_remote_code=trust_remote_code, progress=tell)
+    source = None if against is None else resolve_model(against, say=say).path
+    report = verify_checkpoint(out, source, trust_remote_code=trust_remote_code, say=say)
 
     if report.ok or not as_json:
         show(report, as_json)
@@ -290,7 +290,7 @@ def generate(
     import dataclasses
 
     from nsa_convert.cli.options import read_method
-    from nsa_convert.evaluation.models import load_model, read_facts
+    from nsa_convert.evaluation.models import load_model, read_model_facts
     from nsa_convert.generation import generate_text
     from nsa_convert.hub import dense_folder, resolve_model
     from nsa_convert.loading import load_tokenizer
@@ -301,16 +301,16 @@ def generate(
 
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give either --prompt or --prompt-file", code="CL02")
-    text = prompt if prompt_file is None else read_text(prompt_file)
+    text = prompt if prompt_file is None else read_prompt(prompt_file)
     assert text is not None
 
-    folder = dense_folder(resolve_model(model, tell=tell), tell)
+    folder = dense_folder(resolve_model(model, say=say), say)
     tokenizer = load_tokenizer(folder)
     stream = None if as_json else lambda piece: click.echo(piece, nl=False)
 
     # A plan that does not fit is refused before the model, which may be large, is loaded.
     if plan is not None:
-        read_facts(folder, plan)
+        read_model_facts(folder, plan)
 
     result = generate_text(
         load_model(folder, plan=plan),
@@ -327,7 +327,7 @@ def generate(
         click.echo()
 
 
-def read_text(path: Path) -> str:
+def read_prompt(path: Path) -> str:
     """Return the text of a prompt file.
 
     Raises:

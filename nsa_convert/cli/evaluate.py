@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from nsa_convert.cli.commands import main
-from nsa_convert.cli.frame import common, hint, print_json, show_tables, tell
+from nsa_convert.cli.frame import common, hint, print_json, say, show_tables
 from nsa_convert.errors import UsageError
 
 SUITES = ("quick", "long", "full", "tasks", "compare")
@@ -63,8 +63,8 @@ def evaluate(
     settings, plan = read_method(method, pairs, suite_settings(suite))
     rows = _named_plans(suite, method, against, plans)
 
-    folder = dense_folder(resolve_model(model, tell=tell), tell)
-    other = None if against is None else dense_folder(resolve_model(against, tell=tell), tell)
+    folder = dense_folder(resolve_model(model, say=say), say)
+    other = None if against is None else dense_folder(resolve_model(against, say=say), say)
     own: dict[str, Any] = {"plans": rows} if suite == "compare" else {"against": other, "plan": plan}
 
     report = _run(suite, folder, out, {**own, **settings})
@@ -89,22 +89,22 @@ def _run(suite: str, folder: Path, out: Path | None, options: dict[str, Any]) ->
     if suite == "quick":
         from nsa_convert.evaluation.suites.quick import run_quick
 
-        return run_quick(folder, out_dir=out, progress=tell, **options)
+        return run_quick(folder, out_dir=out, say=say, **options)
 
     if suite == "tasks":
         from nsa_convert.evaluation.suites.lm_eval_tasks import run_tasks
 
-        return run_tasks(folder, out_dir=out, say=tell, **options)
+        return run_tasks(folder, out_dir=out, say=say, **options)
 
     with cell_progress() as progress:
         if suite == "compare":
             from nsa_convert.evaluation.suites.compare import run_compare
 
-            return run_compare(folder, out_dir=out, say=tell, progress=progress, **options)
+            return run_compare(folder, out_dir=out, say=say, progress=progress, **options)
 
         from nsa_convert.evaluation.suites.long import run_long
 
-        return run_long(folder, suite=suite, out_dir=out, say=tell, progress=progress, **options)
+        return run_long(folder, suite=suite, out_dir=out, say=say, progress=progress, **options)
 
 
 def _named_plans(suite: str, method: str | None, against: str | None, plans: tuple[str, ...]) -> list[Any]:
@@ -165,6 +165,6 @@ def cell_progress() -> Iterator[Callable[[str, int, int], None]]:
 
     def line(name: str, done: int, total: int) -> None:
         if done * 10 // total > (done - 1) * 10 // total:
-            tell(f"{name} ({done}/{total})")
+            say(f"{name} ({done}/{total})")
 
     yield line

@@ -199,7 +199,7 @@ def hint(text: str) -> None:
     click.echo(f"Hint: {text}", err=True)
 
 
-def tell(line: str) -> None:
+def say(line: str) -> None:
     """Print a line of progress to stderr."""
     click.echo(f"... {redact(line)}", err=True)
 
@@ -239,6 +239,6 @@ def shard_progress() -> Iterator[Callable[[str, int, int], None]]:
 
     def line(name: str, done: int, total: int) -> None:
         if done * 10 // total > (done - 1) * 10 // total:
-            tell(f"{name} ({done}/{total} weight files)")
+            say(f"{name} ({done}/{total} weight files)")
 
     yield line

@@ -10,7 +10,7 @@ from typing import Any
 from nsa_convert.config import FULL, LayerRule, SparseAttentionConfig
 from nsa_convert.errors import ConfigError, UsageError
 from nsa_convert.strict_files import parse_yaml
-from nsa_convert.training.recipe.bases import read_values
+from nsa_convert.training.recipe.bases import read_recipe_values
 
 
 def parse_lengths(text: str, option: str) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ def read_plan_file(path: Path) -> SparseAttentionConfig:
 
     if is_head_file(path):
         return read_head_file(path)
-    values = read_values(path)
+    values = read_recipe_values(path)
     if "sparse_attention" not in values:
         raise ConfigError(f"{path} has no key 'sparse_attention'", code="RC08", where=str(path))
     return SparseAttentionConfig.from_dict(values["sparse_attention"])

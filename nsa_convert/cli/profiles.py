@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nsa_convert.cli.frame import hint, print_json, tell
+from nsa_convert.cli.frame import hint, print_json, say
 from nsa_convert.errors import UsageError
 from nsa_convert.settings import read_settings, read_values, suggest
 
@@ -30,7 +30,7 @@ def write_profile(model: str, method: str | None, out: Path, pairs: tuple[str, .
     if out.exists():
         raise UsageError(f"{out} exists; choose another file or remove it", code="CL03", where=str(out))
 
-    folder = dense_folder(resolve_model(model, tell=tell), tell)
+    folder = dense_folder(resolve_model(model, say=say), say)
     profile = _make(folder, kind, method or "ssa", settings)
     profile.save(out)
 
@@ -49,7 +49,7 @@ def _make(folder: Path, kind: str, method: str, settings: dict[str, Any]) -> Any
         from nsa_convert.evaluation.heads.profile import profile_checkpoint
 
         options = {name: settings.pop(name) for name in ("length", "dtype") if name in settings}
-        return profile_checkpoint(folder, method, settings, say=tell, **options)
+        return profile_checkpoint(folder, method, settings, say=say, **options)
 
     if kind == "import":
         return _imported(folder, settings)
@@ -86,7 +86,7 @@ def _make(folder: Path, kind: str, method: str, settings: dict[str, Any]) -> Any
         _prose(folder, gates.max_length), lambda text: tokenizer.encode(text, add_special_tokens=False), gates
     )
 
-    return train_gates(load_model(folder, dtype), cases, gates, tell)
+    return train_gates(load_model(folder, dtype), cases, gates, say)
 
 
 def _imported(folder: Path, settings: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from nsa_convert.cli.commands import main
-from nsa_convert.cli.frame import common, hint, show, tell
+from nsa_convert.cli.frame import common, hint, say, show
 from nsa_convert.errors import CheckFailedError
 
 
@@ -66,7 +66,7 @@ def push(
     if not as_json:
         click.echo(plan.to_text(), err=True)
 
-    checks = verify_checkpoint(model, progress=tell)
+    checks = verify_checkpoint(model, say=say)
     if not checks.ok:
         failed = next(check for check in checks.checks if check.ok is False)
         message = f"verification failed at '{failed.name}': {failed.detail}"
@@ -76,7 +76,7 @@ def push(
             )
         click.echo(f"Warning: {message}", err=True)
 
-    report = push_plan(plan, tell=tell)
+    report = push_plan(plan, say=say)
     show(report, as_json)
 
     hint(f'AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)')

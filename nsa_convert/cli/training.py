@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from nsa_convert.cli.frame import common, hint, print_json, show, tell
+from nsa_convert.cli.frame import common, hint, print_json, say, show
 from nsa_convert.errors import UsageError
+from nsa_convert.notices import silent
 from nsa_convert.training.recipe.bases import resolved_text
 from nsa_convert.training.recipe.library import find_recipe, known_recipes
 
@@ -42,12 +43,12 @@ def train(
     """Convert and train by RECIPE: a YAML file, or a name that `nsa-convert recipes` lists."""
     from nsa_convert.cli.options import parse_settings
     from nsa_convert.training.recipe.schema import read_recipe
-    from nsa_convert.training.run.forecast import plan_recipe
+    from nsa_convert.training.run.forecast import forecast_recipe
     from nsa_convert.training.run.models import read_start
     from nsa_convert.training.run.parallel import planned
     from nsa_convert.training.run.resume import Allow
     from nsa_convert.training.run.runner import Interrupted, train_recipe
-    from nsa_convert.training.run.stages import measure_plan
+    from nsa_convert.training.run.stages import measure_stages
 
     path = find_recipe(recipe)
     read = read_recipe(path, parse_settings(pairs))
@@ -55,8 +56,8 @@ def train(
 
     if dry_run:
         start = read_start(read, folder)
-        plan = plan_recipe(read, start, path.parent, parallel=planned(read))
-        show(measure_plan(read, start, path.parent, plan) if read.measure else plan, as_json)
+        plan = forecast_recipe(read, start, path.parent, parallel=planned(read))
+        show(measure_stages(read, start, path.parent, plan) if read.measure else plan, as_json)
         return
 
     # Of the processes of a distributed run the first one speaks.
@@ -67,9 +68,10 @@ def train(
         eager_fallback=allow_eager_fallback,
     )
 
-    say = tell if is_main else lambda line: None
     try:
-        report = train_recipe(read, folder, base=path.parent, resume=resume, say=say, allow=allow)
+        report = train_recipe(
+            read, folder, base=path.parent, resume=resume, say=say if is_main else silent, allow=allow
+        )
     except Interrupted as error:
         hint(f"the state is saved; go on with{_resume_line(recipe, pairs)}")
         raise SystemExit(128 + error.number) from None
@@ -97,7 +99,7 @@ def model_folder(model: Any, revision: str | None, base: Path) -> Path | None:
 
     beside = base / model
     name = str(beside) if beside.exists() else model
-    return dense_folder(resolve_model(name, revision=revision, tell=tell), tell)
+    return dense_folder(resolve_model(name, revision=revision, say=say), say)
 
 
 @click.command()

@@ -67,7 +67,7 @@ def prompt_tokens(tokens: int) -> int:
     return tokens - min(SCORED_TOKENS, tokens // 4)
 
 
-def read_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> ModelFacts:
+def read_model_facts(path: str | Path, plan: SparseAttentionConfig | None = None) -> ModelFacts:
     """Read the config of a dense or converted checkpoint.
 
     Args:
@@ -119,7 +119,7 @@ def read_both_facts(
     path: str | Path, plan: SparseAttentionConfig | None, against: str | Path | None
 ) -> list[ModelFacts]:
     """Return the facts of a model, followed by those of the dense checkpoint it is compared with, if any."""
-    return [read_facts(path, plan), *([] if against is None else [read_facts(against)])]
+    return [read_model_facts(path, plan), *([] if against is None else [read_model_facts(against)])]
 
 
 def reads_texts(method: SparseMethod) -> bool:

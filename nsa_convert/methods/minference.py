@@ -180,8 +180,8 @@ class MInference(PrefillMethod):
                 if by_token is None or by_distance is None or columns is None:
                     by_token, by_distance = last_attention(x.q, x.k, LAST_QUERIES, x.scale)
                     columns = torch.zeros_like(by_token, dtype=torch.bool)
-                columns[:, served] = best_tokens(by_token[:, served], first, SURE_VERTICALS)
-                slashes = best_tokens(by_distance[:, served], second, SURE_SLASHES)
+                columns[:, served] = largest_shares(by_token[:, served], first, SURE_VERTICALS)
+                slashes = largest_shares(by_distance[:, served], second, SURE_SLASHES)
                 keep[:, served] = slash_blocks(slashes, grid)
             elif kind == "stream_llm":
                 keep[:, served] = band_blocks(grid, first, second, x.q.device)
@@ -210,7 +210,7 @@ def least_budget(head: tuple[str, int, int], block_size: int) -> int:
     return budgets[kind]()
 
 
-def best_tokens(shares: Tensor, count: int, sure: int) -> Tensor:
+def largest_shares(shares: Tensor, count: int, sure: int) -> Tensor:
     """Return the ``count`` largest entries of each row, the first ``sure`` among them, as booleans."""
     total = shares.shape[-1]
     ranked = shares.clone()

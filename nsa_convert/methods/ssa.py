@@ -25,9 +25,9 @@ from nsa_convert.methods.parts.base import (
     Reach,
     SparseMethod,
     TrainingSpec,
+    dense_model_output,
     is_within_budget,
     record,
-    teacher_output,
 )
 from nsa_convert.methods.parts.budget import BlockBudget, widened
 from nsa_convert.methods.parts.compressors import Compressor, build_compressor, has_weights
@@ -170,7 +170,7 @@ class SSA(SparseMethod):
         # Both attentions are computed only where the step needs them; within the budget they are the same.
         fits = is_within_budget(self, x, self.settings.rule.budget)
         compared = not {"output_error", "alignment"}.isdisjoint(mode.losses)
-        full = teacher_output(self, x) if fits or compared or stream != "sparse" else None
+        full = dense_model_output(self, x) if fits or compared or stream != "sparse" else None
         sparse = full
         if not fits and (compared or stream == "sparse"):
             sparse, _ = sparse_attention(x.q, x.k, x.v, self._choose(x), layout=x.layout, scale=x.scale)

@@ -12,7 +12,7 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.methods.parts.base import AttentionInputs, CacheNeeds, Pool, Projection, SparseMethod
 from nsa_convert.methods.parts.inputs import CachedPart, select_heads
 from nsa_convert.patch.cache import SparseCacheLayer, held_tokens, sparse_cache_layer
-from nsa_convert.patch.eviction import evicting_cache_layer, forgets, let_go, recall, whole_heads
+from nsa_convert.patch.eviction import append, evict, evicting_cache_layer, has_eviction, whole_heads
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.pooling import grow_cells, grow_states, pool_sequence
 from nsa_convert.patch.precision import attention_dtype, without_autocast
@@ -188,8 +188,8 @@ class SparseAttention(nn.Module):
         # Inference: attend, then drop what the cache policies give up.
         if context.training is None:
             o = self.sparse(inputs)
-            if cache is not None and forgets(self.sparse):
-                let_go(self.sparse, cache.layers[self.layer_idx], parts, context, new_tokens)
+            if cache is not None and has_eviction(self.sparse):
+                evict(self.sparse, cache.layers[self.layer_idx], parts, context, new_tokens)
             return o, None
 
         # Training: losses of the layer in the order of their names, 0 for those the method has not.
@@ -282,10 +282,10 @@ class SparseAttention(nn.Module):
         # Append the new tokens; k and v become what pools read: all tokens of the heads that keep them.
         new_tokens = k.shape[1]
         offset = context.layout.offset
-        evicts = forgets(self.sparse)
+        evicts = has_eviction(self.sparse)
         if evicts:
             layer: SparseCacheLayer = evicting_cache_layer(cache, self.layer_idx, self.sparse, k, context)
-            parts = recall(self.sparse, layer, k, v, context)
+            parts = append(self.sparse, layer, k, v, context)
             place = whole_heads(self.sparse)
             pools = tuple(dataclasses.replace(p, heads=[place[head] for head in p.heads]) for p in pools)
             if place:

@@ -31,7 +31,7 @@ from nsa_convert.patch.cache_storage import (
     may_write_in_place,
     version,
 )
-from nsa_convert.patch.cache_writer import Writer, fingerprint, writes_alike
+from nsa_convert.patch.cache_writer import Writer, writer_fingerprint, writes_alike
 
 STREAM = "stream "
 """The names of token states in ``cells`` begin with this."""
@@ -265,7 +265,7 @@ class SparseCacheLayer(_Layer):
     def __reduce_ex__(self, protocol: object) -> tuple:
         state = self._state()
         if self.writer is not None:
-            state["writer"] = fingerprint(self.writer)
+            state["writer"] = writer_fingerprint(self.writer)
 
         # A class made at run time cannot be imported by name: a pickle names its base.
         made_here = "sparse_base" in vars(type(self))

@@ -25,7 +25,7 @@ Writer = SparseMethod | Fingerprint
 """The method itself in the process that made the cache: comparing it reads no weights."""
 
 
-def fingerprint(writer: Writer) -> Fingerprint:
+def writer_fingerprint(writer: Writer) -> Fingerprint:
     """Return the fingerprint of a writer; for a method this reads all its weights."""
     if isinstance(writer, Fingerprint):
         return writer
@@ -44,5 +44,5 @@ def writes_alike(one: Writer | None, other: Writer) -> bool:
     """Return whether two writers compute the same from the same tokens."""
     if one is None or one is other:
         return one is other
-    digest = fingerprint(one).digest
-    return digest is not None and digest == fingerprint(other).digest
+    digest = writer_fingerprint(one).digest
+    return digest is not None and digest == writer_fingerprint(other).digest

@@ -171,7 +171,7 @@ class EvictingLayer(SparseDynamicLayer):
         return {**super()._state(), "rooms": None}
 
 
-def forgets(method: SparseMethod) -> bool:
+def has_eviction(method: SparseMethod) -> bool:
     """Return whether any part of a layer's method has a cache policy."""
     return any(leaf.cache_needs().policy is not None for leaf in leaves(method))
 
@@ -262,7 +262,7 @@ def _take_over(
         layer.values = layer.values.new_empty(0)
 
 
-def recall(
+def append(
     method: SparseMethod, layer: EvictingLayer, k: Tensor, v: Tensor, context: SparseContext
 ) -> tuple[CachedPart, ...]:
     """Append new tokens and return what each of a layer's methods may read.
@@ -307,7 +307,7 @@ def recall(
     return tuple(parts)
 
 
-def let_go(
+def evict(
     method: SparseMethod,
     layer: EvictingLayer,
     parts: Sequence[CachedPart],

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nsa_convert.config import LayerRule, SparseAttentionConfig
 from nsa_convert.heads.profile import HeadProfile
-from nsa_convert.methods.parts.base import teacher_output
+from nsa_convert.methods.parts.base import dense_model_output
+from nsa_convert.notices import Say, silent
 from nsa_convert.patch.patching import patch_model, unpatch_model
 from nsa_convert.settings import raise_problems
 
@@ -148,7 +149,7 @@ def train_gates(
     model: PreTrainedModel,
     cases: Iterator[tuple[Tensor, Tensor]],
     settings: GateSettings,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = silent,
 ) -> HeadProfile:
     """Learn one gate for each layer and key/value head; runs on the model's device.
 
@@ -240,7 +241,7 @@ def _mixed(model: PreTrainedModel, gates: Tensor) -> Iterator[dict[str, bool]]:
     switch = {"dense": False}
 
     def mix(method: Any, args: tuple, streaming: Tensor) -> Tensor:
-        dense = teacher_output(method, args[0])
+        dense = dense_model_output(method, args[0])
         if switch["dense"]:
             return dense
 

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nsa_convert.config import FULL
@@ -18,7 +17,7 @@ from nsa_convert.training.recipe.schema import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossPlan:
+class StageLosses:
     """The losses of a stage and their weights.
 
     Attributes:
@@ -91,7 +90,7 @@ class LossPlan:
         return auxiliary.sum(0) / auxiliary.new_tensor(self.layers or (), dtype=auxiliary.dtype).clamp(min=1)
 
 
-def loss_plan(stage: Stage, methods: Sequence[SparseMethod], seed: int, stage_index: int) -> LossPlan:
+def stage_losses(stage: Stage, methods: Sequence[SparseMethod], seed: int, stage_index: int) -> StageLosses:
     """Return the losses of a stage, with the weights of the stage or else the defaults of its methods."""
     weights = stage_weights(stage, methods)
     layers = [sum(name in known_losses(m) for m in methods) for name in weights]
@@ -99,7 +98,7 @@ def loss_plan(stage: Stage, methods: Sequence[SparseMethod], seed: int, stage_in
     # The alignment stage has no next-token loss and no draws: its stream is always the dense one.
     align = stage.kind == "align"
     default = 0.0 if align else 1.0
-    return LossPlan(
+    return StageLosses(
         cross_entropy=default if stage.cross_entropy is None else stage.cross_entropy,
         names=tuple(weights),
         weights=tuple(weights.values()),
@@ -178,8 +177,3 @@ def mix(*numbers: int | str) -> int:
 def uniform(*numbers: int | str) -> float:
     """Return a number in [0, 1) derived from :func:`mix`."""
     return mix(*numbers) / 2.0**63
-
-
-def finite(values: Mapping[str, Tensor | None]) -> list[str]:
-    """Return the names of the values that hold NaN or infinity."""
-    return [name for name, x in values.items() if x is not None and not bool(torch.isfinite(x).all())]

@@ -11,7 +11,7 @@ import pytest
 
 from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.metrics import case_scores
-from nsa_convert.evaluation.models import read_facts
+from nsa_convert.evaluation.models import read_model_facts
 from nsa_convert.evaluation.suites import long
 from nsa_convert.evaluation.suites.finished_cells import CELLS
 from nsa_convert.evaluation.suites.long import run_long
@@ -174,7 +174,7 @@ def test_lengths_beyond_the_positions_are_measured_when_asked_for(pair):
 
 def test_defaults_follow_the_budget_and_the_positions(tmp_path):
     folder = save_pair(tmp_path, {**NSA, "num_blocks": 8})[1]
-    facts = read_facts(folder)  # a budget of 64 and 1024 positions
+    facts = read_model_facts(folder)  # a budget of 64 and 1024 positions
     quick, full = (LongSettings.read({}, suite, facts) for suite in ("long", "full"))
     assert (quick.lengths, quick.task_lengths, quick.samples) == ((128, 256, 512), (128, 256), 1)
     assert (full.lengths, full.task_lengths, full.samples) == (

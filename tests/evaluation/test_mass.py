@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from nsa_convert.evaluation.metrics.mass import MassProbe, captured_mass, sample_queries
+from nsa_convert.evaluation.metrics.mass import MassProbe, captured_mass, spaced_queries
 from nsa_convert.evaluation.metrics.perplexity import read_out
 from nsa_convert.evaluation.models import dense_attention_in
 from nsa_convert.methods.parts.base import observe
@@ -42,7 +42,7 @@ def test_captured_mass_and_density_equal_the_dense_mask(settings, patterns):
         read_out(model, ids)
     with probe.watch():
         read_out(model, ids)
-    queries = sample_queries(LENGTH, BUDGET, 10)
+    queries = spaced_queries(LENGTH, BUDGET, 10)
     expected = [(record, name, pattern) for record in records for name, pattern in record.patterns.items()]
     assert len(probe.rows) == len(expected) == 3 * patterns
     for row, (record, name, pattern) in zip(probe.rows, expected, strict=True):
@@ -94,9 +94,9 @@ def test_selections_per_query_head_and_of_tokens():
 
 
 def test_sampled_queries_lie_beyond_the_budget_and_include_the_last():
-    assert sample_queries(100, 40, 4).tolist() == [40, 60, 79, 99]
-    assert sample_queries(45, 40, 64).tolist() == [40, 41, 42, 43, 44]
-    assert sample_queries(30, 40, 8).tolist() == [29]
+    assert spaced_queries(100, 40, 4).tolist() == [40, 60, 79, 99]
+    assert spaced_queries(45, 40, 64).tolist() == [40, 41, 42, 43, 44]
+    assert spaced_queries(30, 40, 8).tolist() == [29]
 
 
 def test_nothing_is_recorded_within_the_budget():

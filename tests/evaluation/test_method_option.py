@@ -15,7 +15,7 @@ from nsa_convert.cli import main
 from nsa_convert.cli.commands import BENCH_SETTINGS
 from nsa_convert.cli.evaluate import SUITES, suite_settings
 from nsa_convert.evaluation.metrics.perplexity import read_out, token_nll
-from nsa_convert.evaluation.models import load_model, read_facts
+from nsa_convert.evaluation.models import load_model, read_model_facts
 from nsa_convert.evaluation.suites.quick import run_quick
 from nsa_convert.methods.parts.registry import METHODS
 from tests.checkpoints import tree_hash
@@ -150,7 +150,7 @@ def test_facts(pair: tuple[Path, Path]) -> None:
     plans["phases"] = {"method": "nsa", "rules": [{"method": "quest", "phase": "decode"}]}
     for name, given in plans.items():
         one_pass = name in ("nsa", "moba")
-        facts = read_facts(pair[0], plan(given))
+        facts = read_model_facts(pair[0], plan(given))
         assert facts.one_pass == one_pass
         assert facts.methods == (name,) * 3
         assert facts.prompt_of(2000) == (0 if one_pass else 1744)

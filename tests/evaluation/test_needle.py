@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nsa_convert.errors import CheckFailedError, ConfigError
-from nsa_convert.evaluation.tasks.needle import NOISE, build_case, build_cases, hits_by_length, score_case
+from nsa_convert.evaluation.tasks.needle import NOISE, build_case, build_needles, hits_by_length, score_case
 from tests.evaluation.tiny import byte_tokenizer, tiny_dense
 
 
@@ -84,8 +84,8 @@ def test_prompts_fill_the_length_and_hold_the_needle_at_its_depth(length, depth,
 
 def test_prompts_are_the_same_everywhere_and_do_not_depend_on_the_grid():
     tokenizer = byte_tokenizer()
-    cases = build_cases(tokenizer, [500, 700], [0.0, 0.5])
-    assert cases[2:] == build_cases(tokenizer, [700], [0.0, 0.5])
+    cases = build_needles(tokenizer, [500, 700], [0.0, 0.5])
+    assert cases[2:] == build_needles(tokenizer, [700], [0.0, 0.5])
     assert len({case.value for case in cases}) == 4
     assert build_case(tokenizer, 500, 0.0, seed=1) != cases[0]
     digest = hashlib.sha256(repr([(c.prompt_ids, c.answer_ids) for c in cases]).encode()).hexdigest()

@@ -88,7 +88,7 @@ def test_tr02_a_signal_saves_and_exits(tmp_path, monkeypatch, number, status):
         if line.startswith("pretrain 2/"):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("nsa_convert.cli.training.tell", tell)
+    monkeypatch.setattr("nsa_convert.cli.training.say", tell)
     path = write_tiny(tmp_path, None, stage(tokens=64 * 4000, save_every=0))
     done = call("train", path)
     assert done.code == status
@@ -128,7 +128,7 @@ def test_tr03_a_second_ctrl_c_while_saving(whole, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         sealed(*args)
 
-    monkeypatch.setattr("nsa_convert.cli.training.tell", tell)
+    monkeypatch.setattr("nsa_convert.cli.training.say", tell)
     monkeypatch.setattr(trainer, "seal", interrupted)
     done = call("train", path)
     monkeypatch.undo()

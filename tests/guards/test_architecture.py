@@ -13,7 +13,17 @@ PACKAGE = "nsa_convert"
 
 # A module may import from its own layer's neighbours only where BESIDE says so, and from every layer below.
 LAYERS = (
-    ("errors", "error_codes", "redaction", "settings", "config", "strict_files", "extras", "families"),
+    (
+        "errors",
+        "error_codes",
+        "redaction",
+        "notices",
+        "settings",
+        "config",
+        "strict_files",
+        "extras",
+        "families",
+    ),
     ("patterns",),
     ("kernels",),
     ("methods",),

@@ -24,14 +24,14 @@ FUNCTIONS = {
     "sparse_attention": "(q, k, v, pattern, *, layout=…, scale=…)",
     "unpatch_model": "(model)",
     "use_backend": "(name)",
-    "verify_checkpoint": "(out, against=…, *, lengths=…, trust_remote_code=…, progress=…)",
+    "verify_checkpoint": "(out, against=…, *, lengths=…, trust_remote_code=…, say=…)",
 }
 
 CLASSES = {
     "AttentionGeometry": ["hidden_size", "num_query_heads", "num_kv_heads", "head_dim", "qkv_bias"],
     "BlockSelection": ["block_indices", "block_size", "query_block"],
     "BlockTopK": ["block_size", "num_blocks", "num_sink_blocks", "num_local_blocks", "reduce", "per_head"],
-    "LayerRule": ["method", "settings", "layers", "heads"],
+    "LayerRule": ["method", "settings", "layers", "heads", "phase"],
     "SequenceLayout": ["offset", "start", "cu_seqlens", "max_seqlen"],
     "SinkWindow": ["num_sinks", "window_size"],
     "SparseAttentionConfig": ["default", "rules"],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.inputs import AttentionInputs
-from nsa_convert.patch.eviction import EvictingLayer, let_go, recall
+from nsa_convert.patch.eviction import EvictingLayer, append, evict
 from nsa_convert.patch.layout import SparseContext
 from nsa_convert.patch.rope import mover
 from nsa_convert.patterns import SequenceLayout
@@ -96,13 +96,13 @@ def run(
         context = SparseContext(layout=SequenceLayout(offset=past, start=start), starts=starts, rotary=rotary)
         positions = (torch.arange(past, past + count) - torch.tensor(data.starts)[:, None])[:, :, None]
         q, k = turn(data.q[:, new], positions), turn(data.k[:, new], positions)
-        parts = recall(method, layer, k, data.v[:, new], context)
+        parts = append(method, layer, k, data.v[:, new], context)
         hidden = torch.zeros(len(data.starts), count, 32, dtype=torch.float64)
         x = AttentionInputs(
             **vars(parts[0]), q=q, hidden=hidden, pooled={}, scale=HEAD_DIM**-0.5, move=mover(rotary)
         )
         out.append(method(x))
-        let_go(method, layer, parts, context, count)
+        evict(method, layer, parts, context, count)
         past += count
     return torch.cat(out, 1)
 

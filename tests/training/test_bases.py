@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from nsa_convert.cli import main
 from nsa_convert.strict_files import read_mapping
-from nsa_convert.training.recipe.bases import read_values
+from nsa_convert.training.recipe.bases import read_recipe_values
 from nsa_convert.training.recipe.library import find_recipe, known_bases, known_recipes
 from nsa_convert.training.recipe.schema import read_recipe, recipe_from_dict
 from tests.training.recipes import NSA, recipe_values, stage
@@ -104,7 +104,7 @@ def same_as_base(base: Any, own: Any, place: str = "") -> list[str]:
 @pytest.mark.parametrize("name", ON_A_BASE)
 def test_a_recipe_on_a_base_says_only_what_differs(name):
     own = read_mapping(RECIPES[name])
-    base = read_values(find_recipe(own["base"], RECIPES[name].parent))
+    base = read_recipe_values(find_recipe(own["base"], RECIPES[name].parent))
     assert same_as_base(base, own) == []
 
 
@@ -157,7 +157,7 @@ def test_mappings_and_stages_are_merged_and_other_values_replaced(tmp_path):
     data = [{"kind": "python"}]
     changes = [{"name": "pretrain", "data": data}, stage("last"), {"name": "align", "lr": 0.5}]
     own = {"base": "inner/middle.yaml", "model": "demo", "precision": "bf16", "stages": changes}
-    read = read_values(write(tmp_path, "own.yaml", own))
+    read = read_recipe_values(write(tmp_path, "own.yaml", own))
     expected = recipe_values(tmp_path, {**NSA, "num_blocks": 8}, seed=4, model="demo", precision="bf16")
     expected["stages"] = [stage("align", betas=[0.9, 0.9], lr=0.5), stage(data=data), stage("last")]
     assert read == expected

@@ -13,7 +13,7 @@ from torch.nn import functional
 from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patch.patching import patch_model, sparse_methods
 from nsa_convert.settings import read_settings
-from nsa_convert.training.losses import LossPlan, loss_plan, loss_problems, uniform
+from nsa_convert.training.losses import StageLosses, loss_problems, stage_losses, uniform
 from nsa_convert.training.recipe.schema import Stage
 from nsa_convert.training.run.stages import flops_per_token
 from tests.models import MOBA, NSA, SSA, VARIANTS, dense_model, plan, tokens, trained_model
@@ -282,7 +282,7 @@ def test_align_reaches_new_weights_only_and_layers_see_the_dense_model():
 
 
 def test_streams_are_drawn_evenly_and_reproducibly():
-    plan = LossPlan(
+    plan = StageLosses(
         cross_entropy=1.0,
         names=(),
         weights=(),
@@ -346,7 +346,7 @@ def test_a_method_that_also_runs_dense_can_end_on_dense_steps() -> None:
     def draws(stage_ratio: float | None, settings: dict) -> set[str]:
         model = patch_model(dense_model("llama"), plan(settings))
         chosen = read_stage(full_ratio=stage_ratio)
-        made = loss_plan(chosen, sparse_methods(model), seed=0, stage_index=0)
+        made = stage_losses(chosen, sparse_methods(model), seed=0, stage_index=0)
         return {made.mode(step).stream for step in range(30)}
 
     assert draws(None, MOBA) == {"sparse"}

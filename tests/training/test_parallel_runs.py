@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from nsa_convert.errors import ConfigError
 from nsa_convert.loading import load_causal_model
 from nsa_convert.training.recipe.schema import recipe_from_dict
-from nsa_convert.training.run.forecast import plan_recipe
+from nsa_convert.training.run.forecast import forecast_recipe
 from nsa_convert.training.run.parallel import Parallel, can_shard, planned
 from nsa_convert.training.run.runner import train_recipe
 from tests.models import DSA, MOBA, tokens
@@ -156,7 +156,7 @@ def check(tmp_path: Path, parallel: Parallel | None = None, method: dict | None 
     from nsa_convert.training.run.models import read_start
 
     with pytest.raises(ConfigError) as refused:
-        plan_recipe(recipe, read_start(recipe, None), ROOT, parallel=parallel or planned(recipe))
+        forecast_recipe(recipe, read_start(recipe, None), ROOT, parallel=parallel or planned(recipe))
     assert refused.value.code == "RC09"
     return refused.value.message
 

@@ -19,7 +19,7 @@ from nsa_convert.training.data.rows import PackedRows, collate
 from nsa_convert.training.recipe.library import known_recipes
 from nsa_convert.training.recipe.schema import Recipe, read_recipe, recipe_from_dict
 from nsa_convert.training.recipe.sections import FreshModel
-from nsa_convert.training.run.forecast import plan_recipe
+from nsa_convert.training.run.forecast import forecast_recipe
 from nsa_convert.training.run.models import fresh_tokenizer, read_start
 from nsa_convert.training.run.parallel import can_shard, planned
 from nsa_convert.training.run.stages import data_seed
@@ -71,7 +71,7 @@ def test_big_recipes_plan(name, tmp_path, monkeypatch):
     if planned(read).sharded and not can_shard():
         pytest.skip("this transformers trains no models that are cut")
     start = read_start(read, write_config(tmp_path, read.model))
-    plan = plan_recipe(read, start, ROOT, parallel=planned(read))
+    plan = forecast_recipe(read, start, ROOT, parallel=planned(read))
     assert all(stage.steps >= 100 for stage in plan.stages)
     assert not any("fit the visible budget" in line for line in plan.warnings)
     assert plan.parameters > 1e8

@@ -18,7 +18,7 @@ from transformers.distributed import DistributedConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.loading import load_causal_model
 from nsa_convert.methods.parts.training_mode import TrainingMode
-from nsa_convert.training.losses import known_losses, loss_plan
+from nsa_convert.training.losses import known_losses, stage_losses
 from nsa_convert.training.recipe.schema import recipe_from_dict
 from nsa_convert.training.run.distributed import distributed_config, share_tokens, split_tokens
 from nsa_convert.training.run.models import methods_of
@@ -163,7 +163,7 @@ def check_streams() -> dict[str, float]:
         "data": [{"kind": "recall"}],
     }
     recipe = recipe_from_dict({"model": "x", "out": "y", "stages": [stage]})
-    plan = loss_plan(recipe.stages[0], [], 3, 0)
+    plan = stage_losses(recipe.stages[0], [], 3, 0)
     drawn = torch.tensor([plan.mode(step).stream == "full" for step in range(64)]).int()
     others = [torch.empty_like(drawn) for _ in range(2)]
     dist.all_gather(others, drawn)

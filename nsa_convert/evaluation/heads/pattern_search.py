@@ -13,7 +13,7 @@ from nsa_convert.evaluation.metrics.mass import (
     NUM_QUERIES,
     captured_mass,
     dense_probabilities,
-    sample_queries,
+    spaced_queries,
 )
 from nsa_convert.heads.patterns import HeadPattern
 from nsa_convert.methods.minference import MInference, MInferenceSettings, least_budget
@@ -92,7 +92,7 @@ def candidate_shares(record: AttentionRecord, candidates: Sequence[HeadPattern],
     )  # fmt: skip
 
     # Dense probabilities of each KV head's query heads: [G, N, TK].
-    queries = sample_queries(record.q.shape[1], 0, num_queries).to(record.q.device)
+    queries = spaced_queries(record.q.shape[1], 0, num_queries).to(record.q.device)
     dense = [dense_probabilities(record, queries, head) for head in range(kv_heads)]
 
     rows = []

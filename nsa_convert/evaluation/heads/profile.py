@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from nsa_convert.evaluation.models import load_model
 from nsa_convert.evaluation.tasks.text import code_text, first_tokens, prose_text
 from nsa_convert.heads.profile import HeadProfile
 from nsa_convert.loading import load_tokenizer
-from nsa_convert.methods.parts.base import teacher_output
+from nsa_convert.methods.parts.base import dense_model_output
 from nsa_convert.methods.parts.registry import METHODS, read_rule
+from nsa_convert.notices import Say, silent
 from nsa_convert.patch.patching import patch_model, unpatch_model
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def measure_heads(
     texts: Mapping[str, Sequence[int]],
     rule: LayerRule,
     budgets: Sequence[int],
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = silent,
 ) -> HeadProfile:
     """Measure what every head of a dense model would lose with one method at several budgets.
 
@@ -116,7 +117,7 @@ def _errors(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
     def after_method(attention: Any, method: Any, args: tuple, sparse: Tensor) -> Tensor:
         """Note the error of each head, and replace the sparse output by the dense one."""
-        dense = teacher_output(method, args[0])
+        dense = dense_model_output(method, args[0])
         gap = (sparse - dense)[0].float().transpose(0, 1)  # [HQ, T, D]
 
         # Columns of the output projection that belong to each head: [HQ, D, C].
@@ -149,7 +150,7 @@ def profile_checkpoint(
     *,
     length: int = 4096,
     dtype: str = "float32",
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = silent,
 ) -> HeadProfile:
     """Measure the heads of a dense checkpoint on a code and a prose text.
 

@@ -88,7 +88,7 @@ class MassProbe:
         if not record.patterns:
             return
 
-        queries = sample_queries(record.q.shape[1], self.min_context, self.num_queries).to(record.q.device)
+        queries = spaced_queries(record.q.shape[1], self.min_context, self.num_queries).to(record.q.device)
         mass = _pattern_masses(record, queries)
         for name, pattern in record.patterns.items():
             captured, oracle, recall = mass[name]  # [HQ], [HQ] or None, the same
@@ -109,7 +109,7 @@ class MassProbe:
             )
 
 
-def sample_queries(num_queries: int, min_context: int, count: int) -> Tensor:
+def spaced_queries(num_queries: int, min_context: int, count: int) -> Tensor:
     """Return ``count`` evenly spaced query positions from ``min_context`` on, int64, the last included."""
     first = min(min_context, num_queries - 1)
     return torch.linspace(first, num_queries - 1, min(count, num_queries - first)).round().long()

@@ -46,7 +46,7 @@ def describe_model(facts: ModelFacts, *, same_weights: bool = False) -> dict[str
     return {**out, "attention": "dense, over the weights of the evaluated model"} if same_weights else out
 
 
-def fingerprint(model: ModelFacts) -> dict[str, Any]:
+def model_fingerprint(model: ModelFacts) -> dict[str, Any]:
     """Return what identifies a checkpoint, without reading its weights."""
     facts = describe_model(model)
     # Without a manifest the files are identified by size and time of their last change.

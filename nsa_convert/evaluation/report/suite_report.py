@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from nsa_convert.evaluation.report.identity import command_line, describe_machin
 from nsa_convert.evaluation.report.plots import write_plots
 from nsa_convert.evaluation.report.result import SCHEMA, flat_layer, simple_table, write_csv
 from nsa_convert.evaluation.report.verdict import benchmark_cells, task_rows, verdict
+from nsa_convert.notices import Say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,7 +116,7 @@ def envelope(
     }
 
 
-def finish(values: Mapping[str, Any], out_dir: str | Path | None, say: Callable[[str], None]) -> SuiteReport:
+def finish(values: Mapping[str, Any], out_dir: str | Path | None, say: Say) -> SuiteReport:
     """Return the report; with a folder, also write its plots, HTML page and tables there."""
     # Through JSON, so that it is the same as a report that is read from its file.
     report = SuiteReport(values=json.loads(json.dumps(values)))

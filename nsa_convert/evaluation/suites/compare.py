@@ -24,9 +24,9 @@ from nsa_convert.evaluation.metrics.density import PairCounter, capture_inputs, 
 from nsa_convert.evaluation.metrics.divergence import Divergence, compare
 from nsa_convert.evaluation.metrics.mass import LayerMass, MassProbe
 from nsa_convert.evaluation.metrics.perplexity import Bucket, Readout, read_out
-from nsa_convert.evaluation.models import ModelFacts, load_model, patched_in, prompt_tokens, read_facts
+from nsa_convert.evaluation.models import ModelFacts, load_model, patched_in, prompt_tokens, read_model_facts
 from nsa_convert.evaluation.report.html import require_html
-from nsa_convert.evaluation.report.identity import choose_device, describe_machine, fingerprint
+from nsa_convert.evaluation.report.identity import choose_device, describe_machine, model_fingerprint
 from nsa_convert.evaluation.report.suite_report import SuiteReport, envelope, finish
 from nsa_convert.evaluation.suites.compare_plans import NamedPlan, Row, make_rows, named_plans
 from nsa_convert.evaluation.suites.compare_settings import CompareSettings
@@ -40,9 +40,8 @@ from nsa_convert.heads.profile import density_of
 from nsa_convert.loading import load_tokenizer
 from nsa_convert.methods.parts.base import AttentionRecord, observe
 from nsa_convert.methods.parts.registry import method_class
+from nsa_convert.notices import Progress, Say, silent
 from nsa_convert.strict_files import read_json_mapping
-
-Progress = Callable[[str, int, int], None]
 
 
 def run_compare(
@@ -51,8 +50,8 @@ def run_compare(
     plans: Sequence[NamedPlan] = (),
     text_file: str | Path | None = None,
     out_dir: str | Path | None = None,
-    say: Callable[[str], None] | None = None,
-    progress: Progress | None = None,
+    say: Say = silent,
+    progress: Progress = silent,
     **settings: Any,
 ) -> SuiteReport:
     """Compare methods on a dense checkpoint, which is converted in memory.
@@ -75,12 +74,11 @@ def run_compare(
     """
     begin = time.perf_counter()
     chosen = CompareSettings.read(settings)
-    tell = say or (lambda line: None)
     if out_dir is not None:
         require_html()
 
     # What can be checked without weights is checked first.
-    facts = read_facts(model_path)
+    facts = read_model_facts(model_path)
     if facts.methods:
         raise ConfigError(
             f"{str(model_path)!r} is converted already; methods are compared on a dense model", code="CK35",
@@ -93,7 +91,7 @@ def run_compare(
     make_rows(chosen, named, *size, lambda *_: {})  # only to raise the problems of all plans
 
     # Then the model is loaded, where a search or a result needs it.
-    run = _Run(facts, chosen, text_file, out_dir, tell, progress or (lambda *_: None))
+    run = _Run(facts, chosen, text_file, out_dir, say, progress)
     rows = make_rows(chosen, named, *size, run.search)
     results = run.measure(rows)
 
@@ -101,7 +99,7 @@ def run_compare(
         "compare", [facts], given=settings, chosen=chosen, files={"text_file": text_file}, device=run.device,
         begin=begin, plans=[f"{plan.name}={plan.source}" for plan in plans],
     )  # fmt: skip
-    return finish({**values, **run.about(), "rows": results}, out_dir, tell)
+    return finish({**values, **run.about(), "rows": results}, out_dir, say)
 
 
 class _Run:
@@ -113,7 +111,7 @@ class _Run:
         chosen: CompareSettings,
         text_file: str | Path | None,
         out_dir: str | Path | None,
-        say: Callable[[str], None],
+        say: Say,
         progress: Progress,
     ) -> None:
         self.facts = facts
@@ -150,7 +148,7 @@ class _Run:
         machine = describe_machine(self.device)
         return {
             "suite": "compare",
-            "model": fingerprint(self.facts),
+            "model": model_fingerprint(self.facts),
             "settings": {name: getattr(self.chosen, name) for name in ("dtype", "num_queries")},
             "machine": {key: value for key, value in machine.items() if key != "date"},
         }

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nsa_convert.evaluation.models import (
     dense_attention_in,
     load_model,
     read_both_facts,
-    read_facts,
+    read_model_facts,
 )
 from nsa_convert.evaluation.report.html import require_html
 from nsa_convert.evaluation.report.identity import choose_device
@@ -35,6 +35,7 @@ from nsa_convert.evaluation.report.verdict import wilson
 from nsa_convert.evaluation.suites.quick_settings import Device, read_suite_settings
 from nsa_convert.extras import pip_line
 from nsa_convert.loading import load_tokenizer
+from nsa_convert.notices import Say, silent
 
 NAME = "nsa-convert"
 RUNS_FOREIGN_CODE = re.compile(r"ruler|niah_|longcxt")
@@ -124,7 +125,7 @@ def register_adapter() -> type:
         ) -> None:
             # Dense attention has to last as long as this object.
             self.held = contextlib.ExitStack()
-            facts = read_facts(pretrained, plan)
+            facts = read_model_facts(pretrained, plan)
             require_one_pass(facts)
             model = load_model(pretrained, dtype, device, plan)
             if attention == "dense" and facts.methods:
@@ -169,7 +170,7 @@ def run_tasks(
     *,
     against: str | Path | None = None,
     out_dir: str | Path | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Say = silent,
     plan: SparseAttentionConfig | None = None,
     **settings: Any,
 ) -> SuiteReport:
@@ -193,7 +194,6 @@ def run_tasks(
     """
     begin = time.perf_counter()
     chosen = TaskSettings.read(settings)
-    tell = say or (lambda line: None)
     if out_dir is not None:
         require_html()
 
@@ -206,7 +206,7 @@ def run_tasks(
     results = {}
     for attention in ("sparse", "dense"):
         facts = models[-1] if attention == "dense" else models[0]
-        tell(f"{', '.join(chosen.tasks)}, {attention}")
+        say(f"{', '.join(chosen.tasks)}, {attention}")
         model = adapter(
             pretrained=str(facts.path),
             attention=attention,
@@ -226,7 +226,7 @@ def run_tasks(
         "warnings": [f"only {chosen.limit} samples per task"] if chosen.limit else [],
         "environment": {**values["environment"], "lm_eval": _version()},
     }
-    return finish(values, out_dir, tell)
+    return finish(values, out_dir, say)
 
 
 def benchmark_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ from nsa_convert.evaluation.metrics.perplexity import Readout, read_out
 from nsa_convert.evaluation.metrics.text_metrics import text_result
 from nsa_convert.evaluation.models import ModelFacts, dense_attention_in, load_model, read_both_facts
 from nsa_convert.evaluation.report.html import require_html
-from nsa_convert.evaluation.report.identity import choose_device, describe_machine, fingerprint
+from nsa_convert.evaluation.report.identity import choose_device, describe_machine, model_fingerprint
 from nsa_convert.evaluation.report.result import after_prompt_warnings
 from nsa_convert.evaluation.report.suite_report import SuiteReport, envelope, finish
 from nsa_convert.evaluation.suites.finished_cells import CellStore
 from nsa_convert.evaluation.suites.long_settings import RECALL, LongSettings
-from nsa_convert.evaluation.suites.preflight import Inputs, check_positions, prepare_inputs
+from nsa_convert.evaluation.suites.preflight import SuiteInputs, check_positions, prepare_inputs
 from nsa_convert.evaluation.suites.quick_settings import QuickSettings
 from nsa_convert.evaluation.tasks.cases import Case, fit_needle, hash_of
 from nsa_convert.evaluation.tasks.qa import build_qa, read_questions
@@ -44,8 +44,8 @@ from nsa_convert.evaluation.tasks.ruler import build_ruler
 from nsa_convert.evaluation.tasks.scoring import run_case
 from nsa_convert.evaluation.tasks.text import prose_text
 from nsa_convert.loading import load_tokenizer
+from nsa_convert.notices import Progress, Say, silent
 
-Progress = Callable[[str, int, int], None]
 """Called with the name of a part, the number of results done and of all results of the part."""
 
 ATTENTIONS = ("sparse", "dense")
@@ -61,8 +61,8 @@ def run_long(
     text_file: str | Path | None = None,
     out_dir: str | Path | None = None,
     length: int | None = None,
-    say: Callable[[str], None] | None = None,
-    progress: Progress | None = None,
+    say: Say = silent,
+    progress: Progress = silent,
     plan: SparseAttentionConfig | None = None,
     **settings: Any,
 ) -> SuiteReport:
@@ -98,7 +98,7 @@ def run_long(
     warnings = check_positions(models, asked, chosen.beyond_positions)
 
     device = choose_device(chosen.device)
-    run = _Run(models, chosen, device, say or (lambda line: None), progress or (lambda *args: None))
+    run = _Run(models, chosen, device, say, progress)
     run.say("building the prompts")
     inputs = _inputs(models, chosen, text_file, length)
     cases = build_cases(run.tokenizer, chosen)
@@ -167,7 +167,7 @@ class _Run:
         models: list[ModelFacts],
         chosen: LongSettings,
         device: str,
-        say: Callable[[str], None],
+        say: Say,
         progress: Progress,
     ) -> None:
         self.models = models
@@ -178,12 +178,12 @@ class _Run:
         self.tokenizer = load_tokenizer(models[0].path)
         self.loaded: tuple[ModelFacts, nn.Module] | None = None
 
-    def facts(self, inputs: Inputs) -> dict[str, Any]:
+    def facts(self, inputs: SuiteInputs) -> dict[str, Any]:
         """Return everything that the results depend on."""
         names = ("dtype", "num_queries", "seed", "haystack")
         machine = describe_machine(self.device)
         return {
-            "models": [fingerprint(model) for model in self.models],
+            "models": [model_fingerprint(model) for model in self.models],
             "settings": {name: getattr(self.chosen, name) for name in names},
             "texts": [text.sha256 for text, _ in inputs.texts],
             "machine": {key: value for key, value in machine.items() if key != "date"},
@@ -219,7 +219,7 @@ class _Run:
         with torch.inference_mode():
             self.loaded[1](input_ids=ids, use_cache=False, logits_to_keep=1)
 
-    def texts(self, store: CellStore, inputs: Inputs) -> list[dict[str, Any]]:
+    def texts(self, store: CellStore, inputs: SuiteInputs) -> list[dict[str, Any]]:
         """Compare both kinds of attention on every text; each model is loaded once for all of them."""
         names = {text.name: f"text/{text.name}/{len(ids)}" for text, ids in inputs.texts}
         pending = [(text, ids) for text, ids in inputs.texts if names[text.name] not in store.values]
@@ -269,7 +269,7 @@ class _Run:
 
 def _inputs(
     models: list[ModelFacts], chosen: LongSettings, text_file: str | Path | None, length: int | None
-) -> Inputs:
+) -> SuiteInputs:
     """Return the texts of the run; ``beyond_positions`` allows four times the models' positions."""
     if chosen.beyond_positions:
         models = [

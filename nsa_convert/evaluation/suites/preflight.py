@@ -10,7 +10,7 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.models import ModelFacts
 from nsa_convert.evaluation.suites.quick_settings import QuickSettings
 from nsa_convert.evaluation.tasks.contamination import seen_in_training
-from nsa_convert.evaluation.tasks.needle import NeedleCase, build_cases
+from nsa_convert.evaluation.tasks.needle import NeedleCase, build_needles
 from nsa_convert.evaluation.tasks.text import (
     MIN_TOKENS,
     EvalText,
@@ -29,7 +29,7 @@ DENSE_LENGTH = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
+class SuiteInputs:
     """Token ids of the texts, and the needle prompts.
 
     Attributes:
@@ -45,7 +45,7 @@ class Inputs:
 
 def prepare_inputs(
     models: list[ModelFacts], text_file: str | Path | None, length: int | None, settings: QuickSettings
-) -> Inputs:
+) -> SuiteInputs:
     """Read and tokenise the texts and build the needle prompts.
 
     Args:
@@ -72,7 +72,7 @@ def prepare_inputs(
     if len(models) == 2:
         _check_same_tokens(models, texts, wanted)
 
-    cases = build_cases(
+    cases = build_needles(
         tokenizer,
         settings.needle_lengths,
         settings.needle_depths,
@@ -82,7 +82,7 @@ def prepare_inputs(
     )
 
     warnings = [*_warnings(texts, budget, wanted), *seen_in_training(models[0].path, sources)]
-    return Inputs(texts=texts, cases=tuple(cases), warnings=tuple(warnings))
+    return SuiteInputs(texts=texts, cases=tuple(cases), warnings=tuple(warnings))
 
 
 def check_positions(

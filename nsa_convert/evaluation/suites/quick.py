@@ -25,11 +25,10 @@ from nsa_convert.evaluation.report.identity import (
 )
 from nsa_convert.evaluation.report.plots import write_plots
 from nsa_convert.evaluation.report.result import QuickReport, TextResult, after_prompt_warnings
-from nsa_convert.evaluation.suites.preflight import Inputs, prepare_inputs
+from nsa_convert.evaluation.suites.preflight import SuiteInputs, prepare_inputs
 from nsa_convert.evaluation.suites.quick_settings import QuickSettings
 from nsa_convert.evaluation.tasks.needle import NeedleScore, score_case
-
-Say = Callable[[str], None]
+from nsa_convert.notices import Say, silent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ def run_quick(
     text_file: str | Path | None = None,
     out_dir: str | Path | None = None,
     length: int | None = None,
-    progress: Say | None = None,
+    say: Say = silent,
     plan: SparseAttentionConfig | None = None,
     **settings: Any,
 ) -> QuickReport:
@@ -63,7 +62,7 @@ def run_quick(
         text_file: UTF-8 text; by default standard-library source code and the Python language reference.
         out_dir: Folder for ``report.json``, CSV files and plots; None writes nothing.
         length: Tokens per text; by default four visible budgets, as far as model and text allow.
-        progress: Called with one line before each slow step.
+        say: Called with one line before each slow step.
         plan: Sparse plan with which the dense checkpoint at ``model_path`` is converted in memory.
         **settings: Fields of :class:`QuickSettings`.
 
@@ -78,7 +77,6 @@ def run_quick(
         MachineError: ``out_dir`` was given and matplotlib is missing.
     """
     begin = time.perf_counter()
-    say = progress or (lambda line: None)
     chosen = QuickSettings.read(settings)
 
     if out_dir is not None:
@@ -118,7 +116,7 @@ def run_quick(
 
 
 def _read_both(
-    models: list[ModelFacts], inputs: Inputs, chosen: QuickSettings, device: str, say: Say
+    models: list[ModelFacts], inputs: SuiteInputs, chosen: QuickSettings, device: str, say: Say
 ) -> tuple[_Reading, _Reading]:
     """Run the sparse model, then the dense one; two checkpoints are never in memory at the same time."""
     say(f"loading {models[0].path}")
@@ -140,7 +138,7 @@ def _read_both(
 
 def _read(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: SuiteInputs,
     budget: int | None,
     num_queries: int,
     prompt_of: Callable[[int], int],
@@ -172,7 +170,9 @@ def _read(
     return _Reading(readouts=readouts, layers=layers, needles=tuple(needles))
 
 
-def _results(model: ModelFacts, inputs: Inputs, sparse: _Reading, dense: _Reading) -> tuple[TextResult, ...]:
+def _results(
+    model: ModelFacts, inputs: SuiteInputs, sparse: _Reading, dense: _Reading
+) -> tuple[TextResult, ...]:
     """Return the comparison of both readings, text by text."""
     return tuple(
         text_result(model, text, ids, dense.readouts[i], sparse.readouts[i], sparse.layers[i])

@@ -196,7 +196,7 @@ def score_case(model: nn.Module, case: NeedleCase) -> NeedleScore:
     )
 
 
-def build_cases(
+def build_needles(
     tokenizer: Any,
     lengths: Sequence[int],
     depths: Sequence[float] = DEPTHS,

@@ -360,7 +360,7 @@ class SparseMethod(nn.Module):
         # Both attentions are computed only where the step needs them.
         compared = "output_error" in mode.losses
         sparse = self(x) if compared or mode.stream in ("ordinary", "sparse") else None
-        dense = teacher_output(self, x) if compared or mode.stream == "teacher" else None
+        dense = dense_model_output(self, x) if compared or mode.stream == "teacher" else None
 
         if mode.stream == "full":
             o = dense_output(self, x) if dense is None or x.plain_keys is not None else dense
@@ -397,7 +397,7 @@ def dense_output(method: SparseMethod, x: AttentionInputs) -> Tensor:
     return dense_attention(x.q, x.k[:, :, :heads], x.v[:, :, :heads], layout=x.layout, scale=x.scale)
 
 
-def teacher_output(method: SparseMethod, x: AttentionInputs) -> Tensor:
+def dense_model_output(method: SparseMethod, x: AttentionInputs) -> Tensor:
     """Return the dense model's attention, ``[B, TQ, HQ, D]``: over keys that the method has not mixed."""
     return dense_output(method, x if x.plain_keys is None else dataclasses.replace(x, k=x.plain_keys))
 

@@ -125,7 +125,7 @@ def to_blocks(values: Tensor, slots: Tensor, starts: Tensor, block_size: int, nu
     return values.new_zeros(*values.shape[:3], num_blocks).scatter_add(3, block, values)
 
 
-def block_scores(
+def pooled_block_scores(
     q: Tensor,
     ck: Tensor,
     queries: Tensor,
@@ -206,7 +206,7 @@ def score_kl(
     mass = attention_mass(x.q, k, queries, layout, x.scale)
     size = rule.block_size
     q, parts = scored
-    scores = block_scores(q, join_parts(parts), queries, grid, size, layout, x.scale, mass.shape[3])
+    scores = pooled_block_scores(q, join_parts(parts), queries, grid, size, layout, x.scale, mass.shape[3])
 
     # The mass by block too.
     starts = layout.row_starts(x.q.shape[1], k.device)[:, queries]

@@ -16,7 +16,7 @@ from nsa_convert.methods.minference import MInference
 from nsa_convert.methods.moba import MoBA
 from nsa_convert.methods.msa import MSA
 from nsa_convert.methods.nsa import NSA
-from nsa_convert.methods.parts.base import MethodSpec, SparseMethod
+from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.dense import FullAttention
 from nsa_convert.methods.parts.mix import HeadMix
 from nsa_convert.methods.parts.phases import PhaseMix, PhasePart, PhaseParts
@@ -95,11 +95,6 @@ def parallel_problems(kind: str, methods: Iterable[SparseMethod], title: str) ->
     known = [name for name, method in table.items() if kind in method.spec.parallel]
     unable = sorted({method.spec.name for method in methods} - set(known))
     return [f"{title} knows {', '.join(known)}, not {name}" for name in unable]
-
-
-def method_specs() -> list[MethodSpec]:
-    """Return the metadata of every method, in the order of the table."""
-    return [method.spec for method in METHODS.values()]
 
 
 def read_rule(rule: LayerRule, where: str) -> tuple[type[SparseMethod], Any]:

@@ -45,7 +45,7 @@ class Lines:
     bad: tuple[tuple[int, int, str], ...]
 
 
-def fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
     """Return a hash of a file's bytes; of a file of more than 1 GiB, of its size and 256 pieces of 1 MiB."""
     info = path.stat()
     return _fingerprint(path, info.st_size, info.st_mtime_ns)

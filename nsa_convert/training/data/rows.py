@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from nsa_convert.errors import ConfigError
+from nsa_convert.notices import Say
 from nsa_convert.training.data.sources import Documents, EndOfStream, describe_source, open_source
 from nsa_convert.training.recipe.sections import Source
 
@@ -45,7 +46,7 @@ def joint_fingerprint(documents: Sequence[Documents]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_same_data(before: str, now: str, *, allow_change: bool, say: Callable[[str], None]) -> None:
+def check_same_data(before: str, now: str, *, allow_change: bool, say: Say) -> None:
     """Compare the data of a checkpoint with the data of this run, by their hashes.
 
     Raises:
@@ -109,9 +110,7 @@ class PackedRows(IterableDataset):
         """Return the position after the first ``rows`` rows, whatever was read ahead since."""
         return copy.deepcopy(self._states[rows])
 
-    def restore(
-        self, state: Mapping[str, Any], *, allow_change: bool = False, say: Callable[[str], None] = print
-    ) -> None:
+    def restore(self, state: Mapping[str, Any], *, allow_change: bool = False, say: Say = print) -> None:
         """Continue from a saved position.
 
         Args:

@@ -23,7 +23,7 @@ from nsa_convert.errors import ConfigError, HubError, MachineError
 from nsa_convert.extras import pip_line
 from nsa_convert.training.data.files import (
     document,
-    fingerprint,
+    file_fingerprint,
     good_documents,
     index_lines,
     read_line,
@@ -251,7 +251,7 @@ def _stdlib() -> Documents:
 
 def _facts(files: list[Path]) -> list[list[str]]:
     """Return names and hashes of files."""
-    return [[path.name, fingerprint(path)] for path in files]
+    return [[path.name, file_fingerprint(path)] for path in files]
 
 
 def _text_files(files: list[Path], source: Source) -> Documents:

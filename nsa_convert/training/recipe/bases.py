@@ -15,7 +15,7 @@ BASE = "base"
 """Key of the recipe that this one builds on: a name, or a path from the folder of this one."""
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_recipe_values(path: Path) -> dict[str, Any]:
     """Read a recipe file and what it builds on as one mapping, which has no key ``base``.
 
     Mappings are merged key by key, stages by their name; any other value takes the place of the base's. A
@@ -35,7 +35,7 @@ def resolved_text(path: Path) -> str:
     place of its base's; those inside data sources and short mappings are left out.
 
     Raises:
-        ConfigError: As :func:`read_values` does.
+        ConfigError: As :func:`read_recipe_values` does.
     """
     import yaml
 

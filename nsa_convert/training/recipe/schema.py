@@ -15,7 +15,7 @@ from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.redaction import secret_places
 from nsa_convert.settings import raise_problems, read_settings
-from nsa_convert.training.recipe.bases import read_values
+from nsa_convert.training.recipe.bases import read_recipe_values
 from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, RopeScaling, Source
 
 SCHEMA = 1
@@ -277,7 +277,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     Raises:
         ConfigError: A syntax error, or every unknown key, wrong type and impossible value in one message.
     """
-    return recipe_from_dict(read_values(path), overrides, where=path.name)
+    return recipe_from_dict(read_recipe_values(path), overrides, where=path.name)
 
 
 def recipe_from_dict(

@@ -32,12 +32,12 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def guarded(callback: Any, tell: Callable[[str, Exception], None]) -> Any:
+def guarded(callback: Any, report_error: Callable[[str, Exception], None]) -> Any:
     """Wrap a callback of another library (curves, tracking services): its errors do not end the run.
 
     Args:
         callback: A TrainerCallback.
-        tell: Called with the name of the event and the error, at the first error of each event.
+        report_error: Called with the name of the event and the error, at the first error of each event.
 
     Returns:
         A TrainerCallback with every event of the given one.
@@ -56,7 +56,7 @@ def guarded(callback: Any, tell: Callable[[str, Exception], None]) -> Any:
                 # why: a broken service must not cost a run of days; what it raised is told once
                 if name not in told:
                     told.add(name)
-                    tell(f"{type(callback).__name__}.{name}", error)
+                    report_error(f"{type(callback).__name__}.{name}", error)
                 return None
 
         return event

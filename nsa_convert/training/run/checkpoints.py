@@ -7,12 +7,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nsa_convert.checkpoint.staging import machine_errors
 from nsa_convert.errors import CheckpointError
+from nsa_convert.notices import Say
 from nsa_convert.training.run.trainer_states import OPTIMIZER, SCHEDULER, unreadable
 
 COMPLETE = "complete.json"
@@ -76,9 +77,7 @@ def damage(folder: Path) -> dict[str, str]:
     return problems
 
 
-def newest(
-    stage: Path, say: Callable[[str], None], *, partial: bool = False
-) -> tuple[Path | None, frozenset[str]]:
+def newest(stage: Path, say: Say, *, partial: bool = False) -> tuple[Path | None, frozenset[str]]:
     """Choose the newest usable checkpoint of a stage; damaged ones are passed over with a warning.
 
     Args:

@@ -18,9 +18,9 @@ from nsa_convert.training.data.sources import describe_source, held_out_overlap,
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.recipe.sections import Source
-from nsa_convert.training.run.models import Start, rope_parameters
+from nsa_convert.training.run.models import Start, scaled_rope
 from nsa_convert.training.run.parallel import Parallel, method_problems, parallel_of, size_problems
-from nsa_convert.training.run.parallel import stage_problems as sharing_problems
+from nsa_convert.training.run.parallel import sharing_problems as sharing_problems
 
 ADAM_BYTES = 8
 """Bytes per trained weight: two float32 moments."""
@@ -29,7 +29,7 @@ LAYER_WIDTHS = 34
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StagePlan:
+class StageForecast:
     """Forecast of one stage.
 
     Attributes:
@@ -64,7 +64,7 @@ class StagePlan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecipePlan:
+class RecipeForecast:
     """Forecast of all stages of a recipe.
 
     Attributes:
@@ -81,7 +81,7 @@ class RecipePlan:
     parameters: int
     method: str
     parallel: Parallel
-    stages: tuple[StagePlan, ...]
+    stages: tuple[StageForecast, ...]
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -123,7 +123,9 @@ class RecipePlan:
         return "\n".join(lines)
 
 
-def plan_recipe(recipe: Recipe, start: Start, base: Path, *, parallel: Parallel | None = None) -> RecipePlan:
+def forecast_recipe(
+    recipe: Recipe, start: Start, base: Path, *, parallel: Parallel | None = None
+) -> RecipeForecast:
     """Check a recipe against its model and data, and return the forecast of the run.
 
     Args:
@@ -162,9 +164,7 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, parallel: Parallel 
         if not found:
             # The next stage starts with the RoPE that this one sets.
             if stage.rope is not None:
-                config["rope_parameters"], config["max_position_embeddings"] = rope_parameters(
-                    config, stage.rope
-                )
+                config["rope_parameters"], config["max_position_embeddings"] = scaled_rope(config, stage.rope)
 
             resolved = _resolve(stage, recipe, start, methods, shapes, parallel)
             data = tuple(f"{s.weight:g} {describe_source(s, base)}" for s in stage.data)
@@ -173,7 +173,7 @@ def plan_recipe(recipe: Recipe, start: Start, base: Path, *, parallel: Parallel 
     raise_problems(problems, code="RC09", hint="no weight was read; correct the recipe and run again")
 
     names = sorted({method.spec.name for method in methods})
-    return RecipePlan(
+    return RecipeForecast(
         model=recipe.model if isinstance(recipe.model, str) else f"fresh {recipe.model.family}",
         out=str(Path(recipe.out).resolve()),
         parameters=sum(shapes.values()),
@@ -208,7 +208,7 @@ def stage_problems(stage: Stage, methods: Sequence[SparseMethod], config: Mappin
     positions = config.get("max_position_embeddings")
     if stage.rope is not None:
         try:
-            _, positions = rope_parameters(config, stage.rope)
+            _, positions = scaled_rope(config, stage.rope)
         except ConfigError as error:
             problems.append(error.message)
 
@@ -298,20 +298,20 @@ def _resolve(
     methods: Sequence[SparseMethod],
     shapes: Mapping[str, int],
     parallel: Parallel,
-) -> StagePlan:
+) -> StageForecast:
     """Return the forecast of a stage that has no problems."""
     trained = sum(size for name, size in shapes.items() if is_trained(name, stage.train))
     new = sum(size for name, size in shapes.items() if ".self_attn.sparse." in name)
     if stage.train == "lora":
         trained += _adapter_size(stage, start)
 
-    # The losses as LossPlan weighs them; the alignment stage has no next-token loss of its own.
+    # The losses as StageLosses weighs them; the alignment stage has no next-token loss of its own.
     default = 0.0 if stage.kind == "align" else 1.0
     cross_entropy = default if stage.cross_entropy is None else stage.cross_entropy
     losses = {"cross_entropy": cross_entropy} if cross_entropy else {}
     losses |= {"teacher_kl": stage.teacher_kl} if stage.teacher_kl else {}
 
-    return StagePlan(
+    return StageForecast(
         name=stage.name,
         kind=stage.kind,
         train=stage.train,

@@ -215,7 +215,7 @@ def _train_tokenizer(vocab: int, sources: Sequence[Any]) -> Any:
     return tokenizer
 
 
-def rope_parameters(config: Mapping[str, Any], scaling: RopeScaling) -> tuple[dict[str, Any], int]:
+def scaled_rope(config: Mapping[str, Any], scaling: RopeScaling) -> tuple[dict[str, Any], int]:
     """Return the ``rope_parameters`` of a scaled model and its new ``max_position_embeddings``.
 
     Raises:
@@ -246,7 +246,7 @@ def rope_parameters(config: Mapping[str, Any], scaling: RopeScaling) -> tuple[di
 
 def set_rope(model: PreTrainedModel, scaling: RopeScaling) -> None:
     """Replace the RoPE of a loaded model in place."""
-    parameters, positions = rope_parameters(model.config.to_dict(), scaling)
+    parameters, positions = scaled_rope(model.config.to_dict(), scaling)
 
     # The model and its inner part may share one config object, or have two.
     for config in {id(c): c for c in (model.config, model.model.config)}.values():

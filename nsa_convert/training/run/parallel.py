@@ -157,7 +157,7 @@ def context_problems(methods: Sequence[SparseMethod]) -> list[str]:
     return problems
 
 
-def stage_problems(parallel: Parallel, stage: Stage) -> list[str]:
+def sharing_problems(parallel: Parallel, stage: Stage) -> list[str]:
     """Return why a stage cannot be shared like this."""
     problems = []
 

@@ -18,12 +18,13 @@ from nsa_convert.checkpoint.staging import exclusive, machine_errors, staged
 from nsa_convert.checkpoint.trained import seal_trained
 from nsa_convert.errors import NsaConvertError, UsageError
 from nsa_convert.kernels.common.backend import use_backend
+from nsa_convert.notices import Say, silent
 from nsa_convert.training.recipe.schema import Recipe
 from nsa_convert.training.run.callbacks import StopOnSignal
 from nsa_convert.training.run.checkpoints import newest, step_of
 from nsa_convert.training.run.distributed import from_main, join_processes
 from nsa_convert.training.run.failures import KernelFailure, explained
-from nsa_convert.training.run.forecast import plan_recipe
+from nsa_convert.training.run.forecast import forecast_recipe
 from nsa_convert.training.run.logs import trim_log
 from nsa_convert.training.run.models import Start, quiet, read_start, save_model
 from nsa_convert.training.run.parallel import Parallel, world_size
@@ -38,7 +39,7 @@ from nsa_convert.training.run.stages import (
     stage_folder,
     stage_tokenizer,
 )
-from nsa_convert.training.run.trainer import Say, StageTrainer
+from nsa_convert.training.run.trainer import StageTrainer
 
 NOTHING = Allow()
 
@@ -118,7 +119,7 @@ def train_recipe(
     *,
     base: Path,
     resume: bool = False,
-    say: Say = lambda line: None,
+    say: Say = silent,
     allow: Allow = NOTHING,
 ) -> TrainingReport:
     """Run all stages of a recipe.
@@ -145,7 +146,7 @@ def train_recipe(
     """
     # Everything that needs no weights is checked first.
     start = read_start(recipe, folder)
-    for line in plan_recipe(recipe, start, base).warnings:
+    for line in forecast_recipe(recipe, start, base).warnings:
         say(f"warning: {line}")
     check_data(recipe, start, base)
 

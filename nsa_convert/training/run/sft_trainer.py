@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nsa_convert.chat import render_chat
 from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.extras import pip_line
+from nsa_convert.notices import Say
 from nsa_convert.training.data.rows import joint_fingerprint
 from nsa_convert.training.data.sources import Documents, iterate, open_source
 from nsa_convert.training.recipe.schema import Stage
@@ -107,7 +108,7 @@ def _chats(stage: Stage, documents: Sequence[Documents]) -> Any:
     )
 
 
-def _answered(rows: Any, stage: Stage, say: Callable[[str], None]) -> Any:
+def _answered(rows: Any, stage: Stage, say: Say) -> Any:
     """Remove rows without a labelled token: a chat is truncated to ``seq_len`` tokens, its answers too.
 
     A step with only such rows has no loss: the mean over no labels is NaN.

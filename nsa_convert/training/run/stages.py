@@ -15,14 +15,15 @@ from torch import nn
 from nsa_convert.checkpoint.staging import staged
 from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.loading import load_causal_model, load_tokenizer, quiet
+from nsa_convert.notices import Say
 from nsa_convert.training.data.rows import PackedRows, check_enough, collate
-from nsa_convert.training.losses import LossPlan, loss_plan, mix
+from nsa_convert.training.losses import StageLosses, mix, stage_losses
 from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.run.distributed import load_sharded
-from nsa_convert.training.run.forecast import RecipePlan, is_trained
+from nsa_convert.training.run.forecast import RecipeForecast, is_trained
 from nsa_convert.training.run.models import DTYPES, Start, fresh_tokenizer, load_first, methods_of, set_rope
 from nsa_convert.training.run.parallel import Parallel, parallel_of
-from nsa_convert.training.run.trainer import Say, StageTrainer
+from nsa_convert.training.run.trainer import StageTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,7 +182,7 @@ def make_trainer(
     """
     stage = recipe.stages[index]
     methods = methods_of(model)
-    plan = loss_plan(stage, methods, recipe.seed, index)
+    plan = stage_losses(stage, methods, recipe.seed, index)
     args = training_arguments(recipe, index)
 
     # What both trainers take: that on packed rows and that on TRL's chats.
@@ -334,7 +335,7 @@ def peak_flops() -> float | None:
     return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
-def measure_plan(recipe: Recipe, start: Start, base: Path, plan: RecipePlan) -> RecipePlan:
+def measure_stages(recipe: Recipe, start: Start, base: Path, plan: RecipeForecast) -> RecipeForecast:
     """Return the forecast with the seconds per step, measured on the second of two micro-batches a stage."""
     stages = []
 
@@ -348,14 +349,14 @@ def measure_plan(recipe: Recipe, start: Start, base: Path, plan: RecipePlan) -> 
         rows = iter(PackedRows(stage.data, tokenizer, stage.seq_len, recipe.seed, base))
 
         # The first micro-batch pays for compilation and allocation: only the second one counts.
-        losses = loss_plan(stage, methods_of(model), recipe.seed, index)
+        losses = stage_losses(stage, methods_of(model), recipe.seed, index)
         seconds = [_time_rows(model, losses, stage, rows) for _ in range(2)]
 
         stages.append(dataclasses.replace(plan.stages[index], seconds_per_step=seconds[1]))
     return dataclasses.replace(plan, stages=tuple(stages))
 
 
-def _time_rows(model: nn.Module, losses: LossPlan, stage: Stage, rows: Any) -> float:
+def _time_rows(model: nn.Module, losses: StageLosses, stage: Stage, rows: Any) -> float:
     """Return the seconds of one optimizer step, extrapolated from one micro-batch in one process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from transformers.trainer_utils import SaveStrategy
 
 from nsa_convert.checkpoint.staging import free_bytes, gigabytes, machine_errors
 from nsa_convert.errors import CheckFailedError, MachineError
+from nsa_convert.notices import Say
 from nsa_convert.training.data.rows import PackedRows, check_same_data
-from nsa_convert.training.losses import LossPlan
+from nsa_convert.training.losses import StageLosses
 from nsa_convert.training.recipe.schema import Stage
 from nsa_convert.training.run.alarms import GateMeter, Watch
 from nsa_convert.training.run.callbacks import guarded
@@ -41,8 +42,6 @@ from nsa_convert.training.run.trainer_states import (
     load_state,
     state_bytes,
 )
-
-Say = Callable[[str], None]
 
 
 class StageTrainer(Trainer):
@@ -72,7 +71,7 @@ class StageTrainer(Trainer):
         *,
         stage: Stage,
         parallel: Parallel,
-        losses: LossPlan,
+        losses: StageLosses,
         sparse: bool,
         facts: Mapping[str, Any],
         say: Say,
@@ -142,7 +141,7 @@ class StageTrainer(Trainer):
     def _guard_callbacks(self) -> None:
         """Wrap the callbacks of tracking services, so that their errors do not end the run."""
 
-        def tell(name: str, error: Exception) -> None:
+        def report_error(name: str, error: Exception) -> None:
             text = str(error).strip().splitlines() or ["no message"]
             self.say(f"warning [TR18]: {name} failed ({type(error).__name__}: {text[0]}); training goes on")
             self._write_log({"error": f"{name}: {type(error).__name__}: {text[0]}"})
@@ -151,7 +150,9 @@ class StageTrainer(Trainer):
             return type(callback).__module__.startswith("transformers.integrations")
 
         handler = self.callback_handler
-        handler.callbacks = [guarded(one, tell) if is_service(one) else one for one in handler.callbacks]
+        handler.callbacks = [
+            guarded(one, report_error) if is_service(one) else one for one in handler.callbacks
+        ]
 
     # ---- loss ----
 

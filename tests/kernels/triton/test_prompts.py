@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from nsa_convert.config import AttentionGeometry, LayerRule
 from nsa_convert.kernels import use_backend
-from nsa_convert.methods.parts.base import AttentionInputs, teacher_output
+from nsa_convert.methods.parts.base import AttentionInputs, dense_model_output
 from nsa_convert.methods.parts.registry import build_method
 from nsa_convert.patterns import SequenceLayout
 from tests.marks import these_quick
@@ -41,5 +41,5 @@ def test_the_kernels_agree_with_plain_torch(method: str) -> None:
     for backend in ("torch", "triton"):
         with torch.no_grad(), use_backend(backend):
             outputs.append(layer(x))
-    assert not torch.equal(teacher_output(layer, x), outputs[0])
+    assert not torch.equal(dense_model_output(layer, x), outputs[0])
     torch.testing.assert_close(*outputs, rtol=0, atol=3e-6)
