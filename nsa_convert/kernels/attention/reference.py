@@ -28,8 +28,11 @@ def masked_softmax_attention(
     dtype = accumulate_dtype(q.dtype)
     group = q.shape[2] // k.shape[2]
     keys, values = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))
+
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), keys) * scale
     scores = scores.masked_fill(~mask, -torch.inf)
+
+    # Where a query sees nothing, 0 in place of -inf makes its probabilities exp(-inf) = 0, not NaN.
     lse = scores.logsumexp(-1)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     o = torch.einsum("bhqk,bkhd->bqhd", p, values)

@@ -34,9 +34,11 @@ def attend(
         pattern = pattern.as_blocks()
     if is_opaque(layout, q, k, v):
         return _operator(q, k, v, *_flatten_pattern(pattern), *flatten(layout), scale)
+
     decode = is_decode(layout, q, k, v)
     if isinstance(pattern, SinkWindow):
         return (decode_window if decode else attend_window)(q, k, v, pattern, layout, scale)
+
     if decode and (isinstance(layout.offset, Tensor) or _fetch_bytes(q, k, pattern) <= FETCH_BYTES):
         return decode_blocks(q, k, v, pattern, layout, scale)
     return attend_blocks(q, k, v, pattern, layout, scale)

@@ -18,12 +18,14 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale:
     at = layout_intervals(layout, q.shape[1], k.shape[1], q.device)
     if few_queries(layout, q, k, v):
         return attend_runs(q, k, v, at, k.shape[1], scale)[0]
+
     # torch's fused kernels know neither float32 with grouped heads nor padding nor packing.
     plain = layout.start is None and layout.cu_seqlens is None and not isinstance(layout.offset, Tensor)
     if plain and layout.offset == 0 and q.shape[1] == k.shape[1] and q.is_cuda and q.dtype != torch.float32:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return o.transpose(1, 2)
+
     return interval_attention(q, k, v, at, scale)[0]
 
 
@@ -43,10 +45,13 @@ def attend_pattern(
         if few:
             return attend_runs(q, k, v, at, pattern.budget, scale)
         return interval_attention(q, k, v, at, scale)
+
+    # Tokens are blocks of one key; without gradients a few queries fetch blocks of any size themselves.
     if isinstance(pattern, TokenSelection):
         pattern = pattern.as_blocks()
     if not few and pattern.block_size > 1:
         return attend_blocks(q, k, v, pattern, layout, scale)
+
     bounds = layout_intervals(layout, q.shape[1], k.shape[1], q.device)
     return attend_lists(q, k, v, pattern, layout, bounds, scale)
 

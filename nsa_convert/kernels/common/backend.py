@@ -69,8 +69,10 @@ def use_backend(name: str) -> Iterator[None]:
         )
     if name == "reference" and not _IS_INSTALLED:
         raise BackendError("the code beside a checkpoint has no reference backend: install nsa_convert")
+
     global _current
-    before, _current = _current, name
+    before = _current
+    _current = name
     try:
         yield
     finally:
@@ -89,6 +91,8 @@ def choose_backend(q: Tensor, value_dim: int | None = None) -> str:
     """
     if _current in ("reference", "torch"):
         return _current
+
+    # On a CPU the kernels run in triton's interpreter alone, and only when asked for by name.
     if q.device.type != "cuda":
         if _current == "auto":
             return "torch"
@@ -100,11 +104,15 @@ def choose_backend(q: Tensor, value_dim: int | None = None) -> str:
                 hint="move the tensors to the GPU, or use the backend 'torch'; on a CPU the kernels run only "
                 "in triton's interpreter, for tests: set TRITON_INTERPRET=1 before anything imports triton",
             )
+
     reason = _unserved(q, q.shape[-1] if value_dim is None else value_dim)
     if reason is None:
         return "triton"
+
     if _current == "triton" and not _HAS_KERNELS:
         raise BackendError(f"the triton backend cannot run: {reason}", hint="pip install triton")
+
+    # Warn once for each reason; a graph that is being traced cannot warn.
     if not torch.compiler.is_compiling() and reason not in _told:
         _told.add(reason)
         warnings.warn(f"sparse attention runs on the torch backend: {reason}", stacklevel=3)

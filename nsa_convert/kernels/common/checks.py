@@ -16,9 +16,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
     """
     problems = []
     tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+
+    # Without four dimensions the other checks would read the wrong sizes.
     wrong = {name: tuple(x.shape) for name, x in tensors.items() if x.dim() != 4}
     if wrong:
         raise ValueError(f"expected tensors of shape [B, T, H, D], got {wrong}")
+
+    # Sizes
     if q.shape[0] != k.shape[0]:
         problems.append(f"batch sizes differ: q {q.shape[0]}, k {k.shape[0]}")
     if q.shape[3] != k.shape[3]:
@@ -27,11 +31,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
         problems.append(f"query heads {q.shape[2]} are not a multiple of key heads {k.shape[2]}")
     if v is not None and v.shape[:3] != k.shape[:3]:
         problems.append(f"k {tuple(k.shape)} and v {tuple(v.shape)} differ before the head dim")
+
+    # Dtypes and devices
     if len({x.dtype for x in tensors.values()}) > 1:
         found = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
         problems.append(f"dtypes differ: {found}; cast them to one dtype first")
     if len({x.device for x in tensors.values()}) > 1:
         problems.append("tensors are on different devices")
+
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -44,9 +51,11 @@ def check_parts(q: Tensor, parts: Sequence[Tensor]) -> None:
     """
     if not parts:
         raise ValueError("expected at least one part of the cell keys, got none")
+
     sizes = [x.shape[-1] for x in parts]
     if len(parts) > 1 and sum(sizes) != q.shape[-1]:
         raise ValueError(f"head dims differ: q {q.shape[-1]}, k {' + '.join(map(str, sizes))}")
+
     rows = [q] if len(parts) == 1 else q.split(sizes, -1)
     for x, part in zip(rows, parts, strict=True):
         check_qkv(x, part, None)

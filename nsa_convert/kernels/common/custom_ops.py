@@ -43,7 +43,7 @@ def is_opaque(layout: SequenceLayout, q: Tensor, *others: Tensor | None) -> bool
 
 
 def flatten(layout: SequenceLayout) -> Flat:
-    """Return a layout as an operator takes it."""
+    """Return the parts of a layout in the order of :data:`LAYOUT_SCHEMA`."""
     rest = layout.start, layout.cu_seqlens, layout.max_seqlen
     if isinstance(layout.offset, Tensor):
         return layout.offset, 0, *rest
@@ -51,28 +51,29 @@ def flatten(layout: SequenceLayout) -> Flat:
 
 
 def restore(flat: Flat) -> SequenceLayout:
-    """Return the layout of :func:`flatten`, its offset read."""
+    """Return the layout that :func:`flatten` took apart; an offset in a tensor is read from the device."""
     slot, first, start, cu_seqlens, longest = flat
     offset = first if slot is None else int(slot)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.unique_consecutive()  # a graph may count empty documents behind the others
+
     return SequenceLayout(offset=offset, start=start, cu_seqlens=cu_seqlens, max_seqlen=longest)
 
 
 def reach(layout: SequenceLayout, q: Tensor, k: Tensor) -> int:
-    """Return how many keys the queries can reach: behind them a static cache holds nothing yet."""
+    """Return how many keys the queries can see; the slots of a static cache after them are still empty."""
     if layout.cu_seqlens is not None:
         return k.shape[1]
     return min(k.shape[1], cast(int, layout.offset) + q.shape[1])
 
 
 def list_size(most: int, items: int) -> int:
-    """Return the length of lists of at most ``most`` of so many items; a graph keeps it as an expression."""
+    """Return the length of a list of at most ``most`` out of ``items``; a graph keeps it symbolic."""
     return torch.sym_min(most, torch.sym_max(items, 1))
 
 
 def fit_lists(lists: Tensor, size: int) -> Tensor:
-    """Return ascending lists ``[..., S]`` with ``size`` entries each, -1 at the end; none is lost."""
+    """Pad ascending lists ``[..., S]`` with -1 to ``size`` entries; S is at most ``size``."""
     return torch.nn.functional.pad(lists, (0, size - lists.shape[-1]), value=-1).contiguous()
 
 
@@ -82,7 +83,10 @@ def new_name(name: str) -> str:
     Defining an operator again would free the first, which graphs and modules may still call: a module that is
     executed a second time (reload, autoreload of notebooks) has operators of its own.
     """
-    defined, free, number = getattr(torch.ops, NAMESPACE), name, 1
+    defined = getattr(torch.ops, NAMESPACE)
+    free = name
+    number = 1
+
     while hasattr(defined, free):
         number += 1
         free = f"{name}_{number}"
@@ -133,6 +137,8 @@ def differentiable(
         q, k, v = given[:3]
         tiles, reach, scale = plan(*given)
         grads = backward_tiles(q, k[:, :reach], v[:, :reach], lse, do, dlse, tiles(), scale)
+
+        # Keys that no query reaches have a gradient of 0.
         unused = (0, 0, 0, 0, 0, k.shape[1] - reach)
         dk, dv = (torch.nn.functional.pad(x, unused) for x in grads[1:])
         return grads[0].contiguous(), dk.contiguous(), dv.contiguous()
@@ -151,13 +157,19 @@ def differentiable(
 
     def differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
         lse, *tensors = ctx.saved_tensors
+
+        # Put the saved tensors back among the other arguments.
         given = list(ctx.rest)
         for place, x in zip(ctx.places, tensors, strict=True):
             given[place] = x
-        q, v = given[0], given[2]
+
+        q = given[0]
+        v = given[2]
         none = (None,) * len(given)
         if v is None:  # a choice alone
             return none
+
+        # Autograd passes None for a result that takes no part in the loss.
         do = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do
         dlse = torch.zeros_like(lse) if dlse is None else dlse
         return (*backward(do, dlse, lse, *given), *none[3:])

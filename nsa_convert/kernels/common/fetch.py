@@ -34,6 +34,7 @@ def fetch_runs(
     Returns:
         Two tensors ``[..., size, D]`` with the broadcast shape of the index tensors.
     """
+    # Graphs and GPUs index token by token.
     if torch.compiler.is_compiling() or k.device.type != "cpu" or k.stride(3) != 1 or v.stride(3) != 1:
         tokens = slots[..., None] + torch.arange(size, device=k.device)
         if own is not None:
@@ -42,8 +43,11 @@ def fetch_runs(
         rows = slots.new_zeros(1) if rows is None else rows
         index = (rows[..., None], tokens, heads[..., None])
         return k[index], v[index]
+
+    # On a CPU whole rows of memory are copied; k and v of one layout share their addresses.
     addresses: dict[tuple[int, ...], Tensor] = {}
     k, v = (_fetch(x, rows, heads, slots, size, addresses) for x in (k, v))
+
     if own is None:
         return k, v
     assert visible is not None
@@ -64,6 +68,8 @@ def _fetch(
     row_stride, token_stride, head_stride, _ = x.stride()
     whole = token_stride == dim and head_stride % dim == 0 and row_stride % dim == 0
     unit = dim if whole else math.gcd(row_stride, token_stride, head_stride)
+
+    # Number of each run's first unit in memory, computed once for each layout.
     index = addresses.get(x.stride())
     if index is None:
         index = heads * (head_stride // unit) + slots * (token_stride // unit)
@@ -72,10 +78,12 @@ def _fetch(
         if not whole:
             index = index[..., None] + torch.arange(size, device=x.device) * (token_stride // unit)
         addresses[x.stride()] = index
+
     last = ((batch - 1) * row_stride + (num_heads - 1) * head_stride) // unit
     if whole:
         # Overlapping rows: row r holds the ``size`` tokens from r on, so a run may begin anywhere.
         runs = x.as_strided((last + length - size + 1, size * dim), (unit, 1))
         return runs.index_select(0, index.flatten()).view(*index.shape, size, dim)
+
     tokens = x.as_strided((last + (length - 1) * (token_stride // unit) + 1, dim), (unit, 1))
     return tokens.index_select(0, index.flatten()).view(*index.shape, dim)

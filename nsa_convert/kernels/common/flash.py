@@ -47,21 +47,24 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: flo
     """
     if FUSED is None or q.device.type != "cpu" or v.shape[-1] != q.shape[-1]:
         return plain_attention(q, k, v, bias, scale)
+
     one_row = q.shape[2] == 1
     if q.dtype in NATIVE and (one_row or not NATIVE[q.dtype]) and k.numel() <= WIDE_ELEMENTS:
         bias = None if bias is None else bias.float()
         o, lse = attend_rows(q.float(), _wide(k), _wide(v), bias, scale)
         return o.to(q.dtype), lse
+
     if q.dtype == torch.bfloat16 and one_row:  # misses the operator's fast path: two are faster
         o, lse = attend_rows(q.expand(-1, -1, 2, -1), k, v, bias, scale)
         return o[:, :, :1], lse[:, :, :1]
+
     # The operator reads heads as if they were contiguous, without checking.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     return FUSED(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return x in float32, heads that are one in memory once."""
+    """Return x in float32; heads that are expanded from one are converted once."""
     return x[:, :1].float().expand_as(x) if x.stride(1) == 0 else x.float()
 
 
@@ -81,8 +84,11 @@ def attend_group(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: fl
     n, g, width, _ = q.shape
     heads = 1 if width < GROUP_ON_ROWS else g
     k, v = (x[:, None].expand(n, heads, -1, -1) for x in (k, v))
+
     if heads == g:
         return attend_rows(q, k, v, None if bias is None else bias[:, None], scale)
+
+    # The query heads are rows of one matrix, so that each product reads the keys once.
     if bias is not None:
         bias = bias[:, None].expand(-1, g, -1, -1).flatten(1, 2)[:, None]
     o, lse = attend_rows(q.reshape(n, 1, g * width, -1), k, v, bias, scale)
@@ -95,8 +101,12 @@ def plain_attention(
     """Compute :func:`attend_rows` with matrix products, in float32 or float64."""
     dtype = accumulate_dtype(q.dtype)
     scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(2, 3)) * scale
+
     if bias is not None:
         scores = scores + bias
+
+    # 0 in place of -inf: a row that is masked everywhere gets probabilities of 0, not NaN.
     lse = scores.logsumexp(-1)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+
     return torch.matmul(p, v.to(dtype)).to(q.dtype), lse

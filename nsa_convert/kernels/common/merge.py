@@ -27,8 +27,10 @@ def merge_lse(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
     """
     if not outputs or len(outputs) != len(lses):
         raise ValueError(f"need as many outputs as lses and at least one, got {len(outputs)} and {len(lses)}")
+
     stacked = torch.stack(list(lses))
     lse = stacked.logsumexp(0)
     weights = torch.exp(stacked - lse.masked_fill(lse == -torch.inf, 0.0))
+
     o = sum(w[..., None] * part.to(w.dtype) for w, part in zip(weights, outputs, strict=True))
     return o.to(outputs[0].dtype), lse

@@ -37,6 +37,7 @@ def score_product(q: Tensor, k: Tensor, scale: float) -> Tensor:
     ):
         dtype = accumulate_dtype(q.dtype)
         return torch.matmul(q.to(dtype).mul(scale), k.to(dtype).mT)
+
     return _split(q.flatten(0, 1), k.flatten(0, 1).mT).mul_(scale).unflatten(0, q.shape[:2])
 
 
@@ -46,6 +47,7 @@ def _split(rows: Tensor, columns: Tensor) -> Tensor:
         rounded = torch.bmm(rows, columns)
         rest = torch.baddbmm(rounded, rows, columns, beta=-1)
         return rounded.float().add_(rest)
+
     # A batched product would copy such a part of a buffer, the products of its heads do not.
     heads = []
     for row, column in zip(rows, columns, strict=True):

@@ -48,8 +48,10 @@ def segments(layout: SequenceLayout, batch: int, num_queries: int, num_keys: int
     if layout.cu_seqlens is not None:
         yield from _packed(layout, num_queries)
         return
+
     offset = int(layout.offset)
     starts = [0] * batch if layout.start is None else layout.start.tolist()
+
     for row, start in enumerate(starts):
         first = max(0, start - offset)  # the first query that is not padding
         end = min(offset + num_queries, num_keys)
@@ -61,9 +63,12 @@ def segments(layout: SequenceLayout, batch: int, num_queries: int, num_keys: int
 
 def _packed(layout: SequenceLayout, num_queries: int) -> Iterator[Segment]:
     assert layout.cu_seqlens is not None
-    bounds, shift = layout.cu_seqlens.tolist(), int(layout.offset)
+    bounds = layout.cu_seqlens.tolist()
+    shift = int(layout.offset)
+
     for document, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        begin, end = max(start, shift), min(stop, shift + num_queries)
+        begin = max(start, shift)
+        end = min(stop, shift + num_queries)
         if end > begin:
             yield Segment(
                 row=0,
@@ -75,7 +80,7 @@ def _packed(layout: SequenceLayout, num_queries: int) -> Iterator[Segment]:
 
 
 ROW_BYTES = 1 << 24
-"""What a tile of all rows of a batch may hold for its mask, at most; a larger batch is taken apart."""
+"""Most bytes that the mask of one tile of several rows may take; larger batches are split by rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,10 +100,10 @@ class Rows:
     most: int
 
     def hide_padding(self, visible: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what is visible of it without the padding, and which queries see a key.
+        """Hide the left padding of each row, and say which queries still see a key.
 
         Args:
-            visible: bool ``[1, W, L]`` of a row without padding.
+            visible: bool ``[1, W, L]``, the mask of a row without padding.
             keys: ``[L]`` slots of the keys.
 
         Returns:
@@ -106,24 +111,28 @@ class Rows:
         """
         if self.starts is None:
             return visible, None
+
         visible = visible & (keys >= self.starts[:, None, None])
         return visible, visible.any(-1)
 
 
 def row_groups(layout: SequenceLayout, batch: int, row_bytes: int) -> list[Rows]:
-    """Return the rows of a batch that is not packed, as many together as fit in memory.
+    """Group the rows of a batch that is not packed, as many together as :data:`ROW_BYTES` allows.
 
     Args:
         layout: Padding.
         batch: B.
-        row_bytes: What a tile of one row takes.
+        row_bytes: Bytes that the mask of one row's tile takes.
     """
     step = max(1, ROW_BYTES // max(1, row_bytes))
+
     if layout.start is None:
         return [
             Rows(rows=(i, min(i + step, batch)), starts=None, least=0, most=0) for i in range(0, batch, step)
         ]
-    starts, groups = layout.start.tolist(), []
+
+    starts = layout.start.tolist()
+    groups = []
     for i in range(0, batch, step):
         part = starts[i : i + step]
         groups.append(
@@ -134,6 +143,7 @@ def row_groups(layout: SequenceLayout, batch: int, row_bytes: int) -> list[Rows]
                 most=max(part),
             )
         )
+
     return groups
 
 
@@ -144,8 +154,10 @@ def is_decode(layout: SequenceLayout, q: Tensor, *others: Tensor | None) -> bool
     tensors = (q, *(x for x in others if x is not None))
     if any(x.shape[1] == 0 for x in tensors):
         return False
+
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
+
     # A graph that takes the offset as a tensor must not look at its value, as the tiles do.
     static = isinstance(layout.offset, Tensor) and torch.compiler.is_compiling()
     return static or q.shape[1] <= DECODE_QUERIES

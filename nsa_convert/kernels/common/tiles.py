@@ -18,7 +18,7 @@ from nsa_convert.kernels.common.checks import accumulate_dtype
 from nsa_convert.kernels.common.flash import attend_group
 
 SCORE_BYTES = 1 << 24
-"""Scores one step of the backward may hold; small enough to stay in the cache of a desktop processor."""
+"""Bytes of scores in one step of the backward; they should stay in the cache of a desktop processor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ class Tiles:
         source = x[slice(*self.rows), :, self.head]
         if isinstance(self.keys, tuple):
             return source[:, self.keys[0] : self.keys[1]]
+
         return source[0].index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape)
 
     def scatter_add(self, x: Tensor, values: Tensor) -> None:
@@ -78,6 +79,8 @@ class Tiles:
     def parts(self, most: int) -> Iterator[Tiles]:
         """Yield the same tiles, at most ``most`` at a time."""
         first, last = self.rows
+
+        # Tiles are either neighbours in one row or the same tile of many rows: cut the queries or the rows.
         for i in range(0, self.total, most):
             n = min(most, self.total - i)
             one = last - first == 1
@@ -125,7 +128,8 @@ class _TileAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             o, lse = forward_tiles(q, k, v, plan(), scale)
         ctx.save_for_backward(q, k, v, lse)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan = plan
+        ctx.scale = scale
         return o, lse
 
     @staticmethod
@@ -142,20 +146,24 @@ def forward_tiles(
     """Run :func:`attend_tiles` without autograd."""
     o = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulate_dtype(q.dtype))
+
     k, v, bad = split_non_finite(k, v)
+
     for t in tiles:
         part, part_lse = attend_listed(t, t.queries(q).transpose(1, 2), t.gather(k), t.gather(v), scale)
+
         if bad is not None:
             seen = sees_bad(t, t.gather(bad))[:, None]
             part = part.masked_fill(seen[..., None], torch.nan)
             part_lse = part_lse.masked_fill(seen, torch.nan)
+
         t.queries(o).copy_(part.transpose(1, 2))
         t.queries(lse).copy_(part_lse.transpose(1, 2))
     return o, lse
 
 
 def attend_listed(t: Tiles, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend to the listed keys: those that all see without a mask, the others with one.
+    """Attend to the listed keys: without a mask to the leading ones that every query sees, else with one.
 
     Args:
         t: The tiles.
@@ -167,18 +175,25 @@ def attend_listed(t: Tiles, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tu
     Returns:
         ``(o [n, g, width, DV], lse [n, g, width])``.
     """
+    # The keys that every query sees, without a mask.
     free = attend_group(q, k[:, : t.free], v[:, : t.free], None, scale) if t.free else None
     if free is not None and t.free == k.shape[1]:
         return free
+
+    # The other keys, with a mask; a row that sees none of them has undefined results.
     bias = None
     if t.visible is not None:
         bias = torch.zeros_like(t.visible, dtype=q.dtype).masked_fill_(~t.visible, -torch.inf)
+
     o, lse = attend_group(q, k[:, t.free :], v[:, t.free :], bias, scale)
     if t.alive is not None:
         dead = ~t.alive[:, None]
         o, lse = o.masked_fill(dead[..., None], 0.0), lse.masked_fill(dead, -torch.inf)
+
     if free is None:
         return o, lse
+
+    # Join both parts: their shares of the softmax are exp(lse_i - total).
     total = torch.logaddexp(free[1], lse)
     weight = torch.exp(lse - total)[..., None]
     return torch.lerp(free[0].to(weight.dtype), o.to(weight.dtype), weight).to(q.dtype), total
@@ -202,7 +217,9 @@ def split_non_finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     total = k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32)
     if torch.isfinite(total):
         return k, v, None
-    fine_k, fine_v = k.isfinite(), v.isfinite()
+
+    fine_k = k.isfinite()
+    fine_v = v.isfinite()
     return k.where(fine_k, 0), v.where(fine_v, 0), ~(fine_k.all(-1) & fine_v.all(-1))
 
 
@@ -220,12 +237,16 @@ def backward_tiles(
     dtype = accumulate_dtype(q.dtype)
     dq = torch.zeros_like(q, dtype=dtype)
     dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))
+
     k, v, _ = split_non_finite(k, v)
+
+    # Cut the tiles further, so that the scores of a step fit SCORE_BYTES.
     for group in tiles:
         length = group.keys[1] - group.keys[0] if isinstance(group.keys, tuple) else group.keys.shape[1]
         row_bytes = (group.heads[1] - group.heads[0]) * group.width * max(1, length) * dtype.itemsize
         for t in group.parts(max(1, SCORE_BYTES // row_bytes)):
             tile_grads(t, (q, k, v, do, lse, dlse), (dq, dk, dv), scale)
+
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -234,16 +255,22 @@ def tile_grads(
 ) -> None:
     """Add the gradients of a few tiles, from ``(q, k, v, do, lse, dlse)`` to ``(dq, dk, dv)``."""
     dq, dk, dv = grads
+
     # [n, W * g, ...]
     q, do, lse, dlse = (t.queries(inputs[i]).to(dq.dtype).flatten(1, 2) for i in (0, 3, 4, 5))
     k, v = (t.gather(inputs[i]).to(dq.dtype).expand(t.total, -1, -1) for i in (1, 2))  # [n, L, D]
+
+    # Probabilities from the saved lse; +inf in place of -inf gives rows without keys p = 0.
     p = torch.bmm(q, k.mT).mul_(scale)
     p.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp_()
     if t.visible is not None:
         p[..., t.free :].unflatten(1, (t.width, -1)).masked_fill_(~t.visible[:, :, None], 0.0)
+
     t.scatter_add(dv, torch.bmm(p.mT, do))
     ds = torch.bmm(do, v.mT).mul_(p)
+
     # A tile holds all keys of its rows, so the row term needs no rounded o; d lse / d score = p joins it.
     ds.addcmul_(p, (ds.sum(-1) - dlse)[..., None], value=-1.0).mul_(scale)
+
     t.scatter_add(dk, torch.bmm(ds.mT, q))
     t.queries(dq).copy_(torch.bmm(ds, k).unflatten(1, (t.width, -1)))

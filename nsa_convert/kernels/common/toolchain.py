@@ -163,6 +163,7 @@ class Kernel:
             arguments: All arguments but those the configuration gives.
         """
         configs = self.fitting(row, arguments)
+
         with _device_of(like):
             if len(configs) == 1:
                 chosen = configs[0].arguments()
@@ -188,7 +189,8 @@ _tuning = True
 def without_tuning() -> Iterator[None]:
     """Launch the first configuration that fits inside the block, and compile no other."""
     global _tuning
-    before, _tuning = _tuning, False
+    before = _tuning
+    _tuning = False
     try:
         yield
     finally:
@@ -218,6 +220,7 @@ def declare(
         unknown = [n for n in names if n not in known and not n.startswith("s_")]
         if unknown or max(c.max_row for c in configs) < 1024:
             raise ValueError(f"{function.__name__}: no type for {unknown}, or no configuration for long rows")
+
         kernel = Kernel(
             fn=triton.jit(function), configs=tuple(configs), key=tuple(key), types=types, cases=tuple(cases)
         )
