@@ -38,19 +38,27 @@ def plan_causal(q: Tensor, k: Tensor, layout: SequenceLayout) -> TilePlan:
 
 def _batch_tiles(q: Tensor, k: Tensor, layout: SequenceLayout) -> Iterator[Tiles]:
     """Yield tiles of all rows at once: what a batch costs in calls does not grow with its rows."""
-    offset, num_queries, num_keys = int(layout.offset), q.shape[1], k.shape[1]
+    offset = int(layout.offset)
+    num_queries = q.shape[1]
+    num_keys = k.shape[1]
+
     group = q.shape[2] // k.shape[2]
     mask_bytes = min(TILE_WIDTH, num_queries) * num_keys * (1 + q.element_size())
+
     for part in row_groups(layout, q.shape[0], mask_bytes):
         first = max(0, part.least - offset)  # queries before it are padding in every row
+
         for begin in range(first, num_queries, TILE_WIDTH):
             width = min(TILE_WIDTH, num_queries - begin)
+
             positions = torch.arange(offset + begin, offset + begin + width, device=q.device)
             end = min(num_keys, offset + begin + width)
             if end <= part.least:
                 continue
             keys = torch.arange(part.least, end, device=q.device)
+
             visible, alive = part.hide_padding((keys <= positions[:, None])[None], keys)
+
             for head in range(k.shape[2]):
                 yield Tiles(
                     rows=part.rows,
@@ -67,12 +75,16 @@ def _batch_tiles(q: Tensor, k: Tensor, layout: SequenceLayout) -> Iterator[Tiles
 
 def _head_tiles(segment: Segment, head: int, group: int, device: torch.device) -> Iterator[Tiles]:
     first_query, last_query = segment.queries
+
     for begin in range(first_query, last_query, TILE_WIDTH):
         width = min(TILE_WIDTH, last_query - begin)
+
         position = segment.offset + begin - first_query
         length = min(segment.num_keys, position + width)
+
         queries = torch.arange(position, position + width, device=device)
         visible = torch.arange(length, device=device) <= queries[:, None]
+
         yield Tiles(
             rows=(segment.row, segment.row + 1),
             head=head,

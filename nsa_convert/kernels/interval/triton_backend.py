@@ -25,7 +25,7 @@ from nsa_convert.kernels.interval.triton_forward import interval_forward
 from nsa_convert.patterns import SequenceLayout
 
 KEY_TILE = 64
-"""Keys of one program of the backward, for counting programs."""
+"""Keys that one program of the backward is taken to hold when programs are counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,11 @@ def layout_intervals(
     ends = layout.positions(num_queries, device).expand_as(starts) + 1
     lo = starts if window_size is None else torch.maximum(starts, ends - window_size)
     hi = ends.clamp(max=num_keys)
+
     lo, hi, starts = (x.to(torch.int32).contiguous() for x in (lo, hi, starts))
     if not num_sinks:
         return Intervals(lo=lo, hi=hi)
+
     end = num_sinks if layout.start is None and layout.cu_seqlens is None else None
     return Intervals(lo=lo, hi=hi, first=starts, num_sinks=num_sinks, sinks_end=end)
 
@@ -100,7 +102,7 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def key_row(x: Tensor) -> int:
-    """Return the bytes of a padded row, by which a kernel's configurations are limited."""
+    """Return the bytes of a row padded to BD elements: a :class:`Config` says which lengths it serves."""
     return padded_dim(x.shape[-1]) * x.element_size()
 
 
@@ -111,8 +113,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = rows_contiguous(q, k, v)
     batch, num_queries, num_heads, dim = q.shape
+
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = new_lse(q)
+
     interval_forward.launch(
         lambda c: (triton.cdiv(num_queries, c["BM"]), batch * num_heads),
         q,
@@ -159,6 +163,7 @@ def row_delta(o: Tensor, do: Tensor, dlse: Tensor, lse: Tensor) -> Tensor:
     """Return ``rowsum(o * do) - dlse`` with the strides of lse: what ``ds = p * (dp - delta)`` subtracts."""
     o, do = rows_contiguous(o, do)
     delta = torch.empty_strided(lse.shape, lse.stride(), dtype=torch.float32, device=lse.device)
+
     batch, num_queries, num_heads, dim = o.shape
     output_delta.launch(
         lambda c: (triton.cdiv(num_queries, c["BM"]), batch * num_heads),
@@ -185,8 +190,10 @@ def _backward(
     q, k, v, do = rows_contiguous(q, k, v, do)
     batch, num_queries, num_heads, _ = q.shape
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
     delta = row_delta(o, do, dlse, lse)
     rows = {**strides(g=do, l=lse), "do": do, "lse": lse, "delta": delta}
+
     interval_backward_q.launch(
         lambda c: (triton.cdiv(num_queries, c["BM"]), batch * num_heads),
         q,
@@ -196,6 +203,8 @@ def _backward(
         **rows,
         dq=dq,
     )
+
+    # The gradients of sinks are added to those of the window: both stay in float32 until then.
     wide = torch.float32 if first is not None else k.dtype
     dk, dv = _key_gradients(q, k, v, rows, lo, hi, scale, wide)
     if first is not None:
@@ -218,14 +227,20 @@ def _key_gradients(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return dk and dv of what the queries see in ``[lo, hi)``."""
-    num_keys, programs = k.shape[1], k.shape[0] * k.shape[2]
+    num_keys = k.shape[1]
+    programs = k.shape[0] * k.shape[2]
+
     bounds = query_bounds(lo, hi, num_keys)
+
+    # Each part of the queries writes gradients of its own; they are added at the end.
     parts = num_parts(k)
     shape = (parts, *k.shape)
     dk, dv = (torch.empty(shape, dtype=dtype if parts == 1 else torch.float32, device=k.device) for _ in "kv")
+
     shared = _inputs(q, k, v, lo, hi, None, 0, scale)
     for unused in ("first", "num_sinks", "HAS_SINKS", "TQ"):
         del shared[unused]
+
     interval_backward_kv.launch(
         lambda c: (triton.cdiv(num_keys, c["BN"]), programs, parts),
         q,
@@ -243,12 +258,13 @@ def _key_gradients(
         TK=num_keys,
         GRANULE=GRANULE,
     )
+
     dk, dv = (x[0] if parts == 1 else x.sum(0).to(dtype) for x in (dk, dv))
     return dk, dv
 
 
 def num_parts(k: Tensor) -> int:
-    """Return into how many runs the queries of a key are split, where few keys would leave a GPU idle.
+    """Return in how many parts the queries are split, so that few keys still give enough programs.
 
     Compressed cells are few and seen by nearly all queries. The parts are added in a fixed order.
     """
@@ -257,7 +273,7 @@ def num_parts(k: Tensor) -> int:
 
 
 def processors(x: Tensor) -> int:
-    """Return how many multiprocessors the device of x has; a few where there is no GPU."""
+    """Return how many multiprocessors the device of x has; 4 where there is no GPU."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
@@ -269,6 +285,7 @@ def query_bounds(lo: Tensor, hi: Tensor, num_keys: int) -> Tensor:
     count = triton.cdiv(num_keys, GRANULE) + 1
     edges = torch.arange(count, dtype=torch.int32, device=lo.device) * GRANULE
     edges = edges.expand(lo.shape[0], -1).contiguous()
+
     rows = [
         torch.searchsorted(x, edges, right=right, out_int32=True)
         for x, right in ((hi, True), (hi, False), (lo, True), (lo, False))

@@ -36,6 +36,7 @@ def load_rows(p, o_t, s_t, m_t, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.co
     """Load rows ``o_t [N]`` of a ``[T, D]`` matrix into ``[N, BD]``; 0 where masked and beyond D."""
     o_d = tl.arange(0, BD)
     p_rows = p + o_t.to(tl.int64)[:, None] * s_t + o_d[None, :]
+
     if MASKED:
         rows = tl.load(p_rows, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
     elif D == BD:
@@ -71,8 +72,12 @@ def tile_range(b_lo, b_hi, m_m, BN: tl.constexpr):
     """
     begin = tl.min(b_lo, 0)
     end = tl.maximum(begin, tl.max(b_hi, 0))
+
+    # Every query's run has begun at the largest lo, rounded up to a whole tile ...
     latest = tl.minimum(tl.max(tl.where(m_m, b_lo, 0), 0), end)
     full = begin + tl.cdiv(latest - begin, BN) * BN
+
+    # ... and none has ended before the smallest hi, rounded down.
     seen_by_all = tl.min(tl.where(m_m, b_hi, FAR), 0)
     cut = full + tl.maximum(seen_by_all - full, 0) // BN * BN
     return begin, full, cut, end
@@ -114,9 +119,12 @@ def attend_step(
     """Add the keys ``i_n .. i_n + BN - 1`` (below ``end``) to a running softmax."""
     o_n = i_n + tl.arange(0, BN)
     m_n = o_n < end
+
     b_k = load_rows(k, o_n, s_kt, m_n, D, BD, MASKED)
     b_v = load_rows(v, o_n, s_vt, m_n, D, BD, MASKED)
+
     b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale2  # [BM, BN]
+
     if MASKED:
         m_s = sees(o_n[None, :], b_lo[:, None], b_hi[:, None], b_first[:, None], num_sinks, HAS_SINKS)
         m_s = m_s & m_n[None, :]
@@ -124,10 +132,13 @@ def attend_step(
         b_s = tl.where(finite_rows(b_v)[None, :], b_s, float("nan"))
         b_v = finite(b_v)
         b_s = tl.where(m_s, b_s, float("-inf"))
+
+    # Rescale the running sums to the new maximum; -inf - -inf would be NaN in a row that saw no key yet.
     b_max = tl.maximum(b_m, tl.max(b_s, 1))
     safe = tl.where(b_max == float("-inf"), 0.0, b_max) if MASKED else b_max
     b_p = tl.exp2(b_s - safe[:, None])
     shrink = tl.exp2(b_m - safe)
+
     b_l = b_l * shrink + tl.sum(b_p, 1)
     b_o = b_o * shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, UPCAST)
     return b_max, b_l, b_o
@@ -156,21 +167,29 @@ def interval_forward(
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
     i_h = (tl.program_id(1) % HQ).to(tl.int64)
+
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < TQ
+
+    # The batch row and head of this program
     q += i_b * s_qb + i_h * s_qh
     k += i_b * s_kb + (i_h // G) * s_kh
     v += i_b * s_vb + (i_h // G) * s_vh
+
+    # Which keys the tile walks
     b_lo, b_hi, b_first = load_intervals(
         lo + i_b * s_ib, hi + i_b * s_ib, first + i_b * s_ib, o_m, m_m, HAS_SINKS
     )
     begin, full, cut, end = tile_range(b_lo, b_hi, m_m, BN)
     sink, sink_end = sink_range(b_first, num_sinks, begin, HAS_SINKS)
+
     b_q = load_rows(q, o_m, s_qt, m_m, D, BD, True)
     scale2 = scale * 1.4426950408889634
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BD], tl.float32)
+
+    # Tiles of keys that need a mask, then those that every query sees
     for i in range(partial_tiles(sink, sink_end, begin, full, cut, end, BN)):
         i_n, stop = partial_tile(i, sink, sink_end, begin, full, cut, end, BN)
         b_m, b_l, b_o = attend_step(
@@ -182,9 +201,12 @@ def interval_forward(
             b_q, b_m, b_l, b_o, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks, s_kt, s_vt, scale2,
             D, BD, BN, HAS_SINKS, False, UPCAST,
         )  # fmt: skip
+
+    # A query without keys gets o = 0 and lse = -inf.
     blind = b_l == 0
     b_o = b_o / tl.where(blind, 1.0, b_l)[:, None]
     b_lse = tl.where(blind, float("-inf"), (b_m + tl.log2(b_l)) * 0.6931471805599453)
+
     o_d = tl.arange(0, BD)
     p_o = o + i_b * s_ob + i_h * s_oh + o_m.to(tl.int64)[:, None] * s_ot + o_d[None, :]
     tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])

@@ -26,9 +26,13 @@ def plan_window(q: Tensor, k: Tensor, pattern: SinkWindow, layout: SequenceLayou
     """Return the tiles of a window for ``q [B, TQ, HQ, D]`` and ``k [B, TK, H, D]``."""
     group = q.shape[2] // k.shape[2]
     width = max(16, min(256, pattern.window_size // 4))
+
+    # Without sinks, or with sinks next to the window, the keys of a tile are one run of slots.
     one_run = pattern.num_sinks == 0 or k.shape[1] <= pattern.budget + width
+
     if layout.cu_seqlens is None and q.shape[0] > 1 and one_run:
         return lambda: _batch_tiles(q, k, pattern, layout, width)
+
     parts = list(segments(layout, q.shape[0], q.shape[1], k.shape[1]))
 
     def plan() -> Iterator[Tiles]:
@@ -36,6 +40,7 @@ def plan_window(q: Tensor, k: Tensor, pattern: SinkWindow, layout: SequenceLayou
             for begin, count, size in _runs(segment, width, pattern, k):
                 keys, visible = _keys(segment, begin, count, size, pattern, q.device)
                 inside = segment.offset + begin - segment.queries[0] + count * size <= segment.num_keys
+
                 for head in range(k.shape[2]):
                     yield Tiles(
                         rows=(segment.row, segment.row + 1),
@@ -56,25 +61,37 @@ def _batch_tiles(
     q: Tensor, k: Tensor, pattern: SinkWindow, layout: SequenceLayout, width: int
 ) -> Iterator[Tiles]:
     """Yield tiles of all rows at once: what a batch costs in calls does not grow with its rows."""
-    offset, num_queries, num_keys = int(layout.offset), q.shape[1], k.shape[1]
+    offset = int(layout.offset)
+    num_queries = q.shape[1]
+    num_keys = k.shape[1]
+
     group = q.shape[2] // k.shape[2]
     band = min(num_keys, pattern.budget + width)
+
     for part in row_groups(layout, q.shape[0], width * band * (1 + q.element_size())):
         for begin in range(max(0, part.least - offset), num_queries, width):
             size = min(width, num_queries - begin)
-            first, end = offset + begin, min(num_keys, offset + begin + size)
+
+            # The tile's queries are the slots [first, first + size), its keys the slots [oldest, end).
+            first = offset + begin
+            end = min(num_keys, offset + begin + size)
             oldest = part.least if pattern.num_sinks else max(part.least, first - pattern.window_size + 1)
             if end <= oldest:
                 continue
+
             position = torch.arange(first, first + size, device=q.device)[:, None]
             keys = torch.arange(oldest, end, device=q.device)
             visible = ((keys <= position) & (keys > position - pattern.window_size))[None]
+
             if pattern.num_sinks:
                 starts = keys.new_full((1,), part.least) if part.starts is None else part.starts
                 visible = visible | (keys <= position) & (keys < starts[:, None, None] + pattern.num_sinks)
+
+            # Padding and slots after the last key
             visible, alive = part.hide_padding(visible, keys)
             if alive is None and first + size > num_keys:
                 alive = visible.any(-1)
+
             for head in range(k.shape[2]):
                 yield Tiles(
                     rows=part.rows,
@@ -94,6 +111,7 @@ def _runs(segment: Segment, width: int, pattern: SinkWindow, k: Tensor) -> Itera
     begin, end = segment.queries
     token_bytes = 2 * k.shape[3] * k.element_size()
     step = max(1, CHUNK_BYTES // (token_bytes * (pattern.budget + width)))
+
     full = (end - begin) // width
     for i in range(0, full, step):
         yield begin + i * width, min(step, full - i), width
@@ -108,15 +126,19 @@ def _keys(
     position = segment.offset + begin - segment.queries[0]  # of the first query in its document
     tile = position + width * torch.arange(count, device=device)[:, None]
     last = position + count * width - 1
+
+    # Keys that some query of a tile has in its window, and the sinks in front of them
     band = min(width + pattern.window_size - 1, last + 1)
     in_band = tile + width - band + torch.arange(band, device=device)  # [n, band]
     num_sinks = min(pattern.num_sinks, last + 1)
     sinks = torch.arange(num_sinks, device=device)
     keys = torch.cat([sinks.expand(count, -1), in_band], 1)
+
     # Away from both ends every tile looks the same: one mask serves all of them.
     alike = position - pattern.window_size >= num_sinks and last < segment.num_keys
     query = (tile[:1] if alike else tile)[..., None] + torch.arange(width, device=device)[:, None]
     oldest = query - pattern.window_size
+
     own = in_band[: query.shape[0], None]
     in_window = (own > oldest) & (own <= query) & (own >= 0)
     is_sink = (sinks <= oldest).expand(*in_window.shape[:2], -1)
