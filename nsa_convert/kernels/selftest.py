@@ -88,6 +88,7 @@ def run_checks(
     cases = [(half, group, "plain") for group in groups]
     cases += [(half, 4, kind) for kind in layouts]
     cases += [(dtype, 4, "plain") for dtype in dtypes if dtype != half]
+
     for dtype, group, kind in cases:
         for decode in (False, True):
             if decode and kind == "packed":
@@ -117,6 +118,7 @@ def self_test(device: str, **settings: Any) -> tuple[CheckRow, ...]:
 def checks_table(rows: Sequence[CheckRow]) -> str:
     """Return one line for each op: how many cases ran, and the one nearest to what is allowed."""
     lines = ["| op | backend | cases | nearest to its limit | error | allowed |", "|" + "---|" * 6]
+
     for op in dict.fromkeys(row.op for row in rows):
         own = [row for row in rows if row.op == op]
         worst = max(own, key=lambda row: row.error / row.allowed if row.error == row.error else float("inf"))
@@ -136,24 +138,32 @@ def check_op(
     decode: bool = False,
 ) -> CheckRow:
     """Compare one op with the reference, in the dtype of the inputs and in float64."""
-    backend, gradients = choose_backend(tensors[0]), not decode and name not in FORWARD_ONLY
+    backend = choose_backend(tensors[0])
+    gradients = not decode and name not in FORWARD_ONLY
+
     with _first_configuration(backend):
         got = results(op, tensors, layout, gradients)
+
     with use_backend("reference"):
         low = results(op, tensors, layout, gradients)
         truth = results(op, [x.double() for x in tensors], layout, gradients)
+
     worst = ("", 0.0, 0.0)
     eps = torch.finfo(tensors[0].dtype).eps
     if name == "dense":  # torch rounds the gradient of each query head before it adds those of a group
         eps *= case[1] ** 0.5
+
+    # Keep the result that is nearest to its limit.
     for result, x in got.items():
         if result == "blocks":
-            error, allowed = (x != truth[result]).double().mean().item(), DIFFERENT_BLOCKS
+            error = (x != truth[result]).double().mean().item()
+            allowed = DIFFERENT_BLOCKS
         else:
             error, allowed = (largest(y, truth[result]) for y in (x, low[result]))
             allowed = 2 * allowed + 1e-5 + eps * max(1.0, largest(truth[result], 0.0))
         if not (worst[0] and error * worst[2] <= worst[1] * allowed):
             worst = (result, error, allowed)
+
     dtype, group, kind = case
     return CheckRow(
         op=name + (", decode" if decode else ""),
@@ -182,6 +192,8 @@ def results(op: Op, tensors: Sequence[Tensor], layout: SequenceLayout, gradients
         out = {name: x for name, x in found if x is not None}
         if not gradients or "o" not in out:
             return out
+
+        # A fixed random weight for every element of o and lse; lse = -inf has no gradient.
         g = torch.Generator().manual_seed(5)
         total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
         for name in ("o", "lse"):
@@ -189,6 +201,7 @@ def results(op: Op, tensors: Sequence[Tensor], layout: SequenceLayout, gradients
                 weight = torch.randn(out[name].shape, generator=g).to(total.device)
                 finite = out[name].masked_fill(out[name] == -torch.inf, 0.0)
                 total = total + (finite.double() * weight).sum()
+
         names = ("dq", "dk", "dv", "dck", "dcv")
         grads = torch.autograd.grad(total, inputs, allow_unused=True)
     made = {n: x for n, x in zip(names, grads, strict=True) if x is not None}
@@ -205,6 +218,7 @@ def ops(tensors: Sequence[Tensor], layout: SequenceLayout) -> dict[str, Op]:
         block_size=32,
         query_block=64,
     )
+
     tokens = TokenSelection(token_indices=random_lists(q, k.shape[2], lists, 1, 24))
     window = SinkWindow(num_sinks=3, window_size=48)
     rule = BlockTopK(block_size=8, num_blocks=4)
@@ -253,6 +267,7 @@ def random_lists(q: Tensor, heads: int, lists: int, block_size: int, size: int) 
     """Return ``[B, heads, lists, size + 1]`` different random blocks, the first one among them, ascending."""
     g = torch.Generator().manual_seed(block_size)
     blocks = max(size + 1, -(-2 * q.shape[1] // block_size))
+
     rank = torch.rand(q.shape[0], heads, lists, blocks, generator=g)
     rank[..., 0] = 1.0
     return rank.topk(size + 1, -1).indices.sort(-1).values.to(q.device)
@@ -262,9 +277,12 @@ def make_inputs(
     device: str, dtype: torch.dtype, group: int, kind: str, length: int, dim: int, decode: bool
 ) -> tuple[SequenceLayout, tuple[Tensor, ...]]:
     """Return a layout and ``(q, k, v, ck, cv)`` with 2 key heads."""
-    batch, queries = (1 if kind == "packed" else 2), length
+    batch = 1 if kind == "packed" else 2
+    queries = length
+
     layout = SequenceLayout()
     cells = GRID.count(length)
+
     if kind == "packed":
         bounds = (0, length // 5, length // 2, length)
         layout = SequenceLayout(cu_seqlens=torch.tensor(bounds, device=device))
@@ -275,6 +293,7 @@ def make_inputs(
         layout = SequenceLayout(offset=length - queries, start=start)
     elif kind == "padded":
         layout = SequenceLayout(start=torch.tensor([0, length // 7], device=device))
+
     g = torch.Generator().manual_seed(0)
     shapes = [(queries, 2 * group), (length, 2), (length, 2), (cells, 2), (cells, 2)]
     tensors = (torch.randn(batch, tokens, heads, dim, generator=g) for tokens, heads in shapes)

@@ -25,9 +25,11 @@ def gated_sum(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
     """
     if gates.shape[-1] != len(outputs):
         raise ValueError(f"need one gate for each branch, got {gates.shape[-1]} and {len(outputs)}")
+
     gates = gates.to(outputs[0].dtype)
     if len(outputs) == 3 and choose_backend(outputs[0]) == "triton":
         return kernel_function("gates.triton_backend", "gated_sum")(tuple(outputs), gates)
+
     first, *others = gates.unsqueeze(-2).unbind(-1)  # each [B, TQ, HQ, 1]
     o = outputs[0] * first
     for part, gate in zip(outputs[1:], others, strict=True):

@@ -37,15 +37,20 @@ def gate_forward(
     """Store ``g_0 a + g_1 b + g_2 c`` for a tile of queries of one head."""
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
     i_h = (tl.program_id(1) % HQ).to(tl.int64)
+
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < TQ
+
     p_g = gates + i_b * s_gb + i_h * s_gh + o_m.to(tl.int64) * s_gt
     b_o = load_rows(a + i_b * s_ab + i_h * s_ah, o_m, s_at, m_m, D, BD, True).to(tl.float32)
     b_o *= tl.load(p_g, mask=m_m, other=0.0).to(tl.float32)[:, None]
+
     b_x = load_rows(b + i_b * s_bb + i_h * s_bh, o_m, s_bt, m_m, D, BD, True).to(tl.float32)
     b_o += b_x * tl.load(p_g + s_gn, mask=m_m, other=0.0).to(tl.float32)[:, None]
+
     b_x = load_rows(c + i_b * s_cb + i_h * s_ch, o_m, s_ct, m_m, D, BD, True).to(tl.float32)
     b_o += b_x * tl.load(p_g + 2 * s_gn, mask=m_m, other=0.0).to(tl.float32)[:, None]
+
     store_rows(o + i_b * s_ob + i_h * s_oh, o_m, s_ot, m_m, b_o, D, BD)
 
 
@@ -58,20 +63,25 @@ def gate_backward(
     """Store the gradients of the branches, ``g_i do``, and of the gates, ``rowsum(o_i * do)``."""
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
     i_h = (tl.program_id(1) % HQ).to(tl.int64)
+
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < TQ
+
     b_do = load_rows(do + i_b * s_ob + i_h * s_oh, o_m, s_ot, m_m, D, BD, True).to(tl.float32)
     p_g = gates + i_b * s_gb + i_h * s_gh + o_m.to(tl.int64) * s_gt
     p_e = dgates + i_b * s_eb + i_h * s_eh + o_m.to(tl.int64) * s_et
     p_d = i_b * s_db + i_h * s_dh
+
     b_x = load_rows(a + i_b * s_ab + i_h * s_ah, o_m, s_at, m_m, D, BD, True).to(tl.float32)
     b_g = tl.load(p_g, mask=m_m, other=0.0).to(tl.float32)
     tl.store(p_e, tl.sum(b_x * b_do, 1).to(dgates.dtype.element_ty), mask=m_m)
     store_rows(da + p_d, o_m, s_dt, m_m, b_do * b_g[:, None], D, BD)
+
     b_x = load_rows(b + i_b * s_bb + i_h * s_bh, o_m, s_bt, m_m, D, BD, True).to(tl.float32)
     b_g = tl.load(p_g + s_gn, mask=m_m, other=0.0).to(tl.float32)
     tl.store(p_e + s_en, tl.sum(b_x * b_do, 1).to(dgates.dtype.element_ty), mask=m_m)
     store_rows(db + p_d, o_m, s_dt, m_m, b_do * b_g[:, None], D, BD)
+
     b_x = load_rows(c + i_b * s_cb + i_h * s_ch, o_m, s_ct, m_m, D, BD, True).to(tl.float32)
     b_g = tl.load(p_g + 2 * s_gn, mask=m_m, other=0.0).to(tl.float32)
     tl.store(p_e + 2 * s_en, tl.sum(b_x * b_do, 1).to(dgates.dtype.element_ty), mask=m_m)
@@ -79,7 +89,7 @@ def gate_backward(
 
 
 def gated_sum(outputs: tuple[Tensor, Tensor, Tensor], gates: Tensor) -> Tensor:
-    """See :func:`nsa_convert.kernels.common.merge.gated_sum`; summed in float32 and rounded once."""
+    """See :func:`nsa_convert.kernels.gates.gated_sum`; summed in float32 and rounded once."""
     return _forward(*outputs, gates)
 
 
@@ -87,6 +97,7 @@ def gated_sum(outputs: tuple[Tensor, Tensor, Tensor], gates: Tensor) -> Tensor:
 def _forward(a: Tensor, b: Tensor, c: Tensor, gates: Tensor) -> Tensor:
     a, b, c = rows_contiguous(a, b, c)
     o = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+
     gate_forward.launch(
         _grid(a),
         a,
@@ -123,6 +134,7 @@ def _backward(
     do, a, b, c = rows_contiguous(do, a, b, c)
     da, db, dc = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(3))
     dgates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+
     gate_backward.launch(
         _grid(a),
         a,

@@ -96,16 +96,23 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_queries, num_heads, dim = q.shape
     shared = _inputs(q, k, v, items, list_of, lo, hi, first, num_sinks, block_size, query_block, scale)
+
     o = torch.empty(q.shape if v is not None else (0, 0, 0, 0), dtype=q.dtype, device=q.device)
     lse = new_lse(q)
+
+    # Few queries leave processors idle: the keys of each are split, and the parts joined afterwards.
     programs = num_heads // shared["GROUP"]
     splits = num_splits(q, batch * num_queries * programs, longest)
-    out, out_lse, part_strides = o, lse, {"s_os": 0, "s_ls": 0}
+    out = o
+    out_lse = lse
+    part_strides = {"s_os": 0, "s_ls": 0}
+
     if splits > 1:
         shape = (batch, num_queries, num_heads, splits)
         out = torch.empty(*shape, dim if v is not None else 0, dtype=torch.float32, device=q.device)
         out_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
         part_strides = {"s_os": out.stride(3), "s_ls": 1}
+
     gather_forward.launch(
         (num_queries * splits, batch * programs),
         q,
@@ -118,6 +125,7 @@ def _attend(
         splits=splits,
         VALUES=v is not None,
     )
+
     if splits > 1:
         merge_parts.launch(
             (num_queries, batch * num_heads),
@@ -151,10 +159,14 @@ def _inputs(
 ) -> dict[str, Any]:  # fmt: skip
     """Return the arguments that the forward and the backward in q share."""
     q, k, v = rows_contiguous(q, k, k if v is None else v)
-    num_heads, num_kv_heads = q.shape[2], k.shape[2]
+    num_heads = q.shape[2]
+    num_kv_heads = k.shape[2]
+
     lists = 1 if items is None else items.shape[1]
     group = num_heads // max(num_kv_heads, lists)
     listed = items is not None
+
+    # A pointer that the kernel does not read still needs a tensor.
     items = lo if items is None else rows_contiguous(items)[0]
     return {
         "q": q,
@@ -195,9 +207,11 @@ def _backward(
     shared = _inputs(q, k, v, items, list_of, lo, hi, None, 0, 1, query_block, scale)
     (do,) = rows_contiguous(do)
     batch, num_queries, num_heads, _ = q.shape
+
     delta = row_delta(o, do, dlse, lse)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grads = {**strides(g=do, l=lse), "do": do, "lse": lse, "delta": delta}
+
     gather_backward_q.launch(
         (num_queries, batch * num_heads // shared["GROUP"]),
         q,
@@ -207,6 +221,8 @@ def _backward(
         **strides(d=dq),
         dq=dq,
     )
+
+    # The gradients of keys need a list for every query.
     if query_block > 1:
         row = torch.arange(num_queries, device=q.device) // query_block if list_of is None else list_of
         items = items[:, :, row.long()]
@@ -222,16 +238,23 @@ def _key_gradients(
     shared: dict[str, Any], grads: dict[str, Any], items: Tensor, lo: Tensor, hi: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return dk and dv: every key sums over the queries that list it, in ascending order, CHUNK at a time."""
-    k, v = shared["k"], shared["v"]
+    k = shared["k"]
+    v = shared["v"]
     batch, num_keys, num_kv_heads, dim = k.shape
     programs = shared["HQ"] // shared["GROUP"]
+
+    # The queries of each key, cut into chunks of CHUNK; key_of says which key a chunk belongs to.
     entries, offsets, last_chunk = readers(items, lo, hi, num_keys)
     count = num_keys + entries.shape[1] // CHUNK  # chunks there can be at most
     chunk = torch.arange(count, dtype=torch.int32, device=k.device).expand(last_chunk.shape[0], -1)
     key_of = torch.searchsorted(last_chunk, chunk.contiguous(), right=True, out_int32=True)
+
+    # Every chunk sums into rows of its own: no atomics, so the order of the sum is fixed.
     parts = torch.empty(2, batch, programs, count, dim, dtype=torch.float32, device=k.device)
+
     names = ("q", "k", "v", "scale", "G", "lists", "D", "BD", "GROUP")
     shared = {n: x for n, x in shared.items() if n in names or n[:3] in ("s_q", "s_k", "s_v")}
+
     gather_backward_kv.launch(
         (count, batch * programs),
         k,
@@ -253,6 +276,7 @@ def _key_gradients(
         heads=programs,
         CHUNK=CHUNK,
     )
+
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     sum_chunks.launch(
         lambda c: (triton.cdiv(num_keys, c["BK"]), batch * num_kv_heads),
@@ -294,11 +318,14 @@ def readers(items: Tensor, lo: Tensor, hi: Tensor, num_keys: int) -> tuple[Tenso
     slots = items + lo[:, None, :, None]
     unseen = (items < 0) | (slots >= hi[:, None, :, None])
     slots = slots.masked_fill(unseen, num_keys).flatten(0, 1).flatten(1)
+
     slots, order = slots.sort(dim=1, stable=True)
     entries = order.div(max(items.shape[3], 1), rounding_mode="floor").to(torch.int32)
+
     edges = torch.arange(num_keys + 1, dtype=slots.dtype, device=slots.device)
     edges = edges.expand(slots.shape[0], -1).contiguous()
     offsets = torch.searchsorted(slots, edges, out_int32=True)
+
     chunks = (offsets.diff(dim=1) + CHUNK - 1).div(CHUNK, rounding_mode="floor").clamp(min=1)
     return entries, offsets, chunks.cumsum(1, dtype=torch.int32)
 
@@ -311,6 +338,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _gradients(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, items, list_of, lo, hi = ctx.saved_tensors
     assert items is not None, "runs have other kernels for gradients"
+
     # why: the dispatch sends other shapes to other kernels
     assert ctx.block_size == 1, "blocks have other kernels for gradients"
     dq, dk, dv = _backward(do, dlse, q, k, v, o, lse, items, list_of, lo, hi, ctx.query_block, ctx.scale)

@@ -42,13 +42,17 @@ def gather_backward_q(
     i_t = tl.program_id(0)
     i_b = (tl.program_id(1) // (HQ // GROUP)).to(tl.int64)
     i_l = (tl.program_id(1) % (HQ // GROUP)).to(tl.int64)
+
     lo = tl.load(lo + i_b * s_ib + i_t)
     hi = tl.load(hi + i_b * s_ib + i_t)
     items = list_pointer(items, list_of, i_b, i_l, i_t, lists, query_block, s_nb, s_nh, s_nt, MAPPED)
+
+    # The heads of the group, and the head that holds their keys
     o_h = i_l * GROUP + tl.arange(0, GN)
     m_h = tl.arange(0, GN) < GROUP
     k += i_b * s_kb + i_l * GROUP // G * s_kh
     v += i_b * s_vb + i_l * GROUP // G * s_vh
+
     i_t = i_t.to(tl.int64)
     b_q = load_rows(q + i_b * s_qb + i_t * s_qt, o_h, s_qh, m_h, D, BD, True)  # [GN, BD]
     b_do = load_rows(do + i_b * s_gb + i_t * s_gt, o_h, s_gh, m_h, D, BD, True)
@@ -57,19 +61,24 @@ def gather_backward_q(
     # A query without keys has no gradient, whatever its lse is used for.
     b_lse2 = tl.where(b_lse == float("-inf"), 0.0, b_lse * 1.4426950408889634)
     b_delta = tl.load(delta + p_l, mask=m_h & (b_lse > float("-inf")), other=0.0)
+
     scale2 = scale * 1.4426950408889634
     b_dq = tl.zeros([BD, GN], tl.float32)
+
     for i_x in range(0, size * block_size, BK):
         o_n, m_n = key_slots(
             i_x + tl.arange(0, BK), size * block_size, items, size, block_size, 0, lo, hi, first, LISTED,
             HAS_SINKS,
         )  # fmt: skip
+
         b_k = load_rows(k, o_n, s_kt, m_n, D, BD, True)
         b_v = load_rows(v, o_n, s_vt, m_n, D, BD, True)
+
         b_s = dot(b_k, tl.trans(b_q), UPCAST) * scale2 - b_lse2[None, :]  # [BK, GN]
         b_p = tl.exp2(tl.where(m_n[:, None], b_s, float("-inf")))
         b_ds = b_p * (dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :])
         b_dq += dot(tl.trans(b_k), b_ds.to(b_k.dtype), UPCAST)
+
     o_d = tl.arange(0, BD)
     p_dq = dq + i_b * s_db + i_t * s_dt + o_h[None, :] * s_dh + o_d[:, None]
     tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=m_h[None, :] & (o_d < D)[:, None])
@@ -92,21 +101,27 @@ def gather_backward_kv(
     i_c = tl.program_id(0)
     i_b = (tl.program_id(1) // heads).to(tl.int64)
     i_l = (tl.program_id(1) % heads).to(tl.int64)
+
     row = i_b * lists + i_l % lists
     i_n = tl.load(key_of + row * s_fb + i_c).to(tl.int64)
+
+    # Spare programs have no key.
     if i_n < TK:
         chunk = i_c
         if i_n > 0:
             chunk = i_c - tl.load(last_chunk + row * s_cb + i_n - 1)
         begin = tl.load(offsets + row * s_xb + i_n) + chunk * CHUNK
         end = tl.minimum(tl.load(offsets + row * s_xb + i_n + 1), begin + CHUNK)
+
         o_d = tl.arange(0, BD)
         m_d = o_d < D
         i_h = i_l * GROUP // G
         b_k = tl.load(k + i_b * s_kb + i_n * s_kt + i_h * s_kh + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_v = tl.load(v + i_b * s_vb + i_n * s_vt + i_h * s_vh + o_d, mask=m_d, other=0.0).to(tl.float32)
+
         b_dk = tl.zeros([BD], tl.float32)
         b_dv = tl.zeros([BD], tl.float32)
+
         for i_e in range(begin, end, BR):
             o_e = i_e + tl.arange(0, BR)
             m_e = o_e < end
@@ -116,13 +131,17 @@ def gather_backward_kv(
                 b_q = load_rows(q + i_b * s_qb + i_q * s_qh, o_t, s_qt, m_e, D, BD, True).to(tl.float32)
                 b_do = load_rows(do + i_b * s_gb + i_q * s_gh, o_t, s_gt, m_e, D, BD, True).to(tl.float32)
                 p_l = i_b * s_lb + i_q * s_lh + o_t.to(tl.int64) * s_lt
+
                 b_lse = tl.load(lse + p_l, mask=m_e, other=float("inf"))
                 b_delta = tl.load(delta + p_l, mask=m_e, other=0.0)
+
                 b_s = tl.sum(b_q * b_k[None, :], 1) * scale  # [BR]
                 b_p = tl.exp2((b_s - b_lse) * 1.4426950408889634)
                 b_ds = b_p * (tl.sum(b_do * b_v[None, :], 1) - b_delta)
+
                 b_dv += tl.sum(b_p[:, None] * b_do, 0)
                 b_dk += tl.sum(b_ds[:, None] * b_q, 0)
+
         p_part = parts + (i_b * heads + i_l) * s_ph + i_c.to(tl.int64) * D + o_d
         tl.store(p_part, b_dk, mask=m_d)
         tl.store(p_part + s_pv, b_dv, mask=m_d)
@@ -140,20 +159,25 @@ def sum_chunks(
     """Add up the chunks of a tile of keys, list by list and then in ascending order."""
     i_b = (tl.program_id(1) // H).to(tl.int64)
     i_h = (tl.program_id(1) % H).to(tl.int64)
+
     o_n = tl.program_id(0) * BK + tl.arange(0, BK)
     m_n = o_n < TK
+
     b_dk = tl.zeros([BK, BD], tl.float32)
     b_dv = tl.zeros([BK, BD], tl.float32)
+
     for i in range(heads // H):
         i_l = i_h * (heads // H) + i
         p_last = last_chunk + (i_b * lists + i_l % lists) * s_cb + o_n
         b_end = tl.load(p_last, mask=m_n, other=0)
         b_begin = tl.load(p_last - 1, mask=m_n & (o_n > 0), other=0)
+
         p_part = parts + (i_b * heads + i_l) * s_ph
         for i_c in range(tl.max(b_end - b_begin, 0)):
             o_c = b_begin + i_c
             b_dk += load_rows(p_part, o_c, D, m_n & (o_c < b_end), D, BD, True)
             b_dv += load_rows(p_part + s_pv, o_c, D, m_n & (o_c < b_end), D, BD, True)
+
     o_d = tl.arange(0, BD)
     m_nd = m_n[:, None] & (o_d < D)[None, :]
     p_d = i_b * s_db + i_h * s_dh + o_n.to(tl.int64)[:, None] * s_dt + o_d[None, :]

@@ -106,8 +106,11 @@ def gather_forward(
     i_s = tl.program_id(0) % splits
     i_b = (tl.program_id(1) // (HQ // GROUP)).to(tl.int64)
     i_l = (tl.program_id(1) % (HQ // GROUP)).to(tl.int64)
+
     lo = tl.load(lo + i_b * s_ib + i_t)
     hi = tl.load(hi + i_b * s_ib + i_t)
+
+    # How many keys the query lists or sees, and the part of them that this program takes
     sinks = 0
     if LISTED:
         items = list_pointer(items, list_of, i_b, i_l, i_t, lists, query_block, s_nb, s_nh, s_nt, MAPPED)
@@ -116,35 +119,48 @@ def gather_forward(
         first = tl.load(first + i_b * s_ib + i_t)
         sinks, length = run_length(lo, hi, first, num_sinks, HAS_SINKS)
     begin, end = part_of(length, i_s, splits, BK)
+
+    # The heads of the group, and the head that holds their keys
     o_h = i_l * GROUP + tl.arange(0, GN)
     m_h = tl.arange(0, GN) < GROUP
     k += i_b * s_kb + i_l * GROUP // G * s_kh
     v += i_b * s_vb + i_l * GROUP // G * s_vh
+
     i_t = i_t.to(tl.int64)
     b_q = load_rows(q + i_b * s_qb + i_t * s_qt, o_h, s_qh, m_h, D, BD, True)  # [GN, BD]
+
     scale2 = scale * 1.4426950408889634
     b_m = tl.full([GN], float("-inf"), tl.float32)
     b_l = tl.zeros([GN], tl.float32)
     b_o = tl.zeros([BD, GN], tl.float32)
+
     for i_x in range(begin, end, BK):
         o_n, m_n = key_slots(
             i_x + tl.arange(0, BK), end, items, size, block_size, sinks, lo, hi, first, LISTED, HAS_SINKS
         )
+
         b_k = load_rows(k, o_n, s_kt, m_n, D, BD, True)
         b_s = dot(b_k, tl.trans(b_q), UPCAST) * scale2  # [BK, GN]
         b_s = tl.where(m_n[:, None], b_s, float("-inf"))
+
+        # Online softmax; the reductions run over the rows of b_s, which are keys here.
         b_max = tl.maximum(b_m, tl.max(b_s, 0))
         safe = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_p = tl.exp2(b_s - safe[None, :])
         shrink = tl.exp2(b_m - safe)
         b_l = b_l * shrink + tl.sum(b_p, 0)
+
         if VALUES:
             b_v = load_rows(v, o_n, s_vt, m_n, D, BD, True)
             b_o = b_o * shrink[None, :] + dot(tl.trans(b_v), b_p.to(b_v.dtype), UPCAST)
+
         b_m = b_max
+
+    # A query without keys in this part gets o = 0 and lse = -inf.
     blind = b_l == 0
     b_lse = tl.where(blind, float("-inf"), (b_m + tl.log2(b_l)) * 0.6931471805599453)
     tl.store(lse + i_b * s_lb + i_t * s_lt + i_s * s_ls + o_h * s_lh, b_lse, mask=m_h)
+
     if VALUES:
         b_o = b_o / tl.where(blind, 1.0, b_l)[None, :]
         o_d = tl.arange(0, BD)
@@ -171,15 +187,19 @@ def merge_parts(
     i_t = tl.program_id(0).to(tl.int64)
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
     i_h = (tl.program_id(1) % HQ).to(tl.int64)
+
     o_s = tl.arange(0, PARTS)
     m_s = o_s < splits
     p_e = part_lse + i_b * s_eb + i_t * s_et + i_h * s_eh + o_s * s_es
     b_e = tl.load(p_e, mask=m_s, other=float("-inf"))
+
+    # Weight of each part, exp(lse_i - top); divided by their total it is its share of the softmax.
     top = tl.max(b_e, 0)
     b_w = tl.exp2((b_e - tl.where(top == float("-inf"), 0.0, top)) * 1.4426950408889634)
     total = tl.sum(b_w, 0)
     b_lse = tl.where(total == 0, float("-inf"), top + tl.log2(total) * 0.6931471805599453)
     tl.store(lse + i_b * s_lb + i_t * s_lt + i_h * s_lh, b_lse)
+
     if VALUES:
         o_d = tl.arange(0, BD)
         b_p = load_rows(part + i_b * s_pb + i_t * s_pt + i_h * s_ph, o_s, s_ps, m_s, D, BD, True)

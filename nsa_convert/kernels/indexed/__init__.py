@@ -59,7 +59,10 @@ def token_topk(
         raise ValueError(
             f"num_tokens {num_tokens} must be at least 1 and hold {num_sinks} first and {window_size} last"
         )
-    sizes, scale = (num_tokens, num_sinks, window_size), default_scale(q, scale)
+
+    sizes = (num_tokens, num_sinks, window_size)
+    scale = default_scale(q, scale)
+
     if is_opaque(layout, q):
         given = q.detach(), k.detach(), weights.detach()
         return TokenSelection(token_indices=_token_operator(*given, *sizes, *flatten(layout), scale))
@@ -93,6 +96,7 @@ def block_max_topk(
     """
     _check_heads(q, k)
     scale = default_scale(q, scale)
+
     if is_opaque(layout, q):
         sizes = (rule.block_size, rule.num_blocks, rule.num_sink_blocks, rule.num_local_blocks)
         lists = _block_operator(q.detach(), k.detach(), *sizes, *flatten(layout), scale)
@@ -137,6 +141,7 @@ def _reach(q: Tensor, k: Tensor, slot: Tensor | None, first: int) -> int:
 def _run_tokens(q: Tensor, k: Tensor, weights: Tensor, *flat: Any) -> Tensor:
     layout = restore(flat[3:-1])
     most, num_sinks, window_size = flat[:3]
+
     seen = k[:, : reach(layout, q, k)]
     lists = _choose_tokens(q, seen, weights, most, num_sinks, window_size, layout, flat[-1])
     return fit_lists(lists, _fake_tokens(q, k, weights, *flat).shape[-1])
@@ -151,6 +156,7 @@ def _run_blocks(q: Tensor, k: Tensor, *flat: Any) -> Tensor:
     size, blocks, sinks, local = flat[:4]
     rule = BlockTopK(block_size=size, num_blocks=blocks, num_sink_blocks=sinks, num_local_blocks=local)
     layout = restore(flat[4:-1])
+
     lists = _choose_blocks(q, k[:, : reach(layout, q, k)], rule, layout, flat[-1])
     return fit_lists(lists, _fake_blocks(q, k, *flat).shape[-1])
 

@@ -46,18 +46,24 @@ def choose(
                 for part in segments(layout, 1, rows[0].shape[1], k.shape[1])
             ]
             return _join(parts)
+
         if layout.start is not None:  # slot 0 becomes the first real token of every row
             slots = layout.start[:, None] + torch.arange(k.shape[1], device=k.device)
             batch = torch.arange(k.shape[0], device=k.device)[:, None]
             k = k[batch, slots.clamp(max=k.shape[1] - 1)]
+
         num_queries = rows[0].shape[1]
         ages = layout.ages(num_queries, k.device)
+
+        # With an offset in a tensor all queries form one chunk: its value may not be read.
         fixed = not isinstance(layout.offset, Tensor)
         width = num_queries if not fixed else _chunk(rows[0], k)
+
         parts = []
         for begin in range(0, num_queries, width):
             end = min(begin + width, num_queries)
             seen = min(k.shape[1], layout.offset + end) if fixed else k.shape[1]
+
             chunk = tuple(x[:, begin:end] for x in rows)
             parts.append(lists(*chunk, k[:, :seen], ages[:, begin:end], seen).int())
         return _join(parts)
@@ -69,6 +75,8 @@ def best_tokens(
     """Return the tokens with the largest ``sum_j w_j relu(scale q_j k)``, ``[B, 1, W, size]``."""
     s = _products(q, k, scale).relu_()  # [B, HI, W, N]
     score = torch.einsum("bhwn,bwh->bwn", s, weights.to(s.dtype))
+
+    # Forced tokens score +inf, later ones -inf.
     token = torch.arange(score.shape[-1], device=score.device)
     own = ages[..., None] - 1  # [B or 1, W, 1]
     score = score.masked_fill((token < forced[0]) | (token > own - forced[1]), torch.inf)
@@ -80,8 +88,12 @@ def best_blocks(q: Tensor, k: Tensor, ages: Tensor, rule: BlockTopK, num_blocks:
     s = _products(q, k, scale)
     own = ages[:, None, :, None] - 1  # [B or 1, 1, W, 1]
     s = s.masked_fill_(torch.arange(s.shape[-1], device=s.device) > own, -torch.inf)
+
+    # The best token of each block
     s = pad(s, (0, num_blocks * rule.block_size - s.shape[-1]), value=-torch.inf)
     score = s.unflatten(-1, (num_blocks, rule.block_size)).amax(-1)
+
+    # Forced blocks score +inf, later ones -inf.
     block, last = torch.arange(num_blocks, device=s.device), own.div(rule.block_size, rounding_mode="floor")
     forced = (block < rule.num_sink_blocks) | (block > last - rule.num_local_blocks)
     score = score.masked_fill_(forced, torch.inf).masked_fill_(block > last, -torch.inf)
@@ -91,10 +103,12 @@ def best_blocks(q: Tensor, k: Tensor, ages: Tensor, rule: BlockTopK, num_blocks:
 def _products(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Return ``scale q k`` ``[B, HI, W, N]`` in float32 or float64."""
     dtype = accumulate_dtype(q.dtype)
+
     if q.shape[1] <= DECODE_QUERIES:
         rows = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [B, HK, g, W, D]
         s = score_product(rows.flatten(2, 3), k.transpose(1, 2), scale)
         return s.unflatten(2, rows.shape[2:4]).flatten(1, 2)
+
     rows = q.to(dtype).mul(scale).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [B, HK, g, W, D]
     s = torch.matmul(rows.flatten(2, 3), k.to(dtype).permute(0, 2, 3, 1))
     return s.unflatten(2, rows.shape[2:4]).flatten(1, 2)
@@ -114,6 +128,7 @@ def _best(score: Tensor, size: int) -> Tensor:
     else:
         order = score.sort(dim=-1, descending=True, stable=True)
         kept = order.indices[..., :size].masked_fill(order.values[..., :size] == -torch.inf, count)
+
     kept = kept.sort(-1).values
     return kept.masked_fill_(kept == count, -1)
 
