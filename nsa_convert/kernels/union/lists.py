@@ -41,11 +41,16 @@ def segment_lists(pattern: BlockSelection, tiles: Tensor, segment: Segment, head
     begin, end = segment.queries
     positions = torch.arange(segment.offset, segment.offset + end - begin, device=tiles.device)
     list_of = tiles[begin:end] - tiles[begin]
-    first, last = int(tiles[begin]), int(tiles[end - 1])
+
+    # The lists that the queries of the segment use
+    first = int(tiles[begin])
+    last = int(tiles[end - 1])
     indices = pattern.block_indices[segment.row, head, first : last + 1].long()
     num_blocks = -(-segment.num_keys // pattern.block_size)
+
     later = (list_of > 0).nonzero()  # a left-padded row may begin inside a tile of queries
     aligned = 0 if begin == 0 or segment.document or not len(later) else int(later[0])
+
     return Lists(
         indices=indices.masked_fill(indices >= num_blocks, -1),
         list_of=list_of,
@@ -65,9 +70,11 @@ def runs(lists: Lists, width: int, step: int) -> Iterator[tuple[int, int, int]]:
     begin = min(total, lists.aligned % width)
     if begin:
         yield 0, 1, begin
+
     full = (total - begin) // width
     for i in range(0, full, step):
         yield begin + i * width, min(step, full - i), width
+
     rest = begin + full * width
     if rest < total:
         yield rest, 1, total - rest
@@ -86,8 +93,10 @@ def batches(sizes: Sequence[int], block_bytes: int, most: int) -> Iterator[tuple
     """
     first = 0
     while first < len(sizes):
-        largest, last = max(1, sizes[first]), first + 1
+        largest = max(1, sizes[first])
+        last = first + 1
         while last < len(sizes) and max(largest, sizes[last]) * block_bytes * (last + 1 - first) <= most:
-            largest, last = max(largest, sizes[last]), last + 1
+            largest = max(largest, sizes[last])
+            last = last + 1
         yield slice(first, last), largest
         first = last

@@ -43,13 +43,19 @@ def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) 
     """Yield tiles whose gathered keys and mask fit the memory bound."""
     first = begin + width * torch.arange(count, device=lists.positions.device)
     positions = lists.positions[begin : begin + count * width].view(count, width)
+
+    # Sort each list; entries that are unused or lie after the tile become one number past the last block.
     unused = -(-lists.segment.num_keys // lists.block_size)
     rows = lists.indices[lists.list_of[first]]
     rows = rows.masked_fill((rows < 0) | (rows > positions[:, -1:] // lists.block_size), unused)
     rows = rows.sort(-1).values  # unused entries last
+
     sizes = (rows < unused).sum(-1).tolist()
+
+    # How many leading blocks every query of a tile sees as a whole: they need no mask.
     seen_by_all = positions[:, :1].clamp(max=lists.segment.num_keys - 1) + 1
     past = ((rows + 1) * lists.block_size <= seen_by_all).sum(-1).tolist()
+
     block_bytes = lists.block_size * (token_bytes + 3 * width)
     for part, largest in batches(sizes, block_bytes, CHUNK_BYTES):
         free = min(past[part]) * lists.block_size
@@ -58,10 +64,13 @@ def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) 
 
 def _tiles(lists: Lists, begin: int, positions: Tensor, blocks: Tensor, free: int) -> Tiles:
     """Turn ``blocks [n, S]`` into the keys of n tiles; unused entries lie after every query."""
-    size, segment = lists.block_size, lists.segment
+    size = lists.block_size
+    segment = lists.segment
     keys = (blocks[..., None] * size + torch.arange(size, device=blocks.device)).flatten(1)  # [n, L]
+
     masked = keys[:, None, free:]
     visible = (masked <= positions[..., None]) & (masked < segment.num_keys)
+
     return Tiles(
         rows=(segment.row, segment.row + 1),
         head=0,

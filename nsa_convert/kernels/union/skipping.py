@@ -56,10 +56,13 @@ def skipping_attention(
     check_qkv(q, k, v)
     if not value_skip < 0:
         raise ValueError(f"value_skip must be negative, got {value_skip}")
+
     if layout.start is not None or layout.cu_seqlens is not None:
         raise ValueError("values are left out in plain sequences only: take padding and packing apart first")
+
     rows = tile_rows(pattern.query_block)
     scale = default_scale(q, scale)
+
     backend = choose_backend(q, v.shape[-1])
     if backend == "triton":
         run = kernel_function("union.triton_skipping", "attend")
@@ -98,18 +101,28 @@ def _reference(
     value_skip: float, rows: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend with all scores in one tensor."""
-    num_queries, num_keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    num_queries = q.shape[1]
+    num_keys = k.shape[1]
+    group = q.shape[2] // k.shape[2]
     mask = pattern.to_dense_mask(num_queries, num_keys, q.shape[2], layout, device=q.device)
     _, lse, p = masked_softmax_attention(q, k, v, mask, scale)
+
     scores = p.log() + lse.transpose(1, 2)[..., None]  # up to rounding; -inf where masked
     token = torch.arange(num_keys, device=q.device)
+
+    # Number of the run of keys that each token belongs to
     parts = -(-pattern.block_size // RUN)
     run_of = token // pattern.block_size * parts + token % pattern.block_size // RUN
+
+    # Largest score of each row in each run
     largest = scores.new_full((*scores.shape[:3], int(run_of[-1]) + 1), -torch.inf)
     largest.scatter_reduce_(3, run_of.expand_as(scores), scores.nan_to_num(nan=-torch.inf), "amax")
+
+    # The rows of a tile decide together which runs they keep.
     tiles = torch.nn.functional.pad(largest, (0, 0, 0, -num_queries % rows), value=-torch.inf)
     kept = kept_runs(tiles.unflatten(2, (-1, rows)), value_skip).expand(-1, -1, -1, rows, -1)
     kept = kept.flatten(2, 3)[:, :, :num_queries, run_of]
+
     values = v.to(p.dtype).repeat_interleave(group, 2)
     return torch.einsum("bhqk,bkhd->bqhd", p * kept, values).to(q.dtype), lse
 
@@ -120,31 +133,43 @@ def _gathered(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend tile by tile to the gathered blocks of its list."""
     batch, num_queries, num_heads, _ = q.shape
-    dtype, group = accumulate_dtype(q.dtype), num_heads // k.shape[2]
+    dtype = accumulate_dtype(q.dtype)
+    group = num_heads // k.shape[2]
     indices = pattern.block_indices.repeat_interleave(num_heads // pattern.block_indices.shape[1], 1)
+
     o = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
+
     inside, width = _inside(pattern.block_size, q.device)
     row = torch.arange(batch, device=q.device)[:, None, None]
     head = torch.arange(num_heads, device=q.device)[:, None] // group
+
     for first in range(0, num_queries, rows):
         part = slice(first, min(first + rows, num_queries))
+
         position = torch.arange(part.start, part.stop, device=q.device)[:, None] + layout.offset
         last = int(position[-1]) // pattern.block_size
         blocks = indices[:, :, first // pattern.query_block].long()  # [B, HQ, S]
         blocks = blocks.masked_fill((blocks < 0) | (blocks > last), last + 1).sort(-1).values
+
+        # Slots of the gathered keys; whole runs of a block that is no multiple of a run hold spare ones.
         slots = (blocks[..., None] * pattern.block_size + inside).flatten(2)  # [B, HQ, L]
         real = (inside < pattern.block_size).expand(*blocks.shape, -1).flatten(2) & (slots < k.shape[1])
         real &= (blocks <= last).repeat_interleave(len(inside), -1)
+
         where = row, slots.clamp(max=k.shape[1] - 1), head
         keys, values = k[where].to(dtype), v[where].to(dtype)  # [B, HQ, L, D]
+
         scores = q[:, part].to(dtype).transpose(1, 2) @ keys.transpose(2, 3) * scale
         visible = real[:, :, None] & (slots[:, :, None] <= position)
         scores = scores.masked_fill(~visible, -torch.inf)
+
         kept = kept_runs(scores.unflatten(-1, (-1, width)).amax(-1), value_skip)
+
         tile_lse = scores.logsumexp(-1)
         p = torch.exp(scores - tile_lse.masked_fill(tile_lse == -torch.inf, 0.0)[..., None])
         p = p * kept.repeat_interleave(width, -1)
+
         values = values.masked_fill(~visible.any(2)[..., None], 0.0)
         o[:, part] = (p @ values).transpose(1, 2).to(q.dtype)
         lse[:, part] = tile_lse.transpose(1, 2)

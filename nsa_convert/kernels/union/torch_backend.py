@@ -39,11 +39,15 @@ def plan_blocks(q: Tensor, k: Tensor, pattern: BlockSelection, layout: SequenceL
     """Return the tiles of listed blocks for ``q [B, TQ, HQ, D]`` and ``k [B, TK, H, D]``."""
     parts = list(segments(layout, q.shape[0], q.shape[1], k.shape[1]))
     tiles = query_tiles(q.shape[1], pattern.query_block, layout, q.device)
+
     if _lists_everything(pattern, tiles, parts):
         return plan_causal(q, k, layout)
-    num_heads, num_lists = q.shape[2], pattern.block_indices.shape[1]
+
+    num_heads = q.shape[2]
+    num_lists = pattern.block_indices.shape[1]
     group = num_heads // k.shape[2]
     readers = group if num_lists <= k.shape[2] else 1  # query heads that share a list and a key head
+
     token_bytes = 2 * k.shape[3] * k.element_size()
     width = tile_width(pattern.query_block)
 
@@ -51,6 +55,7 @@ def plan_blocks(q: Tensor, k: Tensor, pattern: BlockSelection, layout: SequenceL
         for segment in parts:
             for i in range(num_lists):
                 lists = segment_lists(pattern, tiles, segment, i)
+
                 served = range(0, num_heads, readers)
                 heads = [x for x in served if x * num_lists // num_heads == i]
                 shared = shared_tiles(lists, width, token_bytes) if width else None
@@ -66,11 +71,14 @@ def _lists_everything(pattern: BlockSelection, tiles: Tensor, parts: list[Segmen
     size = pattern.block_size
     if any(part.num_keys > pattern.budget for part in parts):
         return False
+
     for part in parts:
         begin, end = part.queries
+
         # A list that shows its last query everything shows it to all its queries.
         last = tiles[begin:end].diff(append=tiles[end - 1 : end] + 1).nonzero()[:, 0]
         indices = pattern.block_indices[part.row][:, tiles[begin + last]]
+
         own = (part.offset + last)[:, None].clamp(max=max(0, part.num_keys - 1)) // size
         listed = ((indices >= 0) & (indices <= own)).sum(-1, keepdim=True)
         if not torch.equal(listed, (own + 1).expand_as(listed)):
@@ -83,14 +91,18 @@ def choose_width(lists: Lists, readers: int) -> int:
 
     A key of the union costs one fetch for the tile and one row of matrix products for each query and head.
     """
-    total, wide = lists.positions.shape[0], WIDTHS[0]
+    total = lists.positions.shape[0]
+    wide = WIDTHS[0]
     if total <= wide:
         return total
+
+    # Lists of every query in a sample of the widest tiles
     first = lists.aligned % wide
     steps = (total - first) // wide
     starts = first + wide * torch.arange(0, steps, max(1, steps // SAMPLES), device=lists.positions.device)
     queries = starts[:, None] + torch.arange(wide, device=starts.device)
     sample = lists.indices[lists.list_of[queries]]  # [n, wide, S]
+
     costs = []
     for width in WIDTHS:
         union = union_sizes(sample.reshape(-1, width * sample.shape[2])).double().mean().item()
@@ -120,7 +132,9 @@ def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) 
     chosen = chosen.masked_fill(chosen > position // lists.block_size, -1)
     if not chosen.shape[-1]:  # lists of no block
         chosen = chosen.new_full((*chosen.shape[:2], 1), -1)
+
     blocks, member, sizes = union(chosen)  # [n, U], [n, W, U], n integers
+
     block_bytes = lists.block_size * (token_bytes + 3 * width)
     for part, largest in batches(sizes, block_bytes, CHUNK_BYTES):
         known = blocks[part, :largest], member[part, :, :largest]
@@ -129,11 +143,14 @@ def _chunks(lists: Lists, begin: int, count: int, width: int, token_bytes: int) 
 
 def _tiles(lists: Lists, begin: int, position: Tensor, blocks: Tensor, member: Tensor) -> Tiles:
     """Turn ``blocks [n, U]`` and ``member [n, W, U]`` into tiles of keys, causal token by token."""
-    size, segment = lists.block_size, lists.segment
+    size = lists.block_size
+    segment = lists.segment
+
     keys = (blocks[..., None] * size + torch.arange(size, device=blocks.device)).flatten(1)  # [n, L]
     visible = member[..., None].expand(-1, -1, -1, size).flatten(2) & (keys[:, None] <= position)
     if segment.offset + segment.num_queries > segment.num_keys:
         visible &= keys[:, None] < segment.num_keys
+
     return Tiles(
         rows=(segment.row, segment.row + 1),
         head=0,
@@ -159,13 +176,18 @@ def union(chosen: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """
     n, width, size = chosen.shape
     ordered, order = chosen.flatten(1).sort(-1)  # unused entries first
+
+    # The first of each run of equal blocks gets the next slot.
     fresh = torch.ones_like(ordered, dtype=torch.bool)
     fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     fresh &= ordered >= 0
+
     slot = fresh.cumsum(-1)  # 1, 2, ... for the blocks, 0 for unused entries
     sizes = slot[:, -1].tolist()
     largest = max(1, *sizes)
     blocks = ordered.new_zeros(n, largest + 1).scatter_(1, slot, ordered)[:, 1:]
+
+    # Back in the order of the lists, a query is a member of the slot of each block it lists.
     slot_of = torch.empty_like(slot).scatter_(1, order, slot).view(n, width, size)
     member = torch.zeros(n, width, largest + 1, dtype=torch.bool, device=chosen.device)
     return blocks, member.scatter_(2, slot_of, True)[..., 1:], sizes

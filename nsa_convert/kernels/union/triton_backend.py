@@ -81,15 +81,19 @@ def selected_attention_backward(
     if not q.numel() or not indices.numel():
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv
+
     q, k, v, do = (_rows(x) for x in (q, k, v, do))
     layout = _layout(offset_tensor, offset, start, cu_seqlens)
     plan = _plan(q, k, indices, block_size, query_block, layout)
+
     delta, base = row_sums(o, lse, do, dlse.contiguous())
     dq = backward_q(q, k, v, do, delta, base, plan, scale)
     if plan.halves == 2:  # keys walk the halves that list them
-        room, shape = plan.unions.of_halves, Shape(rows=plan.rows // 2)
+        room = plan.unions.of_halves
+        shape = Shape(rows=plan.rows // 2)
         del plan
         plan = _plan(q, k, indices, block_size, query_block, layout, shape, room)
+
     return dq, *backward_kv(q, k, v, do, delta, base, plan, scale)
 
 
@@ -108,6 +112,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, indices, o, lse, *tensors = ctx.saved_tensors
+
     rest = list(ctx.rest)
     for i, x in zip(ctx.tensors, tensors, strict=True):
         rest[i] = x
@@ -140,6 +145,7 @@ def _plan(
     shape: Shape | None = None,
     room: int | None = None,
 ) -> Plan:
-    heads, lengths = (q.shape[2], k.shape[2]), (q.shape[1], k.shape[1])
+    heads = (q.shape[2], k.shape[2])
+    lengths = (q.shape[1], k.shape[1])
     most = min(ROWS[0], ROW_BYTES // row_bytes(q))
     return make_plan(indices, block_size, query_block, layout, heads, lengths, most, shape, room)

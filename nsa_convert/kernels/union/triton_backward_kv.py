@@ -51,17 +51,27 @@ def sum_readers(
     if CLEAN:
         b_k = finite(b_k)
         b_v = finite(b_v)
-    b_dk, b_dv = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, DP], tl.float32)
-    o_r, o_d = tl.arange(0, BR), tl.arange(0, DP)
+
+    b_dk = tl.zeros([BN, DP], tl.float32)
+    b_dv = tl.zeros([BN, DP], tl.float32)
+    o_r = tl.arange(0, BR)
+    o_d = tl.arange(0, DP)
+
     STEPS: tl.constexpr = (BM + BR - 1) // BR
     for j in range(begin * STEPS, end * STEPS):
         entry = tl.load(entry_tiles + j // STEPS)
         bits = tl.load(entry_members + j // STEPS)
+
+        # Which tile the entry names, and the rows of it that this step takes
         p_tile = tiles + (entry % num_tiles).to(tl.int64) * 8
-        first, count, slot = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
+        first = tl.load(p_tile)
+        count = tl.load(p_tile + 1)
+        slot = tl.load(p_tile + 2)
+
         o_m = j % STEPS * BR + o_r
         o_w = o_m // R
         m_m = (o_w < count) & (o_m < W * R)
+
         o_q = (first + o_w).to(tl.int64)
         o_hq = i_h * G + entry // num_tiles * R + o_m % R
         m_md = m_m[:, None] & (o_d < D)[None, :]
@@ -69,9 +79,11 @@ def sum_readers(
         p_do = do + (o_q * s_dt + o_hq * s_dh)[:, None] + o_d[None, :]
         b_q = tl.load(p_q, mask=m_md, other=0.0)  # [BR, DP]
         b_do = tl.load(p_do, mask=m_md, other=0.0)
+
         row = (first_row + o_q) * HQ + o_hq
         b_base = tl.load(base + row, mask=m_m, other=float("inf"))
         b_delta = tl.load(delta + row, mask=m_m, other=0.0)
+
         listed = ((bits >> o_w.to(tl.int64)) & 1) != 0
         visible = (listed & m_m)[None, :] & m_k[:, None] & (o_k[:, None] <= (slot + o_w)[None, :])
         if CLEAN:
@@ -79,12 +91,14 @@ def sum_readers(
             b_q = clean_rows(b_q, good)
             b_do = clean_rows(b_do, good)
             b_base = tl.where(good, b_base, float("nan"))
+
         b_s = tl.where(visible, dot(b_k, tl.trans(b_q), UPCAST) * scale, float("-inf"))  # [BN, BR]
         b_p = tl.exp2(b_s - b_base[None, :])
         b_dp = dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :]
         if CLEAN:
             b_p = tl.where(visible, b_p, 0.0)
             b_dp = tl.where(visible, b_dp, 0.0)
+
         b_dv += dot(b_p.to(b_do.dtype), b_do, UPCAST)
         b_dk += dot((b_p * b_dp).to(b_q.dtype), b_q, UPCAST)
     return b_dk, b_dv
@@ -123,6 +137,8 @@ def attend_backward_kv(
     if CLEAN:  # noqa: SIM102 - one is a constant of the compiler, the other is not
         if tl.load(p_broken) == 0:
             return
+
+    # The work item: a block of one key head and a run of its readers
     p_item = items + tl.program_id(0).to(tl.int64) * 4
     block, begin, end, at = (
         tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2), tl.load(p_item + 3)
@@ -131,12 +147,17 @@ def attend_backward_kv(
     i_bh = block // block_rows
     i_b = i_bh // key_heads
     i_h = i_bh % key_heads * (H // key_heads) + tl.program_id(1)
+
+    # Where the block's document lies, from any tile that reads it
     tiles += i_b * num_tiles * 8
     p_tile = tiles + (tl.load(entry_tiles + begin, mask=begin < end, other=0) % num_tiles).to(tl.int64) * 8
-    start, stop, first_block = tl.load(p_tile + 3), tl.load(p_tile + 4), tl.load(p_tile + 5)
+    start = tl.load(p_tile + 3)
+    stop = tl.load(p_tile + 4)
+    first_block = tl.load(p_tile + 5)
     stop = tl.where(begin < end, stop, 0)  # a spare item has no entries: its masks are empty
 
-    o_n, o_d = tl.program_id(2) * BN + tl.arange(0, BN), tl.arange(0, DP)
+    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
+    o_d = tl.arange(0, DP)
     o_k = start + (block % block_rows - first_block) * BS + o_n  # int64
     m_d = o_d < D
     m_k = (o_n < BS) & (o_k >= start) & (o_k < stop) & (o_k < TK)
@@ -146,16 +167,20 @@ def attend_backward_kv(
 
     q += i_b * s_qb
     do += i_b * s_db
-    begin, end = begin.to(tl.int32), end.to(tl.int32)
+    begin = begin.to(tl.int32)
+    end = end.to(tl.int32)
     b_dk, b_dv = sum_readers(
         b_k, b_v, o_k, m_k, q, do, base, delta, tiles, entry_tiles, entry_members, begin, end, i_h, i_b * TQ,
         HQ, num_tiles, scale, s_qt, s_qh, s_dt, s_dh, D, DP, BM, R, G, W, BN, BR, UPCAST, CLEAN,
     )  # fmt: skip
+
     if not CLEAN:
         tl.store(p_broken, 1 - (all_finite(b_dk) & all_finite(b_dv)).to(tl.int32))
 
     LN2: tl.constexpr = 0.6931471805599453  # scale holds log2(e)
     b_dk *= scale * LN2
+
+    # The only item of a block writes its gradients, others a partial sum.
     if at < 0:
         p_d = ((i_b * TK + o_k) * H + i_h)[:, None] * D + o_d[None, :]
         tl.store(dk + p_d, b_dk.to(dk.dtype.element_ty), mask=m_kd)
@@ -183,22 +208,36 @@ def add_parts(
     Programs as in :func:`attend_backward_kv`.
     """
     p_sum = sums + tl.program_id(0).to(tl.int64) * 4
-    block, entry, at, count = tl.load(p_sum), tl.load(p_sum + 1), tl.load(p_sum + 2), tl.load(p_sum + 3)
+    block = tl.load(p_sum)
+    entry = tl.load(p_sum + 1)
+    at = tl.load(p_sum + 2)
+    count = tl.load(p_sum + 3)
+
     i_bh = block // block_rows
     i_b = i_bh // key_heads
     i_h = i_bh % key_heads * (H // key_heads) + tl.program_id(1)
+
+    # Where the block's document lies, from any tile that reads it
     p_tile = tiles + (i_b * num_tiles + tl.load(entry_tiles + entry, mask=count > 1, other=0) % num_tiles) * 8
-    start, stop, first_block = tl.load(p_tile + 3), tl.load(p_tile + 4), tl.load(p_tile + 5)
+    start = tl.load(p_tile + 3)
+    stop = tl.load(p_tile + 4)
+    first_block = tl.load(p_tile + 5)
     stop = tl.where(count > 1, stop, 0)
-    o_n, o_d = tl.program_id(2) * BN + tl.arange(0, BN), tl.arange(0, DP)
+
+    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
+    o_d = tl.arange(0, DP)
     o_k = start + (block % block_rows - first_block) * BS + o_n
     m_k = (o_n < BS) & (o_k >= start) & (o_k < stop) & (o_k < TK)
     m_kd = m_k[:, None] & (o_d < D)[None, :]
-    b_dk, b_dv = tl.zeros([BN, DP], tl.float32), tl.zeros([BN, DP], tl.float32)
+
+    b_dk = tl.zeros([BN, DP], tl.float32)
+    b_dv = tl.zeros([BN, DP], tl.float32)
+
     for i in range(count):
         p_d = (((at + i) * tl.num_programs(1) + tl.program_id(1)) * BS + o_n)[:, None] * D + o_d[None, :]
         b_dk += tl.load(part_k + p_d, mask=m_kd, other=0.0)
         b_dv += tl.load(part_v + p_d, mask=m_kd, other=0.0)
+
     p_d = ((i_b * TK + o_k) * H + i_h)[:, None] * D + o_d[None, :]
     tl.store(dk + p_d, b_dk.to(dk.dtype.element_ty), mask=m_kd)
     tl.store(dv + p_d, b_dv.to(dv.dtype.element_ty), mask=m_kd)
@@ -216,20 +255,28 @@ def backward_kv(
     readers: Readers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return dk and dv ``[B, TK, H, D]`` in the dtype of k; bitwise the same in every run."""
-    heads, dim = k.shape[2], q.shape[3]
+    heads = k.shape[2]
+    dim = q.shape[3]
+
     readers = invert(plan, heads) if readers is None else readers
     dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+
+    # Room for partial sums, and which keys of a block a program takes
     shared = heads // readers.key_heads
     parts = torch.empty(2, readers.slots * shared, plan.block_size, dim, dtype=torch.float32, device=q.device)
     step = key_steps(plan.block_size, row_bytes(q))
     keys = max(16, step["BN"] // step["JOIN"])
+
     common = {
         "dk": dk, "dv": dv, "part_k": parts[0], "part_v": parts[1], "entry_tiles": readers.entry_tiles,
         "H": heads, "key_heads": readers.key_heads, "block_rows": plan.block_rows,
         "num_tiles": plan.tiles.shape[1], "BS": plan.block_size,
     }  # fmt: skip
+
     grid = readers.items.shape[0], shared, -(-plan.block_size // keys)
     broken = torch.empty(grid, dtype=torch.int32, device=q.device)
+
+    # The second launch computes again what came out broken.
     for clean in (False, True):
         attend_backward_kv.launch(
             grid, q, row_bytes(q), q=q, k=k, v=v, do=do, base=base, delta=delta, items=readers.items,
@@ -238,6 +285,7 @@ def backward_kv(
             s_db=do.stride(0), s_dt=do.stride(1), s_dh=do.stride(2),
             **common, **tile_arguments(q, k, plan, scale),
         )  # fmt: skip
+
     add_parts.launch(
         (readers.sums.shape[0], shared, -(-plan.block_size // 16)), q, row_bytes(q),
         sums=readers.sums, tiles=plan.tiles, TK=k.shape[1], D=dim, DP=padded_dim(dim), BN=16, **common,

@@ -48,14 +48,19 @@ def row_terms(
     o_d = tl.arange(0, DP)
     m_m = o_m < rows
     m_md = m_m[:, None] & (o_d < D)[None, :]
-    i_h, o_bt = o_m % HQ, o_m // HQ
+
+    i_h = o_m % HQ
+    o_bt = o_m // HQ
     p_do = do + (o_bt // TQ * s_db + o_bt % TQ * s_dt + i_h * s_dh)[:, None] + o_d[None, :]
+
     b_do = tl.load(p_do, mask=m_md, other=0.0).to(tl.float32)
     b_o = tl.load(o + o_m[:, None] * D + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
     b_dlse = tl.load(dlse + o_m, mask=m_m, other=0.0)
     b_lse = tl.load(lse + o_m, mask=m_m, other=0.0)
+
     unseen = b_lse == float("-inf")
     tl.store(delta + o_m, tl.where(unseen, 0.0, tl.sum(b_o * b_do, 1) - b_dlse), mask=m_m)
+
     LOG2: tl.constexpr = 1.4426950408889634
     tl.store(base + o_m, tl.where(unseen, float("inf"), b_lse * LOG2), mask=m_m)
 
@@ -70,15 +75,20 @@ def walk(
 ):  # fmt: skip
     """Add what the blocks ``begin .. end - 1`` give to dq of BM rows, along the walk of the forward."""
     o_q, o_hq, m_m, o_w = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+
     b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)
     b_do = load_heads(do, o_q, o_hq, m_m, s_dt, s_dh, D, DP)
+
     row = (first_row + o_q) * HQ + o_hq
     b_base = tl.load(base + row, mask=m_m, other=float("inf"))
     b_delta = tl.load(delta + row, mask=m_m, other=0.0)
+
     for j in range(begin * PARTS, end * PARTS, JOIN):
         o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, JOIN)
+
         b_k = load_keys(k, o_k, m_k, s_kt, D, DP)
         b_v = load_keys(v, o_k, m_k, s_vt, D, DP)
+
         visible = seen_by(bits, o_k, m_k, o_w, slot, JOIN)
         b_dq = gradient_rows(b_dq, b_q, b_do, b_base, b_delta, b_k, b_v, visible, scale, UPCAST, CLEAN)
     return b_dq
@@ -108,11 +118,13 @@ def gradient_of_tile(
 ):  # fmt: skip
     """Compute and store dq of a tile, and return whether it is finite."""
     b_dq = tl.zeros([BM, DP], tl.float32)
+
     b_dq = walk(
         b_dq, q, do, base, delta, k, v, begin, own, blocks, members, first, count, slot, start, 0, i_p,
         first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN,
         HALVES, UPCAST, CLEAN,
     )  # fmt: skip
+
     if HALVES == 1:
         good = all_finite(b_dq)
         store(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM, R, W, 1)
@@ -128,6 +140,7 @@ def gradient_of_tile(
             i_p, first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS,
             BN, PARTS, JOIN, 1, UPCAST, CLEAN,
         )  # fmt: skip
+
         good = all_finite(b_dq) & all_finite(b_dq2)
         store(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1)
         store(b_dq2, dq, first_row, first, count, W // 2, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1)
@@ -155,16 +168,21 @@ def attend_backward_q(
     UPCAST: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one tile and R heads, along the walk of the forward. Programs: (tiles, HQ / R, B)."""
-    i_t, i_p, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_t = tl.program_id(0)
+    i_p = tl.program_id(1)
+    i_b = tl.program_id(2).to(tl.int64)
     first, count, slot, start, begin, own, own2, end = load_tile(
         tiles, bounds, groups, i_t, i_p, i_b, tl.num_programs(0), HQ, HS, R, HALVES
     )
+
     i_h = ((i_p * R) // G).to(tl.int64)
     q += i_b * s_qb
     do += i_b * s_db
     k += i_b * s_kb + i_h * s_kh
     v += i_b * s_vb + i_h * s_vh
+
     p_broken = broken + (i_b * tl.num_programs(1) + i_p) * tl.num_programs(0) + i_t
+
     if not CLEAN:
         good = gradient_of_tile(
             q, do, base, delta, dq, k, v, begin, own, own2, end, blocks, members, first, count, slot, start,
@@ -190,6 +208,7 @@ def row_sums(o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor) -> tuple[Tensor, 
         dlse: ``[B, TQ, HQ]`` float32, contiguous.
     """
     delta, base = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
+
     rows = lse.numel()
     row_terms.launch(
         (-(-rows // 32),), o, row_bytes(o),
@@ -207,6 +226,7 @@ def backward_q(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grid = (plan.tiles.shape[1], q.shape[2] // plan.readers, q.shape[0])
     broken = torch.empty(grid, dtype=torch.int32, device=q.device)
+
     for clean in (False, True):
         attend_backward_q.launch(
             grid, q, row_bytes(q), q=q, k=k, v=v, do=do, base=base, delta=delta, dq=dq, broken=broken,

@@ -40,10 +40,13 @@ def walk(
     """Add the blocks ``begin .. end - 1`` to the running softmax of BM rows."""
     o_q, o_hq, m_m, o_w = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
     b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)  # [BM, DP]
+
     for j in range(begin * PARTS, end * PARTS, JOIN):
         o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, JOIN)
+
         b_k = load_keys(k, o_k, m_k, s_kt, D, DP)
         b_v = load_keys(v, o_k, m_k, s_vt, D, DP)
+
         visible = seen_by(bits, o_k, m_k, o_w, slot, JOIN)
         b_m, b_l, b_o = attend_rows(b_q, b_m, b_l, b_o, b_k, b_v, visible, scale, UPCAST, CLEAN)
     return b_m, b_l, b_o
@@ -59,10 +62,12 @@ def store(
     o_q, o_hq, m_m, _ = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
     blind = b_l == 0.0
     b_l = tl.where(blind, 1.0, b_l)
+
     o_d = tl.arange(0, DP)
     row = (first_row + o_q) * HQ + o_hq
     p_o = o + row[:, None] * D + o_d[None, :]
     tl.store(p_o, (b_o / b_l[:, None]).to(o.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+
     LN2: tl.constexpr = 0.6931471805599453
     tl.store(lse + row, tl.where(blind, float("-inf"), (b_m + tl.log2(b_l)) * LN2), mask=m_m)
 
@@ -79,10 +84,13 @@ def attend_tile(
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, DP], tl.float32)
+
+    # The blocks that both halves of the tile's queries list, or any of its queries
     b_m, b_l, b_o = walk(
         b_m, b_l, b_o, q, k, v, begin, own, blocks, members, first, count, slot, start, 0, i_p, TK, scale,
         s_qt, s_qh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN, HALVES, UPCAST, CLEAN,
     )  # fmt: skip
+
     if HALVES == 1:
         good = all_finite(b_o)
         store(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM, R, W, 1)
@@ -90,6 +98,8 @@ def attend_tile(
         b_m, b_m2 = two_halves(b_m)
         b_l, b_l2 = two_halves(b_l)
         b_o, b_o2 = two_halves(b_o)
+
+        # The blocks that only the first half lists, then those of the second
         b_m, b_l, b_o = walk(
             b_m, b_l, b_o, q, k, v, own, own2, blocks, members, first, count, slot, start, 0, i_p, TK, scale,
             s_qt, s_qh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN, PARTS, JOIN, 1, UPCAST, CLEAN,
@@ -98,6 +108,7 @@ def attend_tile(
             b_m2, b_l2, b_o2, q, k, v, own2, end, blocks, members, first, count, slot, start, W // 2, i_p, TK,
             scale, s_qt, s_qh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN, PARTS, JOIN, 1, UPCAST, CLEAN,
         )  # fmt: skip
+
         good = all_finite(b_o) & all_finite(b_o2)
         store(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM // 2, R, W // 2, 1)
         store(
@@ -132,15 +143,20 @@ def attend_forward(
     with CLEAN walks the tiles again whose output is not finite: values that are not finite then reach only
     those queries that see them.
     """
-    i_t, i_p, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_t = tl.program_id(0)
+    i_p = tl.program_id(1)
+    i_b = tl.program_id(2).to(tl.int64)
     first, count, slot, start, begin, own, own2, end = load_tile(
         tiles, bounds, groups, i_t, i_p, i_b, tl.num_programs(0), HQ, HS, R, HALVES
     )
+
     i_h = ((i_p * R) // G).to(tl.int64)
     q += i_b * s_qb
     k += i_b * s_kb + i_h * s_kh
     v += i_b * s_vb + i_h * s_vh
+
     p_broken = broken + (i_b * tl.num_programs(1) + i_p) * tl.num_programs(0) + i_t
+
     if not CLEAN:
         good = attend_tile(
             q, k, v, o, lse, begin, own, own2, end, blocks, members, first, count, slot, start, i_p, i_b * TQ,
@@ -169,6 +185,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     grid = (plan.tiles.shape[1], q.shape[2] // plan.readers, q.shape[0])
     broken = torch.empty(grid, dtype=torch.int32, device=q.device)
+
+    # The second launch walks those tiles again that came out broken.
     for clean in (False, True):
         attend_forward.launch(
             grid, q, row_bytes(q), q=q, k=k, v=v, o=o, lse=lse, broken=broken, CLEAN=clean,

@@ -45,41 +45,56 @@ def union_lists(
     blocks that queries before and after number HALF list are written first, then those of the first half
     alone, then those of the second; ``groups`` has the sizes of the first two.
     """
-    i_t, i_l, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_t = tl.program_id(0)
+    i_l = tl.program_id(1)
+    i_b = tl.program_id(2)
+
     num_tiles = tl.num_programs(0)
     p_tile = tiles + (i_b * num_tiles + i_t) * 8
     count, slot, start, stop = (
         tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3), tl.load(p_tile + 4)
     )  # fmt: skip
-    first, rest = tl.load(p_tile + 6), tl.load(p_tile + 7)
 
-    o_l, o_s, o_w = tl.arange(0, LISTS), tl.arange(0, SP), tl.arange(0, WIDTH)
+    first = tl.load(p_tile + 6)
+    rest = tl.load(p_tile + 7)
+
+    o_l = tl.arange(0, LISTS)
+    o_s = tl.arange(0, SP)
+    o_w = tl.arange(0, WIDTH)
     used = tl.where(count > 0, (rest + count - 1) // QB + 1, 0)
     m_i = (o_l < used)[:, None] & (o_s < S)[None, :]
     p_i = indices + i_b.to(tl.int64) * s_ib + i_l.to(tl.int64) * s_il
     p_i = p_i + (first + o_l).to(tl.int64)[:, None] * s_iq + o_s.to(tl.int64)[None, :] * s_is
     b_i = tl.load(p_i, mask=m_i, other=-1).to(tl.int32)  # [LISTS, SP]
+
     # Blocks that begin after the last query of the tile are no use to any of them.
     reach = (tl.maximum(tl.minimum(slot + count, stop) - start, 0) + BS - 1) // BS
+
     NONE: tl.constexpr = 2147483647
     b_i = tl.where((b_i >= 0) & (b_i < reach), b_i, NONE)
 
+    # bits: which queries of the tile read each list
     own = (rest + o_w) // QB
     bit = tl.full([WIDTH], 1, tl.int64) << o_w.to(tl.int64)
     reads = (own[None, :] == o_l[:, None]) & (o_w < count)[None, :]  # [LISTS, WIDTH]
     bits = tl.sum(tl.where(reads, bit[None, :], 0), 1)  # [LISTS]
 
+    # Where the next block of each group is written
     i_row = (i_b * tl.num_programs(1) + i_l).to(tl.int64) * num_tiles + i_t
     at = tl.load(bounds + i_row) if WRITE else tl.full([], 0, tl.int64)
-    at_first, at_second = at, at
+    at_first = at
+    at_second = at
     if HALF and WRITE:
         at_first = at + tl.load(groups + i_row * 2)
         at_second = at_first + tl.load(groups + i_row * 2 + 1)
+
+    # Take the smallest block that is left, and all lists that hold it.
     block = tl.min(tl.min(b_i, 1), 0)
     while block < NONE:
         here = b_i == block
         listed = tl.max(here.to(tl.int32), 1) > 0
         member = tl.sum(tl.where(listed, bits, 0), 0)
+
         if HALF:
             low = (member & ((1 << HALF) - 1)) != 0
             high = (member >> HALF) != 0
@@ -90,11 +105,14 @@ def union_lists(
         else:
             place = at
             at += 1
+
         if WRITE:
             tl.store(blocks + place, block)
             tl.store(members + place, member)
+
         b_i = tl.where(here, NONE, b_i)
         block = tl.min(tl.min(b_i, 1), 0)
+
     if not WRITE:
         if HALF:
             tl.store(groups + i_row * 2, at.to(tl.int32))
@@ -155,8 +173,10 @@ def unite(
     per_tile = lists_per_tile(width, query_block)
     grid = (num_tiles, lists, batch)
     rows = batch * lists * num_tiles
+
     groups = torch.zeros(rows if halves == 2 else 0, 2, dtype=torch.int32, device=indices.device)
     bounds = torch.zeros(rows + 1, dtype=torch.int64, device=indices.device)
+
     common = {
         "indices": indices, "tiles": tiles, "S": size,
         "s_ib": indices.stride(0), "s_il": indices.stride(1),
@@ -166,15 +186,22 @@ def unite(
         "SP": triton.next_power_of_2(max(1, size)), "BS": block_size, "QB": query_block,
         "HALF": width // 2 if halves == 2 else 0, "groups": groups,
     }  # fmt: skip
+
+    # The first walk counts the blocks of each tile.
     counts = bounds[1:]
     empty = bounds[:0]
     union_lists.launch(grid, indices, 0, bounds=counts, blocks=empty, members=empty, WRITE=False, **common)
     counts.copy_(counts.cumsum(0))
-    total, of_halves = room, None
+
+    # Reading their number waits for the device.
+    total = room
+    of_halves = None
     if total is None and halves == 2:
         total, of_halves = torch.stack([bounds[-1], bounds[-1] + groups[:, 0].sum()]).tolist()
     elif total is None:
         total = int(bounds[-1])
+
+    # The second walk writes them.
     blocks = torch.empty(total, dtype=torch.int32, device=indices.device)
     members = torch.empty(total, dtype=torch.int64, device=indices.device)
     union_lists.launch(grid, indices, 0, bounds=bounds, blocks=blocks, members=members, WRITE=True, **common)

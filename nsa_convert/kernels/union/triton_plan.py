@@ -100,20 +100,28 @@ def make_plan(
         room: Blocks that the tiles list together, where that is known.
     """
     readers = readers_of(heads, indices.shape[1], max_rows)
+
     if heads[1] < indices.shape[1] < heads[0] // readers:
         raise ValueError(f"{indices.shape[1]} block lists for {heads[0]} query and {heads[1]} key heads")
+
     if indices.shape[1] > 1 and indices.shape[1] < heads[0] // readers:  # more than 64 heads share a list
         indices = indices.repeat_interleave(heads[0] // readers // indices.shape[1], 1)
-    blind, kind = capturing(indices), (readers, query_block, max_rows, indices.shape[3], block_size)
+
+    # Shape of the tiles
+    blind = capturing(indices)
+    kind = (readers, query_block, max_rows, indices.shape[3], block_size)
     if shape is None and blind:
         shape = _last_shapes.get(kind) or shape_options(indices, readers, query_block, max_rows)[0]
     elif shape is None:
         shape = _last_shapes[kind] = choose_shape(indices, readers, query_block, max_rows)
+
     width = shape.width(readers)
     tiles = tile_table(layout, indices.shape[0], *lengths, width, block_size, query_block, indices.device)
+
     if blind:
         most = min(lists_per_tile(width, query_block) * indices.shape[3], -(-lengths[1] // block_size))
         room = indices.shape[0] * indices.shape[1] * tiles.shape[1] * most
+
     unions = unite(indices, tiles, width, block_size, query_block, room, shape.halves)
     documents = 0 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0]
     return Plan(
@@ -144,10 +152,13 @@ def choose_shape(indices: Tensor, readers: int, query_block: int, max_rows: int 
     tiles serve ``width`` queries. Lists without locality end at small tiles.
     """
     options = shape_options(indices, readers, query_block, max_rows)
+
     batch, heads, count, size = indices.shape
     wide = min(count, max(1, options[0].width(readers) // query_block))
     if len(options) == 1 or wide == 1 or not indices.numel():
         return options[0]
+
+    # A sample of runs of ``wide`` neighbouring lists
     steps = count // wide
     n = torch.arange(min(SAMPLES, steps * batch * heads), device=indices.device)
     begin = (n * steps // len(n) * wide)[:, None] + torch.arange(wide, device=n.device)
@@ -170,9 +181,11 @@ def shape_options(indices: Tensor, readers: int, query_block: int, max_rows: int
     """Return the possible shapes of tiles, most rows first and whole tiles before halves."""
     least = max(16, 1 << (readers - 1).bit_length())
     rows = [n for n in ROWS if least <= n <= max(least, max_rows)]
+
     whole = [Shape(rows=n) for n in rows]
     whole = [x for x in whole if 2 * x.width(readers) * readers > x.rows]
     whole = [x for x in whole if _listed(x, readers, query_block, indices) <= MAX_LISTED]
+
     half = Shape(rows=HALVED, halves=2)
     if Shape(rows=HALVED) in whole and half.width(readers) > query_block:
         whole.insert(1, half)
@@ -201,6 +214,7 @@ def tile_table(
     first list, and how many queries of that list lie before the tile. Tiles never cross documents.
     """
     zero = torch.zeros((), dtype=torch.int64, device=device)
+
     if layout.cu_seqlens is None:
         first = width * torch.arange(-(-num_queries // width), device=device)
         count = (num_queries - first).clamp(max=width)
@@ -215,9 +229,12 @@ def tile_table(
             torch.nn.functional.pad(((x.diff() + n - 1) // n).cumsum(0), (1, 0))
             for x, n in ((queries, width), (queries, query_block), (bounds, block_size))
         )
+
+        # A tile's document is the last that begins at or before it; spare tiles are behind the last document.
         tile = torch.arange(num_queries // width + len(bounds) - 1, device=device)
         document = torch.bucketize(tile, tile_base[1:], right=True)
         real = document < len(bounds) - 1
+
         document = document.clamp(max=len(bounds) - 2)
         inner = ((tile - tile_base[document]) * width).where(real, 0)
         first = queries[document] + inner
@@ -226,6 +243,7 @@ def tile_table(
             first, count, first + layout.offset, bounds[document], bounds[document + 1],
             block_base[document], list_base[document] + inner // query_block, inner % query_block,
         )  # fmt: skip
+
     assert len(columns) == COLUMNS  # why: the table is built above, and read by these numbers
     return torch.stack([x.expand(batch, len(first)) for x in columns], -1).to(torch.int32)
 
@@ -261,41 +279,56 @@ def invert(plan: Plan, num_kv_heads: int) -> Readers:
     """
     batch, num_tiles = plan.tiles.shape[:2]
     unions = plan.unions
-    device, total = unions.blocks.device, unions.blocks.shape[0]
+    device = unions.blocks.device
+    total = unions.blocks.shape[0]
     key_heads = min(plan.lists, num_kv_heads)
     per_key = plan.lists // key_heads
+
+    # Tile, list head and block row of each entry
     entry = torch.arange(total, device=device)
     lists = torch.searchsorted(unions.bounds[1:], entry, right=True).clamp(max=unions.bounds.shape[0] - 2)
     tile, head = lists % num_tiles, lists // num_tiles  # head = b * HS + l
+
     row = head // plan.lists
     base = plan.tiles[:, :, 5].flatten()[row * num_tiles + tile]
     num_rows = batch * key_heads * plan.block_rows
     block_row = (head // per_key) * plan.block_rows + base + unions.blocks
     block_row = block_row.where(entry < unions.bounds[-1], num_rows)  # room that is left goes last
+
+    # Sorted by block row, and in it by tile: the sort is stable.
     order = block_row.sort(stable=True)
     first = torch.searchsorted(order.values, torch.arange(num_rows + 1, device=device))
+
+    # Cut the entries of each block row into items of at most ``length``.
     length = max(32, 1 << (4 * total // max(1, num_rows)).bit_length())
     parts = (first.diff() + length - 1) // length
     begin = torch.nn.functional.pad(parts.cumsum(0), (1, 0))
+
     item = torch.arange(total // length + min(num_rows, total), device=device)
     block = torch.bucketize(item, begin[1:], right=True)
     real = block < num_rows
     block = block.clamp(max=num_rows - 1)
+
+    # Blocks with several items get a slot for each partial sum.
     several = parts > 1
     slot = torch.nn.functional.pad(parts.where(several, 0).cumsum(0), (1, 0))
     part = item - begin[block]
+
     low = first[block] + part * length
     high = torch.minimum(low + length, first[block + 1])
+
     items = torch.stack([
         block.where(real, -1), low.where(real, 0), high.where(real, 0),
         (slot[block] + part).where(several[block], -1),
     ], -1)  # fmt: skip
+
     if plan.exact:
         split = several.nonzero()[:, 0]  # reads the device
         slots = int(slot[-1]) if len(split) else 0
     else:  # a block with several items has more than length entries, so 2 * entries / length items suffice
         split = torch.arange(num_rows, device=device)
         slots = 2 * total // length
+
     sums = torch.stack([split, first[split], slot[split], parts[split]], -1)
     return Readers(
         items=items,

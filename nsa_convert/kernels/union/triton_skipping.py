@@ -49,23 +49,33 @@ def attend_skipping(
     BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attend with one tile of one head; values are loaded only where they count. Programs: (tiles, HQ, B)."""
-    i_t, i_p, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_t = tl.program_id(0)
+    i_p = tl.program_id(1)
+    i_b = tl.program_id(2).to(tl.int64)
     first, count, slot, start, begin, end, _, _ = load_tile(
         tiles, bounds, bounds, i_t, i_p, i_b, tl.num_programs(0), HQ, HS, R, 1
     )
+
     i_h = (i_p // G).to(tl.int64)
     k += i_b * s_kb + i_h * s_kh
     v += i_b * s_vb + i_h * s_vh
+
     o_q, o_hq, m_m, o_w = tile_rows(first, count, i_p, 0, BM, R, W, 1)
     b_q = load_heads(q + i_b * s_qb, o_q, o_hq, m_m, s_qt, s_qh, D, DP)
+
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, DP], tl.float32)
+
     for j in range(begin * PARTS, end * PARTS):
         o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, 1)
+
         b_k = load_keys(k, o_k, m_k, s_kt, D, DP)
         visible = seen_by(bits, o_k, m_k, o_w, slot, 1)
+
         b_s = tl.where(visible, dot(b_q, tl.trans(b_k), UPCAST) * scale, float("-inf"))  # [BM, BN]
+
+        # Online softmax over all keys
         b_max = tl.max(b_s, 1)
         b_new = tl.maximum(b_m, b_max)
         safe = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -73,10 +83,14 @@ def attend_skipping(
         shrink = tl.exp2(b_m - safe)
         b_l = b_l * shrink + tl.sum(b_p, 1)
         b_o = b_o * shrink[:, None]
+
+        # Values are loaded and added only where some row gives them weight.
         if tl.max(b_max - safe, 0) >= skip:
             b_v = load_keys(v, o_k, m_k, s_vt, D, DP)
             b_o += dot(b_p.to(b_v.dtype), b_v, UPCAST)
+
         b_m = b_new
+
     store(b_m, b_l, b_o, o, lse, i_b * TQ, first, count, 0, i_p, HQ, D, DP, BM, R, W, 1)
 
 
@@ -96,11 +110,15 @@ def _attend(
     offset: int, scale: float, value_skip: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    layout, heads = SequenceLayout(offset=offset), (q.shape[2], k.shape[2])
+
+    layout = SequenceLayout(offset=offset)
+    heads = (q.shape[2], k.shape[2])
     lengths = q.shape[1], k.shape[1]
     plan = make_plan(indices, block_size, query_block, layout, heads, lengths, shape=Shape(rows=rows))
+
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
     keys = max(16, min(RUN, triton.next_power_of_2(block_size)))
     attend_skipping.launch(
         (plan.tiles.shape[1], q.shape[2], q.shape[0]), q, row_bytes(q), q=q, k=k, v=v, o=o, lse=lse,

@@ -26,7 +26,8 @@ KEY_BYTES = 16384
 ROW_BYTES = 32768
 """Queries of one tile."""
 
-LARGE, SMALL = {"BM": (128,), "CLEAN": (False,)}, {"BM": (16, 32, 64), "CLEAN": (False,)}
+LARGE = {"BM": (128,), "CLEAN": (False,)}
+SMALL = {"BM": (16, 32, 64), "CLEAN": (False,)}
 
 CLEANING = tuple(
     Config(num_warps=warps, num_stages=2, max_row=256, only={"BM": rows, "CLEAN": (True,)})
@@ -83,9 +84,13 @@ def load_tile(
     first, count, slot, start = (
         tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3)
     )  # fmt: skip
+
     i_list = (i_b * HS + i_p * HS // (HQ // R)) * num_tiles + i_t
-    begin, end = tl.load(bounds + i_list).to(tl.int32), tl.load(bounds + i_list + 1).to(tl.int32)
-    own, own2 = end, end
+    begin = tl.load(bounds + i_list).to(tl.int32)
+    end = tl.load(bounds + i_list + 1).to(tl.int32)
+    own = end
+    own2 = end
+
     if HALVES == 2:
         own = begin + tl.load(groups + i_list * 2)
         own2 = own + tl.load(groups + i_list * 2 + 1)
@@ -176,15 +181,20 @@ def attend_rows(
     that see it become NaN.
     """
     b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale  # [BM, BN]
+
     if CLEAN:
         good = finite_rows(b_v)
         b_s = tl.where(good[None, :], b_s, float("nan"))
         b_v = clean_rows(b_v, good)
+
     b_s = tl.where(visible, b_s, float("-inf"))
+
+    # Rescale the running sums to the new maximum; -inf - -inf would be NaN in a row that saw no key yet.
     b_new = tl.maximum(b_m, tl.max(b_s, 1))
     safe = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_p = tl.exp2(b_s - safe[:, None])
     shrink = tl.exp2(b_m - safe)
+
     b_l = b_l * shrink + tl.sum(b_p, 1)
     b_o = b_o * shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, UPCAST)
     return b_new, b_l, b_o
@@ -197,6 +207,7 @@ def gradient_rows(
     """Add what the keys of a step give to dq of a tile's rows."""
     b_s = tl.where(visible, dot(b_q, tl.trans(b_k), UPCAST) * scale, float("-inf"))  # [BM, BN]
     b_p = tl.exp2(b_s - b_base[:, None])
+
     b_dp = dot(b_do, tl.trans(b_v), UPCAST) - b_delta[:, None]
     if CLEAN:  # as in the forward; rows that see such a value have a base that is NaN
         b_dp = tl.where(visible, b_dp, 0.0)
