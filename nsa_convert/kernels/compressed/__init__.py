@@ -73,6 +73,7 @@ def compressed_attention(
     check_qkv(q, ck, cv)
     grid = CellGrid(width=width, stride=stride)
     o, lse, indices = _run(q, (ck,), cv, grid, rule, layout, scale, None)
+
     selection = None
     if rule is not None:
         assert indices is not None
@@ -111,10 +112,12 @@ def block_topk(
     """
     parts = (ck,) if isinstance(ck, Tensor) else tuple(ck)
     check_parts(q, parts)
+
     if lse is not None:
         if lse.shape != q.shape[:3]:
             raise ValueError(f"lse must be {tuple(q.shape[:3])} like the queries, got {tuple(lse.shape)}")
         lse = lse.detach().masked_fill(lse == -torch.inf, torch.inf)
+
     indices = _run(q, parts, None, CellGrid(width=width, stride=stride), rule, layout, scale, lse)[2]
     assert indices is not None
     return BlockSelection(block_indices=indices, block_size=rule.block_size)

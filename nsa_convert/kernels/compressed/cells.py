@@ -66,7 +66,9 @@ class CellGrid:
         """
         assert layout.cu_seqlens is not None
         counts = self.complete(layout.cu_seqlens.diff())
-        ends, cell = counts.cumsum(0), torch.arange(count, device=counts.device)
+        ends = counts.cumsum(0)
+        cell = torch.arange(count, device=counts.device)
+
         document = torch.bucketize(cell, ends, right=True).clamp(max=counts.shape[0] - 1)
         place = (cell - (ends - counts)[document]) * self.stride
         return layout.cu_seqlens[document] + place, place

@@ -35,19 +35,28 @@ def decode_cells(
     num_queries, (num_cells, num_kv_heads) = q.shape[1], ck[0].shape[1:3]
     capacity = (num_cells - 1) * grid.stride + grid.width + grid.stride - 1  # tokens these cells can cover
     complete = num_cells
+
+    # With the offset as a number the complete cells can be counted on the host.
     if not isinstance(layout.offset, Tensor):
         capacity = layout.offset + num_queries - (0 if layout.start is None else int(layout.start.min()))
         complete = min(complete, grid.count(capacity))
         if complete == 0:
-            num_cells, ck, cv = 0, [x[:, :0] for x in ck], None if cv is None else cv[:, :0]
+            num_cells = 0
+            ck = [x[:, :0] for x in ck]
+            cv = None if cv is None else cv[:, :0]
+
     ages = None  # [B or 1, TQ]; None where every query sees the complete cells
     if num_queries > 1 or layout.start is not None or isinstance(layout.offset, Tensor):
         ages = layout.ages(num_queries, q.device)
+
     p, lse = _probabilities(q, ck, grid, ages, complete, scale)  # [B, H, TQ, g, C], [B, H, TQ, g]
+
     indices = None
     if rule is not None:
         num_blocks = max(1, -(-capacity // rule.block_size))
         size = min(rule.num_blocks, num_blocks)
+
+        # Every block is chosen then: only the shape of the scores matters.
         if size == num_blocks:
             lists = q.shape[2] if rule.per_head else num_kv_heads
             score = p.new_empty(q.shape[0], lists, num_queries, num_blocks)
@@ -57,10 +66,15 @@ def decode_cells(
                 p = renormalise(p, lse, heads)
             choosers = p.transpose(2, 3).flatten(1, 2) if rule.per_head else p.sum(3)
             score = block_scores(choosers, num_blocks, grid, rule)
+
         indices = top_blocks(score, None if ages is None else ages[:, None, :, None], size, rule)
+
     if cv is None:
         return None, None, indices
+
     cv = cv.transpose(1, 2)  # as a cache holds it
+
+    # Queries that see a cell that is not finite become NaN, the others must not.
     if num_queries > 1:
         assert ages is not None
         bad = ~cv.isfinite().all(-1)  # [B, H, C]
@@ -68,13 +82,16 @@ def decode_cells(
         sees = (grid.visible(num_cells, ages)[:, None] & bad[:, :, None]).any(-1)[..., None]  # [B, H, TQ, 1]
         lse = lse.masked_fill(sees, torch.nan)
         p = p.masked_fill(sees[..., None], torch.nan)
+
     p = p.flatten(2, 3).to(q.dtype)
     o = torch.matmul(p, cv)
+
     if num_queries == 1:
         if ages is not None or complete < num_cells:
             ages = torch.full((1, 1), capacity, device=q.device) if ages is None else ages
             o = _without_hidden(o, p, cv, grid, ages)
         return o.flatten(1, 2)[:, None], lse.flatten(1, 3)[:, None], indices
+
     o = o.unflatten(2, (num_queries, -1))
     return o.permute(0, 2, 1, 3, 4).flatten(2, 3), lse.permute(0, 2, 1, 3).flatten(2, 3), indices
 
@@ -83,19 +100,26 @@ def _probabilities(
     q: Tensor, ck: Sequence[Tensor], grid: CellGrid, ages: Tensor | None, complete: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return p and lse over the whole buffer: a product with a part of it would copy that part first."""
-    num_queries, dtype = q.shape[1], accumulate_dtype(q.dtype)
+    num_queries = q.shape[1]
+    dtype = accumulate_dtype(q.dtype)
     rows = q.unflatten(2, (ck[0].shape[2], -1)).transpose(1, 2)  # [B, H, TQ, g, E]
+
     num_cells = ck[0].shape[1]
     if num_cells == 0:
         shape = rows.shape[:4]
         return q.new_zeros(*shape, 0, dtype=dtype), q.new_full(shape, -torch.inf, dtype=dtype)
+
+    # Each part of the keys meets its part of the queries; the scores are the sum of the products.
     pairs = zip(rows.flatten(2, 3).split([part.shape[3] for part in ck], -1), ck, strict=True)
     # A cache holds its cells head by head.
     first, *others = (score_product(row, part.transpose(1, 2), scale) for row, part in pairs)
     scores = sum(others, first).unflatten(2, (num_queries, -1))
+
     if ages is None:
         scores[..., complete:] = -torch.inf
         return _softmax(scores)
+
+    # The lowest finite number, not -inf: the softmax of a row without cells must not be NaN.
     visible = grid.visible(num_cells, ages)[:, None, :, None]  # [B or 1, 1, TQ, 1, C]
     scores = torch.where(visible, scores, torch.finfo(dtype).min)
     p, lse = _softmax(scores)
@@ -108,6 +132,7 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling():
         p = scores.softmax(-1)
         return p, scores.amax(-1) - p.amax(-1).log()
+
     # Torch's softmax divides every element, and a graph does so again wherever p is read.
     most = scores.amax(-1, keepdim=True)
     weights = (scores - most).exp()
@@ -132,6 +157,7 @@ def _without_hidden(o: Tensor, p: Tensor, cv: Tensor, grid: CellGrid, ages: Tens
 
     if o.device.type != "cpu":  # the host does not wait for a value there
         return again(o, p, cv, ages)
+
     fine = o.isfinite().all()
     if torch.compiler.is_compiling():
         return torch.cond(fine, lambda o, *_: o.clone(), again, (o, p, cv, ages))

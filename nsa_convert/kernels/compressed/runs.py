@@ -60,11 +60,20 @@ class CompressedRun:
         layout: SequenceLayout,
         scale: float,
     ) -> None:
-        self.grid, self.rule, self.scale, self.layout = grid, rule, scale, layout
-        self.num_heads, self.num_kv_heads, self.device = q.shape[2], ck.shape[2], q.device
-        self.batch, self.num_queries, self.num_cells = q.shape[0], q.shape[1], ck.shape[1]
+        self.grid = grid
+        self.rule = rule
+        self.scale = scale
+        self.layout = layout
+        self.num_heads = q.shape[2]
+        self.num_kv_heads = ck.shape[2]
+        self.device = q.device
+        self.batch = q.shape[0]
+        self.num_queries = q.shape[1]
+        self.num_cells = ck.shape[1]
+
         self.offset = int(layout.offset)
         total = self.offset + self.num_queries
+
         self.documents: list[tuple[Segment, int]] = []  # packed ones, each with its first cell
         if layout.cu_seqlens is not None:
             first = grid.first_cells(layout).tolist()
@@ -73,15 +82,18 @@ class CompressedRun:
             total = max((part.num_keys for part, _ in self.documents), default=1)
         elif layout.start is not None:
             total -= int(layout.start.min())
+
         self.size = 0 if rule is None else min(rule.num_blocks, -(-max(1, total) // rule.block_size))
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield runs of queries, each with the cells that one of them sees."""
         if self.layout.cu_seqlens is None:
             yield from self._batch_chunks()
+
         for part, first in self.documents:
             cells = min(self.grid.count(part.num_keys), self.num_cells - first)
             width, (begin, end) = self._width(cells, 1), part.queries
+
             for slot in range(begin, end, width):
                 ages = part.offset + slot - begin + 1, part.offset + min(slot + width, end) - begin
                 counted = torch.arange(ages[0], ages[1] + 1, device=self.device)[None]
@@ -92,6 +104,7 @@ class CompressedRun:
         cells = min(self.num_cells, self.grid.count(self.offset + self.num_queries))
         width = self._width(cells, 1)
         row_bytes = 4 * self.num_heads * max(cells, 1) * min(width, self.num_queries)
+
         for part in row_groups(self.layout, self.batch, row_bytes):
             width = self._width(cells, part.rows[1] - part.rows[0])
             for slot in range(max(0, part.least - self.offset), self.num_queries, width):
@@ -100,6 +113,7 @@ class CompressedRun:
                 ages = torch.arange(first, last + 1, device=self.device)[None]
                 if part.starts is not None:
                     ages = (ages - part.starts[:, None]).clamp(min=0)
+
                 span = max(0, first - part.most), last - part.least
                 yield self._chunk(part.rows, slot, (0, cells), ages, span)
 
@@ -123,9 +137,11 @@ class CompressedRun:
     def tiles(self) -> Iterator[Tiles]:
         """Yield the chunks as tiles over cells, for the backward."""
         group = self.num_heads // self.num_kv_heads
+
         for chunk in self.chunks():
             if not chunk.num_cells:
                 continue
+
             visible = self.grid.visible(chunk.num_cells, chunk.ages)
             for head in range(self.num_kv_heads):
                 yield Tiles(
@@ -144,26 +160,37 @@ class CompressedRun:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return o, lse (None without values) and the block lists (None without a rule)."""
         dtype = accumulate_dtype(q.dtype)
+
         o = None if cv is None else q.new_zeros(*q.shape[:3], cv.shape[3])
         lse = None if cv is None else q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
+
         indices = None
         if self.rule is not None:
             lists = q.shape[2] if self.rule.per_head else ck.shape[2]
             indices = torch.full((q.shape[0], lists, q.shape[1], self.size), -1, device=q.device)
+
         ck, values, bad = split_non_finite(ck, ck if cv is None else cv)
+
         keys = ck.to(dtype).transpose(1, 2)
         if q.shape[0] > 1:
             keys = keys.contiguous()  # rows and heads in one dimension
+
         scratch = self.scratch(dtype)
+
         for chunk in self.chunks():
-            rows, queries, cells = chunk.rows, chunk.queries, chunk.cells
+            rows = chunk.rows
+            queries = chunk.queries
+            cells = chunk.cells
+
             p, part_lse = self.probabilities(q[rows, queries].to(dtype), keys[rows, :, cells], chunk, scratch)
+
             if o is not None and lse is not None and chunk.num_cells:
                 part = torch.matmul(p.flatten(2, 3).to(q.dtype), values[rows, cells].transpose(1, 2))
                 o[rows, queries] = part.unflatten(2, p.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3)
                 lse[rows, queries] = part_lse.permute(0, 3, 1, 2).flatten(2, 3)
                 if bad is not None:
                     self.poison(o[rows, queries], lse[rows, queries], bad[rows, cells], chunk.ages)
+
             if indices is not None:
                 if normaliser is not None:
                     heads = normaliser[rows, queries].unflatten(2, (self.num_kv_heads, -1))
@@ -188,23 +215,33 @@ class CompressedRun:
             chunk: Where they are.
             scratch: See :meth:`scratch`.
         """
-        count, width, cells = q.shape[0], q.shape[1], keys.shape[2]
+        count = q.shape[0]
+        width = q.shape[1]
+        cells = keys.shape[2]
+
         rows = (
             q.mul(self.scale).unflatten(2, (self.num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
         )  # [R, H, g, W, D]
+
         if cells == 0:
             return rows.new_zeros(*rows.shape[:4], 0), rows.new_full(rows.shape[:4], -torch.inf)
+
         room = scratch[:, : count * self.num_heads * width * cells].view(
             2, count * self.num_kv_heads, -1, cells
         )
         torch.bmm(rows.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1).mT, out=room[0])
         scores = room[0].view(*rows.shape[:4], cells)
+
         # Only the last cells differ between the queries of a chunk.
-        ages, fewest = chunk.ages, chunk.least
+        ages = chunk.ages
+        fewest = chunk.least
         hidden = ~self.grid.visible(cells, ages, fewest)[:, None, None]  # [R or 1, 1, 1, W, C]
         scores[..., fewest:].masked_fill_(hidden, -torch.inf)
+
         p = torch.softmax(scores, -1, out=room[1].view(scores.shape))
         lse = scores.amax(-1) - p.amax(-1).log()
+
+        # Queries before the first complete cell see none.
         if fewest == 0:
             blind = (ages < self.grid.width)[:, None, None]
             p.masked_fill_(blind[..., None], 0.0)
@@ -216,6 +253,7 @@ class CompressedRun:
         rule = self.rule
         assert rule is not None
         num_blocks = (max(1, chunk.longest) - 1) // rule.block_size + 1
+
         size = min(self.size, num_blocks)
         if size == num_blocks:
             lists = p.shape[1] * p.shape[2] if rule.per_head else p.shape[1]
@@ -229,6 +267,7 @@ class CompressedRun:
         """Set the queries that see a non-finite cell (``bad [R, C, H]``) to NaN."""
         visible = self.grid.visible(bad.shape[1], ages)  # [R or 1, W, C]
         seen = (visible[..., None] & bad[:, None]).any(2)  # [R, W, H]
+
         seen = seen.repeat_interleave(self.num_heads // self.num_kv_heads, 2)
         o.masked_fill_(seen[..., None], torch.nan)
         lse.masked_fill_(seen, torch.nan)

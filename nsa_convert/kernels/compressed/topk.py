@@ -27,8 +27,11 @@ def block_scores(group_p: Tensor, num_blocks: int, grid: CellGrid, rule: BlockTo
     first, weights = rule.cell_weights(grid.width, grid.stride)
     step = rule.block_size // grid.stride
     length = (num_blocks - 1) * step + len(weights)
+
+    # The o-th cell of every block is a strided slice.
     cells = pad(group_p, (-first, length + first - group_p.shape[-1]))
     parts = [cells[..., o : o + (num_blocks - 1) * step + 1 : step] for o in range(len(weights))]
+
     score = parts[0] * weights[0] if rule.reduce == "sum" else parts[0].clone()
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         if rule.reduce == "sum":
@@ -53,9 +56,12 @@ def top_blocks(score: Tensor, ages: Tensor | None, size: int, rule: BlockTopK) -
     """
     num_blocks = score.shape[-1]
     block = torch.arange(num_blocks, device=score.device)
+
     future = None if ages is None else block * rule.block_size >= ages
+
     if size == num_blocks:
         return (block if future is None else block.masked_fill(future, -1)).expand(score.shape)
+
     if future is None or ages is None:
         score[..., : rule.num_sink_blocks] = torch.inf
         score[..., num_blocks - rule.num_local_blocks :] = torch.inf
@@ -63,6 +69,7 @@ def top_blocks(score: Tensor, ages: Tensor | None, size: int, rule: BlockTopK) -
         local = (block + rule.num_local_blocks) * rule.block_size >= ages
         forced = (block < rule.num_sink_blocks) | local
         score = score.masked_fill_(forced, torch.inf).masked_fill_(future, -1.0)
+
     if score.dtype == torch.float32:
         # Non-negative floats are ordered like their bits; the block number below them settles ties.
         key = score.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(_LOW - block)
@@ -73,6 +80,7 @@ def top_blocks(score: Tensor, ages: Tensor | None, size: int, rule: BlockTopK) -
     else:
         order = score.sort(dim=-1, descending=True, stable=True)
         kept = order.indices[..., :size].masked_fill(order.values[..., :size] < 0, num_blocks)
+
     kept = _ascending(kept)
     return kept.masked_fill_(kept == num_blocks, -1)
 

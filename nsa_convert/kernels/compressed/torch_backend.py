@@ -34,8 +34,10 @@ def attend(
     """See :func:`nsa_convert.kernels.compressed.decode.decode_cells`."""
     if is_opaque(layout, q, cv):
         return _attend_opaque(q, join_parts(parts), cv, grid, rule, layout, scale, normaliser)
+
     if is_decode(layout, q, cv):
         return decode_cells(q, parts, cv, grid, rule, layout, scale, normaliser)
+
     ck, cv = _complete(q, join_parts(parts), cv, grid, layout)
     run = CompressedRun(q, ck, grid, rule, layout, scale)
     if cv is None:
@@ -85,8 +87,11 @@ def _attend_opaque(
             rule.block_size, rule.num_blocks, rule.num_sink_blocks, rule.num_local_blocks,
             rule.reduce == "max", rule.per_head,
         )  # fmt: skip
+
     if cv is None:
-        q, ck = q.detach(), ck.detach()
+        q = q.detach()
+        ck = ck.detach()
+
     o, lse, indices = _operator(q, ck, cv, normaliser, *sizes, *chosen, *flatten(layout), scale)
     if cv is None:
         o = lse = None
@@ -124,6 +129,7 @@ def _fake(
     o, lse = (q.new_empty(0), q.new_empty(0)) if cv is None else like_attention(q, cv)
     if not flat[3]:
         return o, lse, q.new_empty(0, dtype=torch.long)
+
     lists = q.shape[2] if flat[7] else ck.shape[2]
     indices = q.new_empty(q.shape[0], lists, q.shape[1], _size(q, ck, *flat), dtype=torch.long)
     return o, lse, indices

@@ -21,11 +21,13 @@ def attend(
     """See :func:`nsa_convert.kernels.compressed.decode.decode_cells`; no score of a cell is stored."""
     ck = join_parts(parts)
     at = cell_layout(layout, grid, q.shape[1], ck.shape[1], q.device)
+
     o = lse = indices = None
     if cv is not None and few_queries(layout, q, ck, cv):
         o, lse = attend_runs(q, ck, cv, at.cells, ck.shape[1], scale)
     elif cv is not None:
         o, lse = interval_attention(q, ck, cv, at.cells, scale)
+
     if rule is not None:
         growing = layout.cu_seqlens is None and not isinstance(layout.offset, Tensor)
         given = lse if normaliser is None else normaliser.float()

@@ -47,6 +47,7 @@ def cell_layout(
 ) -> CellLayout:
     """Return the :class:`CellLayout` of TQ queries over ``num_cells`` cells."""
     age = layout.ages(num_queries, device)
+
     if layout.cu_seqlens is not None:
         lo = grid.first_cells(layout)[layout.document_of(num_queries, device)][None]
         longest = layout.longest(num_queries)
@@ -56,6 +57,7 @@ def cell_layout(
             longest = num_cells * grid.stride + grid.width - 1  # what these cells can cover
         else:
             longest = layout.offset + num_queries
+
     hi = (lo + grid.complete(age)).clamp(max=num_cells)
     lo, hi = (x.to(torch.int32).contiguous() for x in (lo, hi))
     return CellLayout(cells=Intervals(lo=lo, hi=hi), age=age, longest=max(1, longest))
@@ -82,16 +84,22 @@ def choose_blocks(
     """
     num_blocks = -(-at.longest // rule.block_size)
     own = (at.age - 1).div(rule.block_size, rounding_mode="floor").to(torch.int32).contiguous()
+
     size = min(rule.num_blocks, num_blocks)
+
+    # Every block fits: the lists follow from the positions alone.
     if size == num_blocks:
         block = torch.arange(num_blocks, dtype=torch.int32, device=q.device)
         lists = block.where(block <= own[..., None], -1)  # [B or 1, TQ, S]
         return lists[:, None].expand(q.shape[0], ck.shape[2], -1, -1)
-    q, ck = q.detach(), ck.detach()
+
+    q = q.detach()
+    ck = ck.detach()
     if lse is None and q.shape[1] <= DECODE_QUERIES:
         lse = attend_runs(q, ck, None, at.cells, ck.shape[1], scale)[1]
     elif lse is None:
         lse = _cell_lse(q, ck, at.cells.lo, at.cells.hi, scale)
+
     return _choose_blocks(
         q, ck, lse.detach(), at.cells.lo, at.cells.hi, own, grid.width // grid.stride,
         rule.block_size // grid.stride, rule.block_size, num_blocks, size, rule.num_sink_blocks,
@@ -103,7 +111,9 @@ def choose_blocks(
 def _cell_lse(q: Tensor, ck: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
     q, ck = rows_contiguous(q, ck)
     batch, num_queries, num_heads, dim = q.shape
+
     lse = new_lse(q)
+
     cell_lse.launch(
         lambda c: (triton.cdiv(num_queries, c["BM"]), batch * num_heads),
         q,
@@ -138,15 +148,23 @@ def _choose_blocks(
     longest: int, scale: float,
 ) -> Tensor:  # fmt: skip
     q, ck = rows_contiguous(q, ck)
-    batch, num_queries, num_kv_heads = q.shape[0], q.shape[1], ck.shape[2]
+    batch = q.shape[0]
+    num_queries = q.shape[1]
+    num_kv_heads = ck.shape[2]
+
     indices = torch.empty(batch, num_kv_heads, num_queries, size, dtype=torch.int32, device=q.device)
+
+    # Score as many queries at a time as fit SCORE_BYTES.
     rows = min(num_queries, max(16, SCORE_BYTES // (4 * batch * num_kv_heads * num_blocks) // 16 * 16))
     room = torch.empty(batch * num_kv_heads * rows * num_blocks, dtype=torch.float32, device=q.device)
+
     for begin in range(0, num_queries, max(rows, 1)):
         end = min(begin + rows, num_queries)
         width = num_blocks if not longest else -(-(longest - num_queries + end) // block_size)
+
         score = room[: batch * num_kv_heads * (end - begin) * width]
         score = score.view(batch, num_kv_heads, end - begin, width)
+
         _score(q, ck, lse, score, lo, hi, own, begin, end, overlap, steps, maximum, scale)
         top_blocks(score, own, indices, begin, end, num_sinks, num_locals)
     return indices
@@ -157,9 +175,12 @@ def _score(
     end: int, overlap: int, steps: int, maximum: bool, scale: float,
 ) -> None:  # fmt: skip
     """Write the scores ``[B, H, end - begin, NB]`` of the queries ``begin .. end - 1``."""
-    num_heads, num_kv_heads, dim = q.shape[2], ck.shape[2], q.shape[3]
+    num_heads = q.shape[2]
+    num_kv_heads = ck.shape[2]
+    dim = q.shape[3]
     group = num_heads // num_kv_heads
     programs = q.shape[0] * num_kv_heads
+
     shared = {
         **strides(q=q, k=ck, l=lse, s=score.transpose(1, 2)),
         "q": q,
@@ -181,6 +202,7 @@ def _score(
         "MAXIMUM": maximum,
         "UPCAST": upcast(q.dtype),
     }
+
     if q.shape[1] <= DECODE_QUERIES:
         decode_score.launch(
             lambda c: (q.shape[1], triton.cdiv(score.shape[3], c["BB"]), programs),
@@ -191,6 +213,7 @@ def _score(
             GN=max(8, triton.next_power_of_2(group)),
         )
         return
+
     block_score.launch(
         lambda c: (triton.cdiv(end - begin, c["BM"]), triton.cdiv(score.shape[3], c["BB"]), programs),
         q,
@@ -224,7 +247,9 @@ def top_blocks(
         num_locals: Last blocks that are always chosen.
     """
     batch, num_kv_heads, rows, num_blocks = score.shape
+
     piece = min(PIECE, max(16, triton.next_power_of_2(num_blocks)))
+
     best_blocks.launch(
         lambda c: (triton.cdiv(rows, c["BQ"]), batch * num_kv_heads),
         score,

@@ -36,27 +36,37 @@ def decode_score(
     i_b = (tl.program_id(2) // (HQ // GROUP)).to(tl.int64)
     i_h = (tl.program_id(2) % (HQ // GROUP)).to(tl.int64)
     own = tl.load(own + i_b * s_jb + i_t)
+
+    # Blocks after the query's own are left out.
     if own >= tl.program_id(1) * BB:
         first = tl.load(lo + i_b * s_ib + i_t)
         end = tl.load(hi + i_b * s_ib + i_t)
+
         o_b = tl.program_id(1) * BB + tl.arange(0, BB)
+
         o_h = i_h * GROUP + tl.arange(0, GN)
         m_h = tl.arange(0, GN) < GROUP
         b_q = load_rows(q + i_b * s_qb + i_t * s_qt, o_h, s_qh, m_h, D, BD, True)  # [GN, BD]
         p_lse = lse + i_b * s_lb + i_t * s_lt + o_h * s_lh
         b_lse2 = tl.load(p_lse, mask=m_h, other=float("inf")) * 1.4426950408889634
+
         b_score = tl.zeros([BB], tl.float32)
+
+        # The cells that overlap each block
         for i in range(parts):
             o_c = o_b * steps + (1 - overlap + i)
             m_c = (o_c >= 0) & (first + o_c < end)
             b_k = load_rows(ck + i_b * s_kb + i_h * s_kh, first + o_c, s_kt, m_c, D, BD, True)
+
             b_s = dot(b_k, tl.trans(b_q), UPCAST) * (scale * 1.4426950408889634)  # [BB, GN]
             b_p = tl.exp2(tl.minimum(b_s - b_lse2[None, :], 115.0))  # bounded, see probability()
             b_p = tl.where(m_c[:, None] & m_h[None, :], b_p, 0.0)
+
             if MAXIMUM:
                 b_score = tl.maximum(b_score, tl.sum(b_p, 1))
             else:
                 weight = tl.minimum(tl.minimum(i + 1, parts - i), tl.minimum(steps, overlap))
                 b_score += tl.sum(b_p, 1) * weight
+
         p_score = score + i_b * s_sb + i_h * s_sh + i_t * s_st + o_b
         tl.store(p_score, b_score, mask=o_b <= own)

@@ -43,10 +43,12 @@ def lse_step(
     """Add the cells ``i_n .. i_n + BN - 1`` to a running sum of exponentials."""
     o_n = i_n + tl.arange(0, BN)
     b_k = load_rows(ck, o_n, s_kt, o_n < end, D, BD, MASKED)
+
     b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale2  # [BM, BN]
     if MASKED:
         m_s = sees(o_n[None, :], b_lo[:, None], b_hi[:, None], b_lo[:, None], 0, False)
         b_s = tl.where(m_s, b_s, float("-inf"))
+
     b_max = tl.maximum(b_m, tl.max(b_s, 1))
     safe = tl.where(b_max == float("-inf"), 0.0, b_max) if MASKED else b_max
     return b_max, b_l * tl.exp2(b_m - safe) + tl.sum(tl.exp2(b_s - safe[:, None]), 1)
@@ -71,20 +73,26 @@ def cell_lse(
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
     i_h = (tl.program_id(1) % HQ).to(tl.int64)
+
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < TQ
+
     ck += i_b * s_kb + (i_h // G) * s_kh
+
     b_lo, b_hi, _ = load_intervals(lo + i_b * s_ib, hi + i_b * s_ib, lo, o_m, m_m, False)
     begin, full, cut, end = tile_range(b_lo, b_hi, m_m, BN)
+
     b_q = load_rows(q + i_b * s_qb + i_h * s_qh, o_m, s_qt, m_m, D, BD, True)
     scale2 = scale * 1.4426950408889634
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
+
     for i in range(partial_tiles(begin, begin, begin, full, cut, end, BN)):
         i_n, stop = partial_tile(i, begin, begin, begin, full, cut, end, BN)
         b_m, b_l = lse_step(b_q, b_m, b_l, ck, i_n, stop, b_lo, b_hi, s_kt, scale2, D, BD, BN, True, UPCAST)
     for i_n in range(full, cut, BN):
         b_m, b_l = lse_step(b_q, b_m, b_l, ck, i_n, end, b_lo, b_hi, s_kt, scale2, D, BD, BN, False, UPCAST)
+
     b_lse = tl.where(b_l == 0, float("-inf"), (b_m + tl.log2(b_l)) * 0.6931471805599453)
     tl.store(lse + i_b * s_lb + i_h * s_lh + o_m.to(tl.int64) * s_lt, b_lse, mask=m_m)
 
@@ -142,19 +150,24 @@ def block_score(
     H = HQ // G
     i_b = (tl.program_id(2) // H).to(tl.int64)
     i_h = (tl.program_id(2) % H).to(tl.int64)
+
     o_m = begin + tl.program_id(0) * BM + tl.arange(0, BM)
     o_b = tl.program_id(1) * BB + tl.arange(0, BB)
     m_m = o_m < end
+
     b_own = tl.load(own + i_b * s_jb + o_m, mask=m_m, other=-1)
     if tl.max(b_own, 0) >= tl.program_id(1) * BB:
         b_lo, b_hi, _ = load_intervals(lo + i_b * s_ib, hi + i_b * s_ib, lo, o_m, m_m, False)
+
         q += i_b * s_qb
         ck += i_b * s_kb + i_h * s_kh
         lse += i_b * s_lb
+
         b_score = tl.zeros([BM, BB], tl.float32)
         first = tl.min(b_lo, 0)
         while first < FAR:  # once for each document of the tile, nearly always one
             m_d = m_m & (b_lo == first)
+
             if MAXIMUM:
                 for i in range(parts):
                     b_k, o_c = load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D, BD)
@@ -172,6 +185,8 @@ def block_score(
                         b_k, o_c = load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D, BD)
                         weight = tl.minimum(tl.minimum(i + 1, parts - i), tl.minimum(steps, overlap))
                         b_score += probability(b_q, b_lse2, b_k, o_c, b_hi, m_d, scale, UPCAST) * weight
+
             first = tl.min(tl.where(b_lo > first, b_lo, FAR), 0)
+
         p_score = score + i_b * s_sb + i_h * s_sh + (o_m - begin).to(tl.int64)[:, None] * s_st + o_b[None, :]
         tl.store(p_score, b_score, mask=m_m[:, None] & (o_b[None, :] <= b_own[:, None]))

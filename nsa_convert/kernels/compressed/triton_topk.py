@@ -20,8 +20,10 @@ def load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ: tl.conste
     """Return the sortable scores ``[BQ, BN]`` int32 of the blocks from ``i_n`` on: -1 after the own block."""
     o_n = i_n + tl.arange(0, BN)
     past = (o_n[None, :] <= b_own[:, None]) & m_q[:, None]
+
     p_score = score + tl.arange(0, BQ).to(tl.int64)[:, None] * s_st + o_n[None, :]
     b_key = tl.load(p_score, mask=past, other=0.0).to(tl.int32, bitcast=True)
+
     forced = (o_n[None, :] < num_sinks) | (o_n[None, :] > (b_own - num_locals)[:, None])
     # A query that sees a cell that is not finite gets any blocks, but valid ones.
     b_key = tl.where(forced, FORCED, tl.minimum(tl.maximum(b_key, 0), FORCED))
@@ -57,14 +59,19 @@ def best_blocks(
     i_b = (tl.program_id(1) // H).to(tl.int64)
     i_h = (tl.program_id(1) % H).to(tl.int64)
     i_q = tl.program_id(0) * BQ
+
     o_q = begin + i_q + tl.arange(0, BQ)
     m_q = o_q < end
     b_own = tl.load(own + i_b * s_jb + o_q, mask=m_q, other=-1)
+
     score += i_b * s_sb + i_h * s_sh + i_q.to(tl.int64) * s_st
     indices += i_b * s_ob + i_h * s_oh
+
     last = tl.minimum(tl.max(b_own, 0) + 1, num_blocks)
+
     if ONE_PIECE:
         b_key = load_keys(score, b_own, 0, m_q, s_st, num_sinks, num_locals, BQ, BN)
+
     # The largest number that at least ``size`` keys reach is the key of the last one chosen.
     b_bar = tl.zeros([BQ], tl.int32)
     for i in range(31):
@@ -77,25 +84,33 @@ def best_blocks(
                 b_key = load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
                 b_count += tl.sum((b_key >= b_try[:, None]).to(tl.int32), 1)
         b_bar = tl.where(b_count >= size, b_try, b_bar)
+
+    # How many keys lie above it: the rest of the list is filled with its equals, first ones first.
     b_above = tl.zeros([BQ], tl.int32)
     for i_n in range(0, last, BN):
         if not ONE_PIECE:
             b_key = load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
         b_above += tl.sum((b_key > b_bar[:, None]).to(tl.int32), 1)
+
     b_equal = tl.zeros([BQ], tl.int32)
     b_taken = tl.zeros([BQ], tl.int32)
     for i_n in range(0, last, BN):
         if not ONE_PIECE:
             b_key = load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
         equal = b_key == b_bar[:, None]
+
         rank = b_equal[:, None] + tl.cumsum(equal.to(tl.int32), 1)
         chosen = (b_key > b_bar[:, None]) | (equal & (rank <= (size - b_above)[:, None]))
+
         place = b_taken[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
         o_n = (i_n + tl.arange(0, BN))[None, :] + tl.zeros([BQ, 1], tl.int32)
         p_out = indices + o_q.to(tl.int64)[:, None] * s_ot + place
         tl.store(p_out, o_n, mask=chosen & m_q[:, None])
+
         b_equal += tl.sum(equal.to(tl.int32), 1)
         b_taken += tl.sum(chosen.to(tl.int32), 1)
+
+    # -1 at the end of short lists
     o_s = tl.arange(0, BS)
     empty = (o_s[None, :] >= b_taken[:, None]) & (o_s < size)[None, :] & m_q[:, None]
     p_out = indices + o_q.to(tl.int64)[:, None] * s_ot + o_s[None, :]
