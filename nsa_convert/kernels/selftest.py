@@ -1,4 +1,4 @@
-"""Every op against the reference on the user's own device: values, all gradients, all group sizes."""
+"""Compare every op with the reference on the user's device: values, gradients, group sizes, layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention through a dense mask, as the formula reads: the truth every fast path is compared with."""
+"""Attention through a dense mask, exactly as the formula: every fast path is tested against it."""
 
 from __future__ import annotations
 

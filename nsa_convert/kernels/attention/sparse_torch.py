@@ -52,7 +52,7 @@ def _fetch_bytes(q: Tensor, k: Tensor, pattern: BlockSelection) -> int:
 
 
 def _flatten_pattern(pattern: SinkWindow | BlockSelection) -> tuple[Tensor | None, int, int]:
-    """Return lists, block size and queries of a list; of a window nothing, its size and the first tokens."""
+    """Return ``(lists, block size, queries of a list)``, or ``(None, window size, sinks)`` of a window."""
     if isinstance(pattern, SinkWindow):
         return None, pattern.window_size, pattern.num_sinks
     return pattern.block_indices, pattern.block_size, pattern.query_block
@@ -61,7 +61,7 @@ def _flatten_pattern(pattern: SinkWindow | BlockSelection) -> tuple[Tensor | Non
 def _restore(
     q: Tensor, k: Tensor, lists: Tensor | None, size: int, other: int, *flat: Any
 ) -> tuple[SinkWindow | BlockSelection, SequenceLayout, int, float]:
-    """Return pattern, layout, how many keys the call reaches, and the factor on the scores."""
+    """Return the pattern, the layout, how many keys the queries reach, and the factor on the scores."""
     layout = restore(flat[:-1])
     pattern: SinkWindow | BlockSelection = SinkWindow(window_size=size, num_sinks=other)
     if lists is not None:

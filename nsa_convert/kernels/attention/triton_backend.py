@@ -57,7 +57,7 @@ def attend_pattern(
 
 
 def few_queries(layout: SequenceLayout, *tensors: Tensor) -> bool:
-    """Return whether each query fetches its own keys: few queries ``tensors[0]``, and no gradient wanted."""
+    """Return whether each query fetches its own keys: ``tensors[0]`` has few, and none needs a gradient."""
     if layout.cu_seqlens is not None or tensors[0].shape[1] > DECODE_QUERIES:
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))

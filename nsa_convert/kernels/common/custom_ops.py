@@ -1,9 +1,9 @@
-"""The ops of the torch backend as operators that torch.compile does not look into.
+"""The ops of the torch backend as custom operators, which torch.compile does not trace.
 
-An op loops over tiles whose number follows from its tensors, so that tracing it would break a graph at every
-tile. In a graph that is being compiled each call is one operator instead: its shapes follow from the shapes
-of its inputs, and what it needs of their values it reads when it runs. Outside of a graph nothing goes
-through here.
+An op loops over tiles, and their number depends on the values of its tensors: tracing the loop would break
+the graph at every tile. In a graph that is being compiled each call is one operator instead. The shapes of
+its results follow from the shapes of its inputs; the values are read when the operator runs. Eager calls do
+not use these operators.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Flat = tuple[Tensor | None, int, Tensor | None, Tensor | None, int | None]
 
 
 def is_opaque(layout: SequenceLayout, q: Tensor, *others: Tensor | None) -> bool:
-    """Return whether a call is to be one operator of the graph that is being compiled.
+    """Return whether a call becomes one operator of the graph that is being compiled.
 
-    A decoding step of one token is not: what it does follows from shapes alone, and a graph can join it with
-    what is around it. It reads where padded rows begin, though, when it knows how many tokens are cached.
+    A decoding step of one token does not, as it depends on shapes alone: the compiler can trace it and fuse
+    it with its neighbours. The exception is a padded batch with an int offset, whose row starts must be read.
     """
     if not torch.compiler.is_compiling():
         return False

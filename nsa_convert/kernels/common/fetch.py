@@ -63,7 +63,7 @@ def _fetch(
     size: int,
     addresses: dict[tuple[int, ...], Tensor],
 ) -> Tensor:
-    """Gather with ``index_select``, which copies row by row: a row is as long as the layout allows."""
+    """Gather with ``index_select``, which copies whole rows: they are as long as the layout allows."""
     batch, length, num_heads, dim = x.shape
     row_stride, token_stride, head_stride, _ = x.stride()
     whole = token_stride == dim and head_stride % dim == 0 and row_stride % dim == 0

@@ -1,4 +1,4 @@
-"""Split padded and packed batches into plain sequences, so that the fast paths know neither."""
+"""Split padded and packed batches into plain sequences, so that fast paths need handle neither."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def backward_tiles(
     tiles: Iterator[Tiles],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; scores are computed again from lse, in float32 or float64."""
+    """Return the gradients of q, k and v; probabilities are recomputed from lse, in float32 or float64."""
     dtype = accumulate_dtype(q.dtype)
     dq = torch.zeros_like(q, dtype=dtype)
     dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (k, v))

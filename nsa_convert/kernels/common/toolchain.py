@@ -1,4 +1,4 @@
-"""Triton as a tool: declared kernels, their configurations, and which one a launch takes.
+"""The table of triton kernels: how each is declared, configured, chosen and launched.
 
 Every file ``triton_*.py`` of this package declares its kernels here, so that one table holds them all and a
 test can compile each of its rows ahead of time. Only these files import this one; nothing else needs triton.
@@ -32,7 +32,7 @@ def interpreted() -> bool:
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """Return the constexpr ``UPCAST`` of :func:`dot`: the interpreter's bfloat16 product is garbage."""
+    """Return the constexpr ``UPCAST`` of :func:`dot`: the interpreter multiplies bfloat16 wrongly."""
     return interpreted() and dtype == torch.bfloat16
 
 
@@ -208,7 +208,7 @@ def declare(
     key: Sequence[str] = (),
     cases: Sequence[Mapping[str, Any]],
 ) -> Callable[[Callable], Kernel]:
-    """Make a function a :class:`Kernel` of the table; see its attributes for the arguments.
+    """Compile a function with ``triton.jit`` and enter it in :data:`KERNELS`; see :class:`Kernel`.
 
     Raises:
         ValueError: An argument of the kernel has no type, or no configuration takes the longest rows.

@@ -28,7 +28,7 @@ def decode_cells(
     scale: float,
     normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is block_topk's lse.
+    """See :func:`nsa_convert.kernels.compressed.compressed_attention`; ``normaliser`` is its lse argument.
 
     ``ck`` are the parts of the cell keys, which lie side by side along their last dimension.
     """
@@ -99,7 +99,7 @@ def decode_cells(
 def _probabilities(
     q: Tensor, ck: Sequence[Tensor], grid: CellGrid, ages: Tensor | None, complete: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return p and lse over the whole buffer: a product with a part of it would copy that part first."""
+    """Return p and lse over the whole buffer of cells: a product with a slice of it would copy the slice."""
     num_queries = q.shape[1]
     dtype = accumulate_dtype(q.dtype)
     rows = q.unflatten(2, (ck[0].shape[2], -1)).transpose(1, 2)  # [B, H, TQ, g, E]
@@ -141,7 +141,7 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_hidden(o: Tensor, p: Tensor, cv: Tensor, grid: CellGrid, ages: Tensor) -> Tensor:
-    """Return o, computed again if a hidden value that is not finite spoilt it: 0 * NaN is NaN.
+    """Recompute o without hidden cells if one that is not finite reached it (``0 * NaN`` is NaN).
 
     Args:
         o: ``[B, H, g, DV]``, p times the values of all cells.

@@ -1,4 +1,4 @@
-"""Compressed attention and block choice as the formulas read."""
+"""Compressed attention and block choice exactly as the formulas, for tests."""
 
 from __future__ import annotations
 

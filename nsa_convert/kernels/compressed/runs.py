@@ -199,9 +199,9 @@ class CompressedRun:
         return o, lse, indices
 
     def scratch(self, dtype: torch.dtype) -> Tensor:
-        """Return room for the scores and the probabilities of the largest chunk.
+        """Return one buffer for the scores and the probabilities of any chunk.
 
-        The chunks grow with the sequence: allocating each anew would leave holes that no later one fits in.
+        Chunks grow along the sequence, so allocating each one anew would fragment memory.
         """
         sizes = ((c.rows.stop - c.rows.start) * c.num_cells * c.ages.shape[1] for c in self.chunks())
         return torch.empty(2, self.num_heads * max(sizes, default=0), dtype=dtype, device=self.device)

@@ -1,4 +1,4 @@
-"""From cell probabilities to lists of blocks, exact in its ties and free of data-dependent shapes."""
+"""From cell probabilities to lists of blocks: exact ties, and no shape that depends on values."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ def top_blocks(score: Tensor, ages: Tensor | None, size: int, rule: BlockTopK) -
 
 
 def _ascending(lists: Tensor) -> Tensor:
-    """Sort short lists along the last dimension; torch's sort would also carry their order along."""
+    """Sort short lists along the last dimension; torch's sort would also move the indices."""
     return lists.topk(lists.shape[-1], -1, largest=False).values

@@ -49,7 +49,7 @@ def attend(
 def _complete(
     q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, layout: SequenceLayout
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the cells without those that no query can see."""
+    """Cut off the cells that no query can see."""
     if layout.cu_seqlens is not None:
         return ck, cv
     complete = grid.count(int(layout.offset) + q.shape[1])
@@ -79,7 +79,7 @@ def _attend_opaque(
     q: Tensor, ck: Tensor, cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None, layout: SequenceLayout,
     scale: float, normaliser: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Attend in one operator of a graph."""
+    """Call :data:`_operator`, which a graph that is being compiled takes as a whole."""
     sizes = (grid.width, grid.stride)
     chosen = (0, 0, 0, 0, False, False)
     if rule is not None:
@@ -136,7 +136,7 @@ def _fake(
 
 
 def _size(q: Tensor, ck: Tensor, width: int, stride: int, size: int, blocks: int, *flat: Any) -> int:
-    """Return S: what shapes tell of the tokens that queries can see."""
+    """Return S, the length of the lists, from an upper bound of the visible tokens that shapes alone give."""
     slot, first = flat[4:6]
     tokens = first + q.shape[1] if slot is None else (ck.shape[1] - 1) * stride + width + stride - 1
     return list_size(blocks, (tokens + size - 1) // size)

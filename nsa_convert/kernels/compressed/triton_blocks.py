@@ -31,7 +31,7 @@ class CellLayout:
     """What each query sees of the compressed cells.
 
     Attributes:
-        cells: Its run of cells, a run for :func:`interval_attention`.
+        cells: Which cells it sees, as :func:`interval_attention` takes them.
         age: ``[B or 1, TQ]`` int64, keys of its document up to the query, itself included; 0 in the
             padding.
         longest: Upper bound of ``age`` that is known without reading the device.

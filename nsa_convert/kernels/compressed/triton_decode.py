@@ -31,7 +31,7 @@ def decode_score(
     D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, GN: tl.constexpr,
     MAXIMUM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Store the scores of a tile of blocks for one query and key head; ``block_score`` has the weights."""
+    """Store the scores of a tile of blocks for one query and key head, weighted as in ``block_score``."""
     i_t = tl.program_id(0).to(tl.int64)
     i_b = (tl.program_id(2) // (HQ // GROUP)).to(tl.int64)
     i_h = (tl.program_id(2) % (HQ // GROUP)).to(tl.int64)

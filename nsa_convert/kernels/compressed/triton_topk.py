@@ -1,7 +1,8 @@
-"""The exact choice of the best blocks: bisection on the bits of the score, no sort and no merge.
+"""The exact choice of the best blocks by bisection on the bits of the scores, without sorting.
 
-Non-negative floats are ordered like their bits. 31 counts find the S-th largest score of a row; what lies
-above it is chosen, and of its equals the first ones, so that a running count writes the list in order.
+Non-negative floats are ordered like their bits, so 31 steps of counting find the S-th largest score of a row.
+All blocks with a larger score are chosen, then the first ones with an equal score. A running count gives
+each its place, so the list is written in ascending order.
 """
 
 from __future__ import annotations

@@ -130,8 +130,8 @@ def _attend_masked(
     """Attend where ``visible`` (broadcasts to ``[N, H, R, L]``).
 
     Rows in ``blind`` (broadcasts to ``[N, H, R]``) see nothing: they get o = 0 and lse = -inf. Where rows see
-    different keys, one that is not finite reaches those that see it and no other; where all see the same, the
-    others are finite already.
+    different keys, a key that is not finite reaches only the rows that see it; where all rows see the same
+    keys, the caller has made the hidden ones finite already.
     """
     bad = None
     if visible.shape[2] > 1:

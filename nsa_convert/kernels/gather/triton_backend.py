@@ -1,4 +1,4 @@
-"""Attention query by query as an operator of torch: decoding, and lists of tokens with gradients."""
+"""Attention query by query as a custom operator: decoding, and lists of tokens with gradients."""
 
 from __future__ import annotations
 

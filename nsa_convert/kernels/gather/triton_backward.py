@@ -1,4 +1,4 @@
-"""Backward of attention to lists of tokens: queries fetch their keys, keys the queries that list them."""
+"""Backward of attention to lists of tokens: dq from each query's keys, dk and dv from each key's readers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Attention query by query: each program fetches the keys of one query, for decoding and for lists of tokens.
 
-The operands are swapped: keys are the rows of the matrix products and the query heads that share them the
-columns, so that a group of 1 to 8 heads fills an instruction that would want 16 rows of queries.
+The operands are swapped: keys are the rows of the matrix products, and the query heads that share them are
+the columns. A matrix instruction needs 16 rows but only 8 columns, so small groups waste less of it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def key_slots(
 
 @triton.jit
 def list_pointer(items, list_of, i_b, i_l, i_t, lists, query_block, s_nb, s_nh, s_nt, MAPPED: tl.constexpr):
-    """Return where the list of a query begins; lists for all heads have one head."""
+    """Return a pointer to the list of a query; ``lists`` counts the heads that have lists, at least 1."""
     row = tl.load(list_of + i_t) if MAPPED else i_t // query_block
     return items + i_b * s_nb + (i_l % lists) * s_nh + row.to(tl.int64) * s_nt
 
@@ -183,7 +183,7 @@ def merge_parts(
     s_lb, s_lt, s_lh, HQ, splits, D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
     VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of one query and head, always in the same order."""
+    """Join the parts of the keys of one query and head, in a fixed order."""
     i_t = tl.program_id(0).to(tl.int64)
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
     i_h = (tl.program_id(1) % HQ).to(tl.int64)

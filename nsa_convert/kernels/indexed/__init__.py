@@ -1,4 +1,4 @@
-"""Choices by an index: lists of tokens or blocks from products of index queries and index keys (DSA, MSA)."""
+"""Choice by an indexer: lists of tokens or blocks from products of index queries and keys (DSA, MSA)."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _choose_blocks(q: Tensor, k: Tensor, rule: BlockTopK, layout: SequenceLayout
 
 
 def _reach(q: Tensor, k: Tensor, slot: Tensor | None, first: int) -> int:
-    """Return what shapes tell of the keys that queries can see."""
+    """Return an upper bound of the visible keys that shapes alone give."""
     return torch.sym_min(k.shape[1], first + q.shape[1]) if slot is None else k.shape[1]
 
 

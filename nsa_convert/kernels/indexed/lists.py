@@ -1,4 +1,4 @@
-"""Index scores in chunks of queries, and the best items of each row with exact ties."""
+"""Index scores in chunks of queries, and the best tokens or blocks of each query, with exact ties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interval attention as a differentiable operator of torch, and the intervals of each pattern.
+"""Interval attention as a differentiable custom operator, and the intervals of each pattern.
 
 One kernel family serves dense attention with padding or packing, sinks and a sliding window, and attention
 over compressed cells: in each of them a query sees a run of keys, and the runs move forward with the queries.
@@ -52,7 +52,7 @@ def layout_intervals(
     layout: SequenceLayout, num_queries: int, num_keys: int, device: torch.device,
     window_size: int | None = None, num_sinks: int = 0,
 ) -> Intervals:  # fmt: skip
-    """Return what dense attention, or a window of ``window_size`` keys with sinks, shows each query."""
+    """Return what each query sees in dense attention, or in a window of ``window_size`` keys with sinks."""
     starts = layout.row_starts(num_queries, device)  # [B or 1, TQ]
     ends = layout.positions(num_queries, device).expand_as(starts) + 1
     lo = starts if window_size is None else torch.maximum(starts, ends - window_size)
@@ -278,9 +278,10 @@ def processors(x: Tensor) -> int:
 
 
 def query_bounds(lo: Tensor, hi: Tensor, num_keys: int) -> Tensor:
-    """Return which queries see the keys around each multiple n of GRANULE, int32 ``[B or 1, 4, N]``.
+    """Return where the runs of the queries begin and end around each multiple n of GRANULE.
 
-    The rows count the queries with ``hi <= n``, ``hi < n``, ``lo <= n`` and ``lo < n``.
+    The result is int32 ``[B or 1, 4, N]``. Its rows count the queries with ``hi <= n``, ``hi < n``,
+    ``lo <= n`` and ``lo < n``.
     """
     count = triton.cdiv(num_keys, GRANULE) + 1
     edges = torch.arange(count, dtype=torch.int32, device=lo.device) * GRANULE

@@ -1,4 +1,4 @@
-"""Backward kernels of interval attention: queries walk their keys (dq), keys their queries (dk, dv)."""
+"""Backward kernels of interval attention: dq over the keys of a query tile, dk and dv over its readers."""
 
 from __future__ import annotations
 

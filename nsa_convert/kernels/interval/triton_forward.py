@@ -66,9 +66,10 @@ def load_intervals(lo, hi, first, o_m, m_m, HAS_SINKS: tl.constexpr):
 
 @triton.jit
 def tile_range(b_lo, b_hi, m_m, BN: tl.constexpr):
-    """Return ``(begin, full, cut, end)`` of a tile of queries, whole tiles of BN keys apart but for ``end``.
+    """Return the bounds ``(begin, full, cut, end)`` of the keys of a tile of queries.
 
-    Every query sees all keys of ``[full, cut)``; no query sees keys outside of ``[begin, end)``, sinks apart.
+    Every query sees all keys of ``[full, cut)``; sinks apart, no query sees a key outside ``[begin, end)``.
+    The first three differ by whole tiles of BN keys.
     """
     begin = tl.min(b_lo, 0)
     end = tl.maximum(begin, tl.max(b_hi, 0))

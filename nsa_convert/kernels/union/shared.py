@@ -1,7 +1,7 @@
-"""Lists that many neighbouring queries share: a tile reads its one list, nothing has to be united.
+"""Lists that many neighbouring queries share: a tile reads one list as it is, without a union.
 
-Prefill methods choose once for 64 or 128 queries and for each query head. Every list is walked as it is:
-no list is repeated for its queries, and only the blocks around a tile need a mask.
+Prefill methods choose once for 64 or 128 queries and for each query head. No list is repeated for its
+queries, and only the blocks around the tile itself need a mask.
 """
 
 from __future__ import annotations

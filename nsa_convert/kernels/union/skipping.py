@@ -1,8 +1,9 @@
-"""Attention to listed blocks that leaves out values which can hardly count (arXiv 2502.18137, second stage).
+"""Attention to listed blocks that skips values of negligible weight (arXiv 2502.18137, second stage).
 
-A flash kernel walks a tile of queries through its blocks with a running maximum of the scores. Where the
-largest score of every row lies far below what the row has seen, the probabilities are small and their product
-with the values is left out. The softmax's denominator counts them: what is lost is their share of the row.
+A flash kernel walks a tile of queries through its blocks and keeps the running maximum of the scores. Where
+the largest new score of every row lies far below that maximum, the probabilities are tiny, and their product
+with the values is skipped. The denominator of the softmax still counts them, so their share of the output is
+lost, not redistributed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def skipping_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockSelection, *, value_skip: float,
     layout: SequenceLayout = DENSE_LAYOUT, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attend as :func:`nsa_convert.kernels.sparse_attention`, without values that can hardly count.
+    """Attend as :func:`nsa_convert.kernels.sparse_attention`, but skip values of negligible weight.
 
     A tile is a run of :func:`tile_rows` queries of one list and one query head. It takes its blocks in
     ascending order, larger ones in parts of 64 keys. With m the maximum of a row's scores over the keys
@@ -177,6 +178,6 @@ def _gathered(
 
 
 def _inside(block_size: int, device: torch.device) -> tuple[Tensor, int]:
-    """Return the keys of a block, with room for whole runs of keys, and the length of a run."""
+    """Return the offsets of a block's keys, padded to whole runs of keys, and the length of a run."""
     width = min(RUN, block_size)
     return torch.arange(-(-block_size // width) * width, device=device), width

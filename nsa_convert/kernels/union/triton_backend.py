@@ -1,4 +1,4 @@
-"""Attention to selected blocks as a differentiable operator that torch.compile does not look into."""
+"""Attention to selected blocks as a differentiable custom operator, which torch.compile does not trace."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def selected_attention_backward(
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv; the lists are united again rather than kept."""
+    """Return dq, dk and dv; the unions of the lists are built again rather than kept."""
     if not q.numel() or not indices.numel():
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         return dq, dk, dv

@@ -47,7 +47,7 @@ def sum_readers(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, UPCAST: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Return dk, over the scale, and dv of a block over the entries ``begin .. end - 1`` of its readers."""
+    """Return dk, without the scale, and dv of a block: sums over the entries ``begin .. end - 1``."""
     if CLEAN:
         b_k = finite(b_k)
         b_v = finite(b_v)
@@ -130,7 +130,7 @@ def attend_backward_kv(
     """Sum dk and dv of one block over the tiles that read it, or over one item of them.
 
     Programs: (items, key heads that share the item, parts of BN keys). BR rows of a tile are taken at a time.
-    A second launch with CLEAN computes again what came out broken, as in the forward.
+    A second launch with CLEAN computes again what is not finite, as in the forward.
     """
     p_broken = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     p_broken = broken + p_broken.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -203,7 +203,7 @@ def add_parts(
     part_k, part_v, dk, dv, sums, entry_tiles, tiles, TK, H, key_heads, block_rows, num_tiles,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums of one block in ascending order; one item has written its result itself.
+    """Add the partial sums of one block in ascending order; a block of one item has its result already.
 
     Programs as in :func:`attend_backward_kv`.
     """
@@ -276,7 +276,7 @@ def backward_kv(
     grid = readers.items.shape[0], shared, -(-plan.block_size // keys)
     broken = torch.empty(grid, dtype=torch.int32, device=q.device)
 
-    # The second launch computes again what came out broken.
+    # The second launch computes again what is not finite.
     for clean in (False, True):
         attend_backward_kv.launch(
             grid, q, row_bytes(q), q=q, k=k, v=v, do=do, base=base, delta=delta, items=readers.items,

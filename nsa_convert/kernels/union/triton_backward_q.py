@@ -73,7 +73,7 @@ def walk(
     BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr,
     CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Add what the blocks ``begin .. end - 1`` give to dq of BM rows, along the walk of the forward."""
+    """Add what the blocks ``begin .. end - 1`` give to dq of BM rows, in the order of the forward."""
     o_q, o_hq, m_m, o_w = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
 
     b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)
@@ -167,7 +167,7 @@ def attend_backward_q(
     BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr,
     UPCAST: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of one tile and R heads, along the walk of the forward. Programs: (tiles, HQ / R, B)."""
+    """Store dq of one tile and R heads, in the order of the forward. Programs: (tiles, HQ / R, B)."""
     i_t = tl.program_id(0)
     i_p = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)

@@ -137,11 +137,12 @@ def attend_forward(
     BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr,
     UPCAST: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Attend with one tile and R heads, with its halves one by one where only one listed a block.
+    """Store o and lse of one tile of queries and R heads.
 
-    Programs: (tiles, HQ / R, B); row r of a half is query r // R of it, head r % R. A second launch
-    with CLEAN walks the tiles again whose output is not finite: values that are not finite then reach only
-    those queries that see them.
+    Programs: (tiles, HQ / R, B); row r of a half is query r // R of it, head r % R. With two halves, all rows
+    walk the blocks that both list, then each half those that it alone lists. A second launch with CLEAN walks
+    the tiles again whose output is not finite: values that are not finite then reach only the queries that
+    see them.
     """
     i_t = tl.program_id(0)
     i_p = tl.program_id(1)
@@ -172,7 +173,7 @@ def attend_forward(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """Return ``(o [B, TQ, HQ, D], lse [B, TQ, HQ] float32)``; queries in no tile do not exist.
+    """Return ``(o [B, TQ, HQ, D], lse [B, TQ, HQ] float32)``; every query is in a tile.
 
     Args:
         q: ``[B, TQ, HQ, D]``, the last dim contiguous, as in k and v.
@@ -186,7 +187,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
     grid = (plan.tiles.shape[1], q.shape[2] // plan.readers, q.shape[0])
     broken = torch.empty(grid, dtype=torch.int32, device=q.device)
 
-    # The second launch walks those tiles again that came out broken.
+    # The second launch walks the tiles again whose output is not finite.
     for clean in (False, True):
         attend_forward.launch(
             grid, q, row_bytes(q), q=q, k=k, v=v, o=o, lse=lse, broken=broken, CLEAN=clean,

@@ -38,10 +38,11 @@ def union_lists(
     WIDTH: tl.constexpr, LISTS: tl.constexpr, SP: tl.constexpr, BS: tl.constexpr, QB: tl.constexpr,
     HALF: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """Walk the lists of one tile in ascending order: ``bounds`` gets their number, or is where to write.
+    """Walk the blocks that one tile lists in ascending order, to count them or, with WRITE, to store them.
 
     Programs: (tiles, lists, batch). ``LISTS`` and ``WIDTH`` are powers of two that hold the lists and the
-    queries of a tile; bit w of a member is set when query w of the tile lists the block. With ``HALF``, the
+    queries of a tile; bit w of a member is set when query w of the tile lists the block. ``bounds`` gets
+    their number, or says where to store them. With ``HALF``, the
     blocks that queries before and after number HALF list are written first, then those of the first half
     alone, then those of the second; ``groups`` has the sizes of the first two.
     """

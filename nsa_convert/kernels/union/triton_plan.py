@@ -272,7 +272,7 @@ class Readers:
 
 
 def invert(plan: Plan, num_kv_heads: int) -> Readers:
-    """Turn "which blocks does a tile read" around; tiles stay in ascending order.
+    """Return which tiles read each block, from which blocks each tile reads; tiles stay in ascending order.
 
     A block read by many tiles (the first one is read by all) is cut into items of a length that depends on
     the sizes alone, whose partial sums are added in a fixed order. Reads the device once, if the plan did.

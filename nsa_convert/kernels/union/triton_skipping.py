@@ -1,4 +1,4 @@
-"""Attention to listed blocks that leaves out values which can hardly count, on the triton backend."""
+"""Attention to listed blocks that skips values of negligible weight, on the triton backend."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def attend_skipping(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Attend with one tile of one head; values are loaded only where they count. Programs: (tiles, HQ, B)."""
+    """Attend with one tile of one head; skipped values are not loaded. Programs: (tiles, HQ, B)."""
     i_t = tl.program_id(0)
     i_p = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)

@@ -1,4 +1,4 @@
-"""What the kernels over tiles of queries share: geometry, steps of keys, and the rows of a step."""
+"""What the kernels over tiles of queries share: the tile table, steps of keys, and one step of a tile."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLEANING = tuple(
     Config(num_warps=warps, num_stages=2, max_row=256, only={"BM": rows, "CLEAN": (True,)})
     for warps, rows in ((8, (128,)), (4, (16, 32, 64)))
 )
-"""A second launch for tiles that came out broken; as many warps as the first, so that sums are the same."""
+"""For the second launch, on tiles that are not finite; as many warps as the first, so sums are the same."""
 
 GEOMETRY = {
     "tiles": "*i32", "bounds": "*i64", "blocks": "*i32", "members": "*i64", "scale": "fp32", "TQ": "i32",
@@ -76,9 +76,10 @@ def key_steps(block_size: int, row: int) -> dict[str, int]:
 def load_tile(
     tiles, bounds, groups, i_t, i_p, i_b, num_tiles, HQ, HS, R: tl.constexpr, HALVES: tl.constexpr
 ):  # fmt: skip
-    """Return a tile's first query, number of queries, slot and document, and where its blocks lie.
+    """Return a tile's ``(first, count, slot, start, begin, own, own2, end)``.
 
-    These are those of all its queries, of the first half alone and of the second: three runs in a row.
+    These are its first query, number of queries, key slot of the first query and first slot of its document;
+    then the bounds of its blocks, in order: those of both halves, of the first alone, and of the second.
     """
     p_tile = tiles + (i_b * num_tiles + i_t) * 8
     first, count, slot, start = (
@@ -177,8 +178,8 @@ def attend_rows(
 ):  # fmt: skip
     """Add the keys of a step to the running softmax of a tile's rows.
 
-    ``0 * NaN`` would take a value that is not finite to queries that do not see it; with ``CLEAN`` only those
-    that see it become NaN.
+    A value that is not finite would reach queries that do not see it, as ``0 * NaN`` is NaN; with ``CLEAN``
+    only those that see it become NaN.
     """
     b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale  # [BM, BN]
 
