@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -9,6 +10,11 @@ import pytest
 
 from tests.faults.summary import report_line
 from tests.published import summary
+
+# torch's compiler imports setuptools, which insists that its own distutils is found first. Late in a process
+# of a long run it found the interpreter's (seen once, in two tests), so it comes before everything here.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 
 def pytest_configure(config: pytest.Config) -> None:
