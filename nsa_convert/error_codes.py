@@ -1,4 +1,4 @@
-"""Every error code: exit status, meaning, what to do. Feeds ``nsa-convert explain`` and docs/errors.md."""
+"""Every error code: exit status, meaning, what to do. Feeds `explain` and docs/reference/errors.md."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
     ("RC02", 3, "A method is not known.", "`nsa-convert methods` lists them."),
     ("RC05", 3, "Text in a YAML file needs quotes.", "Write it as the message shows."),
     ("RC10", 3, "Layers or settings of a plan are wrong.", "Take values as the message asks."),
-    ("RC08", 3, "Keys or values of a recipe are wrong.", "docs/training.md lists all keys."),
+    ("RC08", 3, "Keys or values of a recipe are wrong.", "docs/howto/train.md lists all keys."),
     ("RC09", 3, "A recipe does not fit its model or its data.", "Correct what the message names."),
     ("RC11", 3, "A recipe contradicts its checkpoint.", "Leave sparse_attention out."),
     ("RC12", 3, "A recipe file or its base is missing, too big or not text.", "Check the path."),
@@ -315,7 +315,7 @@ def explain_code(code: str) -> ErrorCode:
 
 
 def render_markdown() -> str:
-    """Return docs/errors.md."""
+    """Return docs/reference/errors.md."""
     lines = ["# Errors", "", "<!-- Written by nsa_convert.error_codes.render_markdown; do not edit. -->", ""]
     lines += ["Every error carries a code; `nsa-convert explain CODE` prints its line of these tables.", ""]
     lines += ["| exit | meaning |", "|---|---|", *(f"| {k} | {v} |" for k, v in EXIT_STATUS.items())]

@@ -322,4 +322,4 @@ def test_error_table():
         used |= set(re.findall(r'"((?:CK|CF|TK|SV|RC|HB|KN|EV|DA|CL|NC)\d{2})"', path.read_text()))
     assert used - set(ERROR_CODES) == set()
     assert {entry.exit for entry in ERROR_CODES.values()} <= set(EXIT_STATUS)
-    assert (ROOT / "docs/errors.md").read_text() == render_markdown()
+    assert (ROOT / "docs/reference/errors.md").read_text() == render_markdown()

@@ -29,9 +29,11 @@ from nsa_convert.patterns import DENSE_LAYOUT, SinkWindow
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 README = ROOT / "README.md"
+METHODS_PAGE = ROOT / "docs" / "reference" / "methods.md"
+METHOD_GUIDE = ROOT / "docs" / "develop" / "add_a_method.md"
 
 # Traces of one machine or one way of working; the project speaks of itself alone.
 FOREIGN = re.compile(
@@ -39,6 +41,10 @@ FOREIGN = re.compile(
     r"|methods_trainable|spikes/|\b(?:this|the|a|my) session\b(?! fixture)|\bsub-?agents?\b|\bworker [A-Z]\b",
     re.IGNORECASE,
 )
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks(text: str, *languages: str) -> Iterator[str]:
@@ -117,6 +123,21 @@ def marked(text: str, name: str) -> str:
     return found.group(1).strip()
 
 
+def anchors(page: Path) -> set[str]:
+    """Return what may follow ``#`` in a link to a page: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def leads_somewhere(page: Path, target: str) -> bool:
+    """Return whether a link of a page has its file, and the heading in it."""
+    if "://" in target:
+        return True
+    name, _, heading = target.partition("#")
+    file = page.parent / name if name else page
+    return file.exists() and (not heading or heading in anchors(file))
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -148,7 +169,7 @@ def tree_entries(text: str) -> list[str]:
     return entries
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_snippets_are_valid(page):
     text = page.read_text()
     problems = [
@@ -167,11 +188,22 @@ def test_commands_and_snippets_are_valid(page):
     assert not problems, "\n" + "\n".join(problems)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
-    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-    local = [target for target in targets if "://" not in target]
-    assert [target for target in local if not (page.parent / target).exists()] == []
+    targets = re.findall(r"\]\(([^)\s]+)", page.read_text())
+    assert [target for target in targets if not leads_somewhere(page, target)] == []
+
+
+def test_pages_named_in_files_exist():
+    """Hints, recipes, templates of issues: a page that is named ``docs/...`` is there."""
+    lost = [
+        f"{path.relative_to(ROOT)}: {named}"
+        for path in text_files()
+        if path != Path(__file__) and path.name not in ("CHANGELOG.md", "log.md")
+        for named in re.findall(r"(?<![\w/])docs/[\w/]+\.md", path.read_text(errors="replace"))
+        if not (ROOT / named).is_file()
+    ]
+    assert not lost, "\n".join(lost)
 
 
 def test_readme_method_table_equals_the_registry():
@@ -180,7 +212,7 @@ def test_readme_method_table_equals_the_registry():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_tables_equal_the_code(name):
-    assert marked((ROOT / "docs" / "methods.md").read_text(), f"settings {name}") == settings_table(name)
+    assert marked(METHODS_PAGE.read_text(), f"settings {name}") == settings_table(name)
 
 
 def test_file_tree_is_complete_and_exists():
@@ -210,7 +242,7 @@ def test_no_foreign_words():
 
 
 def test_the_method_of_add_a_method_works():
-    code = next(blocks((ROOT / "docs" / "add_a_method.md").read_text(), "python"))
+    code = next(blocks(METHOD_GUIDE.read_text(), "python"))
     names: dict = {"__name__": "nsa_convert.methods.parts.base"}  # dataclasses look their module up
     exec(compile(code, "add_a_method.md", "exec"), names)
     geometry = AttentionGeometry(hidden_size=32, num_query_heads=4, num_kv_heads=2, head_dim=8)
@@ -251,6 +283,9 @@ def test_snippet_and_word_guards_can_fail():
     assert python_problems("from nsa_convert.errors import Nothing") == ["nsa_convert.errors has no Nothing"]
     assert FOREIGN.search("see /tmp" + "/dev/x")
     assert not FOREIGN.search('@pytest.fixture(scope="session")')
+    assert leads_somewhere(README, "docs/develop/kernels.md#triton-kernels")
+    assert not leads_somewhere(README, "docs/develop/kernels.md#no-such-heading")
+    assert not leads_somewhere(README, "docs/no_such_page.md")
     assert list(inline_commands("see `make x` and `nsa-convert COMMAND --help`")) == ["make x"]
     assert list(commands("A=1 make x \\\n  y # note")) == [["make", "x", "y"]]
     tree = "a/ x\n  b.py y\nc z\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guards.test_docs import ROOT, blocks
+from tests.guards.test_docs import METHOD_GUIDE, ROOT, blocks
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +44,8 @@ def run(folder: Path, *words: str) -> tuple[int, str]:
 
 
 def add_method(copy: Path) -> None:
-    """Do what docs/add_a_method.md says."""
-    page = (ROOT / "docs" / "add_a_method.md").read_text()
+    """Do what docs/develop/add_a_method.md says."""
+    page = METHOD_GUIDE.read_text()
     file = next(iter(blocks(page, "python")))
     entry, variant = blocks(page, "text")
     (copy / "nsa_convert/methods/band.py").write_text(file)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
 PROGRAMS = ("nsa-convert", "torchrun", "accelerate", "python", "pip", "make", "git", "hf")
 SHELLS = ("bash", "sh", "console")
@@ -23,14 +23,14 @@ NOT_RUN = {
     ("README.md", "make test-hf"): "fetches transformers' tests, and runs them for longer than this one",
     ("README.md", "make lint"): "pip-audit asks a server",
     ("README.md", "make fuzz"): "has its own time; tests/faults/test_mutations.py tests the same property",
-    ("docs/evaluation.md", "pip install lm-eval"): "asks a package index; large",
+    ("docs/reference/evaluation.md", "pip install lm-eval"): "asks a package index; large",
     (
-        "docs/evaluation.md",
+        "docs/reference/evaluation.md",
         "nsa-convert eval OUT --suite tasks --set tasks=arc_easy,hellaswag --set limit=200 "
         "--out OUT/evaluation/short",
     ): "needs lm-eval, and fetches data sets of the Hub; tests/evaluation/test_lm_eval.py has the adapter",
     (
-        "docs/evaluation.md",
+        "docs/reference/evaluation.md",
         "nsa-convert eval OUT --suite tasks --set tasks=my_task --set include_path=FOLDER",
     ): "needs lm-eval; tests/evaluation/test_lm_eval.py has such a folder",
     (
@@ -43,8 +43,14 @@ NOT_RUN = {
 SMALLER = {
     **dict.fromkeys(
         (
-            ("docs/methods.md", "nsa-convert inspect MODEL --measure duo.safetensors --set kind=duo"),
-            ("docs/evaluation.md", "nsa-convert inspect MODEL --measure duo.safetensors --set kind=duo"),
+            (
+                "docs/reference/methods.md",
+                "nsa-convert inspect MODEL --measure duo.safetensors --set kind=duo",
+            ),
+            (
+                "docs/reference/evaluation.md",
+                "nsa-convert inspect MODEL --measure duo.safetensors --set kind=duo",
+            ),
         ),
         "--set steps=2 --set min_length=800 --set max_length=1000",
     ),
@@ -55,16 +61,16 @@ SMALLER = {
     ): "--set period=200",
     ("README.md", "nsa-convert bench --device cpu"): "--lengths 1024",
     (
-        "docs/evaluation.md",
+        "docs/reference/evaluation.md",
         "nsa-convert eval OUT --suite long --set lengths=2048,4096 --set samples=3 --out OUT/evaluation",
     ): "--set lengths=1024 --set samples=1 --set depths=[0.5]",
     (
-        "docs/evaluation.md",
+        "docs/reference/evaluation.md",
         "nsa-convert eval MODEL --suite compare --set methods=nsa,ssa,moba --set budgets=512,1024 "
         "--set lengths=4096 --out DIR",
     ): "--set budgets=256,512 --set lengths=1024 --set needle_lengths=[1024] --set depths=[0.5]",
     (
-        "docs/evaluation.md",
+        "docs/reference/evaluation.md",
         "nsa-convert eval MODEL --suite compare --set budgets=0.25 --set needle_lengths=2048,4096,8192 "
         "--set equal=density --plan outer=benchmarks/plans/nsa_outer_layers_full.yaml "
         "--plan duo=duo.safetensors@0.15 --out DIR",

@@ -20,12 +20,12 @@ from tests.published.scaling import set_words
 from tests.pushing import hub  # noqa: F401
 
 MODELS: dict[str, dict[str, Any]] = {
-    "docs/conversion.md": {"num_hidden_layers": 30},
-    "docs/methods.md": {"num_hidden_layers": 8, "num_key_value_heads": 4},
-    "docs/evaluation.md": {"num_hidden_layers": 5},
+    "docs/reference/conversion.md": {"num_hidden_layers": 30},
+    "docs/reference/methods.md": {"num_hidden_layers": 8, "num_key_value_heads": 4},
+    "docs/reference/evaluation.md": {"num_hidden_layers": 5},
 }
 """Page -> sizes its examples need of MODEL: layers and heads they name, lengths they read."""
-QUICK = {"README.md", "docs/methods.md"}
+QUICK = {"README.md", "docs/reference/methods.md"}
 
 
 def write_places(page: str, folder: Path) -> None:

@@ -306,7 +306,7 @@ def recipe_from_dict(
     raise_problems(
         [line.removeprefix(f"{where}: ") if len(problems) == 1 else line for line in problems],
         code="RC08",
-        hint="docs/training.md lists every key; secrets such as HF_TOKEN belong in the environment",
+        hint="docs/howto/train.md lists every key; secrets such as HF_TOKEN belong in the environment",
     )
     assert recipe is not None
     return recipe
