@@ -29,7 +29,7 @@ HF_TESTS ?=
 SUITE = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(HF) $(BIN)/python -m pytest -q \
 	-o addopts=--import-mode=importlib -p tests.hf.checks --disable-warnings tests/hf/suite.py
 
-.PHONY: help venv test test-all test-oldest test-hf test-gpu lint fuzz demo bench bench-gpu release clean
+.PHONY: help venv test test-all test-oldest test-hf test-gpu lint fuzz pages demo bench bench-gpu release clean
 
 help:
 	@echo "make test      the tests that need no GPU and no network (8 to 16 minutes on 2 cores)"
@@ -38,6 +38,7 @@ help:
 	@echo "make test-hf   transformers' own model tests on converted models, held against stock Llama (half an hour of one core)"
 	@echo "make lint      ruff, its formatter, mypy, and pip-audit where it can run"
 	@echo "make fuzz      damaged checkpoints and recipes, for FUZZ_SECONDS"
+	@echo "make pages     write the pages of docs/reference that follow from the code"
 	@echo "make demo      SmolLM2-135M to NSA and SSA: convert, verify, evaluate, generate"
 	@echo "make bench     sparse against dense attention on this machine"
 	@echo "make bench-gpu the kernels on a GPU: right, how fast, how near to its limits (under 8 minutes)"
@@ -85,6 +86,9 @@ lint: $(READY)
 
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.fuzz --seconds $(FUZZ_SECONDS)
+
+pages: $(READY)
+	$(BIN)/python -m tests.guards.reference
 
 demo: $(READY)
 	BIN=$(CURDIR)/$(BIN) .ci/demo $(DEMO)
