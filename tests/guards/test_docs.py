@@ -20,11 +20,10 @@ import torch
 from nsa_convert.cli import main
 from nsa_convert.config import AttentionGeometry
 from nsa_convert.errors import UsageError
-from nsa_convert.families import FAMILIES
 from nsa_convert.kernels import dense_attention, sparse_attention, use_backend
 from nsa_convert.methods.parts.base import AttentionInputs
-from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patterns import DENSE_LAYOUT, SinkWindow
+from tests.guards.reference import anchor
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -32,7 +31,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 README = ROOT / "README.md"
-METHODS_PAGE = ROOT / "docs" / "reference" / "methods.md"
+TREE_PAGE = ROOT / "docs" / "develop" / "architecture.md"
 METHOD_GUIDE = ROOT / "docs" / "develop" / "add_a_method.md"
 
 # Traces of one machine or one way of working; the project speaks of itself alone.
@@ -65,8 +64,12 @@ def inline_commands(text: str) -> Iterator[str]:
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    """Yield the words of each command line; a backslash joins lines, ``VAR=x`` and prompts are dropped."""
-    for line in block.replace("\\\n", " ").splitlines():
+    """Yield the words of each command line; a backslash joins lines, ``VAR=x`` and prompts are dropped.
+
+    Where lines of a block have prompts, the others are what was printed.
+    """
+    lines = block.replace("\\\n", " ").splitlines()
+    for line in [line for line in lines if line.startswith("$ ")] or lines:
         words = shlex.split(line.removeprefix("$ "), comments=True)
         while words and re.fullmatch(r"\w+=.*", words[0]):
             words = words[1:]
@@ -126,7 +129,7 @@ def marked(text: str, name: str) -> str:
 def anchors(page: Path) -> set[str]:
     """Return what may follow ``#`` in a link to a page: its headings, as GitHub writes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {anchor(heading) for heading in headings}
 
 
 def leads_somewhere(page: Path, target: str) -> bool:
@@ -136,27 +139,6 @@ def leads_somewhere(page: Path, target: str) -> bool:
     name, _, heading = target.partition("#")
     file = page.parent / name if name else page
     return file.exists() and (not heading or heading in anchors(file))
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def method_table() -> str:
-    specs = [method.spec for method in METHODS.values()]
-    rows = [[f"`{spec.name}`", spec.paper, spec.summary, *["yes"] * len(FAMILIES)] for spec in specs]
-    families = [family.title for family in FAMILIES.values()]
-    return table(["method", "paper", "what it does", *families], rows)
-
-
-def settings_table(name: str) -> str:
-    method = METHODS[name]
-    rows = [
-        [f"`{field.name}`", f"`{field.default}`", method.spec.sources.get(field.name, "")]
-        for field in dataclasses.fields(method.Settings)
-    ]
-    return table(["setting", "default", "source of the default"], rows)
 
 
 def tree_entries(text: str) -> list[str]:
@@ -206,25 +188,17 @@ def test_pages_named_in_files_exist():
     assert not lost, "\n".join(lost)
 
 
-def test_readme_method_table_equals_the_registry():
-    assert marked(README.read_text(), "methods") == method_table()
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_settings_tables_equal_the_code(name):
-    assert marked(METHODS_PAGE.read_text(), f"settings {name}") == settings_table(name)
-
-
 def test_file_tree_is_complete_and_exists():
-    entries = tree_entries(README.read_text())
+    entries = tree_entries(TREE_PAGE.read_text())
     assert [entry for entry in entries if not (ROOT / entry).exists()] == []
     modules = {path.name for path in (ROOT / "nsa_convert").iterdir() if not path.name.startswith("_")}
     listed = {entry.split("/")[1] for entry in entries if entry.startswith("nsa_convert/")}
-    assert modules - listed == set(), "the README's tree lacks these"
+    assert modules - listed == set(), "the tree lacks these"
 
 
 def text_files() -> Iterator[Path]:
-    folders = ("nsa_convert", "tests", "benchmarks", "docs", ".ci", ".github", "recipes", "model_cards")
+    folders = ("nsa_convert", "tests", "benchmarks", "docs", "examples")
+    folders += (".ci", ".github", "recipes", "model_cards")
     yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
     for folder in folders:
         yield from (path for path in (ROOT / folder).rglob("*") if path.is_file())
@@ -288,5 +262,6 @@ def test_snippet_and_word_guards_can_fail():
     assert not leads_somewhere(README, "docs/no_such_page.md")
     assert list(inline_commands("see `make x` and `nsa-convert COMMAND --help`")) == ["make x"]
     assert list(commands("A=1 make x \\\n  y # note")) == [["make", "x", "y"]]
+    assert list(commands("$ make x\nIt's done\n$ make y")) == [["make", "x"], ["make", "y"]]
     tree = "a/ x\n  b.py y\nc z\n"
     assert tree_entries(f"<!-- tree -->\n```\n{tree}```\n<!-- /tree -->") == ["a", "a/b.py", "c"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -14,15 +14,17 @@ PAGES = {
 }
 PROGRAMS = ("nsa-convert", "torchrun", "accelerate", "python", "pip", "make", "git", "hf")
 SHELLS = ("bash", "sh", "console")
+SHOWN = ("", "text")
+"""Fences that are not run: files, formulas, the form of a command."""
 
 NOT_RUN = {
+    ("README.md", "git clone REPOSITORY nsa-convert"): "needs the address of the repository",
+    ("README.md", "cd nsa-convert"): "the test stands in a folder of its own",
+    (
+        "README.md",
+        "pip install --index-url=https://download.pytorch.org/whl/cpu -c constraints.txt torch",
+    ): "asks a package index; large",
     ("README.md", "pip install -c constraints.txt -e '.[gguf,eval]'"): "guards/test_packaging.py runs it",
-    ("README.md", "make test"): "runs this test",
-    ("README.md", "make test-all"): "runs this test",
-    ("README.md", "make test-oldest"): "installs an environment, and runs tests for longer than this one",
-    ("README.md", "make test-hf"): "fetches transformers' tests, and runs them for longer than this one",
-    ("README.md", "make lint"): "pip-audit asks a server",
-    ("README.md", "make fuzz"): "has its own time; tests/faults/test_mutations.py tests the same property",
     ("docs/reference/evaluation.md", "pip install lm-eval"): "asks a package index; large",
     (
         "docs/reference/evaluation.md",
@@ -40,26 +42,26 @@ NOT_RUN = {
 }
 """(page, command) -> why no test runs it."""
 
+STAND_INS = {"demo": "MODEL", "SmolLM2-135M-Instruct (dequantised from Q4_1)": "MODEL"}
+"""Word of a command, name in what it prints -> the folder that stands for it: what it names is fetched."""
+
+TINY_STEPS = "--set stages.align.tokens=1024 --set stages.pretrain.tokens=1024"
+RAZOR = "nsa-convert inspect MODEL --measure razor.safetensors --set kind=razor"
+DUO = "nsa-convert inspect MODEL --measure duo.safetensors --set kind=duo"
 SMALLER = {
     **dict.fromkeys(
-        (
-            (
-                "docs/reference/methods.md",
-                "nsa-convert inspect MODEL --measure duo.safetensors --set kind=duo",
-            ),
-            (
-                "docs/reference/evaluation.md",
-                "nsa-convert inspect MODEL --measure duo.safetensors --set kind=duo",
-            ),
-        ),
+        (("docs/reference/methods.md", DUO), ("docs/reference/evaluation.md", DUO)),
         "--set steps=2 --set min_length=800 --set max_length=1000",
     ),
-    ("README.md", "nsa-convert inspect MODEL --measure heads.safetensors"): "--set length=1024",
-    (
-        "README.md",
-        "nsa-convert inspect MODEL --measure razor.safetensors --set kind=razor",
-    ): "--set period=200",
-    ("README.md", "nsa-convert bench --device cpu"): "--lengths 1024",
+    **dict.fromkeys(
+        (("docs/quickstart.md", RAZOR), ("docs/howto/choose_a_method.md", RAZOR)), "--set period=200"
+    ),
+    **dict.fromkeys(
+        (("README.md", "nsa-convert train tiny/nsa"), ("docs/quickstart.md", "nsa-convert train tiny/nsa")),
+        TINY_STEPS,
+    ),
+    ("docs/quickstart.md", "nsa-convert inspect MODEL --measure heads.safetensors"): "--set length=1024",
+    ("docs/quickstart.md", "nsa-convert bench --device cpu"): "--lengths 1024",
     (
         "docs/reference/evaluation.md",
         "nsa-convert eval OUT --suite long --set lengths=2048,4096 --set samples=3 --out OUT/evaluation",
@@ -76,11 +78,16 @@ SMALLER = {
         "--plan duo=duo.safetensors@0.15 --out DIR",
     ): "--set methods=[nsa] --set needle_lengths=[1024] --set lengths=[1024] --set depths=[0.5]",
     (
-        "README.md",
+        "docs/howto/choose_a_method.md",
+        "nsa-convert eval MODEL --suite compare --set methods=ssa,nsa,msa --set budgets=512 "
+        "--set lengths=2048 --out DIR",
+    ): "--set lengths=[1024] --set needle_lengths=[1024] --set depths=[0.5]",
+    (
+        "docs/quickstart.md",
         "nsa-convert eval MODEL --suite compare --set methods=nsa,ssa,moba --out DIR",
     ): "--set lengths=[1024] --set needle_lengths=[1024] --set depths=[0.5]",
     (
-        "README.md",
+        "docs/quickstart.md",
         "nsa-convert eval OUT --suite long --out OUT/evaluation",
     ): "--set lengths=1024 --set samples=1 --set depths=[0.5]",
 }
@@ -95,11 +102,13 @@ class Piece:
         page: Of README.md and docs/.
         language: Of the fence; ``bash`` for a command line.
         text: The block, or the one command line without its comment, words quoted where they must be.
+        printed: Lines that the page shows below a command; what a model says is its own.
     """
 
     page: str
     language: str
     text: str
+    printed: tuple[str, ...] = ()
 
     @property
     def words(self) -> list[str]:
@@ -113,12 +122,21 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
         yield language, re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
 
 
-def command_lines(block: str) -> Iterator[str]:
-    """Yield the command lines of a shell block; a backslash joins lines, comments and prompts are dropped."""
-    for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.removeprefix("$ "), comments=True)
+def command_lines(block: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the command lines of a shell block, each with what stands below it.
+
+    A backslash joins lines, comments and prompts are dropped. Where lines have prompts, the others are what
+    was printed; else every line is a command.
+    """
+    lines = block.replace("\\\n", " ").splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("$ ")]
+    ends = [*starts[1:], len(lines)]
+    if not starts:
+        starts, ends = list(range(len(lines))), list(range(1, len(lines) + 1))
+    for start, end in zip(starts, ends, strict=True):
+        words = shlex.split(lines[start].removeprefix("$ "), comments=True)
         if words:
-            yield shlex.join(words)
+            yield shlex.join(words), tuple(line for line in lines[start + 1 : end] if line.strip())
 
 
 def pieces(page: str) -> list[Piece]:
@@ -126,18 +144,43 @@ def pieces(page: str) -> list[Piece]:
     found = []
     for language, body in blocks(PAGES[page].read_text()):
         if language in SHELLS:
-            found += [Piece(page, "bash", line) for line in command_lines(body)]
-        elif language:
+            found += [Piece(page, "bash", line, printed) for line, printed in command_lines(body)]
+        elif language not in SHOWN:
             found.append(Piece(page, language, body))
     return found
 
 
-def unmarked(page: str) -> list[str]:
-    """Return command lines in fences without a language, where only the form of a command may stand."""
-    lines = [
+def shape(line: str) -> str:
+    """Return a printed line with its numbers, sizes and model names taken out: what every model prints."""
+    for word, folder in STAND_INS.items():
+        line = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", folder, line)
+    line = re.sub(r"\d[\d,.]*(?:e[+-]?\d+)?( (?:kB|MB|GB|s))?", "N", line)
+    return " ".join(line.split())
+
+
+def not_printed(shown: Iterable[str], output: str) -> list[str]:
+    """Return the lines a page shows that a command did not print; `` ...`` at an end leaves the rest out."""
+    there = {shape(line) for line in output.splitlines()}
+    return [
         line
+        for line in shown
+        if not any(
+            one.startswith(shape(line[:-4])) if line.endswith(" ...") else one == shape(line) for one in there
+        )
+    ]
+
+
+def unmarked(page: str) -> list[str]:
+    """Return command lines in fences that are not run, where only the form of a command may stand."""
+    lines = [
+        line.split()
         for language, body in blocks(PAGES[page].read_text())
-        if not language
+        if language in SHOWN
         for line in body.splitlines()
     ]
-    return [line for line in lines if line.split()[:1] and line.split()[0] in PROGRAMS and "[--" not in line]
+    return [" ".join(words) for words in lines if words and words[0] in PROGRAMS and not is_form(words)]
+
+
+def is_form(words: list[str]) -> bool:
+    """Return whether a command line says what may stand in it, and is not meant to be run as it is."""
+    return any(word.startswith("[--") or word == "[OPTIONS]" for word in words)

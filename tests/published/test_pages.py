@@ -14,7 +14,18 @@ import pytest
 import yaml
 
 from tests.marks import these_quick
-from tests.published.pages import NOT_RUN, PAGES, ROOT, SMALLER, Piece, pieces, unmarked
+from tests.published.pages import (
+    NOT_RUN,
+    PAGES,
+    ROOT,
+    SMALLER,
+    STAND_INS,
+    Piece,
+    command_lines,
+    not_printed,
+    pieces,
+    unmarked,
+)
 from tests.published.places import run_command, two_processes, write_model, write_recipe
 from tests.published.scaling import set_words
 from tests.pushing import hub  # noqa: F401
@@ -43,7 +54,8 @@ def write_places(page: str, folder: Path) -> None:
 
 def small(piece: Piece, number: int) -> list[str]:
     """Return the words of a command line with less work: two processes for eight, and what SMALLER adds."""
-    words = [*piece.words, *SMALLER.get((piece.page, piece.text), "").split()]
+    words = [STAND_INS.get(word, word) for word in piece.words]
+    words += SMALLER.get((piece.page, piece.text), "").split()
     if words[0] in ("torchrun", "accelerate"):
         # The page shows ways to start one run; here each is a run of its own.
         return [*two_processes(words), "--set", f"out=runs/{number}"]
@@ -100,13 +112,26 @@ def test_a_page_runs_as_printed(page, tmp_path, monkeypatch, request):
         elif piece.language != "bash":
             run_plan(piece, number)
         elif (page, piece.text) not in NOT_RUN:
-            run_command(small(piece, number))
+            output = run_command(small(piece, number))
+            lost = [] if piece.words[1] == "generate" else not_printed(piece.printed, output)
+            assert not lost, f"{piece.text} does not print\n" + "\n".join(lost) + f"\nbut\n{output}"
 
 
 def test_what_is_not_run_is_still_printed():
     printed = {(piece.page, piece.text) for page in PAGES for piece in pieces(page)}
     assert set(NOT_RUN) | set(SMALLER) <= printed
     assert all(NOT_RUN.values())
+
+
+def test_printed_lines_can_be_wrong():
+    block = "$ nsa-convert verify OUT\nfiles: 12 of 12, 0.5 s\n$ make x  # y\nlayers 0-29: nsa ...\n"
+    (_, files), (line, layers) = command_lines(block)
+    assert (line, layers) == ("make x", ("layers 0-29: nsa ...",))
+    assert not_printed(files, "  files: 3 of 3, 14 s\nmore") == []
+    assert not_printed(files, "files: 3 of 3") == list(files)
+    assert not_printed(layers, "layers 0-1: nsa num_blocks=3") == []
+    assert not_printed(layers, "layers 0-1: ssa") == list(layers)
+    assert list(command_lines("make x\nmake y")) == [("make x", ()), ("make y", ())]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -51,9 +51,9 @@ class Stage:
         cross_entropy: Weight of the next-token loss; 1, or 0 in ``align``.
         losses: Weight of each auxiliary loss of the method, by name; the method's own when left out.
         teacher_kl: Weight of the KL from the logits of dense attention over the same weights, which a second
-            forward pass computes; in steps with the sparse stream.
+            forward pass computes; in sparse steps.
         full_ratio: Share of the steps whose residual stream carries dense attention; 0.5 where the method
-            trains two streams (SSA), else 0. MoBA's published schedule is a last stage with 1.
+            trains both ways (SSA), else 0. MoBA's published schedule is a last stage with 1.
         rope: RoPE scaling set at the start of the stage.
         lora: Adapters; used with ``train: lora``.
         checkpointing: Recompute activations in the backward pass.
@@ -188,7 +188,7 @@ class Recipe:
         stages: What is trained, in order.
         sparse_attention: The plan as ``convert`` takes it; None trains the model as it is.
         schema: Version of the recipe format.
-        seed: Of weights, data order, and the choice of streams.
+        seed: Of weights, data order, and the choice of sparse or dense steps.
         precision: ``fp32``; ``bf16-mixed`` (fp32 weights, bf16 arithmetic); ``bf16`` (bf16 weights).
         revision: Branch, tag or commit of a Hub model.
         report_to: Where curves go beside ``log.jsonl``; ``auto`` is tensorboard where it is installed.
@@ -306,7 +306,7 @@ def recipe_from_dict(
     raise_problems(
         [line.removeprefix(f"{where}: ") if len(problems) == 1 else line for line in problems],
         code="RC08",
-        hint="docs/howto/train.md lists every key; secrets such as HF_TOKEN belong in the environment",
+        hint="docs/reference/recipes.md lists every key; secrets such as HF_TOKEN belong in the environment",
     )
     assert recipe is not None
     return recipe
