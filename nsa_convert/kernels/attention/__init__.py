@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsa_convert.kernels.attention.dense_torch import attend as dense_gathered
-from nsa_convert.kernels.attention.sparse_torch import attend as pattern_gathered
+from nsa_convert.kernels.attention.dense_torch import gathered_dense
+from nsa_convert.kernels.attention.sparse_torch import gathered_pattern
 from nsa_convert.kernels.common.backend import implementation
 from nsa_convert.kernels.common.checks import check_qkv, default_scale
 from nsa_convert.patterns import DENSE_LAYOUT, Pattern, SequenceLayout
@@ -33,7 +33,7 @@ def dense_attention(
         ValueError: Shapes, dtypes or devices do not agree.
     """
     check_qkv(q, k, v)
-    run = implementation("attention.attend_dense", q, dense_gathered, v.shape[-1])
+    run = implementation("attention.attend_dense", q, gathered_dense, v.shape[-1])
     return run(q, k, v, layout, default_scale(q, scale))
 
 
@@ -68,5 +68,5 @@ def sparse_attention(
         ValueError: Shapes, dtypes or devices do not agree.
     """
     check_qkv(q, k, v)
-    run = implementation("attention.attend_pattern", q, pattern_gathered, v.shape[-1])
+    run = implementation("attention.attend_pattern", q, gathered_pattern, v.shape[-1])
     return run(q, k, v, pattern, layout, default_scale(q, scale))

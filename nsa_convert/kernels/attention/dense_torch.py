@@ -22,7 +22,7 @@ from nsa_convert.kernels.interval.causal import attend_causal, plan_causal
 from nsa_convert.patterns import SequenceLayout
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+def gathered_dense(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
     """See :func:`nsa_convert.kernels.attention.dense_attention`."""
     plain = layout.start is None and layout.cu_seqlens is None and q.shape[1] == k.shape[1]
     plain = plain and not isinstance(layout.offset, Tensor) and layout.offset == 0

@@ -26,7 +26,7 @@ FETCH_BYTES = 1 << 26
 """Keys and values that several queries may fetch each for itself; above it they share a union."""
 
 
-def attend(
+def gathered_pattern(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, layout: SequenceLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See :func:`nsa_convert.kernels.attention.sparse_attention`."""
@@ -71,7 +71,7 @@ def _restore(
 
 def _run(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     pattern, layout, end, scale = _restore(q, k, *flat)
-    o, lse = attend(q, k[:, :end], v[:, :end], pattern, layout, scale)
+    o, lse = gathered_pattern(q, k[:, :end], v[:, :end], pattern, layout, scale)
     return o.contiguous(), lse.contiguous()
 
 

@@ -31,13 +31,13 @@ _ENTRIES = {
     "triton": (
         "attention.triton_backend.attend_dense",
         "attention.triton_backend.attend_pattern",
-        "compressed.triton_backend.attend",
+        "compressed.triton_backend.attend_cells",
         "gates.triton_backend.gated_sum",
     ),
     "reference": (
         "attention.reference.attend_dense",
         "attention.reference.attend_pattern",
-        "compressed.reference.attend",
+        "compressed.reference.attend_cells",
     ),
 }
 """Functions of the backends that are not imported before one runs."""

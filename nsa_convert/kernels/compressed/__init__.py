@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa_convert.kernels.common.backend import implementation
 from nsa_convert.kernels.common.checks import check_parts, check_qkv, default_scale
 from nsa_convert.kernels.compressed.cells import CellGrid
-from nsa_convert.kernels.compressed.torch_backend import attend as gathered
+from nsa_convert.kernels.compressed.torch_backend import attend_cells as gathered
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout
 
 
@@ -137,5 +137,5 @@ def _run(
     if rule is not None:
         grid.check_rule(rule)
     value_dim = None if cv is None else cv.shape[-1]
-    run = implementation("compressed.attend", q, gathered, value_dim)
+    run = implementation("compressed.attend_cells", q, gathered, value_dim)
     return run(q, ck, cv, grid, rule, layout, default_scale(q, scale), lse)

@@ -13,7 +13,7 @@ from nsa_convert.kernels.compressed.cells import CellGrid, join_parts, renormali
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
-def attend(
+def attend_cells(
     q: Tensor,
     parts: Sequence[Tensor],
     cv: Tensor | None,
@@ -112,7 +112,7 @@ def _attend_documents(
         values = None if cv is None else cv[:, cells]
         own = None if normaliser is None else normaliser[:, queries]
         alone = SequenceLayout(offset=segment.offset)
-        parts.append(attend(q[:, queries], (ck[:, cells],), values, grid, rule, alone, scale, own))
+        parts.append(attend_cells(q[:, queries], (ck[:, cells],), values, grid, rule, alone, scale, own))
 
     outputs, lses, indices = zip(*parts, strict=True)
     merged = None if rule is None else join_indices(indices)

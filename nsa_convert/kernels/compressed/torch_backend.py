@@ -27,7 +27,7 @@ from nsa_convert.kernels.compressed.runs import CompressedRun
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
-def attend(
+def attend_cells(
     q: Tensor, parts: Sequence[Tensor], cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
     layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -117,7 +117,7 @@ def _run(
     q: Tensor, ck: Tensor, cv: Tensor | None, normaliser: Tensor | None, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid, rule = _restore(*flat[:8])
-    found = attend(q, (ck,), cv, grid, rule, restore(flat[8:-1]), flat[-1], normaliser)
+    found = attend_cells(q, (ck,), cv, grid, rule, restore(flat[8:-1]), flat[-1], normaliser)
     nothing = _fake(q, ck, None, None, *flat)
     o, lse, indices = (y if x is None else x.contiguous() for x, y in zip(found, nothing, strict=True))
     return o, lse, indices if rule is None else fit_lists(indices, _size(q, ck, *flat))

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from nsa_convert.kernels.attention.triton_backend import few_queries
 from nsa_convert.kernels.compressed.cells import CellGrid, join_parts
-from nsa_convert.kernels.compressed.triton_blocks import cell_layout, choose_blocks
+from nsa_convert.kernels.compressed.triton_blocks import cell_layout, choose_blocks_on_device
 from nsa_convert.kernels.gather.triton_backend import attend_runs
 from nsa_convert.kernels.interval.triton_backend import interval_attention
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 
-def attend(
+def attend_cells(
     q: Tensor, parts: Sequence[Tensor], cv: Tensor | None, grid: CellGrid, rule: BlockTopK | None,
     layout: SequenceLayout, scale: float, normaliser: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -33,5 +33,5 @@ def attend(
         given = lse if normaliser is None else normaliser.float()
         if rule.per_head:  # the kernel sums over the heads that share a key
             ck = ck.repeat_interleave(q.shape[2] // ck.shape[2], 2)
-        indices = choose_blocks(q, ck, given, at, grid, rule, scale, growing)
+        indices = choose_blocks_on_device(q, ck, given, at, grid, rule, scale, growing)
     return o, lse, indices

@@ -63,7 +63,7 @@ def cell_layout(
     return CellLayout(cells=Intervals(lo=lo, hi=hi), age=age, longest=max(1, longest))
 
 
-def choose_blocks(
+def choose_blocks_on_device(
     q: Tensor, ck: Tensor, lse: Tensor | None, at: CellLayout, grid: CellGrid, rule: BlockTopK, scale: float,
     growing: bool,
 ) -> Tensor:  # fmt: skip
@@ -166,7 +166,7 @@ def _choose_blocks(
         score = score.view(batch, num_kv_heads, end - begin, width)
 
         _score(q, ck, lse, score, lo, hi, own, begin, end, overlap, steps, maximum, scale)
-        top_blocks(score, own, indices, begin, end, num_sinks, num_locals)
+        launch_topk(score, own, indices, begin, end, num_sinks, num_locals)
     return indices
 
 
@@ -232,7 +232,7 @@ def _(q, ck, lse, lo, hi, own, overlap, steps, block_size, num_blocks, size, num
     return torch.empty(q.shape[0], ck.shape[2], q.shape[1], size, dtype=torch.int32, device=q.device)
 
 
-def top_blocks(
+def launch_topk(
     score: Tensor, own: Tensor, indices: Tensor, begin: int, end: int, num_sinks: int, num_locals: int
 ) -> None:
     """Write the best blocks of the queries ``begin .. end - 1``.

@@ -17,7 +17,7 @@ FORCED = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ: tl.constexpr, BN: tl.constexpr):
+def load_sort_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ: tl.constexpr, BN: tl.constexpr):
     """Return the sortable scores ``[BQ, BN]`` int32 of the blocks from ``i_n`` on: -1 after the own block."""
     o_n = i_n + tl.arange(0, BN)
     past = (o_n[None, :] <= b_own[:, None]) & m_q[:, None]
@@ -71,7 +71,7 @@ def best_blocks(
     last = tl.minimum(tl.max(b_own, 0) + 1, num_blocks)
 
     if ONE_PIECE:
-        b_key = load_keys(score, b_own, 0, m_q, s_st, num_sinks, num_locals, BQ, BN)
+        b_key = load_sort_keys(score, b_own, 0, m_q, s_st, num_sinks, num_locals, BQ, BN)
 
     # The largest number that at least ``size`` keys reach is the key of the last one chosen.
     b_bar = tl.zeros([BQ], tl.int32)
@@ -82,7 +82,7 @@ def best_blocks(
         else:
             b_count = tl.zeros([BQ], tl.int32)
             for i_n in range(0, last, BN):
-                b_key = load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
+                b_key = load_sort_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
                 b_count += tl.sum((b_key >= b_try[:, None]).to(tl.int32), 1)
         b_bar = tl.where(b_count >= size, b_try, b_bar)
 
@@ -90,14 +90,14 @@ def best_blocks(
     b_above = tl.zeros([BQ], tl.int32)
     for i_n in range(0, last, BN):
         if not ONE_PIECE:
-            b_key = load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
+            b_key = load_sort_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
         b_above += tl.sum((b_key > b_bar[:, None]).to(tl.int32), 1)
 
     b_equal = tl.zeros([BQ], tl.int32)
     b_taken = tl.zeros([BQ], tl.int32)
     for i_n in range(0, last, BN):
         if not ONE_PIECE:
-            b_key = load_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
+            b_key = load_sort_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
         equal = b_key == b_bar[:, None]
 
         rank = b_equal[:, None] + tl.cumsum(equal.to(tl.int32), 1)

@@ -18,7 +18,7 @@ from nsa_convert.kernels.common.custom_ops import (
     reach,
     restore,
 )
-from nsa_convert.kernels.indexed.lists import best_blocks, best_tokens, choose
+from nsa_convert.kernels.indexed.lists import best_tokens, blocks_of_best_tokens, choose
 from nsa_convert.patterns import DENSE_LAYOUT, BlockSelection, BlockTopK, SequenceLayout, TokenSelection
 
 
@@ -128,7 +128,7 @@ def _choose_tokens(
 
 def _choose_blocks(q: Tensor, k: Tensor, rule: BlockTopK, layout: SequenceLayout, scale: float) -> Tensor:
     def lists(q: Tensor, k: Tensor, ages: Tensor, size: int) -> Tensor:
-        return best_blocks(q, k, ages, rule, -(-size // rule.block_size), scale)
+        return blocks_of_best_tokens(q, k, ages, rule, -(-size // rule.block_size), scale)
 
     return choose(lists, (q,), k, layout)
 

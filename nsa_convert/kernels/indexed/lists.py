@@ -83,7 +83,9 @@ def best_tokens(
     return _best(score.masked_fill_(token > own, -torch.inf), size)[:, None]
 
 
-def best_blocks(q: Tensor, k: Tensor, ages: Tensor, rule: BlockTopK, num_blocks: int, scale: float) -> Tensor:
+def blocks_of_best_tokens(
+    q: Tensor, k: Tensor, ages: Tensor, rule: BlockTopK, num_blocks: int, scale: float
+) -> Tensor:
     """Return the blocks whose best visible token has the largest product, ``[B, HI, W, S]``."""
     s = _products(q, k, scale)
     own = ages[:, None, :, None] - 1  # [B or 1, 1, W, 1]

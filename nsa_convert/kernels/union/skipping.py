@@ -66,7 +66,7 @@ def skipping_attention(
 
     backend = choose_backend(q, v.shape[-1])
     if backend == "triton":
-        run = kernel_function("union.triton_skipping", "attend")
+        run = kernel_function("union.triton_skipping", "attend_kept_blocks")
         return run(q, k, v, pattern, layout, scale, value_skip, rows)
     return (_reference if backend == "reference" else _gathered)(
         q, k, v, pattern, layout, scale, value_skip, rows

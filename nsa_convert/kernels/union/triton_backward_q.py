@@ -19,11 +19,11 @@ from nsa_convert.kernels.union.triton_steps import (
     load_heads,
     load_keys,
     load_tile,
+    load_tile_rows,
     row_bytes,
     seen_by,
     step_keys,
     tile_arguments,
-    tile_rows,
     two_halves,
     union_arguments,
 )
@@ -66,7 +66,7 @@ def row_terms(
 
 
 @triton.jit
-def walk(
+def walk_gradient(
     b_dq, q, do, base, delta, k, v, begin, end, blocks, members, first, count, slot, start, from_w, i_p,
     first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
@@ -74,7 +74,7 @@ def walk(
     CLEAN: tl.constexpr,
 ):  # fmt: skip
     """Add what the blocks ``begin .. end - 1`` give to dq of BM rows, in the order of the forward."""
-    o_q, o_hq, m_m, o_w = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+    o_q, o_hq, m_m, o_w = load_tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
 
     b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)
     b_do = load_heads(do, o_q, o_hq, m_m, s_dt, s_dh, D, DP)
@@ -95,12 +95,12 @@ def walk(
 
 
 @triton.jit
-def store(
+def store_gradient(
     b_dq, dq, first_row, first, count, from_w, i_p, HQ, scale, D: tl.constexpr, DP: tl.constexpr,
     BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Store dq of BM rows."""
-    o_q, o_hq, m_m, _ = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+    o_q, o_hq, m_m, _ = load_tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
     LN2: tl.constexpr = 0.6931471805599453  # scale holds log2(e)
     o_d = tl.arange(0, DP)
     p_dq = dq + ((first_row + o_q) * HQ + o_hq)[:, None] * D + o_d[None, :]
@@ -119,7 +119,7 @@ def gradient_of_tile(
     """Compute and store dq of a tile, and return whether it is finite."""
     b_dq = tl.zeros([BM, DP], tl.float32)
 
-    b_dq = walk(
+    b_dq = walk_gradient(
         b_dq, q, do, base, delta, k, v, begin, own, blocks, members, first, count, slot, start, 0, i_p,
         first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN,
         HALVES, UPCAST, CLEAN,
@@ -127,23 +127,25 @@ def gradient_of_tile(
 
     if HALVES == 1:
         good = all_finite(b_dq)
-        store(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM, R, W, 1)
+        store_gradient(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM, R, W, 1)
     else:
         b_dq, b_dq2 = two_halves(b_dq)
-        b_dq = walk(
+        b_dq = walk_gradient(
             b_dq, q, do, base, delta, k, v, own, own2, blocks, members, first, count, slot, start, 0, i_p,
             first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN,
             PARTS, JOIN, 1, UPCAST, CLEAN,
         )  # fmt: skip
-        b_dq2 = walk(
+        b_dq2 = walk_gradient(
             b_dq2, q, do, base, delta, k, v, own2, end, blocks, members, first, count, slot, start, W // 2,
             i_p, first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS,
             BN, PARTS, JOIN, 1, UPCAST, CLEAN,
         )  # fmt: skip
 
         good = all_finite(b_dq) & all_finite(b_dq2)
-        store(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1)
-        store(b_dq2, dq, first_row, first, count, W // 2, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1)
+        store_gradient(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1)
+        store_gradient(
+            b_dq2, dq, first_row, first, count, W // 2, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1
+        )
     return good
 
 

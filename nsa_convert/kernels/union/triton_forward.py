@@ -15,22 +15,22 @@ from nsa_convert.kernels.union.triton_steps import (
     GEOMETRY,
     LARGE,
     SMALL,
-    attend_rows,
+    add_step,
     load_heads,
     load_keys,
     load_tile,
+    load_tile_rows,
     row_bytes,
     seen_by,
     step_keys,
     tile_arguments,
-    tile_rows,
     two_halves,
     union_arguments,
 )
 
 
 @triton.jit
-def walk(
+def walk_output(
     b_m, b_l, b_o, q, k, v, begin, end, blocks, members, first, count, slot, start, from_w, i_p, TK, scale,
     s_qt, s_qh, s_kt, s_vt,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
@@ -38,7 +38,7 @@ def walk(
     CLEAN: tl.constexpr,
 ):  # fmt: skip
     """Add the blocks ``begin .. end - 1`` to the running softmax of BM rows."""
-    o_q, o_hq, m_m, o_w = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+    o_q, o_hq, m_m, o_w = load_tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
     b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)  # [BM, DP]
 
     for j in range(begin * PARTS, end * PARTS, JOIN):
@@ -48,18 +48,18 @@ def walk(
         b_v = load_keys(v, o_k, m_k, s_vt, D, DP)
 
         visible = seen_by(bits, o_k, m_k, o_w, slot, JOIN)
-        b_m, b_l, b_o = attend_rows(b_q, b_m, b_l, b_o, b_k, b_v, visible, scale, UPCAST, CLEAN)
+        b_m, b_l, b_o = add_step(b_q, b_m, b_l, b_o, b_k, b_v, visible, scale, UPCAST, CLEAN)
     return b_m, b_l, b_o
 
 
 @triton.jit
-def store(
+def store_output(
     b_m, b_l, b_o, o, lse, first_row, first, count, from_w, i_p, HQ,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     HALVES: tl.constexpr,
 ):  # fmt: skip
     """Store o and lse of BM rows."""
-    o_q, o_hq, m_m, _ = tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+    o_q, o_hq, m_m, _ = load_tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
     blind = b_l == 0.0
     b_l = tl.where(blind, 1.0, b_l)
 
@@ -86,32 +86,32 @@ def attend_tile(
     b_o = tl.zeros([BM, DP], tl.float32)
 
     # The blocks that both halves of the tile's queries list, or any of its queries
-    b_m, b_l, b_o = walk(
+    b_m, b_l, b_o = walk_output(
         b_m, b_l, b_o, q, k, v, begin, own, blocks, members, first, count, slot, start, 0, i_p, TK, scale,
         s_qt, s_qh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN, HALVES, UPCAST, CLEAN,
     )  # fmt: skip
 
     if HALVES == 1:
         good = all_finite(b_o)
-        store(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM, R, W, 1)
+        store_output(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM, R, W, 1)
     else:
         b_m, b_m2 = two_halves(b_m)
         b_l, b_l2 = two_halves(b_l)
         b_o, b_o2 = two_halves(b_o)
 
         # The blocks that only the first half lists, then those of the second
-        b_m, b_l, b_o = walk(
+        b_m, b_l, b_o = walk_output(
             b_m, b_l, b_o, q, k, v, own, own2, blocks, members, first, count, slot, start, 0, i_p, TK, scale,
             s_qt, s_qh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN, PARTS, JOIN, 1, UPCAST, CLEAN,
         )  # fmt: skip
-        b_m2, b_l2, b_o2 = walk(
+        b_m2, b_l2, b_o2 = walk_output(
             b_m2, b_l2, b_o2, q, k, v, own2, end, blocks, members, first, count, slot, start, W // 2, i_p, TK,
             scale, s_qt, s_qh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN, PARTS, JOIN, 1, UPCAST, CLEAN,
         )  # fmt: skip
 
         good = all_finite(b_o) & all_finite(b_o2)
-        store(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM // 2, R, W // 2, 1)
-        store(
+        store_output(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM // 2, R, W // 2, 1)
+        store_output(
             b_m2, b_l2, b_o2, o, lse, first_row, first, count, W // 2, i_p, HQ, D, DP, BM // 2, R, W // 2, 1
         )
     return good

@@ -10,18 +10,18 @@ from torch import Tensor
 from nsa_convert.kernels.common.custom_ops import new_name
 from nsa_convert.kernels.common.toolchain import LOG2E, Config, declare, dot
 from nsa_convert.kernels.union.skipping import RUN
-from nsa_convert.kernels.union.triton_forward import store
+from nsa_convert.kernels.union.triton_forward import store_output
 from nsa_convert.kernels.union.triton_plan import Shape, make_plan
 from nsa_convert.kernels.union.triton_steps import (
     GEOMETRY,
     load_heads,
     load_keys,
     load_tile,
+    load_tile_rows,
     row_bytes,
     seen_by,
     step_keys,
     tile_arguments,
-    tile_rows,
 )
 from nsa_convert.patterns import BlockSelection, SequenceLayout
 
@@ -60,7 +60,7 @@ def attend_skipping(
     k += i_b * s_kb + i_h * s_kh
     v += i_b * s_vb + i_h * s_vh
 
-    o_q, o_hq, m_m, o_w = tile_rows(first, count, i_p, 0, BM, R, W, 1)
+    o_q, o_hq, m_m, o_w = load_tile_rows(first, count, i_p, 0, BM, R, W, 1)
     b_q = load_heads(q + i_b * s_qb, o_q, o_hq, m_m, s_qt, s_qh, D, DP)
 
     b_m = tl.full([BM], float("-inf"), tl.float32)
@@ -91,10 +91,10 @@ def attend_skipping(
 
         b_m = b_new
 
-    store(b_m, b_l, b_o, o, lse, i_b * TQ, first, count, 0, i_p, HQ, D, DP, BM, R, W, 1)
+    store_output(b_m, b_l, b_o, o, lse, i_b * TQ, first, count, 0, i_p, HQ, D, DP, BM, R, W, 1)
 
 
-def attend(
+def attend_kept_blocks(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockSelection, layout: SequenceLayout, scale: float,
     value_skip: float, rows: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

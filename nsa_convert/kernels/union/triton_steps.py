@@ -99,7 +99,7 @@ def load_tile(
 
 
 @triton.jit
-def tile_rows(
+def load_tile_rows(
     first, count, i_p, from_w, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HALVES: tl.constexpr
 ):  # fmt: skip
     """Return the queries of BM rows and their heads, which rows exist, and their number in the tile.
@@ -173,7 +173,7 @@ def load_keys(p, o_k, m_k, s_t, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def attend_rows(
+def add_step(
     b_q, b_m, b_l, b_o, b_k, b_v, visible, scale, UPCAST: tl.constexpr, CLEAN: tl.constexpr
 ):  # fmt: skip
     """Add the keys of a step to the running softmax of a tile's rows.

@@ -137,8 +137,8 @@ def test_best_blocks_are_those_of_a_stable_sort(
     rule = BlockTopK(block_size=1, num_blocks=size, num_local_blocks=3)
     expected = top_blocks(score.clone(), own[:, None, :, None] + 1, size, rule)
     got = torch.full((1, 2, 11, size), 1 << 29, dtype=torch.int32)
-    triton_blocks.top_blocks(score, own.int(), got, 0, 9, 1, 3)
-    triton_blocks.top_blocks(score[:, :, 9:], own.int(), got, 9, 11, 1, 3)
+    triton_blocks.launch_topk(score, own.int(), got, 0, 9, 1, 3)
+    triton_blocks.launch_topk(score[:, :, 9:], own.int(), got, 9, 11, 1, 3)
     assert torch.equal(got.long(), expected)
 
 
@@ -155,7 +155,7 @@ def test_best_blocks_of_any_size(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     own = torch.randint(-1, num_blocks, (2, 5), generator=g).sort(1).values
     rule = BlockTopK(block_size=1, num_blocks=size, num_sink_blocks=sinks, num_local_blocks=local)
     got = torch.full((2, 1, 5, size), 1 << 29, dtype=torch.int32)
-    triton_blocks.top_blocks(score, own.int(), got, 0, 5, sinks, local)
+    triton_blocks.launch_topk(score, own.int(), got, 0, 5, sinks, local)
     scores = score.where(torch.arange(num_blocks) <= own[:, None, :, None], -1.0)
     forced = torch.arange(num_blocks) < sinks
     forced = forced | (torch.arange(num_blocks) > own[:, None, :, None] - local)
