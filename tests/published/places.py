@@ -13,18 +13,19 @@ import yaml
 from click.testing import CliRunner
 
 from nsa_convert.cli import main
-from tests.checkpoints import edit_json
-from tests.evaluation.tiny import save, tiny_dense
+from tests.evaluation.tiny import byte_tokenizer, save, tiny_dense
 from tests.published.pages import ROOT
 from tests.training.processes import free_port
 from tests.training.recipes import SSA, recipe_values, stage
 
 
 def write_model(folder: Path, **sizes: Any) -> None:
-    """Write MODEL: a tiny dense model with a licence and a chat template."""
+    """Write MODEL: a tiny dense model with a licence, a chat template and an end token."""
     dense = save(tiny_dense(**sizes).float(), folder / "MODEL")
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(dense)
     (dense / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    edit_json(dense / "tokenizer_config.json", eos_token="Ā")  # what ByteLevel writes for byte 0
     (dense / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
 
 
@@ -48,18 +49,15 @@ def two_processes(words: list[str]) -> list[str]:
 
 
 def run_command(words: list[str]) -> str:
-    """Run one command line as printed; it has to succeed."""
+    """Run one command line as printed; it has to succeed. Return what it printed to stdout."""
     if words[0] == "nsa-convert":
         done = CliRunner().invoke(main, words[1:])
-        status, output = (
-            done.exit_code,
-            done.stdout + done.stderr,
-        )  # apart: a progress bar ends without a line
+        status, output, printed = done.exit_code, done.output, done.stdout
     else:
         command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-        status, output = ran.returncode, ran.stdout + ran.stderr
+        status, output, printed = ran.returncode, ran.stdout + ran.stderr, ran.stdout
     assert status == 0, f"{' '.join(words)}\n{output[-6000:]}"
     assert "Traceback" not in output
-    return output
+    return printed

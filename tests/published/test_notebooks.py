@@ -43,7 +43,10 @@ def test_a_notebook_runs_as_stored(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     place = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
+    client = NotebookClient(
+        notebook, timeout=600, startup_timeout=600, kernel_name="python3", resources=place
+    )
+    client.execute()
     ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for stored, cell in zip(cells(name, "code"), ran, strict=True):
         lost = not_printed(printed(stored), "\n".join(printed(cell)))
