@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from nsa_convert.card import write_card
+from nsa_convert.checkpoint.manifest import check_manifest, read_manifest
 from nsa_convert.errors import CheckFailedError
 from nsa_convert.evaluation.suites.quick import run_quick
 from nsa_convert.patch.patching import patch_model
@@ -147,3 +148,20 @@ def test_what_another_trainer_saved_is_published_like_it(source, trained, model,
     names = {file.name for file in plan_push(saved, "tester/tiny", allow_unevaluated=True).files}
     assert {"training_report.json", "tokenizer.json", "model.safetensors", "nsa_manifest.json"} <= names
     assert "training_args.bin" not in names
+
+
+def test_what_a_trainer_keeps_beside_a_model_is_no_part_of_it(trained, tmp_path):
+    """Logs grow after the save, checkpoints go, and some trainers write the generation config again."""
+    saved = tmp_path / "saved"
+    (saved / "checkpoint-1").mkdir(parents=True)
+    for name in ("checkpoint-1/optimizer.pt", "checkpoint-1/model.safetensors", "debug.log"):
+        (saved / name).write_text("before")
+    AutoModelForCausalLM.from_pretrained(trained[1]).save_pretrained(saved)
+    (saved / "debug.log").write_text("before and after")
+    (saved / "generation_config.json").write_text("{}")
+    shutil.rmtree(saved / "checkpoint-1")
+    assert check_manifest(saved) == []
+    code = {path.name for path in saved.glob("*.py")}
+    assert len(code) == 3
+    weights = {"config.json", "model.safetensors", "training_report.json"}
+    assert set(read_manifest(saved)) - {"source/README.md"} == {*code, *weights}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,17 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
-    """Hash every file of a folder but an earlier manifest, and write the manifest.
+def write_manifest(folder: Path, known: Mapping[str, str], only: Sequence[str] = ("**/*",)) -> None:
+    """Hash the files of a folder but an earlier manifest, and write the manifest.
 
     Args:
         folder: The folder.
         known: Hashes that are known already, by path inside the folder.
+        only: Patterns of the files to list; all by default.
     """
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    found = {path for pattern in only for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(found):
         name = path.relative_to(folder).as_posix()
         if name == MANIFEST:
             continue

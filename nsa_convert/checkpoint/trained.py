@@ -26,6 +26,19 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+SAVED = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+    TRAINING,
+    REPORT,
+    RECIPE,
+    f"{SOURCE_FOLDER}/*",
+    *LICENCES,
+)
+"""What a save makes of a model. Trainers keep logs and checkpoints beside it, and write a tokenizer, the
+generation config and a card of their own after it."""
 
 
 def seal_trained(
@@ -76,6 +89,7 @@ def seal_saved(model: PreTrainedModel, folder: Path) -> None:
 
     For ``save_pretrained``, which any trainer calls: the number of tokens is known to that trainer alone, and
     the tokenizer's files are mostly written later. This package's own trainer writes a fuller report over it.
+    The manifest lists what is ``SAVED``: whatever else lies there is the trainer's.
 
     Args:
         model: The model that was saved.
@@ -97,7 +111,7 @@ def seal_saved(model: PreTrainedModel, folder: Path) -> None:
     write_json(folder / TRAINING, report)
     if source is not None and source.resolve() != folder.resolve():
         _carry_over(source, folder)
-    write_manifest(folder, {})
+    write_manifest(folder, {}, SAVED)
 
 
 def _report_of(source: Path | None) -> dict[str, Any]:
