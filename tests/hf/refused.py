@@ -10,13 +10,15 @@ import fnmatch
 class Refused:
     """One test, or several by a pattern, of the classes in ``only`` (patterns; all by default).
 
-    With ``parts`` it is not the test that fails but parts of it (subTest), of which one has to.
+    With ``parts`` it is not the test that fails but parts of it (subTest), of which one has to. A test of
+    ``generation`` is there only where HF_TESTS names a checkout (fetch.py).
     """
 
     test: str
     reason: str
     only: tuple[str, ...] = ("*",)
     parts: bool = False
+    generation: bool = False
 
 
 NO_WEIGHTS = "output_attentions is refused by name: sparse layers never hold a matrix of attention weights"
@@ -39,6 +41,22 @@ REFUSED = (
     Refused("test_retain_grad_hidden_states_attentions", NO_WEIGHTS),
     Refused("test_can_set_attention_dynamically", OWN_ATTENTION),
     Refused("test_sdpa_can_dispatch_non_composite_models", OWN_ATTENTION),
+    Refused(
+        "test_custom_4d_attention_mask",
+        "4-D masks are refused by name: documents are packed with positions",
+        generation=True,
+    ),
+    Refused(
+        "test_*_padding_matches_padding_free_with_position_ids",
+        "skipped: a flag says that layers do not call the attention functions of transformers; "
+        "tests/patch/test_conformance.py compares packed documents with separate ones",
+        generation=True,
+    ),
+    Refused(
+        "test_inherits_generation_mixin",
+        "reads the direct bases of a class; a converted class has a mixin and the dense class",
+        generation=True,
+    ),
 )
 
 
