@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
-PROGRAMS = ("nsa-convert", "torchrun", "accelerate", "python", "pip", "make", "git", "hf")
+PROGRAMS = ("nsa-convert", "torchrun", "accelerate", "axolotl", "swift", "python", "pip", "make", "git", "hf")
 SHELLS = ("bash", "sh", "console")
 SHOWN = ("", "text")
 """Fences that are not run: files, formulas, the form of a command."""
@@ -44,6 +44,9 @@ NOT_RUN = {
 
 STAND_INS = {"demo": "MODEL", "SmolLM2-135M-Instruct (dequantised from Q4_1)": "MODEL"}
 """Word of a command, name in what it prints -> the folder that stands for it: what it names is fetched."""
+
+ELSEWHERE = {"docs/howto/other_trainers.md": {"axolotl": "axolotl", "ms-swift": "swift"}}
+"""Page -> heading of a section -> the package it needs; test_foreign_trainers.py runs these sections."""
 
 TINY_STEPS = "--set stages.align.tokens=1024 --set stages.pretrain.tokens=1024"
 RAZOR = "nsa-convert inspect MODEL --measure razor.safetensors --set kind=razor"
@@ -122,6 +125,11 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
         yield language, re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
 
 
+def section(page: str, heading: str) -> str:
+    """Return what a page says below a heading, up to the next one of its level."""
+    return PAGES[page].read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
 def command_lines(block: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the command lines of a shell block, each with what stands below it.
 
@@ -140,9 +148,11 @@ def command_lines(block: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def pieces(page: str) -> list[Piece]:
-    """Return what a page prints to be run, in its order."""
-    found = []
-    for language, body in blocks(PAGES[page].read_text()):
+    """Return what a page prints to be run, in its order, without what runs ELSEWHERE."""
+    found, text = [], PAGES[page].read_text()
+    for heading in ELSEWHERE.get(page, ()):
+        text = text.replace(section(page, heading), "")
+    for language, body in blocks(text):
         if language in SHELLS:
             found += [Piece(page, "bash", line, printed) for line, printed in command_lines(body)]
         elif language not in SHOWN:
