@@ -42,7 +42,7 @@ def uncached_after(monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[Tensor, Te
         return (CachedPart(k=k, v=v, layout=context.layout),), cells, own
 
     monkeypatch.setattr(SparseAttention, "_remember", remember)
-    monkeypatch.setattr("nsa_convert.patch.attention.let_go", lambda *_: None)
+    monkeypatch.setattr("nsa_convert.patch.attention.evict", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", NAMES)
