@@ -169,7 +169,7 @@ def run_plan(plan: tuple, device: str, limits: Limits, deadline: float, tell: Te
                 continue
 
             begin = time.monotonic()
-            inputs = bench.Inputs.drifting(sizes, length, torch.bfloat16, device)
+            inputs = bench.OpInputs.drifting(sizes, length, torch.bfloat16, device)
             rows = []
 
             # Forward and backward.

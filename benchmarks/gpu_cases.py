@@ -52,7 +52,7 @@ def pairs_of(pattern: Pattern, num_queries: int, layout: SequenceLayout = DENSE_
     return pattern.density(num_queries, offset + num_queries, layout) * causal
 
 
-def forward_cases(x: bench.Inputs, device: str) -> Iterator[Case]:
+def forward_cases(x: bench.OpInputs, device: str) -> Iterator[Case]:
     """Yield what is timed forward and backward."""
     s = NSASettings()
     length, heads, dim = x.q.shape[1:]
@@ -121,7 +121,7 @@ def forward_cases(x: bench.Inputs, device: str) -> Iterator[Case]:
     yield from fla_cases(x, chosen)
 
 
-def dense_cases(x: bench.Inputs, flops: float, moved: float) -> Iterator[Case]:
+def dense_cases(x: bench.OpInputs, flops: float, moved: float) -> Iterator[Case]:
     """Yield torch's dense attention by each of its backends."""
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         yield Case(
@@ -134,13 +134,13 @@ def dense_cases(x: bench.Inputs, flops: float, moved: float) -> Iterator[Case]:
         )
 
 
-def dense(x: bench.Inputs, backend: SDPBackend) -> Tensor:
+def dense(x: bench.OpInputs, backend: SDPBackend) -> Tensor:
     q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
     with sdpa_kernel(backend):
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def random_blocks(x: bench.Inputs, like: BlockSelection) -> BlockSelection:
+def random_blocks(x: bench.OpInputs, like: BlockSelection) -> BlockSelection:
     """Return lists as long as these, chosen independently: the worst case for tiles of neighbours."""
     batch, heads, length, size = like.block_indices.shape
 
@@ -153,7 +153,7 @@ def random_blocks(x: bench.Inputs, like: BlockSelection) -> BlockSelection:
     return BlockSelection(block_indices=drawn, block_size=like.block_size)
 
 
-def tile_cases(x: bench.Inputs, device: str, product: float) -> Iterator[Case]:
+def tile_cases(x: bench.OpInputs, device: str, product: float) -> Iterator[Case]:
     """Yield one list for each tile of 128 queries and query head: ours, and FlexAttention with the same."""
     length = x.q.shape[1]
     tiles = length // TILE
@@ -198,7 +198,7 @@ def compiled_flex() -> Callable:
     return torch.compile(flex_attention)
 
 
-def flex(x: bench.Inputs, lists: Tensor) -> Tensor:
+def flex(x: bench.OpInputs, lists: Tensor) -> Tensor:
     """Run FlexAttention over lists ``[1, HQ, tiles, S]``; the last block of a tile is its own."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -215,7 +215,7 @@ def flex(x: bench.Inputs, lists: Tensor) -> Tensor:
     return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
 
 
-def fla_cases(x: bench.Inputs, chosen: BlockSelection) -> Iterator[Case]:
+def fla_cases(x: bench.OpInputs, chosen: BlockSelection) -> Iterator[Case]:
     """Yield the selected branch of fla-core where it is installed and takes the shape (groups of 16)."""
     if importlib.util.find_spec("fla") is None or x.q.shape[2] // x.k.shape[2] % 16:
         return
@@ -232,15 +232,15 @@ def fla_cases(x: bench.Inputs, chosen: BlockSelection) -> Iterator[Case]:
     yield Case(name="fla-core: selected", run=run, inputs=(x.q, x.k, x.v), ours=False)
 
 
-def decode_cases(x: bench.Inputs, batch: int) -> Iterator[Case]:
+def decode_cases(x: bench.OpInputs, batch: int) -> Iterator[Case]:
     """Yield one decode step on caches ``[B, H, T, D]`` with the offset on the device."""
     length, heads, dim = x.q.shape[1:]
 
     def cached(y: Tensor) -> Tensor:
         return y.expand(batch, -1, -1, -1).transpose(1, 2).contiguous().transpose(1, 2)
 
-    parts = {f.name: getattr(x, f.name).detach() for f in dataclasses.fields(bench.Inputs)}
-    cache = bench.Inputs(**{n: y if n == "q" else cached(y) for n, y in parts.items()})
+    parts = {f.name: getattr(x, f.name).detach() for f in dataclasses.fields(bench.OpInputs)}
+    cache = bench.OpInputs(**{n: y if n == "q" else cached(y) for n, y in parts.items()})
     q = x.q[:, -1:].detach().expand(batch, -1, -1, -1).contiguous()
     layout = SequenceLayout(offset=torch.tensor(length - 1, device=q.device))
 

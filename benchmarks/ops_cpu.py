@@ -47,7 +47,7 @@ def main() -> None:
         bench.check_ops(sizes, dtype, "cpu")
         for length in lengths:
             if source is None:
-                x = bench.Inputs.drifting(sizes, length, dtype, "cpu")
+                x = bench.OpInputs.drifting(sizes, length, dtype, "cpu")
             else:
                 x = real(source, length, dtype)
 
@@ -85,21 +85,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def real(source: dict[str, torch.Tensor], length: int, dtype: torch.dtype) -> bench.Inputs:
+def real(source: dict[str, torch.Tensor], length: int, dtype: torch.dtype) -> bench.OpInputs:
     """Return the first tokens of captured queries and keys, with random values."""
     if len(source["q"]) < length:
         raise SystemExit(f"the file holds {len(source['q'])} tokens, {length} are needed")
     q, k = (source[name][None, :length].to(dtype).contiguous() for name in "qk")
-    return bench.Inputs.of(q, k, torch.randn(k.shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+    return bench.OpInputs.of(q, k, torch.randn(k.shape, generator=torch.Generator().manual_seed(0)).to(dtype))
 
 
-def selection(x: bench.Inputs) -> BlockSelection:
+def selection(x: bench.OpInputs) -> BlockSelection:
     """Choose blocks as NSA does."""
     s = NSASettings()
     return block_topk(x.q, x.cell_keys, width=s.compression_block, stride=s.compression_stride, rule=s.rule)
 
 
-def unions(x: bench.Inputs) -> dict[int, float]:
+def unions(x: bench.OpInputs) -> dict[int, float]:
     """Return the mean union over W neighbouring queries of the second half of the sequence."""
     lists = selection(x).block_indices[0]  # [H, T, S]
 
@@ -114,7 +114,7 @@ def unions(x: bench.Inputs) -> dict[int, float]:
     return means
 
 
-def list_cases(x: bench.Inputs) -> Iterator[bench.Case]:
+def list_cases(x: bench.OpInputs) -> Iterator[bench.Case]:
     """Yield the selected branch on lists shared by tiles of 64 queries and on independent random lists."""
     size = NSASettings().block_size
     count = NSASettings().num_blocks
@@ -139,7 +139,7 @@ def list_cases(x: bench.Inputs) -> Iterator[bench.Case]:
     yield "selected, random lists", lambda: sparse_attention(x.q, x.k, x.v, random, layout=DENSE_LAYOUT)
 
 
-def compiled(x: bench.Inputs, cases: list[bench.Case]) -> Iterator[bench.Case]:
+def compiled(x: bench.OpInputs, cases: list[bench.Case]) -> Iterator[bench.Case]:
     """Yield decode steps through torch.compile: dense ones, and sparse ones in a graph for any position."""
     cached = x.as_cached()
     q = x.q[:, -1:]
@@ -154,7 +154,7 @@ def compiled(x: bench.Inputs, cases: list[bench.Case]) -> Iterator[bench.Case]:
 
 
 def any_position(
-    step: Callable, cached: bench.Inputs, q: torch.Tensor, offset: torch.Tensor, options: dict[str, bool]
+    step: Callable, cached: bench.OpInputs, q: torch.Tensor, offset: torch.Tensor, options: dict[str, bool]
 ) -> Callable:
     """Return a compiled step that reads its position from a tensor, as with a static cache."""
     graph = torch.compile(lambda q, offset: step(cached, q, SequenceLayout(offset=offset)), options=options)

@@ -58,7 +58,7 @@ def main() -> None:
     dtype = bench.parse_dtype(options.dtype)
 
     if options.inputs is None:
-        source = bench.Inputs.drifting(sizes, options.length, dtype, "cpu")
+        source = bench.OpInputs.drifting(sizes, options.length, dtype, "cpu")
     else:
         source = real(load_file(options.inputs), options.length, dtype)
         heads, dim = source.q.shape[2:]
@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def inputs_of(x: bench.Inputs) -> AttentionInputs:
+def inputs_of(x: bench.OpInputs) -> AttentionInputs:
     """Return what a layer would hand to its method."""
     hidden = x.q.new_zeros(*x.q.shape[:2], 1)
     scale = x.q.shape[3] ** -0.5

@@ -74,7 +74,7 @@ def test_an_error_of_our_own_ends_the_run() -> None:
 
 
 def test_work_is_counted() -> None:
-    x = bench.Inputs.drifting(bench.parse_geometry("4/2/16"), 2048, torch.float32, "cpu")
+    x = bench.OpInputs.drifting(bench.parse_geometry("4/2/16"), 2048, torch.float32, "cpu")
     cases = {case.name: case for case in forward_cases(x, "cpu")}
     causal = 2048 * 2049 / 2
     assert cases["dense: SDPA flash"].flops == 4 * 4 * 16 * causal

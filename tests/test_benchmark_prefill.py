@@ -16,7 +16,7 @@ from nsa_convert import bench
 @pytest.mark.parametrize("search", prefill_methods.SEARCHES, ids=lambda search: search.method)
 def test_the_density_found_is_what_the_masks_hold(search: prefill_methods.Search) -> None:
     sizes = bench.parse_geometry("4/2/16")
-    x = prefill_methods.inputs_of(bench.Inputs.drifting(sizes, 1531, torch.float32, "cpu"))
+    x = prefill_methods.inputs_of(bench.OpInputs.drifting(sizes, 1531, torch.float32, "cpu"))
     layer, density, settings = prefill_methods.find(search, sizes, x, 0.5)
     masks = [p.to_dense_mask(1531, 1531, 4, x.layout) for p in layer.patterns(x).values()]
     assert sum(m.sum().item() for m in masks) / (4 * 1531 * 1532 / 2) == pytest.approx(density, abs=1e-6)
