@@ -183,7 +183,7 @@ PLANS = {settings["method"]: settings for settings in EVERY.values() if "rules" 
 PLANS |= {
     "full": {"method": "full"},
     "hybrid": VARIANTS["hybrid"],
-    "phases of others": {
+    "phases": {
         **EVERY["xattention"],
         "rules": [{**EVERY["streaming-evict"], "phase": "decode"}],
     },
@@ -221,9 +221,7 @@ def import_copy(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Mod
 
 @pytest.mark.parametrize(
     "plan",
-    these_quick(
-        (plan for plan in PLANS if plan != EVERYTHING), ["nsa", "infllm", "phases of others", "layers"]
-    ),
+    these_quick((plan for plan in PLANS if plan != EVERYTHING), ["nsa", "infllm", "phases", "layers"]),
 )
 def test_the_copy_computes_what_the_package_does(
     plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
