@@ -97,6 +97,7 @@ class LayerRule:
     def __post_init__(self) -> None:
         problems = type_problems(self)
         if not problems:
+            problems += [] if self.method else ["method is empty; name a method"]
             problems += _list_problems("layers", self.layers)
             problems += _list_problems("heads", self.heads)
             problems += at_least(0, heads=min(self.heads or (0,)))

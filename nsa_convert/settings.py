@@ -95,9 +95,9 @@ def read_settings(cls: type[T], values: Any, where: str, *, code: str = "CF22") 
         ConfigError: Unknown keys (the nearest field is named), missing keys, wrong types, or whatever a
             dataclass itself refuses; all problems in one message, and each of them in ``problems``.
     """
-    problems: list[ConfigError] = []
-    settings = _read_dataclass(cls, values, where, code, problems)
-    raise_problems(problems)
+    reader = _Reader(code)
+    settings = reader.dataclass(cls, values, where)
+    raise_problems(reader.problems)
     return cast(T, settings)
 
 
@@ -115,143 +115,144 @@ def read_values(
     Raises:
         ConfigError: Unknown keys and wrong types, all in one message.
     """
-    problems: list[ConfigError] = []
-    read = _read_values(kinds, values, where, code, problems)
-    raise_problems(problems)
+    reader = _Reader(code)
+    read = reader.mapping(kinds, values, where)
+    raise_problems(reader.problems)
     return read
 
 
 def type_problems(settings: Any) -> list[str]:
     """Return one problem line for each field of a built dataclass whose value has the wrong type."""
+    reader = _Reader("", written=False)
     hints = get_type_hints(type(settings))
-    found: list[ConfigError] = []
-    _read_values({name: hints[name] for name in vars(settings)}, vars(settings), "", "", found)
-    lines = [problem.message for problem in found]
-
-    # Only what is written may be a float; a built dataclass must hold the whole number itself.
-    for name, value in vars(settings).items():
-        if hints[name] is int and isinstance(value, float) and value.is_integer():
-            lines.append(f"{name} must be {_describe(int)}, got {value!r}")
-    return lines
+    reader.mapping({name: hints[name] for name in vars(settings)}, vars(settings), "")
+    return [problem.message for problem in reader.problems]
 
 
-def _read_dataclass(cls: type, values: Any, where: str, code: str, problems: list[ConfigError]) -> Any:
-    """Return the dataclass, or None after its problems were added to ``problems``."""
-    if not isinstance(values, Mapping):
-        problems.append(ConfigError(f"{where}: expected a mapping, got {values!r}", code=code))
-        return None
-    if hasattr(cls, "as_fields"):
-        values = cls.as_fields(values)
+class _Reader:
+    """Reads values as types, and collects what is wrong with them.
 
-    fields = dataclasses.fields(cls)
-    hints = get_type_hints(cls)
-    before = len(problems)
-    read = _read_values({field.name: hints[field.name] for field in fields}, values, where, code, problems)
-    for field in fields:
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in values:
-            problems.append(ConfigError(f"{where}: '{field.name}' is missing", code=code))
-    if len(problems) > before:
-        return None
-
-    # What the values themselves have to fulfil, the dataclass checks.
-    try:
-        return cls(**read)
-    except ConfigError as error:
-        for own in error.problems or (error,):
-            text = f"{where}: {own.message}"
-            problems.append(ConfigError(text, code=own.code, hint=own.hint or error.hint))
-        return None
-
-
-def _read_values(
-    kinds: Mapping[str, Any],
-    values: Mapping[Any, Any],
-    where: str,
-    code: str,
-    problems: list[ConfigError],
-) -> dict[str, Any]:
-    """Return the values that have the types of ``kinds``; add what is wrong to ``problems``."""
-    problems += [ConfigError(line, code="CF13") for line in unknown_keys(values, kinds, where)]
-    read: dict[str, Any] = {}
-    for key, kind in kinds.items():
-        if key not in values:
-            continue
-        try:
-            read[key] = _convert(kind, values[key], f"{where}.{key}" if where else key, code, problems)
-        except _WrongType:  # why: told with all other problems of the mapping
-            text = f"{key} must be {_describe(kind)}, got {values[key]!r}"
-            problems.append(ConfigError(f"{where}: {text}" if where else text, code=code))
-    return read
-
-
-def _convert(kind: Any, value: Any, where: str, code: str, problems: list[ConfigError]) -> Any:
-    """Return ``value`` as ``kind``.
-
-    Problems inside of nested dataclasses are added to ``problems``.
-
-    Raises:
-        _WrongType: The value has another type.
+    Args:
+        code: Error code of missing keys and wrong types.
+        written: Whether a file or a command line says the values, where a whole number may be written as a
+            float; a built dataclass must hold the whole number itself.
     """
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        return _first_fit(get_args(kind), value, where, code, problems)
-    if origin is Literal:
-        if isinstance(value, str) and value in get_args(kind):
-            return value
+
+    def __init__(self, code: str, *, written: bool = True) -> None:
+        self.code = code
+        self.written = written
+        self.problems: list[ConfigError] = []
+
+    def dataclass(self, cls: type, values: Any, where: str) -> Any:
+        """Return the dataclass, or None after what is wrong was added to the problems."""
+        if not isinstance(values, Mapping):
+            self._refuse(f"{where}: expected a mapping, got {values!r}")
+            return None
+        if hasattr(cls, "as_fields"):
+            values = cls.as_fields(values)
+
+        fields = dataclasses.fields(cls)
+        hints = get_type_hints(cls)
+        before = len(self.problems)
+        read = self.mapping({field.name: hints[field.name] for field in fields}, values, where)
+        for field in fields:
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and field.name not in values:
+                self._refuse(f"{where}: '{field.name}' is missing")
+        if len(self.problems) > before:
+            return None
+
+        # What the values themselves have to fulfil, the dataclass checks.
+        try:
+            return cls(**read)
+        except ConfigError as error:
+            for own in error.problems or (error,):
+                text = f"{where}: {own.message}"
+                self.problems.append(ConfigError(text, code=own.code, hint=own.hint or error.hint))
+            return None
+
+    def mapping(self, kinds: Mapping[str, Any], values: Mapping[Any, Any], where: str) -> dict[str, Any]:
+        """Return the values that have the types of ``kinds``; add what is wrong to the problems."""
+        self.problems += [ConfigError(line, code="CF13") for line in unknown_keys(values, kinds, where)]
+        read: dict[str, Any] = {}
+        for key, kind in kinds.items():
+            if key not in values:
+                continue
+            try:
+                read[key] = self._convert(kind, values[key], f"{where}.{key}" if where else key)
+            except _WrongType:  # why: told with all other problems of the mapping
+                text = f"{key} must be {_describe(kind)}, got {values[key]!r}"
+                self._refuse(f"{where}: {text}" if where else text)
+        return read
+
+    def _refuse(self, text: str) -> None:
+        self.problems.append(ConfigError(text, code=self.code))
+
+    def _convert(self, kind: Any, value: Any, where: str) -> Any:
+        """Return ``value`` as ``kind``.
+
+        Problems inside of nested dataclasses are added to the problems.
+
+        Raises:
+            _WrongType: The value has another type.
+        """
+        origin = get_origin(kind)
+        if origin in (Union, types.UnionType):
+            return self._first_fit(get_args(kind), value, where)
+        if origin is Literal:
+            if isinstance(value, str) and value in get_args(kind):
+                return value
+            raise _WrongType
+
+        # Lists and mappings, each item for itself.
+        if origin is tuple:
+            if not isinstance(value, (list, tuple)):
+                raise _WrongType
+            item = get_args(kind)[0]
+            return tuple(self._convert(item, x, f"{where}[{i}]") for i, x in enumerate(value))
+        if origin is not None:  # Mapping[str, X]
+            if not isinstance(value, Mapping):
+                raise _WrongType
+            item = get_args(kind)[1]
+            return {str(key): self._convert(item, x, f"{where}.{key}") for key, x in value.items()}
+
+        if _is_dataclass(kind):
+            return value if isinstance(value, kind) else self.dataclass(kind, value, where)
+        return self._scalar(kind, value)
+
+    def _first_fit(self, options: Sequence[Any], value: Any, where: str) -> Any:
+        """Return ``value`` as the first of several types that it fits."""
+        for option in options:
+            # A dataclass is what a mapping stands for; any other value is left to the other types.
+            if _is_dataclass(option) and len(options) > 1 and not isinstance(value, (Mapping, option)):
+                continue
+            try:
+                return self._convert(option, value, where)
+            except _WrongType:  # why: another of the types may fit
+                continue
         raise _WrongType
 
-    # Lists and mappings, each item for itself.
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise _WrongType
-        item = get_args(kind)[0]
-        return tuple(_convert(item, x, f"{where}[{i}]", code, problems) for i, x in enumerate(value))
-    if origin is not None:  # Mapping[str, X]
-        if not isinstance(value, Mapping):
-            raise _WrongType
-        item = get_args(kind)[1]
-        return {str(key): _convert(item, x, f"{where}.{key}", code, problems) for key, x in value.items()}
+    def _scalar(self, kind: Any, value: Any) -> Any:
+        """Return a single value as ``kind``; true and false are no numbers."""
+        if kind is Any:
+            return value
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    if _is_dataclass(kind):
-        return value if isinstance(value, kind) else _read_dataclass(kind, value, where, code, problems)
-    return _scalar(kind, value)
+        # The same value may be written in two ways.
+        if kind is float and number:
+            return float(value)
+        if kind is int and self.written and isinstance(value, float) and value.is_integer():
+            return int(value)  # YAML writes a token budget of five billion as 5e9
+        if kind is list and isinstance(value, tuple):
+            return list(value)
 
-
-def _first_fit(options: Sequence[Any], value: Any, where: str, code: str, problems: list[ConfigError]) -> Any:
-    """Return ``value`` as the first of several types that it fits."""
-    for option in options:
-        # A dataclass is what a mapping stands for; any other value is left to the other types.
-        if _is_dataclass(option) and len(options) > 1 and not isinstance(value, (Mapping, option)):
-            continue
-        try:
-            return _convert(option, value, where, code, problems)
-        except _WrongType:  # why: another of the types may fit
-            continue
-    raise _WrongType
+        if isinstance(value, kind) and (kind is not int or number):
+            return value
+        raise _WrongType
 
 
 def _is_dataclass(kind: Any) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
-
-
-def _scalar(kind: Any, value: Any) -> Any:
-    """Return a single value as ``kind``; true and false are no numbers."""
-    if kind is Any:
-        return value
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    # The same value may be written in two ways.
-    if kind is float and number:
-        return float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)  # YAML writes a token budget of five billion as 5e9
-    if kind is list and isinstance(value, tuple):
-        return list(value)
-
-    if isinstance(value, kind) and (kind is not int or number):
-        return value
-    raise _WrongType
 
 
 def _describe(kind: Any) -> str:

@@ -172,3 +172,17 @@ def test_bad_geometry(heads: object, kv_heads: object) -> None:
 
 def test_number_ranges() -> None:
     assert number_ranges([7, 1, 0, 2, 9, 10]) == "0-2, 7, 9-10"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layers": (1.0,)}, r"layers must be a list of whole numbers, got \(1.0,\)"),
+        ({"heads": (0, 2.0)}, r"heads must be a list of whole numbers, got \(0, 2.0\)"),
+        ({"method": ""}, "method is empty"),
+    ],
+)
+def test_a_built_rule_holds_whole_numbers_and_a_name(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LayerRule(**{"method": "nsa", **values})
+    assert LayerRule.from_dict({"method": "nsa", "layers": [1.0]}).layers == (1,)
