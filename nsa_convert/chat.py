@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -100,20 +101,16 @@ def _read_all(reader: int) -> dict[str, str] | None:
     while (left := end - time.monotonic()) > 0 and len(content) < TEXT_BYTES:
         # Wait until there is something to read, or the time is over.
         if not select.select([reader], [], [], left)[0]:
-            return None
+            break
 
         # An empty read is the end: the child has closed its side of the pipe.
         piece = os.read(reader, 1 << 20)
         if not piece:
+            with contextlib.suppress(ValueError):  # why: a child that dies leaves half an answer
+                return json.loads(content)
             break
         content += piece
-    else:
-        return None
-
-    try:
-        return json.loads(content)
-    except ValueError:  # why: a child that was ended in the middle leaves half an answer
-        return None
+    return None
 
 
 def _failed(reason: str) -> ConfigError:
