@@ -56,8 +56,10 @@ def train(
 
     if dry_run:
         start = read_start(read, folder)
-        plan = forecast_recipe(read, start, path.parent, parallel=planned(read))
-        show(measure_stages(read, start, path.parent, plan) if read.measure else plan, as_json)
+        forecast = forecast_recipe(read, start, path.parent, parallel=planned(read))
+        if read.measure:
+            forecast = measure_stages(read, start, path.parent, forecast)
+        show(forecast, as_json)
         return
 
     # Of the processes of a distributed run the first one speaks.

@@ -182,14 +182,14 @@ def make_trainer(
     """
     stage = recipe.stages[index]
     methods = methods_of(model)
-    plan = stage_losses(stage, methods, recipe.seed, index)
+    losses = stage_losses(stage, methods, recipe.seed, index)
     args = training_arguments(recipe, index)
 
     # What both trainers take: that on packed rows and that on TRL's chats.
     common = {
         "stage": stage,
         "parallel": parallel_of(recipe),
-        "losses": plan,
+        "losses": losses,
         "sparse": bool(methods),
         "facts": facts,
         "say": say,
@@ -335,7 +335,7 @@ def peak_flops() -> float | None:
     return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
-def measure_stages(recipe: Recipe, start: Start, base: Path, plan: RecipeForecast) -> RecipeForecast:
+def measure_stages(recipe: Recipe, start: Start, base: Path, forecast: RecipeForecast) -> RecipeForecast:
     """Return the forecast with the seconds per step, measured on the second of two micro-batches a stage."""
     stages = []
 
@@ -352,8 +352,8 @@ def measure_stages(recipe: Recipe, start: Start, base: Path, plan: RecipeForecas
         losses = stage_losses(stage, methods_of(model), recipe.seed, index)
         seconds = [_time_rows(model, losses, stage, rows) for _ in range(2)]
 
-        stages.append(dataclasses.replace(plan.stages[index], seconds_per_step=seconds[1]))
-    return dataclasses.replace(plan, stages=tuple(stages))
+        stages.append(dataclasses.replace(forecast.stages[index], seconds_per_step=seconds[1]))
+    return dataclasses.replace(forecast, stages=tuple(stages))
 
 
 def _time_rows(model: nn.Module, losses: StageLosses, stage: Stage, rows: Any) -> float:
