@@ -24,6 +24,7 @@ from nsa_convert.kernels import dense_attention, sparse_attention, use_backend
 from nsa_convert.methods.parts.base import AttentionInputs
 from nsa_convert.patterns import DENSE_LAYOUT, SinkWindow
 from tests.guards.reference import anchor
+from tests.published.pages import command_lines
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -64,13 +65,9 @@ def inline_commands(text: str) -> Iterator[str]:
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    """Yield the words of each command line; a backslash joins lines, ``VAR=x`` and prompts are dropped.
-
-    Where lines of a block have prompts, the others are what was printed.
-    """
-    lines = block.replace("\\\n", " ").splitlines()
-    for line in [line for line in lines if line.startswith("$ ")] or lines:
-        words = shlex.split(line.removeprefix("$ "), comments=True)
+    """Yield the words of each command line of a shell block, without ``VAR=x`` before the command."""
+    for line, _ in command_lines(block):
+        words = shlex.split(line)
         while words and re.fullmatch(r"\w+=.*", words[0]):
             words = words[1:]
         if words:

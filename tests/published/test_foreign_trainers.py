@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoints import SIZES
+from tests.guards.test_docs import commands
 from tests.published.bases import byte_tokenizer
-from tests.published.pages import ELSEWHERE, ROOT, blocks, command_lines, section
+from tests.published.pages import ELSEWHERE, ROOT, blocks, section
 from tests.published.places import run_command
 
 PAGE = "docs/howto/other_trainers.md"
@@ -102,12 +103,6 @@ def run_program(words: list[str]) -> None:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
-def commands(body: str) -> list[list[str]]:
-    """Return the words of each command line of a block, without what it sets before the command."""
-    lines = [shlex.split(line) for line, _ in command_lines(body)]
-    return [words[1:] if words[0].startswith("PYTHONPATH=") else words for words in lines]
 
 
 @pytest.mark.parametrize("heading", ELSEWHERE[PAGE])
