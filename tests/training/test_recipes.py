@@ -103,7 +103,6 @@ def test_every_trainable_method_trains_in_every_precision(name, precision, tmp_p
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["loss"]) for row in rows)
-    assert ("bfloat16" in done.output) == (precision == "bf16")
 
 
 def test_every_trainable_method_has_a_tiny_recipe():

@@ -233,14 +233,9 @@ def stage_problems(stage: Stage, methods: Sequence[SparseMethod], config: Mappin
     return problems
 
 
-def stage_warnings(recipe: Recipe, stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
+def stage_warnings(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
     """Return what works but is probably not intended; one sentence for each."""
     lines = []
-    if recipe.precision == "bf16":
-        lines.append(
-            "precision bf16 keeps the weights in bfloat16, where AdamW loses most updates by rounding (93 % "
-            "at a learning rate of 2e-5) and all weight decay; bf16-mixed does not"
-        )
 
     # Rows within the budget of every sparse layer are computed densely.
     reaches = [method.reach() for method in methods]
@@ -322,7 +317,7 @@ def _resolve(
         trained_new=new,
         losses={**losses, **stage_weights(stage, methods)},
         memory=_memory(stage, recipe, start, sum(shapes.values()), trained, parallel),
-        warnings=tuple(stage_warnings(recipe, stage, methods)),
+        warnings=tuple(stage_warnings(stage, methods)),
     )
 
 
@@ -351,13 +346,15 @@ def _adapter_size(stage: Stage, start: Start) -> int:
 def _memory(stage: Stage, recipe: Recipe, start: Start, total: int, trained: int, parallel: Parallel) -> int:
     """Estimate the bytes needed on one device.
 
-    Weights, gradients and AdamW's moments are divided by the processes that hold one copy together. Each
-    layer keeps ``LAYER_WIDTHS`` hidden widths of activations; with checkpointing one, and ``LAYER_WIDTHS``
-    once for the layer being recomputed. Logits and their gradient are in float32.
+    Weights, gradients, AdamW's moments and the float32 masters of bfloat16 weights are divided by the
+    processes that hold one copy together. Each layer keeps ``LAYER_WIDTHS`` hidden widths of activations;
+    with checkpointing one, and ``LAYER_WIDTHS`` once for the layer being recomputed. Logits and their
+    gradient are in float32.
     """
     weight = 2 if recipe.precision == "bf16" else 4
+    master = 4 if recipe.precision == "bf16" else 0
     number = 4 if recipe.precision == "fp32" else 2
-    static = (total * weight + trained * (weight + ADAM_BYTES)) // parallel.weight_parts
+    static = (total * weight + trained * (weight + master + ADAM_BYTES)) // parallel.weight_parts
 
     # Activations of the rows of one micro-batch.
     rows = stage.micro_batch * stage.seq_len // parallel.context

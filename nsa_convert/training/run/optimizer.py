@@ -1,13 +1,90 @@
-"""The optimizer's parameter groups and the learning rate schedule."""
+"""The optimizer, its parameter groups and the learning rate schedule."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from nsa_convert.training.recipe.schema import Stage
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW that updates weights of half precision in float32.
+
+    A bfloat16 weight has 8 significant bits: at a learning rate of 2e-5 most updates are less than half a
+    unit of its last place and would be rounded away. So the state of such a weight holds, beside both moments,
+    a float32 copy (``master``) that takes every update; the weight is that copy, rounded. Weights of other
+    dtypes are updated as :class:`torch.optim.AdamW` does.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step; return what ``closure`` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Update one weight from its gradient."""
+        state = self.state[p]
+        wide = _state_dtype(p)
+        half = p.dtype != wide
+        if "step" not in state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(p, dtype=wide)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
+        # A state of plain AdamW has no master: it begins at the weight.
+        if half and "master" not in state:
+            state["master"] = p.detach().to(wide)
+
+        weight = state["master"] if half else p
+        first, second = group["betas"]
+        adamw(
+            [weight],
+            [p.grad.to(weight.dtype)],  # type: ignore[union-attr]
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            beta1=first,
+            beta2=second,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        if half:
+            p.copy_(weight)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; moments and masters stay in float32, where torch would round them to the weight's."""
+        super().load_state_dict(state_dict)
+
+        # torch numbers the weights over all groups, in their order.
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, weights, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if name != "step" and isinstance(value, Tensor) and value.is_floating_point():
+                    self.state[p][name] = value.to(device=p.device, dtype=_state_dtype(p), copy=True)
+
+
+def _state_dtype(p: Tensor) -> torch.dtype:
+    """Return the dtype of the state of a weight: at least float32."""
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:

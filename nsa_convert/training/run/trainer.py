@@ -33,7 +33,7 @@ from nsa_convert.training.run.distributed import (
     whole_optimizer_state,
 )
 from nsa_convert.training.run.logs import progress_line, read_log
-from nsa_convert.training.run.optimizer import parameter_groups, rate
+from nsa_convert.training.run.optimizer import MasterAdamW, parameter_groups, rate
 from nsa_convert.training.run.parallel import Parallel
 from nsa_convert.training.run.trainer_states import (
     OPTIMIZER,
@@ -236,11 +236,13 @@ class StageTrainer(Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return AdamW with the learning rates of the stage."""
+        """Return AdamW with the learning rates of the stage; half precision gets float32 masters."""
         if self.optimizer is None:
             groups = parameter_groups(model or self.model, self.stage)
             first, second = self.stage.betas
-            self.optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=1e-8)
+            wide = all(p.dtype.itemsize >= 4 for group in groups for p in group["params"])
+            kind = torch.optim.AdamW if wide else MasterAdamW
+            self.optimizer = kind(groups, betas=(first, second), eps=1e-8)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

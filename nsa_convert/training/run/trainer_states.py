@@ -129,6 +129,9 @@ def forward_schedule(scheduler: Any, optimizer: Any, step: int) -> None:
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Return about how many bytes a checkpoint takes: all weights, and two moments for each trained one."""
+    """Return about how many bytes a checkpoint takes: weights, and the state of AdamW for those trained."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    # Two float32 moments, and a float32 master of a weight in half precision.
     trained = [p for p in model.parameters() if p.requires_grad]
-    return sum(p.numel() * p.element_size() for p in [*model.parameters(), *trained, *trained])
+    return weights + sum(p.numel() * (12 if p.element_size() < 4 else 2 * p.element_size()) for p in trained)
