@@ -84,8 +84,9 @@ RUNS = {
     "nsa": (NSA, (ALIGN, stage(micro_batch=2))),
     "ssa": (SSA, (stage(checkpointing=True),)),
     "dense": (None, (stage(),)),
+    "nsa in bf16": (NSA, (ALIGN, stage(micro_batch=2)), {"precision": "bf16"}),
 }
-"""Name -> method and stages of a run of a few seconds."""
+"""Name -> method, stages and further keys of a run of a few seconds."""
 
 
 def run(out: Path, name: str, stop_at: str | None = None, *, say: Any = None, **options: Any):
@@ -97,9 +98,11 @@ def run(out: Path, name: str, stop_at: str | None = None, *, say: Any = None, **
         if stop_at is not None and line.startswith(stop_at):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    method, stages = RUNS[name]
+    method, stages, *keys = RUNS[name]
     known = {key: options.pop(key) for key in ("resume", "allow") if key in options}
-    return train_recipe(recipe(out, method, *stages, **options), None, base=ROOT, say=listen, **known)
+    folder = options.pop("folder", None)
+    options = {**(keys[0] if keys else {}), **options}
+    return train_recipe(recipe(out, method, *stages, **options), folder, base=ROOT, say=listen, **known)
 
 
 def same_weights(a: Path, b: Path) -> bool:

@@ -53,7 +53,7 @@ RESUMED = ("context ssa", "tensor nsa", "fsdp nsa", "fsdp and context ssa", "fsd
 LIMIT = 1e-5
 
 
-def values(out: Path, case: str, **keys: int) -> dict[str, Any]:
+def values(out: Path, case: str, **keys: Any) -> dict[str, Any]:
     method, stages = STAGES[case]
     return recipe_values(out, method, *copy.deepcopy(stages), model=copy.deepcopy(MODEL), **keys)
 
@@ -118,6 +118,25 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, two, tmp_path):
     train_together(tmp_path / "b", [job(tmp_path, name, resume=True)])
     assert losses(tmp_path / name) == losses(whole)
     assert same_weights(tmp_path / name / "pretrain", whole / "pretrain")
+
+
+@SLOW
+@SHARDED
+def test_float32_masters_of_cut_bfloat16_weights_are_saved_and_loaded(tmp_path):
+    """The optimizer's state is gathered and cut again; rounded to the weights' dtype the run would differ."""
+    keys = {"fsdp": 2, "precision": "bf16", "save_dtype": "bfloat16"}
+
+    def runs(name: str, stop_at: int | None = None, resume: bool = False) -> dict[str, Any]:
+        return {"recipe": values(tmp_path / name, "nsa", **keys), "stop_at": stop_at, "resume": resume}
+
+    train_together(tmp_path / "a", [runs("whole"), runs("stopped", stop_at=2)])
+    assert len(losses(tmp_path / "stopped")) < len(losses(tmp_path / "whole"))
+    train_together(tmp_path / "b", [runs("stopped", resume=True)])
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert same_weights(tmp_path / "stopped" / "pretrain", tmp_path / "whole" / "pretrain")
+
+    saved = load_file(tmp_path / "whole" / "pretrain" / "model" / "model.safetensors")
+    assert {x.dtype for x in saved.values()} == {torch.bfloat16}
 
 
 @SLOW

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nsa_convert.loading import load_causal_model
 from nsa_convert.training.run.runner import Interrupted
@@ -34,6 +35,7 @@ def whole(tmp_path_factory):
     ("case", "stop_at"),
     [
         ("nsa", "pretrain 3/"),
+        ("nsa in bf16", "pretrain 3/"),
         ("ssa", "pretrain 2/"),
         pytest.param("nsa", "align 1/", marks=SLOW),
         pytest.param("dense", "pretrain 1/", marks=SLOW),
@@ -70,3 +72,31 @@ def test_streams_gap_and_gates_are_logged(whole):
     assert all(0.9 < row["gate_output"] < 1.1 for row in rows)
     rows = [json.loads(line) for line in (whole("nsa") / "log.jsonl").read_text().splitlines()]
     assert {"gate_compressed", "gate_selected", "gate_window", "gate_least_open"} <= set(rows[-1])
+
+
+def test_the_last_model_has_the_dtype_of_the_checkpoint(tmp_path):
+    """The stages before it keep what was trained, so that the next one begins where they ended."""
+    run(tmp_path / "dense", "dense", save_dtype="bfloat16")
+    base = tmp_path / "dense" / "pretrain" / "model"
+    assert saved_dtypes(base) == {torch.bfloat16}
+
+    run(tmp_path / "run", "nsa", model=str(base), folder=base)
+    assert saved_dtypes(tmp_path / "run" / "align" / "model") == {torch.float32}
+    trained = tmp_path / "run" / "pretrain" / "model"
+    assert saved_dtypes(trained) == {torch.bfloat16}
+    assert json.loads((trained / "config.json").read_text())["dtype"] == "bfloat16"
+
+    run(tmp_path / "wide", "nsa", model=str(base), folder=base, save_dtype="float32")
+    wide = load_file(tmp_path / "wide" / "pretrain" / "model" / "model.safetensors")
+    narrow = load_file(trained / "model.safetensors")
+    assert all(torch.equal(narrow[name], x.bfloat16()) for name, x in wide.items())
+    assert any(not torch.equal(narrow[name].float(), x) for name, x in wide.items())
+
+
+def test_a_fresh_model_keeps_the_dtype_of_training(whole):
+    assert saved_dtypes(whole("nsa") / "pretrain" / "model") == {torch.float32}
+    assert saved_dtypes(whole("nsa in bf16") / "pretrain" / "model") == {torch.bfloat16}
+
+
+def saved_dtypes(folder: Path) -> set[torch.dtype]:
+    return {x.dtype for x in load_file(folder / "model.safetensors").values()}

@@ -20,7 +20,7 @@ from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, Ro
 
 SCHEMA = 1
 """Version of the recipe format; a newer one is refused."""
-UNBOUND_KEYS = ("out", "schema", "report_to", "measure", "fsdp", "tensor", "context", "alarms")
+UNBOUND_KEYS = ("out", "schema", "report_to", "measure", "fsdp", "tensor", "context", "alarms", "save_dtype")
 UNBOUND_STAGE_KEYS = ("save_every", "log_every", "keep", "checkpointing", "micro_batch")
 """Keys that decide no number of a run, so that a resume may change them."""
 
@@ -189,7 +189,10 @@ class Recipe:
         sparse_attention: The plan as ``convert`` takes it; None trains the model as it is.
         schema: Version of the recipe format.
         seed: Of weights, data order, and the choice of sparse or dense steps.
-        precision: ``fp32``; ``bf16-mixed`` (fp32 weights, bf16 arithmetic); ``bf16`` (bf16 weights).
+        precision: ``fp32``; ``bf16-mixed`` (fp32 weights, bf16 arithmetic); ``bf16`` (bf16 weights, of which
+            the optimizer keeps fp32 masters).
+        save_dtype: Dtype of the weights of the last stage's model; ``auto`` is that of the checkpoint the run
+            starts from. The models of earlier stages keep the dtype that they were trained in.
         revision: Branch, tag or commit of a Hub model.
         report_to: Where curves go beside ``log.jsonl``; ``auto`` is tensorboard where it is installed.
         measure: Let ``--dry-run`` load the model and time two steps of each stage.
@@ -206,6 +209,7 @@ class Recipe:
     schema: int = SCHEMA
     seed: int = 0
     precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
     report_to: Literal["auto", "none", "tensorboard", "trackio", "wandb"] = "auto"
     measure: bool = False

@@ -31,6 +31,8 @@ TOKENIZER_TEXTS = 400
 """Number of documents of each source that the tokenizer of a fresh model is trained on."""
 DTYPES = {"fp32": torch.float32, "bf16-mixed": torch.float32, "bf16": torch.bfloat16}
 """Precision of a recipe -> dtype of the weights."""
+SAVED_DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16)}
+"""Name -> dtype that a trained model can be written in."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,18 @@ def load_first(recipe: Recipe, start: Start) -> PreTrainedModel:
         patch_model(model, start.plan)
         object.__delattr__(model, "_dense_state")  # holds the dense layers for unpatching; not needed here
     return model
+
+
+def save_dtype(recipe: Recipe, start: Start) -> torch.dtype:
+    """Return the dtype in which the trained model is written: the recipe's, or else the checkpoint's own.
+
+    A fresh model, and a checkpoint whose config names no floating point dtype, keep the dtype of training.
+    """
+    name: str = recipe.save_dtype
+    if name == "auto":
+        own = {} if start.folder is None else start.config
+        name = str(own.get("dtype") or own.get("torch_dtype"))
+    return SAVED_DTYPES.get(name.removeprefix("torch."), DTYPES[recipe.precision])
 
 
 def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:

@@ -17,9 +17,9 @@ class MasterAdamW(torch.optim.AdamW):
     """AdamW that updates weights of half precision in float32.
 
     A bfloat16 weight has 8 significant bits: at a learning rate of 2e-5 most updates are less than half a
-    unit of its last place and would be rounded away. So the state of such a weight holds, beside both moments,
-    a float32 copy (``master``) that takes every update; the weight is that copy, rounded. Weights of other
-    dtypes are updated as :class:`torch.optim.AdamW` does.
+    unit of its last place and would be rounded away. So the state of such a weight holds, beside both
+    moments, a float32 copy (``master``) that takes every update; the weight is that copy, rounded. Weights of
+    other dtypes are updated as :class:`torch.optim.AdamW` does.
     """
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nsa_convert.checkpoint.staging import exclusive, machine_errors, staged
@@ -26,7 +27,7 @@ from nsa_convert.training.run.distributed import from_main, join_processes
 from nsa_convert.training.run.failures import KernelFailure, explained
 from nsa_convert.training.run.forecast import forecast_recipe
 from nsa_convert.training.run.logs import trim_log
-from nsa_convert.training.run.models import Start, quiet, read_start, save_model
+from nsa_convert.training.run.models import Start, quiet, read_start, save_dtype, save_model
 from nsa_convert.training.run.parallel import Parallel, world_size
 from nsa_convert.training.run.resume import RUN_FILE, Allow, check_resume, stage_facts
 from nsa_convert.training.run.stages import (
@@ -263,7 +264,10 @@ class _Run:
         # Write the trained model, with what is needed to verify and publish it.
         seal = lambda folder: _seal(folder, recipe, index, self.start, report)  # noqa: E731
         whole = lambda: load_base(recipe, index, self.start, Parallel())  # noqa: E731
-        finish_stage(trainer, tokenizer, place, report, seal, whole)
+        # The next stage begins with the weights as they were trained; those of the last one users load.
+        last = index == len(recipe.stages) - 1
+        dtype = save_dtype(recipe, self.start) if last else None
+        finish_stage(trainer, tokenizer, place, report, seal, whole, dtype)
         return report
 
     def _trainer(
@@ -314,6 +318,7 @@ def finish_stage(
     report: dict[str, Any],
     seal: Callable[[Path], None],
     whole: Callable[[], nn.Module],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the trained model; its folder appears when it is complete. Every process calls this.
 
@@ -324,6 +329,7 @@ def finish_stage(
         report: Content of ``stage.json``.
         seal: Writes the recipe, the training report and the manifest into the folder.
         whole: Returns the model the stage began with, unsharded: an adapter is merged into it.
+        dtype: Of the written weights; as they were trained when left out. The model in memory is converted.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
 
@@ -338,6 +344,7 @@ def finish_stage(
     if trainer.sharded and not trainer.adapts:
         gathered = place / ".gathered"
         with quiet():
+            trainer.model.to(dtype)
             # why: a sharded model is gathered aside, and renamed when it is sealed
             trainer.model.save_pretrained(gathered, is_main_process=trainer.is_world_process_zero())
 
@@ -355,6 +362,7 @@ def finish_stage(
 
             model = merged(model, place / "adapter", whole() if trainer.sharded else None)
 
+        model.to(dtype)
         with staged(place / MODEL) as folder:
             save_model(model, tokenizer, folder)
             # why: the report of the stage, inside the staging folder
