@@ -24,6 +24,7 @@ from nsa_convert.training.run.runner import train_recipe
 from tests.models import DSA, MOBA, tokens
 from tests.training.processes import SHARDED, free_port, launch
 from tests.training.recipes import ALIGN, FRESH, NSA, ROOT, SSA, losses, recipe_values, same_weights, stage
+from tests.training.test_held_out import evaluated
 
 SLOW = pytest.mark.slow
 MODEL = {
@@ -51,6 +52,8 @@ RUNS = {
 RUNS = {name: run for name, run in RUNS.items() if can_shard() or run[1].keys() == {"context"}}
 RESUMED = ("context ssa", "tensor nsa", "fsdp nsa", "fsdp and context ssa", "fsdp lora")
 LIMIT = 1e-5
+MEASURED_ON_FEW = {"eval_captured", "eval_oracle"}
+"""Figures of the first rows of each process."""
 
 
 def values(out: Path, case: str, **keys: Any) -> dict[str, Any]:
@@ -137,6 +140,32 @@ def test_float32_masters_of_cut_bfloat16_weights_are_saved_and_loaded(tmp_path):
 
     saved = load_file(tmp_path / "whole" / "pretrain" / "model" / "model.safetensors")
     assert {x.dtype for x in saved.values()} == {torch.bfloat16}
+
+
+@SLOW
+def test_processes_evaluate_what_one_evaluates(tmp_path):
+    """Each reads other rows, or a part of every row; nothing waits for ever."""
+    data = [{"kind": "reference", "hold_out": 0.1}, {"kind": "recall", "pairs": 4}]
+    part = stage(data=data, eval_every=2, eval_rows=4)
+    keys = {"data": {}, "context": {"context": 2}} | ({"fsdp": {"fsdp": 2}} if can_shard() else {})
+
+    def recipe(name: str) -> dict[str, Any]:
+        return recipe_values(tmp_path / name, NSA, part, model=copy.deepcopy(MODEL), **keys.get(name, {}))
+
+    train_recipe(recipe_from_dict(recipe("one")), None, base=ROOT)
+    jobs = [{"recipe": recipe(name), "stop_at": None, "resume": False} for name in keys]
+    train_together(tmp_path / "jobs", jobs)
+    want = evaluated(tmp_path / "one")
+    assert [row["step"] for row in want] == [0, 2, 4, 5]
+    for name in keys:
+        found = evaluated(tmp_path / name)
+        assert len(found) == len(want), name
+        for row, right in zip(found, want, strict=True):
+            # Processes that share a row measure no mass.
+            figures = row.keys() if name == "context" else right.keys()
+            assert {"eval_loss", "eval_dense_loss", "eval_kl", "eval_score_kl"} <= figures
+            for figure in figures - MEASURED_ON_FEW:
+                assert row[figure] == pytest.approx(right[figure], abs=LIMIT), (name, figure)
 
 
 @SLOW

@@ -77,14 +77,23 @@ class PackedRows(IterableDataset):
         seed: Seed of the order.
         base: Folder that relative paths start from.
         keep: Number of rows whose end position is remembered for :meth:`state_after`.
+        held_out: Read the held-out documents instead of those for training.
     """
 
     def __init__(
-        self, sources: Sequence[Source], tokenizer: Any, seq_len: int, seed: int, base: Path, keep: int = 4096
+        self,
+        sources: Sequence[Source],
+        tokenizer: Any,
+        seq_len: int,
+        seed: int,
+        base: Path,
+        keep: int = 4096,
+        *,
+        held_out: bool = False,
     ) -> None:
         super().__init__()
         self.sources = tuple(sources)
-        self.documents: list[Documents] = [open_source(source, base) for source in sources]
+        self.documents: list[Documents] = [open_source(one, base, held_out=held_out) for one in sources]
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.seed = seed

@@ -21,7 +21,15 @@ from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, Ro
 SCHEMA = 1
 """Version of the recipe format; a newer one is refused."""
 UNBOUND_KEYS = ("out", "schema", "report_to", "measure", "fsdp", "tensor", "context", "alarms", "save_dtype")
-UNBOUND_STAGE_KEYS = ("save_every", "log_every", "keep", "checkpointing", "micro_batch")
+UNBOUND_STAGE_KEYS = (
+    "save_every",
+    "log_every",
+    "keep",
+    "checkpointing",
+    "micro_batch",
+    "eval_every",
+    "eval_rows",
+)
 """Keys that decide no number of a run, so that a resume may change them."""
 
 
@@ -58,6 +66,12 @@ class Stage:
         lora: Adapters; used with ``train: lora``.
         checkpointing: Recompute activations in the backward pass.
         save_every: Steps between checkpoints; 0 for none but the last.
+        eval_every: Steps between evaluations on held-out documents and needles, besides those at the start
+            and at the end; 0 for none. Every evaluation is also a line of ``log.jsonl``.
+        eval_rows: Held-out rows of an evaluation, over all processes.
+        keep_best: Figure by which the best evaluated weights become the stage's model; the last ones do when
+            left out.
+        patience: Evaluations in a row without a better ``keep_best`` after which the stage ends; 0 for none.
         log_every: Steps between progress lines.
         keep: Checkpoints kept.
     """
@@ -86,6 +100,10 @@ class Stage:
     lora: Lora | None = None
     checkpointing: bool = False
     save_every: int = 0
+    eval_every: int = 0
+    eval_rows: int = 16
+    keep_best: Literal["loss", "kl", "needles"] | None = None
+    patience: int = 0
     log_every: int = 10
     keep: int = 2
 
@@ -158,6 +176,17 @@ class Stage:
             problems.append("kind align has the dense model in its stream; leave teacher_kl out")
         if self.lora is not None and self.train != "lora":
             problems.append("lora has settings, but train is not lora")
+        if self.eval_every < 0 or self.eval_rows < 1 or self.patience < 0:
+            problems.append(
+                "eval_every and patience must be >= 0 and eval_rows >= 1, got "
+                f"{self.eval_every}, {self.patience} and {self.eval_rows}"
+            )
+        if (self.keep_best or self.patience) and not self.eval_every:
+            problems.append("keep_best and patience need evaluations; set eval_every")
+        if self.patience and not self.keep_best:
+            problems.append("patience needs the figure that has to improve; set keep_best")
+        if self.kind == "sft" and self.eval_every:
+            problems.append("eval_every reads packed texts, not chats; leave it out of kind sft")
         if self.kind == "sft" and any(source.kind in GENERATED for source in self.data):
             problems.append("kind sft needs chats: data of kind jsonl, parquet or hub")
         return problems

@@ -32,6 +32,29 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class EvaluateEvery(TrainerCallback):
+    """Asks for an evaluation at the start, every so many steps, and at the end.
+
+    Args:
+        steps: Steps between evaluations.
+        evaluate: Evaluates at the start, where the Trainer itself has no place for it.
+    """
+
+    def __init__(self, steps: int, evaluate: Callable[[], Any]) -> None:
+        self.steps = steps
+        self.evaluate = evaluate
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Evaluate what the stage starts from; a resumed run has done so before."""
+        if state.global_step == 0:
+            self.evaluate()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for an evaluation after this step."""
+        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+            control.should_evaluate = True
+
+
 def guarded(callback: Any, report_error: Callable[[str, Exception], None]) -> Any:
     """Wrap a callback of another library (curves, tracking services): its errors do not end the run.
 

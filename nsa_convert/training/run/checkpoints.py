@@ -128,13 +128,14 @@ def _optional(name: str) -> bool:
     return name in (OPTIMIZER, SCHEDULER) or name.startswith("rng_state")
 
 
-def publish(staging: Path, stage: Path, keep: int) -> Path:
+def publish(staging: Path, stage: Path, keep: int, *, spared: int = 0) -> Path:
     """Move a sealed checkpoint to its place, then remove old ones; the newest is never removed.
 
     Args:
         staging: The sealed checkpoint.
         stage: Folder of the stage.
         keep: Number of checkpoints to keep, this one included.
+        spared: Step of one that is kept however old it is.
 
     Returns:
         The checkpoint in its place.
@@ -148,7 +149,8 @@ def publish(staging: Path, stage: Path, keep: int) -> Path:
 
         # Old ones go only after the new one is safely on disk.
         for old in [path for path in checkpoints(stage) if path != target][max(0, keep - 1) :]:
-            remove(old)
+            if step_of(old) != spared:
+                remove(old)
     return target
 
 

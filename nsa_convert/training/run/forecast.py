@@ -18,6 +18,7 @@ from nsa_convert.training.data.sources import describe_source, held_out_overlap,
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.recipe.sections import Source
+from nsa_convert.training.run.held_out import evaluation_problems
 from nsa_convert.training.run.models import Start, scaled_rope
 from nsa_convert.training.run.parallel import Parallel, method_problems, parallel_of, size_problems
 from nsa_convert.training.run.parallel import sharing_problems as sharing_problems
@@ -151,6 +152,7 @@ def forecast_recipe(
     for stage in recipe.stages:
         found = stage_problems(stage, methods, config)
         found += [] if unfit else sharing_problems(parallel, stage)
+        found += [] if unfit else evaluation_problems(stage, methods, parallel)
 
         # Every source is opened: a problem of one must not hide those of the others.
         notes: list[str] = []

@@ -26,6 +26,7 @@ from nsa_convert.training.run.checkpoints import newest, step_of
 from nsa_convert.training.run.distributed import from_main, join_processes
 from nsa_convert.training.run.failures import KernelFailure, explained
 from nsa_convert.training.run.forecast import forecast_recipe
+from nsa_convert.training.run.held_out import compare_ends
 from nsa_convert.training.run.logs import trim_log
 from nsa_convert.training.run.models import Start, quiet, read_start, save_dtype, save_model
 from nsa_convert.training.run.parallel import Parallel, world_size
@@ -82,6 +83,7 @@ class TrainingReport:
             last = facts.get("last", {})
             loss = f", last loss {last['loss']:.4f}" if "loss" in last else ""
             lines.append(f"{name}: {facts['steps']} steps{loss}")
+            lines += [f"  {line}" for line in (compare_ends(facts.get("evaluations", ())),) if line]
         return "\n".join([*lines, f"the trained model: {self.model}"])
 
 
@@ -250,6 +252,10 @@ class _Run:
         if self.signals.number:
             raise Interrupted(self.signals.number)
 
+        # The weights to keep: the last ones, or those of the best evaluation.
+        with explained(stage):
+            kept = trainer.load_best()
+
         # A silent change of frozen weights would make the trained model another model than the recipe says.
         if frozen_hash(model) != frozen:
             raise NsaConvertError(f"stage {stage.name}: a weight that is not trained changed", code="TR17")
@@ -260,6 +266,8 @@ class _Run:
             "seconds": round(time.perf_counter() - begin, 2),
             "last": next((row for row in reversed(trainer.state.log_history) if "loss" in row), {}),
         }
+        if trainer.evaluated:
+            report |= {"weights_of_step": kept, "evaluations": trainer.evaluated}
 
         # Write the trained model, with what is needed to verify and publish it.
         seal = lambda folder: _seal(folder, recipe, index, self.start, report)  # noqa: E731

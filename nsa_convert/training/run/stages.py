@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from nsa_convert.training.losses import StageLosses, mix, stage_losses
 from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.run.distributed import load_sharded
 from nsa_convert.training.run.forecast import RecipeForecast, is_trained
+from nsa_convert.training.run.held_out import largest_budget, open_held_out
 from nsa_convert.training.run.models import DTYPES, Start, fresh_tokenizer, load_first, methods_of, set_rope
 from nsa_convert.training.run.parallel import Parallel, parallel_of
 from nsa_convert.training.run.trainer import StageTrainer
@@ -206,6 +208,9 @@ def make_trainer(
         from nsa_convert.training.run.sft_trainer import make_sft_trainer
 
         return make_sft_trainer(common, tokenizer, stage, base)
+
+    if stage.eval_every:
+        common["open_held_out"] = partial(open_held_out, stage, tokenizer, base, largest_budget(methods))
 
     rows = PackedRows(stage.data, tokenizer, stage.seq_len, data_seed(recipe, index), base)
     return StageTrainer(**common, train_dataset=rows, data_collator=collate)

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from nsa_convert.training.data.rows import PackedRows, check_same_data
 from nsa_convert.training.losses import StageLosses
 from nsa_convert.training.recipe.schema import Stage
 from nsa_convert.training.run.alarms import GateMeter, Watch
-from nsa_convert.training.run.callbacks import guarded
+from nsa_convert.training.run.callbacks import EvaluateEvery, guarded
 from nsa_convert.training.run.checkpoints import SAVING, checkpoints, publish, seal, step_of
 from nsa_convert.training.run.distributed import (
     load_optimizer_state,
@@ -32,6 +32,7 @@ from nsa_convert.training.run.distributed import (
     split_tokens,
     whole_optimizer_state,
 )
+from nsa_convert.training.run.held_out import PREFIX, HeldOut, best_step, evaluations
 from nsa_convert.training.run.logs import progress_line, read_log
 from nsa_convert.training.run.optimizer import MasterAdamW, parameter_groups, rate
 from nsa_convert.training.run.parallel import Parallel
@@ -57,6 +58,8 @@ class StageTrainer(Trainer):
         log_file: Receives one JSON line per log entry.
         alarms: ``stop`` ends the run at an alarm, ``warn`` prints it and continues.
         lost: State files of the checkpoint that are missing or damaged and are not loaded.
+        open_held_out: Opens what the stage is judged by, with the ``rank``, number of ``processes`` and
+            context-parallel ``group`` that share it; None for no evaluations.
         data_fingerprint: Hash that identifies the data, where they are not :class:`PackedRows`.
         flops_per_token: FLOPs of a token forward and backward, for MFU.
         peak_flops: FLOPs per second of the device; None where they are unknown: MFU is not logged then.
@@ -65,6 +68,7 @@ class StageTrainer(Trainer):
 
     optimizer: Any
     lr_scheduler: Any
+    control: Any
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class StageTrainer(Trainer):
         log_file: Path,
         alarms: str = "stop",
         lost: frozenset[str] = frozenset(),
+        open_held_out: Callable[..., HeldOut] | None = None,
         data_fingerprint: str = "",
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
@@ -100,6 +105,12 @@ class StageTrainer(Trainer):
         if self.context_group is not None:
             share_tokens(self.model, self.context_group)
 
+        self.held_out: HeldOut | None = None
+        if open_held_out is not None:
+            rank = self.args.process_index * parallel.data // parallel.processes
+            self.held_out = open_held_out(rank=rank, processes=parallel.data, group=self.context_group)
+            self.add_callback(EvaluateEvery(stage.eval_every, self.evaluate))
+
         self.stage = stage
         self.losses = losses
         self.sparse = sparse
@@ -113,7 +124,9 @@ class StageTrainer(Trainer):
         # Alarms are raised from log lines; a resumed run first reads those that were written before.
         config = self.accelerator.unwrap_model(self.model).config
         self.watch = Watch(config.vocab_size, stage.steps, math.ceil(stage.warmup * stage.steps))
-        self.watch.replay(read_log(log_file, stage.name))
+        log = read_log(log_file, stage.name)
+        self.watch.replay(log)
+        self.evaluated = evaluations(log)
         self.gates = GateMeter(self.model)
         self._guard_callbacks()
 
@@ -314,6 +327,53 @@ class StageTrainer(Trainer):
 
         return out
 
+    # ---- evaluations ----
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Read the held-out rows and needles; log their figures, mean over all processes."""
+        assert self.held_out is not None
+        found = self.held_out.figures(self.model, self.losses, sparse=self.sparse)
+        if self.args.world_size > 1:
+            values = torch.tensor(list(found.values()), device=self.args.device)
+            torch.distributed.all_reduce(values)
+            found = dict(zip(found, (values / self.args.world_size).tolist(), strict=True))
+
+        figures = {f"{PREFIX}{name}": value for name, value in found.items()}
+        self.log(dict(figures))
+        if self.is_world_process_zero():
+            self._write_log(figures)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+            self.say(f"{self.stage.name} {self.state.global_step}/{self.stage.steps}  held out: {shown}")
+
+        # A better model is saved; a stage that gets no better ends, and is saved as it is.
+        self.evaluated.append({"step": self.state.global_step, **figures})
+        if self.stage.keep_best and self.state.global_step:
+            best = best_step(self.evaluated, self.stage.keep_best)[0]
+            self.control.should_training_stop |= self.is_exhausted
+            self.control.should_save |= best == self.state.global_step or self.is_exhausted
+
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether as many evaluations as the stage has patience for brought nothing better."""
+        if not self.stage.patience or not self.stage.keep_best:
+            return False
+        return best_step(self.evaluated, self.stage.keep_best)[1] >= self.stage.patience
+
+    def load_best(self) -> int:
+        """Load the weights of the best evaluation, where the stage asks for them; return their step."""
+        last = int(self.state.global_step)
+        if self.stage.keep_best is None:
+            return last
+
+        best = best_step(self.evaluated, self.stage.keep_best)[0] or last
+        if best != last:
+            self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{best}"))
+            self.say(f"{self.stage.name}: the weights of step {best}, whose {self.stage.keep_best} was best")
+        return best
+
     # ---- checkpoints ----
 
     def train_from(self, checkpoint: Path | None) -> None:
@@ -321,7 +381,7 @@ class StageTrainer(Trainer):
 
         A checkpoint of the last step is only loaded: transformers would train one more step.
         """
-        if checkpoint is None or step_of(checkpoint) < self.stage.steps:
+        if checkpoint is None or (step_of(checkpoint) < self.stage.steps and not self.is_exhausted):
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             return
         self._load_from_checkpoint(str(checkpoint))
@@ -434,8 +494,11 @@ class StageTrainer(Trainer):
         seal(folder, self.facts)
 
         # While an alarm is near, all checkpoints are kept: the last good one may be an old one.
+        # The weights of the best evaluation are kept beside the newest.
         stage = place.parent
-        publish(folder, stage, len(checkpoints(stage)) + 1 if self.watch.suspicious else self.stage.keep)
+        keep = len(checkpoints(stage)) + 1 if self.watch.suspicious else self.stage.keep
+        best = best_step(self.evaluated, self.stage.keep_best)[0] if self.stage.keep_best else 0
+        publish(folder, stage, keep, spared=best)
         place.rmdir()  # why: the checkpoint has left it for its final place
 
     def _not_saved(self, error: MachineError, place: Path) -> MachineError:
