@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nsa_convert.errors import ConfigError
 from nsa_convert.loading import load_causal_model
 from nsa_convert.training.run.runner import Interrupted
 from tests.training.recipes import losses, run, same_weights
@@ -100,3 +102,20 @@ def test_a_fresh_model_keeps_the_dtype_of_training(whole):
 
 def saved_dtypes(folder: Path) -> set[torch.dtype]:
     return {x.dtype for x in load_file(folder / "model.safetensors").values()}
+
+
+def test_one_step_is_profiled_on_request(tmp_path):
+    run(tmp_path / "run", "dense", profile=2)
+    (trace,) = (tmp_path / "run" / "pretrain").glob("profile-*")
+    assert trace.name == "profile-step-2-rank-0.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = [event["name"] for event in events]
+    assert any("scaled_dot_product" in name for name in names)
+    assert any("AdamW" in name for name in names)
+
+
+def test_deepspeed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="DeepSpeed brings an optimizer of its own"):
+        run(tmp_path / "run", "dense")
+    assert not (tmp_path / "run").exists()

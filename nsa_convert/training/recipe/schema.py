@@ -20,7 +20,18 @@ from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, Ro
 
 SCHEMA = 1
 """Version of the recipe format; a newer one is refused."""
-UNBOUND_KEYS = ("out", "schema", "report_to", "measure", "fsdp", "tensor", "context", "alarms", "save_dtype")
+UNBOUND_KEYS = (
+    "out",
+    "schema",
+    "report_to",
+    "measure",
+    "fsdp",
+    "tensor",
+    "context",
+    "alarms",
+    "save_dtype",
+    "profile",
+)
 UNBOUND_STAGE_KEYS = (
     "save_every",
     "log_every",
@@ -225,6 +236,8 @@ class Recipe:
         revision: Branch, tag or commit of a Hub model.
         report_to: Where curves go beside ``log.jsonl``; ``auto`` is tensorboard where it is installed.
         measure: Let ``--dry-run`` load the model and time two steps of each stage.
+        profile: Optimizer step of each stage that torch.profiler records, as a trace for Perfetto or
+            chrome://tracing in the folder of the stage; 0 for none.
         fsdp: Processes that share each weight (FSDP2): all of them, or 1.
         tensor: Processes that share the heads and the inner width of every layer: all of them, or 1.
         context: Processes that share the tokens of every row.
@@ -242,6 +255,7 @@ class Recipe:
     revision: str | None = None
     report_to: Literal["auto", "none", "tensorboard", "trackio", "wandb"] = "auto"
     measure: bool = False
+    profile: int = 0
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
@@ -263,8 +277,8 @@ class Recipe:
         if twice:
             problems.append(f"stages share a name: {', '.join(twice)}")
 
-        if self.seed < 0:
-            problems.append(f"seed must be >= 0, got {self.seed}")
+        if self.seed < 0 or self.profile < 0:
+            problems.append(f"seed and profile must be >= 0, got {self.seed} and {self.profile}")
         for key in ("fsdp", "tensor", "context"):
             if getattr(self, key) < 1:
                 problems.append(f"{key} counts processes, from 1, got {getattr(self, key)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,34 @@ class EvaluateEvery(TrainerCallback):
         """Ask for an evaluation after this step."""
         if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
             control.should_evaluate = True
+
+
+class Profile(TrainerCallback):
+    """Records one optimizer step with torch.profiler, and writes a trace for Perfetto.
+
+    Args:
+        step: Number of the step, from 1.
+        folder: Receives ``profile-step-N-rank-R.json.gz``.
+    """
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step = step
+        self.folder = folder
+        self.profiler: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin before the step; operations of all devices, with shapes and memory."""
+        if state.global_step + 1 == self.step:
+            self.profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            self.profiler.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the trace after the step."""
+        if self.profiler is not None:
+            self.profiler.stop()
+            name = f"profile-step-{self.step}-rank-{args.process_index}.json.gz"
+            self.profiler.export_chrome_trace(str(self.folder / name))
+            self.profiler = None
 
 
 def guarded(callback: Any, report_error: Callable[[str, Exception], None]) -> Any:

@@ -105,6 +105,11 @@ def size_problems(parallel: Parallel) -> list[str]:
 
     # Sharded weights need support by the Trainer.
     problems = []
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
+        problems.append(
+            "DeepSpeed brings an optimizer of its own, which knows no rate for new weights; start with "
+            "torchrun, and share weights with fsdp"
+        )
     if parallel.sharded and not can_shard():
         problems.append(
             "fsdp and tensor need transformers {}.{} or newer, ".format(*SHARDING_SINCE)

@@ -21,7 +21,7 @@ from nsa_convert.errors import NsaConvertError, UsageError
 from nsa_convert.kernels.common.backend import use_backend
 from nsa_convert.notices import Say, silent
 from nsa_convert.training.recipe.schema import Recipe
-from nsa_convert.training.run.callbacks import StopOnSignal
+from nsa_convert.training.run.callbacks import Profile, StopOnSignal
 from nsa_convert.training.run.checkpoints import newest, step_of
 from nsa_convert.training.run.distributed import from_main, join_processes
 from nsa_convert.training.run.failures import KernelFailure, explained
@@ -293,6 +293,8 @@ class _Run:
         facts = stage_facts(recipe, index, self.start)
         trainer = make_trainer(recipe, index, model, tokenizer, self.base, facts, self.say, lost)
         trainer.add_callback(StopOnSignal(self.signals))
+        if recipe.profile:
+            trainer.add_callback(Profile(recipe.profile, place))
 
         if checkpoint is not None:
             trainer.restore_data(checkpoint, allow_change=self.allow.data_change)
