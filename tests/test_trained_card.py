@@ -1,5 +1,6 @@
 """A trained model can be verified, evaluated, described and published like a converted one."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -20,13 +21,14 @@ from nsa_convert.card import write_card
 from nsa_convert.checkpoint.manifest import check_manifest, read_manifest
 from nsa_convert.errors import CheckFailedError
 from nsa_convert.evaluation.suites.quick import run_quick
+from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.patch.patching import patch_model
 from nsa_convert.push import plan_push
 from nsa_convert.training.recipe.schema import recipe_from_dict
 from nsa_convert.training.run.runner import train_recipe
 from nsa_convert.verification import revert_checkpoint, verify_checkpoint
 from tests.marks import slow
-from tests.models import NSA, plan
+from tests.models import NSA, QUICK, VARIANTS, plan, trained_model
 from tests.publishable import converted
 from tests.training.recipes import stage
 
@@ -70,7 +72,7 @@ def test_the_folder_says_how_it_was_trained(model, trained):
 def test_it_verifies_but_for_what_training_changes(model):
     checks = {check.name: check.ok for check in verify_checkpoint(model).checks}
     assert checks == {
-        "files": True, "values": True, "kept tensors": None, "full budget = dense": None,
+        "files": True, "values": True, "kept tensors": None, "full budget = dense": True,
         "bare transformers": True,
     }  # fmt: skip
 
@@ -131,7 +133,7 @@ def test_what_another_trainer_saved_is_published_like_it(source, trained, model,
     saved = tmp_path / "saved"
     checks = {check.name: check.ok for check in verify_checkpoint(saved).checks}
     assert checks == {
-        "files": True, "values": True, "kept tensors": None, "full budget = dense": None,
+        "files": True, "values": True, "kept tensors": None, "full budget = dense": True,
         "bare transformers": True,
     }  # fmt: skip
     report = json.loads((saved / "training_report.json").read_text())
@@ -165,3 +167,33 @@ def test_what_a_trainer_keeps_beside_a_model_is_no_part_of_it(trained, tmp_path)
     assert len(code) == 3
     weights = {"config.json", "model.safetensors", "training_report.json"}
     assert set(read_manifest(saved)) - {"source/README.md"} == {*code, *weights}
+
+
+TRAINED = [name for name, settings in VARIANTS.items() if METHODS[settings["method"]].spec.trainable]
+
+
+@pytest.mark.parametrize(
+    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
+)
+def test_trained_weights_equal_dense_attention_over_them(variant, tmp_path):
+    """Also after the positions were scaled, as a stage that extends the context does."""
+    model = trained_model("llama", VARIANTS[variant]).float()
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    model.save_pretrained(tmp_path / "model")
+    checks = {check.name: check for check in verify_checkpoint(tmp_path / "model").checks}
+    found = checks["full budget = dense"]
+    if any(settings.get("key_conv") for settings in (VARIANTS[variant], *VARIANTS[variant].get("rules", ()))):
+        assert found.ok is None
+        assert "mix the keys" in found.detail
+    else:
+        assert found.ok, found.detail
+
+
+def test_trained_weights_that_do_not_are_told(tmp_path, monkeypatch):
+    model = trained_model("llama", NSA).float()
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("nsa_convert.equivalence.with_full_budget", lambda *_: contextlib.nullcontext())
+    checks = {check.name: check for check in verify_checkpoint(tmp_path / "model").checks}
+    assert checks["full budget = dense"].ok is False
+    assert checks["kept tensors"].ok is None
