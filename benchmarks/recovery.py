@@ -23,8 +23,9 @@ from nsa_convert.evaluation.models import dense_attention_in
 from nsa_convert.loading import load_causal_model, load_tokenizer
 from nsa_convert.methods.parts.base import observe
 from nsa_convert.patch.patching import patch_model, set_mode
+from nsa_convert.training.data.documents import iterate
 from nsa_convert.training.data.rows import encode
-from nsa_convert.training.data.sources import RECALL_VALUES, iterate, open_source, recall_text
+from nsa_convert.training.data.sources import RECALL_VALUES, open_source, recall_text
 from nsa_convert.training.recipe.schema import Recipe, read_recipe
 from nsa_convert.training.recipe.sections import Source
 from nsa_convert.training.run.models import read_start

@@ -178,16 +178,14 @@ def test_trainer_minimises_what_our_own_trainer_does(accumulation: int, tmp_path
     with losses_of_passes() as ours:
         train_recipe(recipe_from_dict(copy.deepcopy(values)), None, base=tmp_path)
 
-    from nsa_convert.training.data.rows import PackedRows, collate
+    from nsa_convert.training.data.rows import collate
     from nsa_convert.training.run.models import fresh_tokenizer, load_first, read_start
-    from nsa_convert.training.run.stages import data_seed
+    from nsa_convert.training.run.stages import stage_rows
 
     recipe = recipe_from_dict({**values, "out": str(tmp_path / "theirs")})
     model = load_first(recipe, read_start(recipe, None))
     found = recipe.stages[0]
-    rows = PackedRows(
-        found.data, fresh_tokenizer(recipe, tmp_path), found.seq_len, data_seed(recipe, 0), tmp_path
-    )
+    rows = stage_rows(recipe, 0, fresh_tokenizer(recipe, tmp_path), tmp_path)
     run = trainer(
         model,
         tmp_path / "theirs",

@@ -15,6 +15,7 @@ from nsa_convert.cli import main
 from nsa_convert.cli.training import recipes
 from nsa_convert.errors import ConfigError, UsageError
 from nsa_convert.methods.parts.registry import METHODS
+from nsa_convert.training.data.documents import Order
 from nsa_convert.training.data.rows import PackedRows, collate
 from nsa_convert.training.recipe.library import known_recipes
 from nsa_convert.training.recipe.schema import Recipe, read_recipe, recipe_from_dict
@@ -22,7 +23,7 @@ from nsa_convert.training.recipe.sections import FreshModel
 from nsa_convert.training.run.forecast import forecast_recipe
 from nsa_convert.training.run.models import fresh_tokenizer, read_start
 from nsa_convert.training.run.parallel import can_shard, planned
-from nsa_convert.training.run.stages import data_seed
+from nsa_convert.training.run.stages import data_order
 from tests.published.bases import BASES
 from tests.training.recipes import NSA, recipe, recipe_values, stage
 
@@ -122,7 +123,7 @@ def test_recipes_are_listed_and_shown():
 def rows_of(values, seq_len=32, seed=0):
     read = recipe_from_dict(values)
     assert isinstance(read.model, FreshModel)
-    return PackedRows(read.stages[0].data, fresh_tokenizer(read, ROOT), seq_len, seed, ROOT)
+    return PackedRows(read.stages[0].data, fresh_tokenizer(read, ROOT), seq_len, Order(seed=seed), ROOT)
 
 
 def test_a_position_is_found_again_and_shares_are_exact(tmp_path):
@@ -131,9 +132,12 @@ def test_a_position_is_found_again_and_shares_are_exact(tmp_path):
     rows = rows_of(values)
     stream = iter(rows)
     first = [next(stream) for _ in range(40)]
-    shares = [cursor.emitted for cursor in rows.cursors]
+    shares = [cursor.emitted for cursor in rows.lane(0).cursors]
     assert abs(shares[0] / sum(shares) - 0.75) < 0.02
-    state = json.loads(json.dumps(rows.state_after(17)))
+    other = rows_of(values)
+    stream = iter(other)
+    assert [next(stream) for _ in range(17)] == first[:17]
+    state = json.loads(json.dumps(other.state()))
     again = rows_of(values)
     again.restore(state)
     stream = iter(again)
@@ -146,7 +150,7 @@ def test_the_order_follows_the_name_of_a_stage_not_its_number(tmp_path):
     align = stage("align", kind="align", train="new")
     long = recipe_from_dict(recipe_values(tmp_path, NSA, align, stage()))
     short = recipe_from_dict(recipe_values(tmp_path, None, stage()))
-    assert data_seed(long, 1) == data_seed(short, 0) != data_seed(long, 0)
+    assert data_order(long, 1) == data_order(short, 0) != data_order(long, 0)
 
 
 def test_rows_hold_whole_pieces_and_first_tokens_have_no_label(tmp_path):
@@ -183,12 +187,12 @@ def test_text_files_of_every_kind(tmp_path):
         {"kind": "text", "path": "books/*.txt", "hold_out": 0.3},
     ):
         read = recipe(tmp_path / "run", None, stage(data=[data]))
-        rows = PackedRows(read.stages[0].data, fresh_tokenizer(read, tmp_path), 32, 0, tmp_path)
+        rows = PackedRows(read.stages[0].data, fresh_tokenizer(read, tmp_path), 32, Order(), tmp_path)
         stream = iter(rows)
         text = rows.tokenizer.decode([i for _ in range(20) for i in next(stream)["input_ids"]])
         found = {i for i in range(6) if f"document {i}" in text}
         assert len(found) == (4 if "hold_out" in data else 6)
     (tmp_path / "books" / "0.txt").write_text("changed")
-    changed = PackedRows(read.stages[0].data, rows.tokenizer, 32, 0, tmp_path)
+    changed = PackedRows(read.stages[0].data, rows.tokenizer, 32, Order(), tmp_path)
     with pytest.raises(ConfigError, match="training data changed"):
-        changed.restore(rows.state_after(4))
+        changed.restore(rows.state())

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,27 +14,14 @@ from torch.utils.data import IterableDataset
 
 from nsa_convert.errors import ConfigError
 from nsa_convert.notices import Say
-from nsa_convert.training.data.sources import Documents, EndOfStream, describe_source, open_source
+from nsa_convert.training.data.documents import Documents, Order
+from nsa_convert.training.data.lanes import Encoder, Lane, Row
+from nsa_convert.training.data.sources import describe_source, open_source
+from nsa_convert.training.losses import uniform
 from nsa_convert.training.recipe.sections import Source
 
-Row = dict[str, list[int]]
-
-
-@dataclasses.dataclass
-class Cursor:
-    """Position in one source.
-
-    Attributes:
-        epoch: How many times the source was read to its end.
-        position: Documents read in this epoch.
-        offset: Tokens used of the current document.
-        emitted: Tokens used in all.
-    """
-
-    epoch: int = 0
-    position: int = 0
-    offset: int = 0
-    emitted: int = 0
+MOST_LANES = 256
+"""Lanes of a stage: each keeps documents in memory."""
 
 
 def joint_fingerprint(documents: Sequence[Documents]) -> str:
@@ -63,20 +47,37 @@ def check_same_data(before: str, now: str, *, allow_change: bool, say: Say) -> N
     say("warning [DA08]: the training data changed; going on at the same position in the new ones")
 
 
+def lane_count(rows: int, documents: Sequence[Documents]) -> int:
+    """Return the number of lanes of a stage: the largest divisor of a step's rows that all data allow.
+
+    It depends on the recipe and its data alone, not on processes: they share the lanes as they are.
+
+    Args:
+        rows: Rows of one optimizer step.
+        documents: The sources; one of N documents (of a stream: N shards) can be shared by N lanes.
+    """
+    most = min([MOST_LANES, *(one.parts for one in documents if one.parts is not None)])
+    return max(count for count in range(1, max(1, min(rows, most)) + 1) if rows % count == 0)
+
+
 class PackedRows(IterableDataset):
     """Endless rows of ``seq_len`` tokens: pieces of documents, in each of which positions restart at 0.
 
-    The next piece comes from the source that is furthest behind its share of the tokens: shares are exact
-    without random numbers. A document that does not fit continues in a later row. Documents are read in a
-    seeded order, a new one in every epoch.
+    Row ``r`` comes from lane ``r % lanes``. Lanes share the documents of every source among them, and each
+    packs its own: a process reads and tokenises the lanes of its rows only, and the rows are the same however
+    many processes there are.
+
+    In a lane the next piece comes from the source that is furthest behind its share of the tokens: shares are
+    exact. A document that does not fit continues in the lane's next row. Documents are read in the order that
+    ``order`` describes.
 
     Args:
         sources: The mixture.
         tokenizer: Tokenizer of transformers.
         seq_len: Tokens in a row.
-        seed: Seed of the order.
+        order: Order of the documents.
         base: Folder that relative paths start from.
-        keep: Number of rows whose end position is remembered for :meth:`state_after`.
+        rows_per_step: Rows of one optimizer step: the most lanes there can be.
         held_out: Read the held-out documents instead of those for training.
     """
 
@@ -85,9 +86,9 @@ class PackedRows(IterableDataset):
         sources: Sequence[Source],
         tokenizer: Any,
         seq_len: int,
-        seed: int,
+        order: Order,
         base: Path,
-        keep: int = 4096,
+        rows_per_step: int = 1,
         *,
         held_out: bool = False,
     ) -> None:
@@ -96,135 +97,95 @@ class PackedRows(IterableDataset):
         self.documents: list[Documents] = [open_source(one, base, held_out=held_out) for one in sources]
         self.tokenizer = tokenizer
         self.seq_len = seq_len
-        self.seed = seed
-        self.keep = keep
-
-        # Where each source stands, and the tokens of its current document: ((epoch, position), tokens).
-        self.cursors = [Cursor() for _ in sources]
+        self.order = order
+        self.lanes = lane_count(rows_per_step, self.documents)
         self.rows = 0
-        self._texts: list[tuple[tuple[int, int], list[int]] | None] = [None] * len(self.sources)
+        """Rows read."""
 
         self.fingerprint = joint_fingerprint(self.documents)
         """Hash of what identifies the data."""
 
-        # Rows read -> position after them: a data loader reads ahead of the step that is saved.
-        self._states: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        # The lanes that were read here, and the last known position of every one that was read anywhere.
+        self._open: dict[int, Lane] = {}
+        self._states: dict[int, dict[str, Any]] = {}
+        self._encoder = Encoder(tokenizer)
 
     def state(self) -> dict[str, Any]:
-        """Return the current position as plain values."""
-        cursors = [dataclasses.asdict(cursor) for cursor in self.cursors]
-        return {"rows": self.rows, "cursors": cursors, "fingerprint": self.fingerprint}
+        """Return the position after the rows read so far as plain values."""
+        known = self._states | {number: lane.state() for number, lane in self._open.items()}
+        lanes = [known.get(number) for number in range(self.lanes)]
+        return {"rows": self.rows, "lanes": lanes, "fingerprint": self.fingerprint}
 
-    def state_after(self, rows: int) -> dict[str, Any]:
-        """Return the position after the first ``rows`` rows, whatever was read ahead since."""
-        return copy.deepcopy(self._states[rows])
+    def note(self, rows: int, states: Mapping[int, dict[str, Any]]) -> None:
+        """Record positions of lanes that another process read, after ``rows`` rows in all."""
+        self.rows = rows
+        self._states.update(states)
+
+    def known(self) -> dict[int, dict[str, Any]]:
+        """Return the recorded positions of lanes."""
+        return dict(self._states)
 
     def restore(self, state: Mapping[str, Any], *, allow_change: bool = False, say: Say = print) -> None:
         """Continue from a saved position.
 
         Args:
-            state: Result of :meth:`state_after`.
+            state: Result of :meth:`state`.
             allow_change: Continue although the data have changed.
             say: Called with a warning in that case.
 
         Raises:
-            ConfigError: The data are not those of the saved position (DA08).
+            ConfigError: The data are not those of the saved position, or it was saved by a version that read
+                documents in another order (DA08).
         """
+        if "lanes" not in state:
+            raise ConfigError(
+                "the checkpoint was written by an earlier version, which read documents in another order: "
+                "the place in it cannot be found",
+                code="DA08",
+                hint="finish the stage with that version, or choose another out and begin the run again",
+            )
         check_same_data(state["fingerprint"], self.fingerprint, allow_change=allow_change, say=say)
-
-        self.cursors = [Cursor(**cursor) for cursor in state["cursors"]]
-        # With other data there may be fewer documents: such a source starts its epoch again.
-        for cursor, documents in zip(self.cursors, self.documents, strict=True):
-            if documents.count is not None and cursor.position >= documents.count:
-                cursor.position = cursor.offset = 0
-
-        self.rows = state["rows"]
-        self._texts = [None] * len(self.sources)
-
-    def __iter__(self) -> Iterator[Row]:
-        self._remember()
-        while True:
-            row = self._next_row()
-            self.rows += 1
-            self._remember()
-            yield row
-
-    def _remember(self) -> None:
-        """Keep the current position under the number of rows read; forget the oldest ones."""
-        self._states[self.rows] = self.state()
-        while len(self._states) > self.keep:
-            self._states.popitem(last=False)
-
-    def _next_row(self) -> Row:
-        """Return one row of ``seq_len`` tokens."""
-        ids: list[int] = []
-        positions: list[int] = []
-        while len(ids) < self.seq_len:
-            # The source that is furthest behind its share: fewest tokens per weight.
-            index = min(
-                range(len(self.sources)), key=lambda i: self.cursors[i].emitted / self.sources[i].weight
+        if len(state["lanes"]) != self.lanes:
+            raise ConfigError(
+                f"the data of the checkpoint were read in {len(state['lanes'])} lanes, these would be in "
+                f"{self.lanes}: the place cannot be found again",
+                code="DA08",
+                hint="put back as many documents as there were, or begin the stage again",
             )
 
-            piece = self._take(index, self.seq_len - len(ids))
-            ids += piece
-            positions += range(len(piece))
-        return {"input_ids": ids, "position_ids": positions}
+        self.rows = state["rows"]
+        self._open = {}
+        self._states = {number: lane for number, lane in enumerate(state["lanes"]) if lane is not None}
 
-    def _take(self, index: int, space: int) -> list[int]:
-        """Return at most ``space`` tokens of a source's current document and advance its cursor."""
-        cursor = self.cursors[index]
-        text = self._tokens(index)
-        piece = text[cursor.offset : cursor.offset + space]
-        cursor.offset += len(piece)
-        cursor.emitted += len(piece)
+    def __iter__(self) -> Iterator[Row]:
+        while True:
+            row = self.row(self.rows)
+            self.rows += 1
+            yield row
 
-        # The document is used up: the next one, or the first of the next epoch.
-        if cursor.offset >= len(text):
-            cursor.offset = 0
-            cursor.position += 1
-            count = self.documents[index].count
-            if count is not None and cursor.position >= count:
-                cursor.epoch = cursor.epoch + 1
-                cursor.position = 0
+    def lane(self, number: int) -> Lane:
+        """Return a lane at its recorded position; it is opened at its first use."""
+        if number not in self._open:
+            readers = [
+                documents.open(self.order, index, number, self.lanes)
+                for index, documents in enumerate(self.documents)
+            ]
 
-        return piece
+            # Each lane begins at another place of the mixture: all would read the same source together.
+            seeds = (self.order.seed, self.order.stage, "lane", number)
+            leads = [uniform(*seeds, i) * self.seq_len * (number > 0) for i in range(len(self.sources))]
+            lane = self._open[number] = Lane(self.sources, readers, self._encoder, self.seq_len, leads)
+            if number in self._states:
+                lane.restore(self._states[number])
+        return self._open[number]
 
-    def _tokens(self, index: int) -> list[int]:
-        """Return the tokens of a source's current document, which is read only once.
-
-        Raises:
-            ConfigError: The source has no text at all (DA01).
-        """
-        cursor = self.cursors[index]
-        documents = self.documents[index]
-
-        # Empty documents are skipped; a thousand of them in a row count as no text.
-        for _ in range(1000):
-            key = (cursor.epoch, cursor.position)
-            held = self._texts[index]
-            if held is not None and held[0] == key:
-                return held[1]
-
-            try:
-                text = documents.read(documents.order(*key, self.seed + index))
-            except EndOfStream:  # why: the end of a stream begins its next epoch
-                if cursor.position == 0:
-                    break
-                cursor.epoch = cursor.epoch + 1
-                cursor.position = 0
-                continue
-
-            tokens = encode(self.tokenizer, text)
-            if tokens:
-                self._texts[index] = (key, tokens)
-                return tokens
-
-            cursor.position += 1
-            if documents.count is not None and cursor.position >= documents.count:
-                cursor.epoch = cursor.epoch + 1
-                cursor.position = 0
-
-        raise ConfigError(f"data source {index} ({self.sources[index].kind}) holds no text", code="DA01")
+    def row(self, number: int) -> Row:
+        """Return a row by its number; rows of a lane can only be read forward."""
+        lane = self.lane(number % self.lanes)
+        row = lane.row()
+        while lane.rows <= number // self.lanes:
+            row = lane.row()
+        return row
 
 
 def check_enough(
@@ -243,6 +204,7 @@ def check_enough(
         ConfigError: A source holds less (DA06).
     """
     total = sum(source.weight for source in sources)
+    encoder = Encoder(tokenizer)
     for source in sources:
         documents = open_source(source, base, chats=chats)
         wanted = math.ceil(needed * source.weight / total)
@@ -254,7 +216,8 @@ def check_enough(
         # Documents are read only until there are enough; an endless source always has enough.
         for index in range(documents.count):
             text = documents.read(index)
-            found += len(encode(tokenizer, str(text) if chats else text))
+            (ids,) = encoder([str(text) if chats else text])
+            found += len(ids) if chats or source.takes(len(ids)) else 0
             if found >= wanted:
                 break
         else:
@@ -267,21 +230,6 @@ def check_enough(
                 found=str(found),
                 hint="add data, lower batch_tokens, or give the source a smaller weight",
             )
-
-
-def encode(tokenizer: Any, text: Any) -> list[int]:
-    """Return the tokens of a document, followed by the end-of-text token where the tokenizer has one.
-
-    Raises:
-        ConfigError: The document is not a text (DA04).
-    """
-    if not isinstance(text, str):
-        raise ConfigError(f"a document is no text but {type(text).__name__}", code="DA04")
-
-    # A tokenizer may add the end token itself.
-    ids = tokenizer(text, verbose=False)["input_ids"] if text else []
-    end = tokenizer.eos_token_id
-    return ids + [end] if ids and end is not None and ids[-1] != end else ids
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:

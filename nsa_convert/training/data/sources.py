@@ -8,12 +8,10 @@ import glob
 import hashlib
 import importlib
 import itertools
-import json
 import os
 import random
 import string
 import sysconfig
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 
 from nsa_convert.errors import ConfigError, HubError, MachineError
 from nsa_convert.extras import pip_line
+from nsa_convert.training.data.documents import NUMBERS, Documents, iterate
 from nsa_convert.training.data.files import (
     document,
     file_fingerprint,
@@ -30,6 +29,7 @@ from nsa_convert.training.data.files import (
     read_text,
     text_problems,
 )
+from nsa_convert.training.data.streams import Stream
 from nsa_convert.training.losses import mix
 from nsa_convert.training.recipe.sections import Source
 
@@ -52,42 +52,6 @@ STDLIB_SKIPS = (
 )
 
 
-class Documents:
-    """Documents that can be read by number.
-
-    Args:
-        read: Returns document ``i``.
-        count: Number of documents; None for an endless source.
-        facts: Plain values that identify the data, for the check at a resume.
-        notes: What a user should know of them, such as documents left out.
-    """
-
-    def __init__(
-        self, read: Callable[[int], Any], count: int | None, facts: Any, notes: tuple[str, ...] = ()
-    ) -> None:
-        self.read = read
-        self.count = count
-        self.facts = facts
-        self.notes = notes
-
-    def order(self, epoch: int, position: int, seed: int) -> int:
-        """Return the number of the document at ``position`` of a seeded shuffle of an epoch."""
-        if self.count is None:
-            return position
-
-        # The shuffle of the current epoch is kept.
-        key = (epoch, seed)
-        if getattr(self, "_key", None) != key:
-            generator = torch.Generator().manual_seed(mix(seed, "order", epoch))
-            self._key = key
-            self._order = torch.randperm(self.count, generator=generator)
-        return int(self._order[position])
-
-    def fingerprint(self) -> str:
-        """Return a hash that identifies the data."""
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def open_source(source: Source, base: Path, *, held_out: bool = False, chats: bool = False) -> Documents:
     """Return the documents of a source, after checking them.
 
@@ -103,11 +67,10 @@ def open_source(source: Source, base: Path, *, held_out: bool = False, chats: bo
     """
     if source.kind == "recall":
         # Any number gives a document; held-out ones have numbers that training never reaches.
-        first = 1 << 40 if held_out else 0
+        first = NUMBERS if held_out else 0
         count = source.size or None
-        return Documents(
-            lambda i: recall_text(first + i, source.pairs), count, ["recall", source.pairs, source.size]
-        )
+        facts = ["recall", source.pairs, source.size]
+        return Documents(lambda i: recall_text(first + i, source.pairs), count, facts, name=source.name)
 
     if source.kind == "python":
         documents = _stdlib()
@@ -115,12 +78,14 @@ def open_source(source: Source, base: Path, *, held_out: bool = False, chats: bo
         documents = _reference()
     elif source.kind == "text":
         documents = _text_files(_matching(source, base), source)
-    elif source.kind == "jsonl" and (files := _plain_lines(source, base)):
+    elif source.kind == "jsonl" and not source.streaming and (files := _plain_lines(source, base)):
         documents = _json_lines(files, source, chats)
     else:
-        documents = _table(source, base, chats)
+        documents = _table(source, base, chats, held_out)
 
-    return _split(documents, source, held_out)
+    documents = _split(documents, source, held_out)
+    documents.name = source.name
+    return documents
 
 
 def _split(documents: Documents, source: Source, held_out: bool) -> Documents:
@@ -298,7 +263,7 @@ def _json_lines(files: list[Path], source: Source, chats: bool) -> Documents:
     return Documents(read, len(good), _facts(files), notes)
 
 
-def _table(source: Source, base: Path, chats: bool) -> Documents:
+def _table(source: Source, base: Path, chats: bool, held_out: bool) -> Documents:
     """Return the rows of packed JSON lines, Parquet files or a Hub data set."""
     table, facts = load_table(source, base)
 
@@ -314,7 +279,15 @@ def _table(source: Source, base: Path, chats: bool) -> Documents:
         )
 
     if source.streaming:
-        return _streamed(table, source)
+        return Stream(
+            table,
+            source.column,
+            facts,
+            name=source.name,
+            shuffle=source.shuffle,
+            hold_out=source.hold_out,
+            held_out=held_out,
+        )
 
     # Check the first rows.
     bad = []
@@ -352,7 +325,8 @@ def load_table(source: Source, base: Path) -> tuple[Any, Any]:
     files = _matching(source, base)
     builder = {"jsonl": "json", "parquet": "parquet"}[source.kind]
     try:
-        table = datasets.load_dataset(builder, data_files=[str(path) for path in files], split="train")
+        names = [str(path) for path in files]
+        table = datasets.load_dataset(builder, data_files=names, split="train", streaming=source.streaming)
     except Exception as error:  # why: datasets wraps every kind of damage; raised with file and line
         cause = error.__cause__ or error
         raise ConfigError(
@@ -409,33 +383,3 @@ def held_out_overlap(source: Source, base: Path) -> tuple[int, int]:
 def _text_key(text: Any) -> bytes:
     """Return a hash of a text that ignores white space."""
     return hashlib.sha256(" ".join(str(text).split()).encode("utf-8", "replace")).digest()
-
-
-def _streamed(table: Any, source: Source) -> Documents:
-    """Return a stream as documents by number; reading goes forward only, a resume skips to its position."""
-    state: dict[str, Any] = {"next": 0, "rows": iter(())}
-
-    def read(index: int) -> Any:
-        # Another document than the next one: start again and skip.
-        if index != state["next"] or index == 0:
-            state["rows"] = iter(table.skip(index))
-            state["next"] = index
-
-        try:
-            row = next(state["rows"])
-        except StopIteration:
-            raise EndOfStream from None
-        state["next"] = index + 1
-        return row[source.column]
-
-    return Documents(read, None, ["stream", source.path, source.config, source.split])
-
-
-class EndOfStream(Exception):
-    """A streamed data set has no further row."""
-
-
-def iterate(documents: Documents) -> Iterator[Any]:
-    """Yield every document once, in stored order; nothing for an endless source."""
-    for index in range(documents.count or 0):
-        yield documents.read(index)

@@ -31,6 +31,7 @@ UNBOUND_KEYS = (
     "alarms",
     "save_dtype",
     "profile",
+    "workers",
 )
 UNBOUND_STAGE_KEYS = (
     "save_every",
@@ -200,6 +201,8 @@ class Stage:
             problems.append("eval_every reads packed texts, not chats; leave it out of kind sft")
         if self.kind == "sft" and any(source.kind in GENERATED for source in self.data):
             problems.append("kind sft needs chats: data of kind jsonl, parquet or hub")
+        if self.kind == "sft" and any(s.streaming or s.min_tokens or s.max_tokens for s in self.data):
+            problems.append("kind sft takes no streaming, min_tokens or max_tokens: TRL packs all chats")
         return problems
 
     @property
@@ -211,6 +214,11 @@ class Stage:
     def rows_per_step(self) -> int:
         """Rows of one optimizer step, over all processes."""
         return self.batch_tokens // self.seq_len
+
+    @property
+    def weights(self) -> float:
+        """Sum of the weights of the sources."""
+        return sum(source.weight for source in self.data)
 
     @property
     def adapters(self) -> Lora:
@@ -242,6 +250,8 @@ class Recipe:
         tensor: Processes that share the heads and the inner width of every layer: all of them, or 1.
         context: Processes that share the tokens of every row.
         alarms: Whether a diverging loss or shut gates ``stop`` the run, or ``warn``.
+        workers: Most processes that read, tokenise and pack rows beside each training process; 0 does it in
+            the training process itself. A step of N micro-batches has work for a divisor of N of them.
     """
 
     model: str | FreshModel
@@ -260,6 +270,7 @@ class Recipe:
     tensor: int = 1
     context: int = 1
     alarms: Literal["stop", "warn"] = "stop"
+    workers: int = 1
 
     def __post_init__(self) -> None:
         problems = []
@@ -282,6 +293,9 @@ class Recipe:
         for key in ("fsdp", "tensor", "context"):
             if getattr(self, key) < 1:
                 problems.append(f"{key} counts processes, from 1, got {getattr(self, key)}")
+
+        if self.workers < 0:
+            problems.append(f"workers must be >= 0, got {self.workers}")
 
         if self.sparse_attention is not None:
             try:

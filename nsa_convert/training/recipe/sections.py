@@ -13,6 +13,10 @@ GENERATED = ("python", "reference", "recall")
 """Kinds of data that need no file: they come with Python or are generated."""
 
 
+STREAMED = ("jsonl", "parquet", "hub")
+"""Kinds of data that can be read as a stream."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """One part of a data mixture.
@@ -26,9 +30,14 @@ class Source:
         column: Field that holds the text (``sft``: the list of messages).
         config: Configuration of a Hub data set.
         split: Split of a Hub data set.
-        streaming: Read a Hub data set row by row instead of fetching it first.
-        hold_out: Share of the documents, at the end, that training never sees.
-        size: Documents to draw from, 0 for all; ``recall`` has no end of its own.
+        streaming: Read ``jsonl``, ``parquet`` or ``hub`` row by row instead of fetching or counting it first.
+        shuffle: Documents of a streamed source that are shuffled at a time, beside its shards.
+        hold_out: Share of the documents that training never sees: the end of a fixed shuffle; of a streamed
+            source those whose text has a hash below it.
+        size: Documents to draw from, 0 for all; ``recall`` has no end of its own, a streamed source no size.
+        min_tokens: Documents of fewer tokens are passed over.
+        max_tokens: Documents of more tokens are passed over; 0 for no limit. With ``min_tokens`` a class of
+            lengths: a mixture may name one data set several times, each time with another class.
         skip_bad: Documents that may be left out because they are damaged or no text; more are an error.
         pairs: Most key/value pairs in a ``recall`` document, at most 26.
     """
@@ -40,8 +49,11 @@ class Source:
     config: str | None = None
     split: str = "train"
     streaming: bool = False
+    shuffle: int = 1000
     hold_out: float = 0.0
     size: int = 0
+    min_tokens: int = 0
+    max_tokens: int = 0
     skip_bad: int = 0
     pairs: int = 20
 
@@ -56,16 +68,35 @@ class Source:
             problems.append(f"weight must be a positive number, got {self.weight}")
         if not 0 <= self.hold_out < 1:
             problems.append(f"hold_out must be at least 0 and below 1, got {self.hold_out}")
-        if self.streaming and (self.hold_out or self.size):
+        if self.streaming and self.kind not in STREAMED:
+            problems.append(f"streaming is for {', '.join(STREAMED)}, not for {self.kind}")
+        if self.streaming and self.size:
             problems.append(
-                "hold_out and size need a source that can be counted, not streaming: true; leave that out, "
-                "or hold out another split of the data set"
+                "size needs a source that can be counted, not streaming: true; leave one of them out (tokens "
+                "of the stage says how much is read)"
             )
+        if self.shuffle < 1:
+            problems.append(f"shuffle must be >= 1, got {self.shuffle}")
         if self.size < 0 or self.skip_bad < 0:
             problems.append(f"size and skip_bad must be >= 0, got {self.size} and {self.skip_bad}")
+        if self.min_tokens < 0 or self.max_tokens < 0:
+            problems.append(
+                f"min_tokens and max_tokens must be >= 0, got {self.min_tokens} and {self.max_tokens}"
+            )
+        elif 0 < self.max_tokens < self.min_tokens:
+            problems.append(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
         if not 1 <= self.pairs <= 26:
             problems.append(f"pairs must be between 1 and 26, got {self.pairs}")
         raise_problems(problems, code="RC08")
+
+    def takes(self, tokens: int) -> bool:
+        """Return whether a document of this many tokens is in the class of lengths."""
+        return self.min_tokens <= tokens <= (self.max_tokens or tokens)
+
+    @property
+    def name(self) -> str:
+        """What the source reads: sources of the same name read the same documents."""
+        return "/".join(str(part) for part in (self.kind, self.path, self.config, self.split, self.column))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ from nsa_convert.training.run.parallel import Parallel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from nsa_convert.training.data.rows import PackedRows
+
 T = TypeVar("T")
 
 
@@ -77,6 +79,20 @@ def from_main(work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def gather_lanes(rows: PackedRows) -> None:
+    """Let every process know the positions of the lanes that the others have read."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+
+    found: list[dict[int, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, rows.known())
+    for states in found:
+        # Of a lane that several read the furthest position counts; none is beyond the rows of this step.
+        known = rows.known()
+        new = {n: x for n, x in states.items() if n not in known or x["rows"] > known[n]["rows"]}
+        rows.note(rows.rows, new)
 
 
 def load_sharded(folder: Path, dtype: torch.dtype, parallel: Parallel) -> PreTrainedModel:

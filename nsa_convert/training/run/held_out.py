@@ -16,7 +16,9 @@ from nsa_convert.evaluation.metrics.mass import LayerMass, MassProbe
 from nsa_convert.evaluation.tasks.needle import NeedleCase, build_needles
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.training_mode import TrainingMode
-from nsa_convert.training.data.rows import PackedRows, Row, collate
+from nsa_convert.training.data.documents import Order
+from nsa_convert.training.data.lanes import Row
+from nsa_convert.training.data.rows import PackedRows, collate
 from nsa_convert.training.losses import StageLosses
 from nsa_convert.training.recipe.schema import Stage
 from nsa_convert.training.run.distributed import split_tokens
@@ -167,7 +169,8 @@ def open_held_out(
 
     # Every process reads the rows at its places, as many as the others.
     each = -(-stage.eval_rows // processes)
-    data = PackedRows(sources, tokenizer, stage.seq_len, 0, base, held_out=True)
+    order = Order(stage=stage.name)
+    data = PackedRows(sources, tokenizer, stage.seq_len, order, base, held_out=True)
     rows = list(islice(data, each * processes))[rank::processes]
 
     # Needles need no group: a prompt is no multiple of its processes.

@@ -218,9 +218,7 @@ def _train_tokenizer(vocab: int, sources: Sequence[Any]) -> Any:
 
     def texts() -> Iterator[str]:
         for documents in sources:
-            count = TOKENIZER_TEXTS if documents.count is None else min(documents.count, TOKENIZER_TEXTS)
-            for i in range(count):
-                text = documents.read(i)
+            for text in documents.first(TOKENIZER_TEXTS):
                 chat = None if isinstance(text, str) else "\n".join(str(turn.get("content")) for turn in text)
                 yield (chat or text)[:20_000]
 

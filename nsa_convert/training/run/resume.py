@@ -18,6 +18,11 @@ from nsa_convert.training.run.stages import MODEL, stage_folder
 
 RUN_FILE = "resolved_recipe.yaml"
 """The recipe of a run with all its keys, ``--set`` included."""
+EARLIER = (
+    "in keys that an earlier version did not have or read otherwise, the order of documents among them; finish "
+    "the run with that version, or begin it again in another out"
+)
+"""Said where a run and its recipe differ in no key that this version finds in both."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ def _compare(
     ]
 
     if found.get("recipe") != expected["recipe"]:
-        problems.insert(0, f"the recipe differs: {'; '.join(_changes(recipe)) or 'in keys no longer known'}")
+        problems.insert(0, f"the recipe differs: {'; '.join(_changes(recipe)) or EARLIER}")
 
     if problems:
         raise CheckpointError(

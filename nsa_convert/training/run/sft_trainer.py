@@ -10,8 +10,9 @@ from nsa_convert.chat import render_chat
 from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.extras import pip_line
 from nsa_convert.notices import Say
+from nsa_convert.training.data.documents import Documents, iterate
 from nsa_convert.training.data.rows import joint_fingerprint
-from nsa_convert.training.data.sources import Documents, iterate, open_source
+from nsa_convert.training.data.sources import open_source
 from nsa_convert.training.recipe.schema import Stage
 from nsa_convert.training.run.trainer import StageTrainer
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from nsa_convert.checkpoint.staging import staged
 from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.loading import load_causal_model, load_tokenizer, quiet
 from nsa_convert.notices import Say
+from nsa_convert.training.data.documents import Order
 from nsa_convert.training.data.rows import PackedRows, check_enough, collate
 from nsa_convert.training.losses import StageLosses, mix, stage_losses
 from nsa_convert.training.recipe.schema import Recipe, Stage
@@ -212,17 +214,36 @@ def make_trainer(
     if stage.eval_every:
         common["open_held_out"] = partial(open_held_out, stage, tokenizer, base, largest_budget(methods))
 
-    rows = PackedRows(stage.data, tokenizer, stage.seq_len, data_seed(recipe, index), base)
-    return StageTrainer(**common, train_dataset=rows, data_collator=collate)
+    rows = stage_rows(recipe, index, tokenizer, base)
+    return StageTrainer(**common, train_dataset=rows, data_collator=collate, workers=recipe.workers)
 
 
-def data_seed(recipe: Recipe, index: int) -> int:
-    """Return the seed of a stage's order of documents.
+def stage_rows(recipe: Recipe, index: int, tokenizer: Any, base: Path) -> PackedRows:
+    """Return the rows of a stage."""
+    stage = recipe.stages[index]
+    order = data_order(recipe, index)
+    return PackedRows(stage.data, tokenizer, stage.seq_len, order, base, stage.rows_per_step)
 
-    It depends on the stage's name, not on its number: a control run that skips a stage reads the same rows
-    as the run it is compared with.
+
+def data_order(recipe: Recipe, index: int) -> Order:
+    """Return the order in which a stage reads its documents.
+
+    The stages that read one source share it: the last one begins at the start of its shuffle, the one before
+    where the last one will end if every stage takes its share of the tokens, and so on. So two stages read
+    the same document only where a source has less text than they take together, and a control run that skips
+    a stage before the last one reads the same rows in it as the run it is compared with.
     """
-    return mix(recipe.seed, recipe.stages[index].name, "data")
+    stage = recipe.stages[index]
+
+    def tokens(name: str, stages: Sequence[Stage]) -> float:
+        """Return the tokens that stages take of a source."""
+        shares = ((one, source.weight / one.weights, source.name) for one in stages for source in one.data)
+        return sum(one.tokens * share for one, share, other in shares if other == name)
+
+    later = recipe.stages[index + 1 :]
+    names = [source.name for source in stage.data]
+    starts = tuple(tokens(name, later) / tokens(name, recipe.stages) for name in names)
+    return Order(seed=recipe.seed, stage=stage.name, starts=starts)
 
 
 def argument_values(recipe: Recipe, index: int) -> dict[str, Any]:
@@ -351,7 +372,7 @@ def measure_stages(recipe: Recipe, start: Start, base: Path, forecast: RecipeFor
             parameter.requires_grad_(is_trained(name, stage.train))
 
         tokenizer = fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
-        rows = iter(PackedRows(stage.data, tokenizer, stage.seq_len, recipe.seed, base))
+        rows = iter(stage_rows(recipe, index, tokenizer, base))
 
         # The first micro-batch pays for compilation and allocation: only the second one counts.
         losses = stage_losses(stage, methods_of(model), recipe.seed, index)

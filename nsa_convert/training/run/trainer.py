@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from nsa_convert.checkpoint.staging import free_bytes, gigabytes, machine_errors
 from nsa_convert.errors import CheckFailedError, MachineError
 from nsa_convert.notices import Say
+from nsa_convert.training.data.loader import RowLoader
 from nsa_convert.training.data.rows import PackedRows, check_same_data
 from nsa_convert.training.losses import StageLosses
 from nsa_convert.training.recipe.schema import Stage
@@ -26,6 +27,7 @@ from nsa_convert.training.run.alarms import GateMeter, Watch
 from nsa_convert.training.run.callbacks import EvaluateEvery, guarded
 from nsa_convert.training.run.checkpoints import SAVING, checkpoints, publish, seal, step_of
 from nsa_convert.training.run.distributed import (
+    gather_lanes,
     load_optimizer_state,
     row_mesh,
     share_tokens,
@@ -61,6 +63,7 @@ class StageTrainer(Trainer):
         open_held_out: Opens what the stage is judged by, with the ``rank``, number of ``processes`` and
             context-parallel ``group`` that share it; None for no evaluations.
         data_fingerprint: Hash that identifies the data, where they are not :class:`PackedRows`.
+        workers: Most processes that read rows for this one, where the data are :class:`PackedRows`.
         flops_per_token: FLOPs of a token forward and backward, for MFU.
         peak_flops: FLOPs per second of the device; None where they are unknown: MFU is not logged then.
         **kwargs: Arguments of transformers' Trainer.
@@ -84,6 +87,7 @@ class StageTrainer(Trainer):
         lost: frozenset[str] = frozenset(),
         open_held_out: Callable[..., HeldOut] | None = None,
         data_fingerprint: str = "",
+        workers: int = 0,
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
         **kwargs: Any,
@@ -120,6 +124,7 @@ class StageTrainer(Trainer):
         self.alarms = alarms
         self.lost = lost
         self.data_fingerprint = data_fingerprint
+        self.workers = workers
 
         # Alarms are raised from log lines; a resumed run first reads those that were written before.
         config = self.accelerator.unwrap_model(self.model).config
@@ -374,6 +379,23 @@ class StageTrainer(Trainer):
             self.say(f"{self.stage.name}: the weights of step {best}, whose {self.stage.keep_best} was best")
         return best
 
+    # ---- data ----
+
+    def get_train_dataloader(self) -> Any:
+        """Return the micro-batches of this process; packed rows are dealt to processes and their workers."""
+        if not isinstance(self.train_dataset, PackedRows):
+            return super().get_train_dataloader()
+
+        # Neighbours that share a row, by its tokens or by the heads of a layer, read the same.
+        return RowLoader(
+            self.train_dataset,
+            self.args.per_device_train_batch_size,
+            process=self.args.process_index // (self.parallel.tensor * self.parallel.context),
+            processes=self.parallel.data,
+            workers=self.workers,
+            say=self.say,
+        )
+
     # ---- checkpoints ----
 
     def train_from(self, checkpoint: Path | None) -> None:
@@ -466,6 +488,8 @@ class StageTrainer(Trainer):
         try:
             with machine_errors():
                 super()._save_checkpoint(model, trial)
+                if isinstance(self.train_dataset, PackedRows):
+                    gather_lanes(self.train_dataset)
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
                     self._finish_checkpoint(place)
@@ -486,7 +510,7 @@ class StageTrainer(Trainer):
         rows = self.state.global_step * self.stage.rows_per_step
         packed = isinstance(self.train_dataset, PackedRows)
         other = {"rows": rows, "fingerprint": self.data_fingerprint}
-        state = self.train_dataset.state_after(rows) if packed else other
+        state = self.train_dataset.state() if packed else other
 
         # why: where the data stand, before the checkpoint is sealed
         (folder / "data_state.json").write_text(json.dumps(state))
