@@ -284,6 +284,7 @@ ERROR_CODES: dict[str, ErrorCode] = _table(
         "Put the same files back, or --allow-data-change.",
     ),
     ("DA09", 3, "The tokenizer knows more tokens than the model.", "Use the model's own tokenizer."),
+    ("DA12", 5, "Processes that read the data died.", "Free memory, or set workers: 0; then --resume."),
     ("DA14", 3, "A data set is a program.", "Take one of plain files; programs are not run."),
     (
         "CL02",

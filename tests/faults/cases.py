@@ -232,6 +232,5 @@ ELSEWHERE: dict[str, str] = {
 """Case -> ``path::test`` of a test whose name does not hold the id."""
 
 NOT_APPLICABLE: dict[str, str] = {
-    "DA12": "data are read in the training process itself; there are no workers that could die",
 }
 """Case -> why it cannot happen here."""

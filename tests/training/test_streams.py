@@ -24,6 +24,7 @@ GROUP = 20
 """Rows of a row group."""
 FILES = 4
 LANES = 4
+FIRST = Order()
 STREAM = {"kind": "parquet", "path": "*.parquet", "streaming": True, "shuffle": 40}
 SPLITS = hasattr(datasets.IterableDataset, "reshard")
 """Whether this version of datasets cuts Parquet files at their row groups."""
@@ -44,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
-def rows_of(folder: Path, order: Order = Order(), lanes: int = LANES, **changes: Any) -> PackedRows:
+def rows_of(folder: Path, order: Order = FIRST, lanes: int = LANES, **changes: Any) -> PackedRows:
     source = Source(**{**STREAM, **changes})
     return PackedRows([source], byte_tokenizer(), 64, order, folder, lanes)
 
@@ -168,11 +169,11 @@ def test_a_place_in_every_epoch_is_found_again(folder):
         assert [next(stream) for _ in range(6)] == every[done : done + 6]
 
 
-def test_streams_without_a_document_say_so(folder):
+def test_streams_without_a_document_say_so(folder, monkeypatch):
+    monkeypatch.setattr("nsa_convert.training.data.lanes.MISSES_IN_CLASS", 2000)
+    stream = iter(rows_of(folder, min_tokens=5000))
     with pytest.raises(ConfigError, match="holds no document of from 5000 to any number of tokens"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nsa_convert.training.data.lanes.MISSES_IN_CLASS", 2000)
-            next(iter(rows_of(folder, min_tokens=5000)))
+        next(stream)
     with pytest.raises(ConfigError, match="size needs a source that can be counted"):
         Source(**STREAM, size=5)
     with pytest.raises(ConfigError, match="streaming is for jsonl, parquet, hub, not for python"):

@@ -125,6 +125,10 @@ class PackedRows(IterableDataset):
         """Return the recorded positions of lanes."""
         return dict(self._states)
 
+    def open_lanes(self) -> list[Lane]:
+        """Return the lanes that were read by this process itself."""
+        return list(self._open.values())
+
     def restore(self, state: Mapping[str, Any], *, allow_change: bool = False, say: Say = print) -> None:
         """Continue from a saved position.
 

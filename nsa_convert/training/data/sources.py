@@ -69,8 +69,9 @@ def open_source(source: Source, base: Path, *, held_out: bool = False, chats: bo
         # Any number gives a document; held-out ones have numbers that training never reaches.
         first = NUMBERS if held_out else 0
         count = source.size or None
-        facts = ["recall", source.pairs, source.size]
-        return Documents(lambda i: recall_text(first + i, source.pairs), count, facts, name=source.name)
+        facts = ["recall", source.pairs, source.size, *([source.filler] if source.filler else [])]
+        make = functools.partial(recall_text, pairs=source.pairs, filler=source.filler)
+        return Documents(lambda i: make(first + i), count, facts, name=source.name)
 
     if source.kind == "python":
         documents = _stdlib()
@@ -121,19 +122,39 @@ def _split(documents: Documents, source: Source, held_out: bool) -> Documents:
     return Documents(lambda i: documents.read(picked[i]), len(picked), facts, documents.notes)
 
 
-def recall_text(number: int, pairs: int) -> str:
+def recall_text(number: int, pairs: int, filler: int = 0) -> str:
     """Return a generated document: keys are given values, then asked for again and again in random order.
 
     ``set kQ pA mF`` gives values to three keys, ``get p pA k kQ`` asks for two: after a key that stands alone
     only the pair given before is right. The number of keys is drawn from 4 to ``pairs``, so that easy
     documents are among hard ones; every document asks ``3 * pairs`` times, whatever its own number of keys.
+
+    Args:
+        number: Number of the document.
+        pairs: Most keys.
+        filler: Most characters of other text between what is told and what is asked.
     """
     rng = random.Random(mix("recall", number))
     keys = rng.sample(string.ascii_lowercase, min(rng.randint(min(4, pairs), pairs), 26))
     told = {key: key + rng.choice(RECALL_VALUES) for key in keys}
 
     asked = rng.choices(keys, k=3 * pairs)
-    return f"set {' '.join(told.values())} get {' '.join(f'{key} {told[key]}' for key in asked)}\n"
+    answers = " ".join(f"{key} {told[key]}" for key in asked)
+    between = f"\n{_prose(rng, rng.randint(0, filler))}\n" if filler else " "
+    return f"set {' '.join(told.values())}{between}get {answers}\n"
+
+
+def _prose(rng: random.Random, length: int) -> str:
+    """Return lines of Python's language reference from a random place, ``length`` characters."""
+    text = _reference_text()
+    begin = text.index("\n", rng.randrange(len(text) // 2)) + 1
+    return (text[begin:] + text * (length // len(text) + 1))[:length]
+
+
+@functools.cache
+def _reference_text() -> str:
+    """Return the language reference as one text."""
+    return "\n".join(iterate(_reference()))
 
 
 @functools.cache

@@ -40,6 +40,9 @@ class Source:
             lengths: a mixture may name one data set several times, each time with another class.
         skip_bad: Documents that may be left out because they are damaged or no text; more are an error.
         pairs: Most key/value pairs in a ``recall`` document, at most 26.
+        filler: Most characters of other text (Python's language reference) between what a ``recall`` document
+            tells and what it asks for; each document draws its number from 0 to this one. 4 characters are
+            about one token: ``filler`` of four times ``seq_len`` lets recall span whole rows.
     """
 
     kind: Literal["python", "reference", "recall", "text", "jsonl", "parquet", "hub"]
@@ -56,6 +59,7 @@ class Source:
     max_tokens: int = 0
     skip_bad: int = 0
     pairs: int = 20
+    filler: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -85,6 +89,8 @@ class Source:
             )
         elif 0 < self.max_tokens < self.min_tokens:
             problems.append(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
+        if self.filler < 0 or (self.filler and self.kind != "recall"):
+            problems.append(f"filler is a number of characters from 0 for kind recall, got {self.filler}")
         if not 1 <= self.pairs <= 26:
             problems.append(f"pairs must be between 1 and 26, got {self.pairs}")
         raise_problems(problems, code="RC08")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ import torch
 
 from nsa_convert.checkpoint.staging import gigabytes
 from nsa_convert.errors import ConfigError, NsaConvertError
+from nsa_convert.loading import load_tokenizer
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.mix import leaves_of
 from nsa_convert.settings import raise_problems
+from nsa_convert.training.data.documents import Order
+from nsa_convert.training.data.rows import PackedRows
 from nsa_convert.training.data.sources import describe_source, held_out_overlap, open_source
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.recipe.sections import Source
 from nsa_convert.training.run.held_out import evaluation_problems
-from nsa_convert.training.run.models import Start, scaled_rope
+from nsa_convert.training.run.lengths import SAMPLE_LANES, Lengths, sample_lengths
+from nsa_convert.training.run.models import Start, fresh_tokenizer, scaled_rope
 from nsa_convert.training.run.parallel import Parallel, method_problems, parallel_of, size_problems
 from nsa_convert.training.run.parallel import sharing_problems as sharing_problems
 
@@ -45,6 +50,7 @@ class StageForecast:
         losses: Loss -> weight.
         memory: Bytes that one device needs: weights, gradients, optimizer, activations.
         seconds_per_step: Measured seconds, or None.
+        lengths: What a sample of the data says of the visible budget; None for a dense model, and for chats.
         warnings: What works but is probably not intended.
         data: The sources, with paths resolved.
     """
@@ -60,6 +66,7 @@ class StageForecast:
     losses: Mapping[str, float]
     memory: int
     seconds_per_step: float | None = None
+    lengths: Lengths | None = None
     warnings: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
 
@@ -113,6 +120,8 @@ class RecipeForecast:
             )
 
             lines.append(f"    reads {', '.join(stage.data)}")
+            if stage.lengths is not None:
+                lines.append(f"    {stage.lengths.to_text()}")
 
             # The time is known only where it was measured.
             time = ""
@@ -170,7 +179,10 @@ def forecast_recipe(
 
             resolved = _resolve(stage, recipe, start, methods, shapes, parallel)
             data = tuple(f"{s.weight:g} {describe_source(s, base)}" for s in stage.data)
-            plans.append(dataclasses.replace(resolved, data=data, warnings=(*resolved.warnings, *notes)))
+            lengths = stage_lengths(stage, recipe, start, methods, base)
+            notes += [] if lengths is None else lengths.warnings
+            warnings = (*resolved.warnings, *notes)
+            plans.append(dataclasses.replace(resolved, data=data, lengths=lengths, warnings=warnings))
 
     raise_problems(problems, code="RC09", hint="no weight was read; correct the recipe and run again")
 
@@ -200,6 +212,30 @@ def source_notes(source: Source, base: Path, *, chats: bool) -> list[str]:
         f"{shared} of {held} held-out documents of {describe_source(source, base)} are also in the training "
         "part: an evaluation on them says too much",
     ]
+
+
+def stage_lengths(
+    stage: Stage, recipe: Recipe, start: Start, methods: Sequence[SparseMethod], base: Path
+) -> Lengths | None:
+    """Return what a sample of a stage's data says of the visible budget.
+
+    None for a dense model, for chats, and where rows fit the budget, of which :func:`stage_warnings` tells.
+    """
+    budget = smallest_budget(methods)
+    if budget is None or stage.kind == "sft" or stage.seq_len <= budget:
+        return None
+
+    tokenizer = fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
+    order = Order(seed=recipe.seed, stage=stage.name)
+    lanes = math.gcd(SAMPLE_LANES, stage.rows_per_step)
+    rows = PackedRows(stage.data, tokenizer, stage.seq_len, order, base, lanes)
+    return sample_lengths(rows, budget, stage.tokens)
+
+
+def smallest_budget(methods: Sequence[SparseMethod]) -> int | None:
+    """Return the smallest visible budget of the sparse layers; None where no layer hides anything."""
+    reaches = [method.reach() for method in methods]
+    return min((reach.visible_budget for reach in reaches if reach.decode_keys is not None), default=None)
 
 
 def stage_problems(stage: Stage, methods: Sequence[SparseMethod], config: Mapping[str, Any]) -> list[str]:
@@ -240,11 +276,10 @@ def stage_warnings(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
     lines = []
 
     # Rows within the budget of every sparse layer are computed densely.
-    reaches = [method.reach() for method in methods]
-    budgets = [reach.visible_budget for reach in reaches if reach.decode_keys is not None]
-    if budgets and stage.seq_len <= min(budgets):
+    budget = smallest_budget(methods)
+    if budget is not None and stage.seq_len <= budget:
         lines.append(
-            f"rows of {stage.seq_len} tokens fit the visible budget of {min(budgets)}: nothing is hidden, "
+            f"rows of {stage.seq_len} tokens fit the visible budget of {budget}: nothing is hidden, "
             "so nothing is learned about selection"
         )
 

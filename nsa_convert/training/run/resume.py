@@ -19,8 +19,8 @@ from nsa_convert.training.run.stages import MODEL, stage_folder
 RUN_FILE = "resolved_recipe.yaml"
 """The recipe of a run with all its keys, ``--set`` included."""
 EARLIER = (
-    "in keys that an earlier version did not have or read otherwise, the order of documents among them; finish "
-    "the run with that version, or begin it again in another out"
+    "in what an earlier version did not have or read otherwise, the order of documents among it; finish the "
+    "run with that version, or begin it again in another out"
 )
 """Said where a run and its recipe differ in no key that this version finds in both."""
 
