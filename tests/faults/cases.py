@@ -231,6 +231,5 @@ ELSEWHERE: dict[str, str] = {
 }
 """Case -> ``path::test`` of a test whose name does not hold the id."""
 
-NOT_APPLICABLE: dict[str, str] = {
-}
+NOT_APPLICABLE: dict[str, str] = {}
 """Case -> why it cannot happen here."""

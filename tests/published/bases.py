@@ -196,7 +196,7 @@ BASES = {
 
 DATA = {
     "HuggingFaceFW/fineweb-edu": ("sample-10BT", ("text", "id", "url")),
-    "HuggingFaceTB/smollm-corpus": ("cosmopedia-v2", ("prompt", "text", "audience")),
+    "codeparrot/codeparrot-clean": ("default", ("repo_name", "path", "content")),
     "emozilla/pg19": ("default", ("short_book_title", "text")),
 }
 """Hub id of a data set -> the configuration that recipes read, and columns it has."""
@@ -237,7 +237,10 @@ def write_data(folder: Path, name: str, documents: int = 40) -> Path:
     config, columns = DATA[name]
     rows = [
         {
+            # Every third document is short: recipes read classes of lengths.
             column: f"{name} has document {i}: " + " ".join(f"{column} {i * j % 97}" for j in range(60))
+            if i % 3
+            else f"{i}: a short {column}"
             for column in columns
         }
         for i in range(documents)

@@ -26,6 +26,8 @@ DIVISORS = {
     **dict.fromkeys(("window_size", "num_tokens"), SHRINK),
 }
 """Setting of a method -> what it is divided by."""
+LENGTHS = ("min_tokens", "max_tokens", "filler")
+"""Lengths of documents, by which data are chosen or made."""
 KEPT = {
     "num_sink_blocks",
     "num_local_blocks",
@@ -73,6 +75,12 @@ def small_stage(stage: Stage, recipe: Recipe, shrink: int) -> dict[str, Any]:
     values: dict[str, Any] = {"batch_tokens": at_once * turns, "tokens": STEPS * at_once * turns}
     if shrink > 1:
         values["seq_len"] = seq_len
+        values |= {
+            f"data.{index}.{key}": getattr(source, key) // shrink
+            for index, source in enumerate(stage.data)
+            for key in LENGTHS
+            if getattr(source, key)
+        }
     if stage.rope is not None and stage.rope.original is not None and shrink > 1:
         values["rope.original"] = stage.rope.original // shrink
     return values

@@ -27,7 +27,16 @@ from nsa_convert.training.recipe.sections import FreshModel
 from nsa_convert.training.run.models import fresh_tokenizer, load_first, read_start
 from tests.published.bases import BASES, DATA, Base, write_base, write_data
 from tests.published.jobs import Job, work, work_all
-from tests.published.scaling import DIVISORS, SHRINK, STEPS, changes, is_long, processes_of, set_words
+from tests.published.scaling import (
+    DIVISORS,
+    LENGTHS,
+    SHRINK,
+    STEPS,
+    changes,
+    is_long,
+    processes_of,
+    set_words,
+)
 from tests.published.summary import PROPERTY, WITHOUT
 
 FILES = known_recipes()
@@ -181,7 +190,17 @@ def check_result(name: str, out: Path) -> None:
 def test_nothing_but_sizes_is_changed(name):
     """A test runs the published recipe but for lengths, budgets, tokens and the number of processes."""
     small = read_recipe(FILES[name], changes(RECIPES[name])).to_dict()
-    allowed = {"seq_len", "tokens", "batch_tokens", "original", *DIVISORS, "fsdp", "tensor", "context"}
+    allowed = {
+        "seq_len",
+        "tokens",
+        "batch_tokens",
+        "original",
+        *DIVISORS,
+        "fsdp",
+        "tensor",
+        "context",
+        *LENGTHS,
+    }
     different = {place.rpartition(".")[2] for place in differences(RECIPES[name].to_dict(), small)}
     assert different <= (allowed if is_long(RECIPES[name]) else {"tokens", "batch_tokens"})
 

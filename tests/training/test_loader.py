@@ -112,7 +112,7 @@ def test_documents_tokenised_together_have_the_tokens_of_each_alone():
         encode(tokenizer, None)
 
 
-def test_da12_a_reading_process_that_is_killed(monkeypatch):
+def test_da12_a_reading_process_that_is_killed():
     """Another one takes its place once; then the run ends with what to do."""
     expected = [row["input_ids"] for row in plain(8 * STEP)]
     said: list[str] = []

@@ -64,24 +64,26 @@ def numbers(rows: PackedRows, count: int) -> list[int]:
 
 def test_a_stream_is_shuffled_and_every_document_comes_once(folder):
     rows = rows_of(folder)
-    found = numbers(rows, 900)
-    assert len(found) > 2000
+    found = numbers(rows, 400)
+    assert len(found) > 1200
     assert max(Counter(found).values()) == 1
     assert found != sorted(found)
-    jumps = [abs(a - b) for a, b in zip(found, found[1:], strict=False)]
-    assert sum(jump > 2 * GROUP for jump in jumps) > len(jumps) / 4, "shuffled in blocks of one shard alone"
+    # Neighbours of a lane come from one row group, in another order; row groups follow each other anyhow.
+    groups = list(dict.fromkeys(number // GROUP for number in found))
+    assert sum(abs(a - b) > 2 for a, b in zip(groups, groups[1:], strict=False)) > len(groups) / 2
+    assert found[:GROUP] != sorted(found[:GROUP])
 
 
 def test_seeds_and_stages_read_another_order_and_other_documents(folder):
-    first = numbers(rows_of(folder, Order(seed=0, stage="a")), 300)
-    assert numbers(rows_of(folder, Order(seed=0, stage="a")), 300) == first
-    seed = numbers(rows_of(folder, Order(seed=1, stage="a")), 300)
+    first = numbers(rows_of(folder, Order(seed=0, stage="a")), 100)
+    assert numbers(rows_of(folder, Order(seed=0, stage="a")), 100) == first
+    seed = numbers(rows_of(folder, Order(seed=1, stage="a")), 100)
     assert seed != first
     assert len(set(seed) & set(first)) < len(first) / 2
     # A stage begins where a later one, which reads half as much as the source has, will end.
-    earlier = numbers(rows_of(folder, Order(seed=0, stage="b", starts=(0.5,))), 600)
-    later = numbers(rows_of(folder, Order(seed=0, stage="a")), 600)
-    assert len(earlier) > 1200
+    earlier = numbers(rows_of(folder, Order(seed=0, stage="b", starts=(0.5,))), 400)
+    later = numbers(rows_of(folder, Order(seed=0, stage="a")), 400)
+    assert min(len(earlier), len(later)) > 1200
     assert not set(earlier) & set(later)
 
 
@@ -96,7 +98,7 @@ def test_held_out_documents_of_a_stream_are_disjoint_from_training(folder):
     # Whatever was held out of the stored order is not met in another one.
     out = {int(text.split(" ")[1]) for text in held}
     for order in (Order(), Order(seed=5, stage="b")):
-        assert not out & set(numbers(rows_of(folder, order, hold_out=0.1), 1500))
+        assert not out & set(numbers(rows_of(folder, order, hold_out=0.1), 400))
     # A part held out does not depend on the rest of the stream, and grows with its share.
     assert {text for text in kept + held if is_held_out(text, 0.05)} < set(held)
 
@@ -157,12 +159,12 @@ def test_a_place_in_every_epoch_is_found_again(folder):
     rows = rows_of(folder, lanes=2, **few)
     stream = iter(rows)
     every, states = [], []
-    for _ in range(700):
+    for _ in range(400):
         every.append(next(stream))
         states.append(json.dumps(rows.state()))
     places = [json.loads(state)["lanes"][0]["cursors"][0]["at"] for state in states]
     assert {place["epoch"] for place in places} == {0, 1}
-    for done in (*range(1, 40), *range(480, 500), 650):
+    for done in (*range(1, 20), *range(255, 275), 380):
         again = rows_of(folder, lanes=2, **few)
         again.restore(json.loads(states[done - 1]))
         stream = iter(again)

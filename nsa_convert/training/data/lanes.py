@@ -19,6 +19,8 @@ AHEAD = 16
 """Most documents of a source that are tokenised at once."""
 AHEAD_CHARACTERS = 1 << 16
 """Characters after which no further document is added to them."""
+SPECIAL = 8
+"""Most tokens that a tokenizer adds to a text."""
 MISSES = 1000
 """Empty documents in a row that count as no text."""
 MISSES_IN_CLASS = 100_000
@@ -245,8 +247,11 @@ class Lane:
         while len(read) < self._room[index] and characters < AHEAD_CHARACTERS:
             place = reader.state()
             text = reader.read()
-            read.append((place, text))
-            characters += len(text) if isinstance(text, str) else 0
+            length = len(text) if isinstance(text, str) else 0
+            # A token is at least one byte: what is certainly too short need not be tokenised to know it.
+            short = 0 < length < source.min_tokens and len(text.encode()) + SPECIAL < source.min_tokens
+            read.append((place, "" if short else text))
+            characters += 0 if short else length
         self._room[index] = min(AHEAD, 2 * self._room[index])
 
         for (state, _), tokens in zip(read, self.encoder([text for _, text in read]), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,7 +132,7 @@ class RowLoader:
             **options,
         )
         begin = self.dataset.rows
-        for number, item in enumerate(loader, 1):
+        for number, item in enumerate(_started(loader), 1):
             if isinstance(item, NsaConvertError):
                 raise item
             batch, states = item
@@ -159,9 +160,27 @@ def worker_count(most: int, lanes: int, size: int, processes: int) -> int:
     return min(most, 1)
 
 
+def _started(loader: DataLoader) -> Iterator[Any]:
+    """Start the workers of a loader.
+
+    torch sets a handler of SIGCHLD that raises wherever the training process is when a worker dies. Taken away
+    again, the next batch that is asked for tells of it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    started = iter(loader)
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+    return started
+
+
 def _begin_worker(_: int) -> None:
-    """Prepare a reading process: the training process ends it, signals to the whole group do not."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Prepare a reading process: it outlives a signal to the whole group, after which the run saves.
+
+    A second SIGTERM ends it: that is how Python ends what is left of its processes.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     serial_tokenizers()
     torch.set_num_threads(1)
