@@ -1,4 +1,4 @@
-"""What teaches selection: classes of document lengths, recall over whole rows, the share beyond the budget."""
+"""What teaches selection: classes of document lengths, recall over rows, the share beyond the budget."""
 
 from __future__ import annotations
 

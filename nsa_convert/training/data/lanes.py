@@ -144,25 +144,27 @@ class Lane:
         self.rows = 0
         self.cursors = [Cursor() for _ in sources]
 
-        # The current document of each source, those read ahead, and how many to read ahead next.
+        # The current document of each source, those read ahead, those passed over after them, and how many to
+        # read ahead next.
         self._now: list[Read | None] = [None] * len(sources)
         self._ahead: list[deque[Read]] = [deque() for _ in sources]
+        self._passed = [0] * len(sources)
         self._room = [1] * len(sources)
 
     def state(self) -> dict[str, Any]:
         """Return the position after the rows so far as plain values."""
-        cursors = [
-            {**dataclasses.asdict(cursor), "at": dict(self._place(index))}
-            for index, cursor in enumerate(self.cursors)
-        ]
-        return {"rows": self.rows, "cursors": cursors}
+        return {"rows": self.rows, "cursors": [self._saved(index) for index in range(len(self.sources))]}
 
-    def _place(self, index: int) -> Mapping[str, int]:
-        """Return the place of the document that a source goes on with."""
-        now = self._now[index]
+    def _saved(self, index: int) -> dict[str, Any]:
+        """Return the cursor of a source, and under ``at`` the place of the document that it goes on with."""
+        values = dataclasses.asdict(self.cursors[index])
+        now = self._now[index] or next(iter(self._ahead[index]), None)
         if now is not None:
-            return now.state
-        return self._ahead[index][0].state if self._ahead[index] else self.readers[index].state()
+            # Documents passed over before the next one come before its place.
+            values["skipped"] += now.skipped if self._now[index] is None else 0
+            return {**values, "at": dict(now.state)}
+        values["skipped"] += self._passed[index]
+        return {**values, "at": self.readers[index].state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on at a position that :meth:`state` returned, before any row is read."""
@@ -219,9 +221,9 @@ class Lane:
         ahead = self._ahead[index]
         source = self.sources[index]
         limit = MISSES_IN_CLASS if source.min_tokens or source.max_tokens else MISSES
-        skipped = 0
         while not ahead:
-            skipped = self._read_ahead(index, skipped)
+            self._read_ahead(index)
+            skipped = self._passed[index]
             if not ahead and skipped >= limit:
                 text = f"from {source.min_tokens} to {source.max_tokens or 'any number of'} tokens"
                 what = f"no document of {text}" if limit > MISSES else "no text"
@@ -230,16 +232,8 @@ class Lane:
                 )
         return ahead.popleft()
 
-    def _read_ahead(self, index: int, skipped: int) -> int:
-        """Read and tokenise some documents of a source.
-
-        Args:
-            index: Number of the source.
-            skipped: Documents passed over before these.
-
-        Returns:
-            The documents passed over since the last one that was kept.
-        """
+    def _read_ahead(self, index: int) -> None:
+        """Read and tokenise some documents of a source."""
         source = self.sources[index]
         reader = self.readers[index]
         read: list[tuple[Mapping[str, int], Any]] = []
@@ -256,11 +250,10 @@ class Lane:
 
         for (state, _), tokens in zip(read, self.encoder([text for _, text in read]), strict=True):
             if tokens and source.takes(len(tokens)):
-                self._ahead[index].append(Read(state, tokens, skipped))
-                skipped = 0
+                self._ahead[index].append(Read(state, tokens, self._passed[index]))
+                self._passed[index] = 0
             else:
-                skipped += 1
-        return skipped
+                self._passed[index] += 1
 
 
 def serial_tokenizers() -> None:

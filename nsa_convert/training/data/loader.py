@@ -163,8 +163,8 @@ def worker_count(most: int, lanes: int, size: int, processes: int) -> int:
 def _started(loader: DataLoader) -> Iterator[Any]:
     """Start the workers of a loader.
 
-    torch sets a handler of SIGCHLD that raises wherever the training process is when a worker dies. Taken away
-    again, the next batch that is asked for tells of it.
+    torch sets a handler of SIGCHLD that raises wherever the training process is when a worker dies. Without
+    it the next batch that is asked for tells of the death.
     """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
