@@ -13,7 +13,8 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.training.data.documents import Reader
 from nsa_convert.training.recipe.sections import Source
 
-Row = dict[str, list[int]]
+Packed = tuple["array[int]", "array[int]"]
+"""Tokens of a row, and their positions in their documents."""
 
 AHEAD = 16
 """Most documents of a source that are tokenised at once."""
@@ -98,7 +99,7 @@ class Encoder:
 
 def _fast_encoder(tokenizer: Any, texts: Sequence[str]) -> Any:
     """Return the tokenizer of ``tokenizers`` that gives these texts the same tokens faster, or False."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not texts or not hasattr(backend, "encode_batch_fast"):
         return False
 
@@ -142,6 +143,7 @@ class Lane:
         self.seq_len = seq_len
         self.leads = leads
         self.rows = 0
+        self._range = array("q", range(seq_len))
         self.cursors = [Cursor() for _ in sources]
 
         # The current document of each source, those read ahead, those passed over after them, and how many to
@@ -176,18 +178,18 @@ class Lane:
             for saved in state["cursors"]
         ]
 
-    def row(self) -> Row:
+    def row(self) -> Packed:
         """Return the next row."""
         ids = array("q")
-        positions: list[int] = []
+        positions = array("q")
         while len(ids) < self.seq_len:
             # The source that is furthest behind its share: fewest tokens per weight.
             index = min(range(len(self.sources)), key=self._behind)
             piece = self._take(index, self.seq_len - len(ids))
             ids += piece
-            positions += range(len(piece))
+            positions += self._range[: len(piece)]
         self.rows += 1
-        return {"input_ids": ids.tolist(), "position_ids": positions}
+        return ids, positions
 
     def _behind(self, index: int) -> float:
         return (self.cursors[index].emitted + self.leads[index]) / self.sources[index].weight

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from nsa_convert.errors import MachineError, NsaConvertError
 from nsa_convert.notices import Say
 from nsa_convert.training.data.lanes import serial_tokenizers
-from nsa_convert.training.data.rows import PackedRows, collate
+from nsa_convert.training.data.rows import PackedRows, batch_of, stack
 
 PREFETCHED = 4
 """Micro-batches that a reading process prepares ahead."""
@@ -26,8 +26,9 @@ Batch = dict[str, Tensor]
 class Batches(IterableDataset):
     """The micro-batches of one process: of every ``processes`` in a row, one.
 
-    Each comes with the positions of its lanes after it, as JSON; an error is returned in place of a batch, so
-    that it reaches the training process as it is.
+    Each is one tensor, tokens and positions ``[2, B, T]``: every tensor that comes from another process takes
+    time. With it come the positions of its lanes after it, as JSON. An error is returned in place of a
+    batch, so that it reaches the training process as it is.
 
     Args:
         rows: The rows.
@@ -43,7 +44,7 @@ class Batches(IterableDataset):
         self.process = process
         self.processes = processes
 
-    def __iter__(self) -> Iterator[tuple[Batch, str] | NsaConvertError]:
+    def __iter__(self) -> Iterator[tuple[Tensor, str] | NsaConvertError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
 
@@ -52,7 +53,7 @@ class Batches(IterableDataset):
         while True:
             places = range(number * self.size, (number + 1) * self.size)
             try:
-                batch = collate([self.rows.row(place) for place in places])
+                batch = stack([self.rows.packed(place) for place in places])
             except NsaConvertError as error:
                 yield error
                 return
@@ -138,7 +139,7 @@ class RowLoader:
             batch, states = item
             rows = begin + number * self.batch_size * self.processes
             self.dataset.note(rows, {int(lane): state for lane, state in json.loads(states).items()})
-            yield batch
+            yield batch_of(batch)
 
 
 def worker_count(most: int, lanes: int, size: int, processes: int) -> int:

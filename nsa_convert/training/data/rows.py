@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -15,10 +16,12 @@ from torch.utils.data import IterableDataset
 from nsa_convert.errors import ConfigError
 from nsa_convert.notices import Say
 from nsa_convert.training.data.documents import Documents, Order
-from nsa_convert.training.data.lanes import Encoder, Lane, Row
+from nsa_convert.training.data.lanes import Encoder, Lane, Packed
 from nsa_convert.training.data.sources import describe_source, open_source
 from nsa_convert.training.losses import uniform
 from nsa_convert.training.recipe.sections import Source
+
+Row = dict[str, list[int]]
 
 MOST_LANES = 256
 """Lanes of a stage: each keeps documents in memory."""
@@ -163,9 +166,9 @@ class PackedRows(IterableDataset):
 
     def __iter__(self) -> Iterator[Row]:
         while True:
-            row = self.row(self.rows)
+            ids, positions = self.packed(self.rows)
             self.rows += 1
-            yield row
+            yield {"input_ids": ids.tolist(), "position_ids": positions.tolist()}
 
     def lane(self, number: int) -> Lane:
         """Return a lane at its recorded position; it is opened at its first use."""
@@ -183,7 +186,7 @@ class PackedRows(IterableDataset):
                 lane.restore(self._states[number])
         return self._open[number]
 
-    def row(self, number: int) -> Row:
+    def packed(self, number: int) -> Packed:
         """Return a row by its number; rows of a lane can only be read forward."""
         lane = self.lane(number % self.lanes)
         row = lane.row()
@@ -241,6 +244,17 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
 
     The first token of a document has no label (-100): nothing in the row predicts it.
     """
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    positions = torch.tensor([row["position_ids"] for row in rows])
+    ids, positions = (torch.tensor([row[key] for row in rows]) for key in ("input_ids", "position_ids"))
+    return batch_of(torch.stack((ids, positions)))
+
+
+def stack(rows: Sequence[Packed]) -> Tensor:
+    """Return tokens and positions of rows, ``[2, B, T]``."""
+    parts = [np.stack([np.frombuffer(row[part], np.int64) for row in rows]) for part in (0, 1)]
+    return torch.from_numpy(np.stack(parts))
+
+
+def batch_of(stacked: Tensor) -> dict[str, Tensor]:
+    """Return what :func:`collate` returns, from the tokens and positions ``[2, B, T]`` of rows."""
+    ids, positions = stacked
     return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
