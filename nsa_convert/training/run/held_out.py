@@ -17,8 +17,7 @@ from nsa_convert.evaluation.tasks.needle import NeedleCase, build_needles
 from nsa_convert.methods.parts.base import SparseMethod
 from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.training.data.documents import Order
-from nsa_convert.training.data.lanes import Row
-from nsa_convert.training.data.rows import PackedRows, collate
+from nsa_convert.training.data.rows import PackedRows, Row, collate
 from nsa_convert.training.losses import StageLosses
 from nsa_convert.training.recipe.schema import Stage
 from nsa_convert.training.run.distributed import split_tokens
