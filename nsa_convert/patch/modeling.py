@@ -24,6 +24,7 @@ from nsa_convert.methods.parts.base import InitialisedModule
 from nsa_convert.methods.parts.registry import build_layer
 from nsa_convert.methods.parts.training_mode import TrainingMode
 from nsa_convert.patch.attention import SparseAttention
+from nsa_convert.patch.chunked_loss import chunked_losses, next_labels
 from nsa_convert.patch.layout import NO_CONTINUOUS_BATCHING, read_context, shard_context
 from nsa_convert.patch.saved_code import package_function, write_own_code, write_own_reports
 from nsa_convert.patch.training_pass import (
@@ -340,31 +341,57 @@ class SparseCausalLMMixin(SparseHeadMixin):
 
         joined = training_mode.stream == "teacher" and not is_sharded(self)
         training = TrainingPass(training_mode, joined=joined)
+        in_chunks = rest["labels"] is not None and not training_mode.keep_logits
+        compute = self._losses_in_chunks if in_chunks else self._losses_on_logits
+        return training.join(compute(tokens, training, rest))
+
+    def _losses_in_chunks(
+        self, tokens: Mapping[str, Any], training: TrainingPass, rest: Mapping[str, Any]
+    ) -> SparseCausalLMOutput:
+        """Return the losses on the logits, which are computed for a chunk of the rows at a time."""
+        given = {name: value for name, value in rest.items() if name not in (*LABELS, "logits_to_keep")}
+        hidden = self.base_model(**tokens, training_pass=training, **given).last_hidden_state
+
+        # The teacher comes second: autocast hands on the copies of weights that it made, as they were made.
+        mode, teacher = training.mode, None
+        if mode.teacher_kl:
+            with torch.no_grad():
+                dense = self.base_model(**tokens, training_pass=_teacher_pass(mode), **given)
+            teacher = dense.last_hidden_state
+
+        losses = chunked_losses(
+            self,
+            hidden,
+            next_labels(rest["labels"], rest.get("shift_labels")),
+            num_items_in_batch=rest.get("num_items_in_batch"),
+            cross_entropy=mode.cross_entropy,
+            teacher_hidden=teacher,
+            teacher_kl=mode.teacher_kl,
+        )
+        return SparseCausalLMOutput(**vars(losses))
+
+    def _losses_on_logits(
+        self, tokens: Mapping[str, Any], training: TrainingPass, rest: Mapping[str, Any]
+    ) -> SparseCausalLMOutput:
+        """Return the losses on the logits, which the output holds."""
+        mode = training.mode
         out = super(SparseHeadMixin, self).forward(**tokens, training_pass=training, **rest)
         out = SparseCausalLMOutput(**out, cross_entropy=out.loss)
         if out.loss is not None:
-            out.loss = training_mode.cross_entropy * out.loss
-        if training_mode.teacher_kl:
-            out.teacher_kl = self._teacher_kl(out.logits, tokens, training_mode, rest)
-            weighted = training_mode.teacher_kl * out.teacher_kl
-            out.loss = weighted if out.loss is None else out.loss + weighted
-
-        return training.join(out)
-
-    def _teacher_kl(
-        self, logits: Tensor, tokens: Mapping[str, Any], mode: TrainingMode, rest: Mapping[str, Any]
-    ) -> Tensor:
-        """Return the divergence of the logits from those of dense attention over the same weights."""
-        asked = dataclasses.replace(mode, stream="teacher", losses=(), weights=())
-        teacher = TrainingPass(asked, joined=True)
+            out.loss = mode.cross_entropy * out.loss
+        if not mode.teacher_kl:
+            return out
 
         # The same call through dense attention, without labels.
         given = {name: value for name, value in rest.items() if name != "labels"}
         with torch.no_grad():
             forward = super(SparseHeadMixin, self).forward
-            dense = forward(**tokens, training_pass=teacher, **given).logits
+            dense = forward(**tokens, training_pass=_teacher_pass(mode), **given).logits
 
-        return logit_kl(dense, logits, **{name: rest.get(name) for name in LABELS})
+        out.teacher_kl = logit_kl(dense, out.logits, **{name: rest.get(name) for name in LABELS})
+        weighted = mode.teacher_kl * out.teacher_kl
+        out.loss = weighted if out.loss is None else out.loss + weighted
+        return out
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> None:
         """Refuse before a paged cache is allocated.
@@ -386,6 +413,11 @@ class SparseCausalLMMixin(SparseHeadMixin):
         if attention_mask is None:
             return torch.ones(inputs_embeds.shape[0], capacity, dtype=torch.bool, device=inputs_embeds.device)
         return nn.functional.pad(attention_mask.bool(), (0, capacity - attention_mask.shape[1]), value=True)
+
+
+def _teacher_pass(mode: TrainingMode) -> TrainingPass:
+    """Return the pass through dense attention over the same weights, of which only the outputs are wanted."""
+    return TrainingPass(dataclasses.replace(mode, stream="teacher", losses=(), weights=()), joined=True)
 
 
 def install_sparse_attention(decoder: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nsa_convert.methods.parts.training_mode import TrainingMode
+from nsa_convert.patch.chunked_loss import next_labels, token_kl
 
 LABELS = ("labels", "shift_labels", "num_items_in_batch")
 """Arguments of a forward call that say which tokens count, and out of how many."""
@@ -29,6 +30,8 @@ class SparseCausalLMOutput(CausalLMOutputWithPast):
         auxiliary: ``[layers, K]``, one column for each name of ``training_mode.losses``.
         cross_entropy: Next-token loss, or None without labels.
         teacher_kl: Divergence from dense attention over the same weights, or None where it was not asked for.
+
+    A mode without ``keep_logits`` leaves ``logits`` None; of the losses ``loss`` alone has a gradient then.
     """
 
     aux_loss: Tensor | None = None
@@ -267,14 +270,11 @@ def logit_kl(
         shift_labels: ``[B, T]`` labels of the tokens that follow, instead of ``labels``.
         num_items_in_batch: Labels of the whole optimizer step, to divide by.
     """
-    wide = torch.promote_types(student.dtype, torch.float32)
-    target = teacher.to(wide).log_softmax(-1)
-    kl = (target.exp() * (target - student.to(wide).log_softmax(-1))).sum(-1)  # [B, T]
+    kl = token_kl(teacher, student)  # [B, T]
 
     # The mean over the tokens that have a label.
-    if shift_labels is None and labels is not None:
-        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    if shift_labels is None:
+    following = next_labels(labels, shift_labels)
+    if following is None:
         return kl.mean()
-    counted = shift_labels != -100
+    counted = following != -100
     return (kl * counted).sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)

@@ -69,6 +69,7 @@ class StageLosses:
             cross_entropy=processes * self.cross_entropy,
             teacher_kl=processes * self.teacher_kl if stream == "sparse" else 0.0,
             step=step,
+            keep_logits=False,
         )
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any], mode: TrainingMode) -> Any:

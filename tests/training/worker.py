@@ -18,6 +18,7 @@ from transformers.distributed import DistributedConfig
 from nsa_convert.errors import ConfigError
 from nsa_convert.loading import load_causal_model
 from nsa_convert.methods.parts.training_mode import TrainingMode
+from nsa_convert.patch import chunked_loss
 from nsa_convert.training.losses import known_losses, stage_losses
 from nsa_convert.training.recipe.schema import recipe_from_dict
 from nsa_convert.training.run.distributed import distributed_config, share_tokens, split_tokens
@@ -36,7 +37,7 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def asked(names: tuple[str, ...], **more) -> TrainingMode:
-    return TrainingMode(losses=names, weights=(1 / 3,) * len(names), step=1, **more)
+    return TrainingMode(losses=names, weights=(1 / 3,) * len(names), step=1, keep_logits=False, **more)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -175,6 +176,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    chunked_loss.CHUNK = 7 * 128  # several chunks of each row's logits
     result = {"streams": check_streams()}
     for method in ("nsa", "ssa"):
         assert methods_of(load_empty(folder / method))

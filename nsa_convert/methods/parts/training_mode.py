@@ -30,6 +30,8 @@ class TrainingMode:
         cross_entropy: Weight of the next-token loss in the model's loss.
         teacher_kl: Weight of the divergence of the model's logits from those of dense attention.
         step: Number of the optimizer step; losses on a sample of the queries draw it from this.
+        keep_logits: Whether the output holds the logits. Without them the losses on them are computed in
+            chunks, so that they are never all in memory.
         total: All-reduce (sum) over the context-parallel group; losses are ratios of such sums.
     """
 
@@ -39,4 +41,5 @@ class TrainingMode:
     cross_entropy: float = 1.0
     teacher_kl: float = 0.0
     step: int = 0
+    keep_logits: bool = True
     total: Total = own

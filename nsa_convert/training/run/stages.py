@@ -18,6 +18,7 @@ from nsa_convert.checkpoint.staging import staged
 from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.loading import load_causal_model, load_tokenizer, quiet
 from nsa_convert.notices import Say
+from nsa_convert.patch.chunked_loss import compute_in_chunks
 from nsa_convert.training.data.documents import Order
 from nsa_convert.training.data.rows import PackedRows, check_enough, collate
 from nsa_convert.training.losses import StageLosses, mix, stage_losses
@@ -142,6 +143,10 @@ def load_stage_model(
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, stage.train))
+
+    # A converted model does so by its training mode.
+    if not methods_of(model):
+        compute_in_chunks(model)
 
     if stage.checkpointing:
         # transformers 5.23 renamed the method; a non-reentrant recompute needs no gradient on its inputs.
