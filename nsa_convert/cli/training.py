@@ -56,7 +56,7 @@ def train(
 
     if dry_run:
         start = read_start(read, folder)
-        forecast = forecast_recipe(read, start, path.parent, parallel=planned(read))
+        forecast = forecast_recipe(read, start, path.parent, parallel=planned(read), memory=True)
         if read.measure:
             forecast = measure_stages(read, start, path.parent, forecast)
         show(forecast, as_json)

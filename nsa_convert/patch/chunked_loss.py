@@ -1,9 +1,9 @@
 """The losses on a language model's logits, computed for a chunk of rows at a time: all logits are never held.
 
-A row of logits has as many numbers as the vocabulary has tokens, and the ordinary way holds about 14 bytes for
-each: at 128,256 tokens and 8,192 rows that is 14 GB, more than everything else a small model needs. Here the
-gradient of a chunk is computed right after its loss, so that what stays is the gradient of the hidden states
-and that of the head: the arithmetic is that of the ordinary way, nothing is computed twice.
+A row of logits has as many numbers as the vocabulary has tokens, and the ordinary way holds 12 to 16 bytes
+for each: at 128,256 tokens and 8,192 rows that is 14 GB, more than everything else a small model needs. Here
+the gradient of a chunk is computed right after its loss, so that what stays is the gradient of the hidden
+states and that of the head: the arithmetic is that of the ordinary way, nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _in_chunks(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of the losses of chunks; their gradients are computed in the forward pass, and scaled in backward."""
+    """Sum of the losses of chunks; their gradients are computed in the forward pass, scaled in backward."""
 
     @staticmethod
     def forward(

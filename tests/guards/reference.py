@@ -26,7 +26,7 @@ from nsa_convert.families import FAMILIES
 from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.training.recipe.library import known_bases, known_recipes
 from nsa_convert.training.recipe.schema import Recipe, Stage
-from nsa_convert.training.recipe.sections import FreshModel, Lora, RopeScaling, Source
+from nsa_convert.training.recipe.sections import FreshModel, Lora, Machine, RopeScaling, Source
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs"
@@ -48,6 +48,7 @@ RECIPE_PARTS: dict[type, str] = {
     RopeScaling: "RoPE scaling",
     Lora: "LoRA",
     FreshModel: "Fresh model",
+    Machine: "Machine",
 }
 """Part of a recipe -> its heading."""
 

@@ -15,7 +15,7 @@ from nsa_convert.patch.patching import patch_model, sparse_methods
 from nsa_convert.settings import read_settings
 from nsa_convert.training.losses import StageLosses, loss_problems, stage_losses, uniform
 from nsa_convert.training.recipe.schema import Stage
-from nsa_convert.training.run.stages import flops_per_token
+from nsa_convert.training.run.flops import flops_per_token
 from tests.models import MOBA, NSA, SSA, VARIANTS, dense_model, plan, tokens, trained_model
 from tests.training.recipes import recipe, stage
 

@@ -8,8 +8,9 @@ not use these operators.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -30,13 +31,27 @@ Flat = tuple[Tensor | None, int, Tensor | None, Tensor | None, int | None]
 """A layout as :data:`LAYOUT_SCHEMA` has it; ``slot`` is the offset where that is a tensor, else ``first``."""
 
 
+_whole = False
+
+
+@contextlib.contextmanager
+def whole_operators() -> Iterator[None]:
+    """Let every call inside the block be one operator, for tensors that have shapes and no values."""
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before
+
+
 def is_opaque(layout: SequenceLayout, q: Tensor, *others: Tensor | None) -> bool:
     """Return whether a call becomes one operator of the graph that is being compiled.
 
     A decoding step of one token does not, as it depends on shapes alone: the compiler can trace it and fuse
     it with its neighbours. The exception is a padded batch with an int offset, whose row starts must be read.
     """
-    if not torch.compiler.is_compiling():
+    if not (_whole or torch.compiler.is_compiling()):
         return False
     reads = layout.start is not None and not isinstance(layout.offset, Tensor)
     return q.shape[1] != 1 or reads or not is_decode(layout, q, *others)

@@ -16,7 +16,7 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.redaction import secret_places
 from nsa_convert.settings import raise_problems, read_settings
 from nsa_convert.training.recipe.bases import read_recipe_values
-from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, RopeScaling, Source
+from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, Machine, RopeScaling, Source
 
 SCHEMA = 1
 """Version of the recipe format; a newer one is refused."""
@@ -32,6 +32,7 @@ UNBOUND_KEYS = (
     "save_dtype",
     "profile",
     "workers",
+    "machine",
 )
 UNBOUND_STAGE_KEYS = (
     "save_every",
@@ -252,6 +253,7 @@ class Recipe:
         alarms: Whether a diverging loss or shut gates ``stop`` the run, or ``warn``.
         workers: Most processes that read, tokenise and pack rows beside each training process; 0 does it in
             the training process itself. A step of N micro-batches has work for a divisor of N of them.
+        machine: What the recipe is meant for; ``--dry-run`` says whether it fits with 10 % to spare.
     """
 
     model: str | FreshModel
@@ -271,6 +273,7 @@ class Recipe:
     context: int = 1
     alarms: Literal["stop", "warn"] = "stop"
     workers: int = 1
+    machine: Machine | None = None
 
     def __post_init__(self) -> None:
         problems = []

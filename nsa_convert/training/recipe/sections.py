@@ -174,3 +174,25 @@ class FreshModel:
     family: Literal["llama", "qwen2", "qwen3", "mistral"]
     config: Mapping[str, Any]
     vocab: int = 257
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a recipe is meant for; `--dry-run` says whether it fits, and how long it takes there.
+
+    Attributes:
+        devices: Number of GPUs.
+        memory: Memory of each, in GB (1e9 bytes).
+        gpu: Kind of GPU, for the estimate of time.
+    """
+
+    devices: int
+    memory: float
+    gpu: Literal["B300", "B200", "H100", "H200", "H800", "A100", "A800", "L40S", "5090", "4090", "MI300X"] = (
+        "H100"
+    )
+
+    def __post_init__(self) -> None:
+        if self.devices < 1 or not (self.memory > 0 and math.isfinite(self.memory)):
+            problem = f"devices and memory must be positive, got {self.devices} and {self.memory}"
+            raise_problems([problem], code="RC08")

@@ -10,6 +10,7 @@ import torch
 from nsa_convert.errors import BackendError, MachineError, NsaConvertError
 from nsa_convert.kernels.common.backend import is_kernel_failure
 from nsa_convert.training.recipe.schema import Stage
+from nsa_convert.training.run.needs import memory_advice
 
 
 class KernelFailure(BackendError):
@@ -17,8 +18,13 @@ class KernelFailure(BackendError):
 
 
 @contextlib.contextmanager
-def explained(stage: Stage) -> Iterator[None]:
+def explained(stage: Stage, *, context: int = 1, shareable: bool = False) -> Iterator[None]:
     """Turn failures of memory and kernels inside the block into errors that say what to do.
+
+    Args:
+        stage: The stage that runs.
+        context: Processes that share a row.
+        shareable: Whether more of them can share one.
 
     Raises:
         MachineError: There is not enough memory (TR11).
@@ -38,12 +44,13 @@ def explained(stage: Stage) -> Iterator[None]:
             ) from error
 
         if out_of_memory(error):
+            advice = "; or ".join(memory_advice(stage, context, shareable=shareable))
             way = "with" if stage.checkpointing else "without"
             raise MachineError(
                 f"stage {stage.name}: not enough memory for rows of {stage.seq_len} tokens, "
                 f"{stage.micro_batch} at a time, {way} checkpointing",
                 code="TR11",
-                hint=f"the last checkpoint is good: --resume with {_advice(stage)}",
+                hint=f"the last checkpoint is good: --resume with {advice}",
             ) from error
         raise
 
@@ -53,13 +60,3 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "t allocate memory" in str(error)
     )
-
-
-def _advice(stage: Stage) -> str:
-    """Return the settings that lower the memory of a stage, the one that costs least first."""
-    key = f"--set stages.{stage.name}"
-
-    # Recomputing activations keeps the numbers of the run; shorter rows are another run.
-    parts = [] if stage.checkpointing else [f"{key}.checkpointing=true"]
-    parts += [f"{key}.micro_batch={stage.micro_batch // 2}"] if stage.micro_batch > 1 else []
-    return "; or ".join([*parts, f"in another out {key}.seq_len={stage.seq_len // 2}"])

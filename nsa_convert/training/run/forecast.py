@@ -21,17 +21,30 @@ from nsa_convert.training.data.rows import PackedRows
 from nsa_convert.training.data.sources import describe_source, held_out_overlap, open_source
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.recipe.schema import Recipe, Stage
-from nsa_convert.training.recipe.sections import Source
+from nsa_convert.training.recipe.sections import Machine, Source
+from nsa_convert.training.run.flops import flops_per_token
 from nsa_convert.training.run.held_out import evaluation_problems
 from nsa_convert.training.run.lengths import SAMPLE_LANES, Lengths, sample_lengths
-from nsa_convert.training.run.models import Start, fresh_tokenizer, scaled_rope
-from nsa_convert.training.run.parallel import Parallel, method_problems, parallel_of, size_problems
+from nsa_convert.training.run.models import Start, fresh_tokenizer, is_trained, scaled_rope
+from nsa_convert.training.run.needs import (
+    ASSUMED_MFU,
+    Weights,
+    device_memory,
+    disk_bytes,
+    fit_problem,
+    host_bytes,
+    step_hours,
+    weights_of,
+)
+from nsa_convert.training.run.parallel import (
+    Parallel,
+    context_problems,
+    method_problems,
+    parallel_of,
+    size_problems,
+)
 from nsa_convert.training.run.parallel import sharing_problems as sharing_problems
-
-ADAM_BYTES = 8
-"""Bytes per trained weight: two float32 moments."""
-LAYER_WIDTHS = 34
-"""Activations a layer keeps for the backward pass, in units of tokens * hidden_size, with tiled attention."""
+from nsa_convert.training.run.rehearsal import shallow_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,11 @@ class StageForecast:
         trained: Number of weights trained.
         trained_new: Those among them that conversion added.
         losses: Loss -> weight.
-        memory: Bytes that one device needs: weights, gradients, optimizer, activations.
+        disk: Bytes that the run has on disk at most until the end of the stage.
+        host: Bytes of memory that one host with all processes needs to load and save.
+        flops: FLOPs of a token, forward and backward.
+        memory: Bytes that one device needs at most; None where it was not asked for.
+        hours: Estimated hours on the recipe's machine; None where it names none.
         seconds_per_step: Measured seconds, or None.
         lengths: What a sample of the data says of the visible budget; None for a dense model, and for chats.
         warnings: What works but is probably not intended.
@@ -64,7 +81,11 @@ class StageForecast:
     trained: int
     trained_new: int
     losses: Mapping[str, float]
-    memory: int
+    disk: int
+    host: int
+    flops: float
+    memory: int | None = None
+    hours: float | None = None
     seconds_per_step: float | None = None
     lengths: Lengths | None = None
     warnings: tuple[str, ...] = ()
@@ -82,6 +103,7 @@ class RecipeForecast:
         method: Names of the sparse methods, or ``dense``.
         parallel: How the processes share the work.
         stages: One forecast for each stage.
+        machine: What the recipe is meant for, or None.
     """
 
     model: str
@@ -90,6 +112,7 @@ class RecipeForecast:
     method: str
     parallel: Parallel
     stages: tuple[StageForecast, ...]
+    machine: Machine | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -104,6 +127,11 @@ class RecipeForecast:
         """Return the forecast for people."""
         lines = [f"{self.model} ({self.parameters:,} weights, {self.method}) -> {self.out}"]
         lines.append(f"  {self.parallel.to_text()}")
+        if self.machine is not None:
+            m = self.machine
+            lines.append(
+                f"  meant for {m.devices} x {m.memory:g} GB; hours are those of {m.gpu} at MFU {ASSUMED_MFU}"
+            )
 
         for stage in self.stages:
             losses = " + ".join(
@@ -123,18 +151,22 @@ class RecipeForecast:
             if stage.lengths is not None:
                 lines.append(f"    {stage.lengths.to_text()}")
 
-            # The time is known only where it was measured.
-            time = ""
+            # What was not asked for is not said: the memory, and the time.
+            parts = [] if stage.memory is None else [f"about {gigabytes(stage.memory)} on one device"]
+            parts += [f"{gigabytes(stage.disk)} of disk so far", f"{gigabytes(stage.host)} of host memory"]
+            if stage.hours is not None:
+                parts.append(f"{stage.hours:.1f} h")
             if stage.seconds_per_step is not None:
                 hours = stage.steps * stage.seconds_per_step / 3600
-                time = f"; {stage.seconds_per_step:.2f} s a step, {hours:.2f} h"
-            lines.append(f"    about {gigabytes(stage.memory)} on one device{time}")
+                parts.append(f"measured {stage.seconds_per_step:.2f} s a step, {hours:.2f} h")
+            lines.append(f"    {', '.join(parts)}")
 
+        lines += [f"  warning: {line}" for line in self.warnings]
         return "\n".join(lines)
 
 
 def forecast_recipe(
-    recipe: Recipe, start: Start, base: Path, *, parallel: Parallel | None = None
+    recipe: Recipe, start: Start, base: Path, *, parallel: Parallel | None = None, memory: bool = False
 ) -> RecipeForecast:
     """Check a recipe against its model and data, and return the forecast of the run.
 
@@ -143,12 +175,14 @@ def forecast_recipe(
         start: The model's config.
         base: Folder that relative data paths start from.
         parallel: How the processes will share the work; those of this run when left out.
+        memory: Whether to rehearse each stage for the memory it takes, some seconds a stage.
 
     Raises:
         ConfigError: Every problem of every stage, in one message (RC09).
     """
     methods = start.methods()
-    shapes = weight_shapes(start)
+    model = empty_model(start)
+    shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     problems: list[str] = []
     plans = []
 
@@ -158,7 +192,7 @@ def forecast_recipe(
     unfit = size_problems(parallel)
     problems += unfit or method_problems(parallel, methods, config)
 
-    for stage in recipe.stages:
+    for index, stage in enumerate(recipe.stages):
         found = stage_problems(stage, methods, config)
         found += [] if unfit else sharing_problems(parallel, stage)
         found += [] if unfit else evaluation_problems(stage, methods, parallel)
@@ -177,7 +211,9 @@ def forecast_recipe(
             if stage.rope is not None:
                 config["rope_parameters"], config["max_position_embeddings"] = scaled_rope(config, stage.rope)
 
-            resolved = _resolve(stage, recipe, start, methods, shapes, parallel)
+            resolved = _resolve(index, recipe, start, methods, model, parallel)
+            if memory:
+                resolved = _with_memory(resolved, stage, recipe, start, shapes, parallel)
             data = tuple(f"{s.weight:g} {describe_source(s, base)}" for s in stage.data)
             lengths = stage_lengths(stage, recipe, start, methods, base)
             notes += [] if lengths is None else lengths.warnings
@@ -194,6 +230,7 @@ def forecast_recipe(
         method=", ".join(names) or "dense",
         parallel=parallel,
         stages=tuple(plans),
+        machine=recipe.machine,
     )
 
 
@@ -289,53 +326,35 @@ def stage_warnings(stage: Stage, methods: Sequence[SparseMethod]) -> list[str]:
     return lines
 
 
-def weight_shapes(start: Start) -> dict[str, int]:
-    """Return parameter name -> number of elements of the model that will be trained; nothing is allocated."""
+def empty_model(start: Start) -> Any:
+    """Return the model that will be trained, on the meta device; nothing is allocated."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from nsa_convert.patch.models import config_class, model_classes
 
-    # What the checkpoint says of its own code and format is no argument of the config.
-    values = dict(start.config)
+    values = shallow_config(start.config, start.config["num_hidden_layers"])
     model_type = values.pop("model_type")
-    for key in ("transformers_version", "auto_map", "architectures"):
-        values.pop(key, None)
 
     with torch.device("meta"):
         if start.plan is None:
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
-        else:
-            config = config_class(start.family)(**{**values, "sparse_attention": start.plan.to_dict()})
-            model = model_classes(start.family)["ForCausalLM"](config)
-
-    return {name: parameter.numel() for name, parameter in model.named_parameters()}
-
-
-def is_trained(name: str, train: str) -> bool:
-    """Return whether a weight of this name is trained; LoRA's own weights are added by peft.
-
-    Args:
-        name: Full name of the parameter.
-        train: ``all``, ``attention``, ``new`` or ``lora``; weights added by conversion are always trained.
-    """
-    if ".self_attn.sparse." in name:
-        return True
-    return train == "all" or (train == "attention" and ".self_attn." in name)
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+        config = config_class(start.family)(**{**values, "sparse_attention": start.plan.to_dict()})
+        return model_classes(start.family)["ForCausalLM"](config)
 
 
 def _resolve(
-    stage: Stage,
+    index: int,
     recipe: Recipe,
     start: Start,
     methods: Sequence[SparseMethod],
-    shapes: Mapping[str, int],
+    model: Any,
     parallel: Parallel,
 ) -> StageForecast:
     """Return the forecast of a stage that has no problems."""
-    trained = sum(size for name, size in shapes.items() if is_trained(name, stage.train))
+    stage = recipe.stages[index]
+    shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = [_weights(one, recipe, start, shapes) for one in recipe.stages[: index + 1]]
     new = sum(size for name, size in shapes.items() if ".self_attn.sparse." in name)
-    if stage.train == "lora":
-        trained += _adapter_size(stage, start)
 
     # The losses as StageLosses weighs them; the alignment stage has no next-token loss of its own.
     default = 0.0 if stage.kind == "align" else 1.0
@@ -343,19 +362,58 @@ def _resolve(
     losses = {"cross_entropy": cross_entropy} if cross_entropy else {}
     losses |= {"teacher_kl": stage.teacher_kl} if stage.teacher_kl else {}
 
+    # What a token costs depends on what is trained.
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name, stage.train))
+    flops = flops_per_token(model, stage)
+    tokens = stage.steps * stage.batch_tokens
+    hours = None
+    if recipe.machine is not None:
+        devices = max(recipe.machine.devices, parallel.processes)
+        hours = step_hours(flops, tokens, recipe.machine, devices)
+
     return StageForecast(
         name=stage.name,
         kind=stage.kind,
         train=stage.train,
         seq_len=stage.seq_len,
         steps=stage.steps,
-        tokens=stage.steps * stage.batch_tokens,
-        trained=trained,
+        tokens=tokens,
+        trained=sizes[-1].trained,
         trained_new=new,
         losses={**losses, **stage_weights(stage, methods)},
-        memory=_memory(stage, recipe, start, sum(shapes.values()), trained, parallel),
+        disk=disk_bytes(recipe, index, sizes, parallel),
+        host=host_bytes(sizes[-1], parallel, stage),
+        flops=flops,
+        hours=hours,
         warnings=tuple(stage_warnings(stage, methods)),
     )
+
+
+def _weights(stage: Stage, recipe: Recipe, start: Start, shapes: Mapping[str, int]) -> Weights:
+    """Return the sizes of a model whose stage trains a part of it."""
+    trained = sum(size for name, size in shapes.items() if is_trained(name, stage.train))
+    if stage.train == "lora":
+        trained += _adapter_size(stage, start)
+    return weights_of(shapes, trained, recipe)
+
+
+def _with_memory(
+    forecast: StageForecast,
+    stage: Stage,
+    recipe: Recipe,
+    start: Start,
+    shapes: Mapping[str, int],
+    parallel: Parallel,
+) -> StageForecast:
+    """Return a forecast with the memory of a device, and a warning where the recipe's machine has less."""
+    memory = device_memory(recipe, stage, start, _weights(stage, recipe, start, shapes), parallel)
+    warnings = list(forecast.warnings)
+    if recipe.machine is not None:
+        can_share = not context_problems(start.methods())
+        problem = fit_problem(memory, stage, recipe.machine, parallel, can_share)
+        warnings += [] if problem is None else [problem]
+    return dataclasses.replace(forecast, memory=memory, warnings=tuple(warnings))
 
 
 def _adapter_size(stage: Stage, start: Start) -> int:
@@ -378,29 +436,3 @@ def _adapter_size(stage: Stage, start: Start) -> int:
 
     lora = stage.adapters
     return config["num_hidden_layers"] * lora.rank * sum(sizes.get(name, 0) for name in lora.targets)
-
-
-def _memory(stage: Stage, recipe: Recipe, start: Start, total: int, trained: int, parallel: Parallel) -> int:
-    """Estimate the bytes needed on one device.
-
-    Weights, gradients, AdamW's moments and the float32 masters of bfloat16 weights are divided by the
-    processes that hold one copy together. Each layer keeps ``LAYER_WIDTHS`` hidden widths of activations;
-    with checkpointing one, and ``LAYER_WIDTHS`` once for the layer being recomputed. Logits and their
-    gradient are in float32.
-    """
-    weight = 2 if recipe.precision == "bf16" else 4
-    master = 4 if recipe.precision == "bf16" else 0
-    number = 4 if recipe.precision == "fp32" else 2
-    static = (total * weight + trained * (weight + master + ADAM_BYTES)) // parallel.weight_parts
-
-    # Activations of the rows of one micro-batch.
-    rows = stage.micro_batch * stage.seq_len // parallel.context
-    width = start.config["hidden_size"] * number * rows
-    layers = start.config["num_hidden_layers"]
-    kept = layers * width + LAYER_WIDTHS * width if stage.checkpointing else layers * LAYER_WIDTHS * width
-
-    # Logits [rows, vocabulary] and their gradient; a divergence from dense logits takes three times as much.
-    logits = 0 if stage.kind == "align" else rows * start.config["vocab_size"] * 4 * 2
-    logits *= 3 if stage.teacher_kl else 1
-
-    return static + kept + logits

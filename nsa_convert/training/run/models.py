@@ -17,10 +17,11 @@ from nsa_convert.errors import CheckpointError, ConfigError
 from nsa_convert.families import FAMILIES, family_of, family_of_sparse, geometry_of
 from nsa_convert.loading import load_causal_model, quiet
 from nsa_convert.methods.parts.base import SparseMethod
+from nsa_convert.patch.chunked_loss import compute_in_chunks
 from nsa_convert.patch.patching import patch_model, sparse_methods
 from nsa_convert.plan import resolve_plan
 from nsa_convert.strict_files import read_json_mapping
-from nsa_convert.training.recipe.schema import Recipe
+from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.recipe.sections import FreshModel, RopeScaling
 
 if TYPE_CHECKING:
@@ -175,6 +176,41 @@ def save_dtype(recipe: Recipe, start: Start) -> torch.dtype:
         own = {} if start.folder is None else start.config
         name = str(own.get("dtype") or own.get("torch_dtype"))
     return SAVED_DTYPES.get(name.removeprefix("torch."), DTYPES[recipe.precision])
+
+
+def is_trained(name: str, train: str) -> bool:
+    """Return whether a weight of this name is trained; LoRA's own weights are added by peft.
+
+    Args:
+        name: Full name of the parameter.
+        train: ``all``, ``attention``, ``new`` or ``lora``; weights added by conversion are always trained.
+    """
+    if ".self_attn.sparse." in name:
+        return True
+    return train == "all" or (train == "attention" and ".self_attn." in name)
+
+
+def prepare_model(model: Any, stage: Stage) -> nn.Module:
+    """Return a model as a stage trains it: frozen weights, losses in chunks, checkpointing, adapters."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name, stage.train))
+
+    # A converted model computes in chunks by its training mode.
+    if not methods_of(model):
+        compute_in_chunks(model)
+
+    if stage.checkpointing:
+        # transformers 5.23 renamed the method; a non-reentrant recompute needs no gradient on its inputs.
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+
+    if stage.train != "lora":
+        return model
+    from nsa_convert.training.run.lora import add_adapters
+
+    return add_adapters(model, stage.adapters)
 
 
 def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:

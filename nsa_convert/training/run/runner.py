@@ -29,7 +29,7 @@ from nsa_convert.training.run.forecast import forecast_recipe
 from nsa_convert.training.run.held_out import compare_ends
 from nsa_convert.training.run.logs import trim_log
 from nsa_convert.training.run.models import Start, quiet, read_start, save_dtype, save_model
-from nsa_convert.training.run.parallel import Parallel, world_size
+from nsa_convert.training.run.parallel import Parallel, context_problems, world_size
 from nsa_convert.training.run.resume import RUN_FILE, Allow, check_resume, stage_facts
 from nsa_convert.training.run.stages import (
     MODEL,
@@ -240,7 +240,8 @@ class _Run:
         checkpoint, lost = from_main(lambda: newest(place, say, partial=self.allow.partial_resume))
         tokenizer = stage_tokenizer(recipe, index, self.start, self.base)
 
-        with explained(stage):
+        can_share = not context_problems(self.start.methods())
+        with explained(stage, context=recipe.context, shareable=can_share):
             model = load_stage_model(recipe, index, self.start, checkpoint)
             trainer = self._trainer(index, model, tokenizer, checkpoint, lost)
             begin = time.perf_counter()

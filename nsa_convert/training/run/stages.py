@@ -18,15 +18,23 @@ from nsa_convert.checkpoint.staging import staged
 from nsa_convert.errors import ConfigError, MachineError
 from nsa_convert.loading import load_causal_model, load_tokenizer, quiet
 from nsa_convert.notices import Say
-from nsa_convert.patch.chunked_loss import compute_in_chunks
 from nsa_convert.training.data.documents import Order
 from nsa_convert.training.data.rows import PackedRows, check_enough, collate
 from nsa_convert.training.losses import StageLosses, mix, stage_losses
 from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.run.distributed import load_sharded
-from nsa_convert.training.run.forecast import RecipeForecast, is_trained
+from nsa_convert.training.run.flops import flops_per_token, peak_flops
+from nsa_convert.training.run.forecast import RecipeForecast
 from nsa_convert.training.run.held_out import largest_budget, open_held_out
-from nsa_convert.training.run.models import DTYPES, Start, fresh_tokenizer, load_first, methods_of, set_rope
+from nsa_convert.training.run.models import (
+    DTYPES,
+    Start,
+    fresh_tokenizer,
+    load_first,
+    methods_of,
+    prepare_model,
+    set_rope,
+)
 from nsa_convert.training.run.parallel import Parallel, parallel_of
 from nsa_convert.training.run.trainer import StageTrainer
 
@@ -141,29 +149,15 @@ def load_stage_model(
     adapts = stage.train == "lora"
     model = load_base(recipe, index, start, parallel, None if adapts else checkpoint)
 
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name, stage.train))
-
-    # A converted model does so by its training mode.
-    if not methods_of(model):
-        compute_in_chunks(model)
-
-    if stage.checkpointing:
-        # transformers 5.23 renamed the method; a non-reentrant recompute needs no gradient on its inputs.
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
-
     # Adapters start from the same random numbers in every process and after every resume.
     if adapts:
-        from nsa_convert.training.run.lora import add_adapters, load_adapters
-
         torch.manual_seed(mix(recipe.seed, stage.name, "adapters"))
-        model = add_adapters(model, stage.adapters)
+    model = prepare_model(model, stage)
 
-        if parallel.sharded and checkpoint is not None:
-            load_adapters(model, checkpoint)
+    if adapts and parallel.sharded and checkpoint is not None:
+        from nsa_convert.training.run.lora import load_adapters
+
+        load_adapters(model, checkpoint)
     return model
 
 
@@ -322,60 +316,13 @@ def frozen_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def flops_per_token(model: PreTrainedModel, stage: Stage) -> float:
-    """Return the FLOPs of one token, forward and backward.
-
-    6 per weight of a matrix (2 forward, 4 backward), and 12 per visible key, query head and coordinate (the
-    two products of attention).
-    """
-    config = model.config
-
-    # The input embedding is a lookup and takes no FLOPs; tied, the same weight is the LM head's matrix.
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        matrices += model.get_input_embeddings().weight.numel()
-
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-
-    # A causal query sees half a row on average, a sparse one at most the limit of its method.
-    keys = stage.seq_len / 2
-    limits = [method.reach().decode_keys for method in methods_of(model)] or [None] * config.num_hidden_layers
-    seen = sum(keys if limit is None else min(keys, limit) for limit in limits)
-    return 6.0 * matrices + 12.0 * seen * heads * dim
-
-
-PEAKS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-}
-"""Dense bf16 FLOPs a second, from the makers' data sheets."""
-
-
-def peak_flops() -> float | None:
-    """Return the peak of the device, for MFU; None where it is not known."""
-    if not torch.cuda.is_available():
-        return None
-
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAKS.items() if key in name), None)
-
-
 def measure_stages(recipe: Recipe, start: Start, base: Path, forecast: RecipeForecast) -> RecipeForecast:
     """Return the forecast with the seconds per step, measured on the second of two micro-batches a stage."""
     stages = []
 
     for index, stage in enumerate(recipe.stages):
         # Every stage is measured on the first model, with the weights trained that the stage trains.
-        model = load_first(recipe, start)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_trained(name, stage.train))
-
+        model = prepare_model(load_first(recipe, start), stage)
         tokenizer = fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
         rows = iter(stage_rows(recipe, index, tokenizer, base))
 
