@@ -138,7 +138,7 @@ def _rehearse(recipe: Recipe, stage: Stage, start: Start, parallel: Parallel, ro
 
 
 def _model(start: Start, parallel: Parallel, layers: int, dtype: torch.dtype) -> Any:
-    """Return a model of the start's sizes with fewer layers; tensor parallelism leaves a part of the heads."""
+    """Return a model of the start's sizes with fewer layers; tensor parallelism leaves part of the heads."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = shallow_config(start.config, layers)
