@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -109,9 +109,12 @@ def _no_values() -> Iterator[None]:
 
 def _rehearse(recipe: Recipe, stage: Stage, start: Start, parallel: Parallel, rows: int, layers: int) -> int:
     """Return the largest number of bytes that a step of a model of some layers has at once."""
-    model = _model(start, parallel, layers, DTYPES[recipe.precision])
-    methods = sparse_methods(model)
-    model = prepare_model(model, stage)
+    with torch.device("meta"):
+        model = _model(start, parallel, layers, DTYPES[recipe.precision])
+        methods = sparse_methods(model)
+        model = prepare_model(model, stage)
+
+    _move_to_cpu(model)
 
     # Gradients are there already, from the micro-batch before: those of this one are added to them.
     for parameter in model.parameters():
@@ -138,7 +141,7 @@ def _rehearse(recipe: Recipe, stage: Stage, start: Start, parallel: Parallel, ro
 
 
 def _model(start: Start, parallel: Parallel, layers: int, dtype: torch.dtype) -> Any:
-    """Return a model of the start's sizes with fewer layers; tensor parallelism leaves part of the heads."""
+    """Return a model of the start's sizes with fewer layers, and a process's part of the heads."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = shallow_config(start.config, layers)
@@ -157,6 +160,17 @@ def _model(start: Start, parallel: Parallel, layers: int, dtype: torch.dtype) ->
         return model_classes(start.family)["ForCausalLM"](config).train()
     finally:
         torch.set_default_dtype(before)
+
+
+def _move_to_cpu(model: nn.Module) -> None:
+    """Put tensors of a CPU, without values, in the place of those of the meta device, unseen by autocast."""
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            other = nn.Parameter(torch.empty_like(weight, device="cpu"), weight.requires_grad)
+            module._parameters[name] = moved.setdefault(id(weight), other)  # tied ones stay tied
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def shallow_config(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
