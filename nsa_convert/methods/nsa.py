@@ -273,7 +273,7 @@ class NSA(SparseMethod):
             grid = CellGrid(width=s.compression_block, stride=s.compression_stride)
             alone = TAUGHT in x.pooled
             pair = scored(for_loss(x, TAUGHT if alone else "key", alone=alone), s.scorer)
-            losses["score_kl"] = score_kl(x, x.k[:, :, :heads], pair, grid, s.rule, mode.step, mode.total)
+            losses["score_kl"] = score_kl(x, x.k[:, :, :heads], pair, grid, s.rule, mode.draw, mode.total)
 
         return losses
 

@@ -205,7 +205,7 @@ class SSA(SparseMethod):
 
             alone = has_weights(self.compress_key)
             pair = scored(for_loss(x, "key", alone=alone), self.settings.scorer)
-            losses["score_kl"] = score_kl(x, x.k, pair, grid, rule, mode.step, mode.total)
+            losses["score_kl"] = score_kl(x, x.k, pair, grid, rule, mode.draw, mode.total)
 
         return losses
 

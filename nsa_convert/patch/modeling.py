@@ -227,7 +227,7 @@ class SparseModelMixin(SparsePreTrainedMixin):
 class SparseHeadMixin(SparsePreTrainedMixin):
     """A head around the decoder: its loss also teaches the methods to choose."""
 
-    auxiliary_step = 0
+    auxiliary_draw = 0
     """Training forwards so far; losses on a sample of the queries draw it from this."""
     told = False
     """Whether the warning about new weights that do not train was given."""
@@ -291,11 +291,12 @@ class SparseHeadMixin(SparsePreTrainedMixin):
             having = [losses[name] for losses in layers if name in losses]
             weights.append(coefficient * share * sum(having) / len(having) ** 2)  # a mean over these layers
 
-        step = 0
-        if not torch.compiler.is_compiling():  # a graph for every number of a step would be compiled anew
-            step, self.auxiliary_step = self.auxiliary_step, self.auxiliary_step + 1
+        draw = 0
+        if not torch.compiler.is_compiling():  # a graph for every number would be compiled anew
+            draw = self.auxiliary_draw
+            self.auxiliary_draw += 1
 
-        return TrainingMode(stream="ordinary", losses=tuple(names), weights=tuple(weights), step=step)
+        return TrainingMode(stream="ordinary", losses=tuple(names), weights=tuple(weights), draw=draw)
 
 
 class SparseCausalLMMixin(SparseHeadMixin):

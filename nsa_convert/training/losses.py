@@ -42,13 +42,14 @@ class StageLosses:
     seed: int
     teacher_kl: float = 0.0
 
-    def mode(self, step: int, *, share: float = 1.0, processes: int = 1) -> TrainingMode:
+    def mode(self, step: int, *, draw: int = 0, share: float = 1.0, processes: int = 1) -> TrainingMode:
         """Return what the layers compute in optimizer step ``step``.
 
         A pure function: the same in every process, for every micro-batch, and after a resume.
 
         Args:
             step: Number of the optimizer step.
+            draw: Number of the micro-batch, from which auxiliary losses draw their sample of queries.
             share: Weight of this pass in the step's mean of the auxiliary losses.
             processes: Number of processes over which gradients are averaged; next-token losses are already
                 divided by the labels of all of them.
@@ -68,7 +69,7 @@ class StageLosses:
             weights=tuple(share * weight / max(1, layers) for weight, layers in pairs),
             cross_entropy=processes * self.cross_entropy,
             teacher_kl=processes * self.teacher_kl if stream == "sparse" else 0.0,
-            step=step,
+            draw=draw,
             keep_logits=False,
         )
 

@@ -129,7 +129,7 @@ def test_compiled_parts_of_a_model_have_the_same_gradients(compiled: str, checkp
     model, ids = trained_model("llama", DSA).train(), tokens(2, LENGTH)
     want_loss = model(ids, labels=ids)
     want = gradients(model, 3 * want_loss.loss)
-    model.auxiliary_step = 0
+    model.auxiliary_draw = 0
     if checkpointing is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -147,7 +147,7 @@ def test_losses_of_a_batch_are_the_mean_of_its_rows(variant: str) -> None:
     model, ids = trained_model("llama", LEARNED[variant]).train(), tokens(3, LENGTH)
 
     def losses(rows: torch.Tensor) -> torch.Tensor:
-        model.auxiliary_step = 0
+        model.auxiliary_draw = 0
         return model(rows, labels=rows).auxiliary
 
     alone = torch.stack([losses(row[None]) for row in ids]).mean(0)
@@ -157,7 +157,7 @@ def test_losses_of_a_batch_are_the_mean_of_its_rows(variant: str) -> None:
 def test_what_scales_the_loss_scales_its_parts() -> None:
     model, ids = trained_model("llama", DSA).train(), tokens(1, LENGTH)
     want = gradients(model, model(ids, labels=ids).loss)
-    model.auxiliary_step = 0
+    model.auxiliary_draw = 0
     scaled = gradients(model, 512 * model(ids, labels=ids).loss)
     check_same({name: grad / 512 for name, grad in scaled.items()}, want)
 
@@ -190,7 +190,7 @@ def test_an_ordinary_training_forward_teaches_what_chooses(variant: str) -> None
     assert not [name for name in learners if not got[name].abs().max() > 0]
 
     model.config.sparse_aux_loss_coef = 0.25
-    model.auxiliary_step = 0
+    model.auxiliary_draw = 0
     quarter = model(ids, labels=ids)
     torch.testing.assert_close(quarter.aux_loss, out.aux_loss / 4, rtol=1e-9, atol=0)
     model.config.sparse_aux_loss_coef = 0.0
@@ -233,10 +233,10 @@ def test_passes_of_a_step_count_by_their_labels(shifted: bool) -> None:
     counts = [int((row[:, 1:] != -100).sum()) for row in labels]
     alone, passes = [], []
     for row, label, count in zip(rows, labels, counts, strict=True):
-        model.auxiliary_step = 4
+        model.auxiliary_draw = 4
         alone.append(count / sum(counts) * model(row, labels=label).loss)
         more = {"shift_labels": torch.nn.functional.pad(label[:, 1:], (0, 1), value=-100)} if shifted else {}
-        model.auxiliary_step = 4
+        model.auxiliary_draw = 4
         passes.append(model(row, labels=label, num_items_in_batch=sum(counts), **more).loss)
     torch.testing.assert_close(sum(passes), sum(alone), rtol=1e-6, atol=0)
     check_same(gradients(model, sum(passes)), gradients(model, sum(alone)), 1e-6)
@@ -264,8 +264,8 @@ def test_ssa_in_full_mode_is_trained_as_it_runs() -> None:
 def test_the_sample_of_queries_moves_on() -> None:
     model = trained_model("llama", DSA).train()
     modes = [model._ordinary_mode(tokens(1, 9), {}) for _ in range(3)]
-    assert [mode.step for mode in modes] == [0, 1, 2]
-    assert {dataclasses.replace(mode, step=0) for mode in modes} == {dataclasses.replace(modes[0], step=0)}
+    assert [mode.draw for mode in modes] == [0, 1, 2]
+    assert {dataclasses.replace(mode, draw=0) for mode in modes} == {dataclasses.replace(modes[0], draw=0)}
 
 
 def test_without_labels_a_training_mode_still_has_its_losses() -> None:

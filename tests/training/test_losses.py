@@ -225,7 +225,7 @@ def test_score_kl_is_that_of_the_formula(packed, name):
     method.train_forward = lambda x, mode: seen.update(x=x) or original(x, mode)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     out = model(
-        input_ids=ids, position_ids=positions, training_mode=TrainingMode(losses=("score_kl",), step=3)
+        input_ids=ids, position_ids=positions, training_mode=TrainingMode(losses=("score_kl",), draw=3)
     )
     x = seen["x"]
     starts = [begin for begin, n in zip((0, 41), lengths, strict=False) for _ in range(n)]

@@ -6,6 +6,7 @@ import gzip
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from nsa_convert.errors import ConfigError
 from nsa_convert.loading import load_causal_model
+from nsa_convert.training.losses import StageLosses
 from nsa_convert.training.run.runner import Interrupted
 from tests.training.recipes import losses, run, same_weights
 
@@ -119,3 +121,17 @@ def test_deepspeed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="DeepSpeed brings an optimizer of its own"):
         run(tmp_path / "run", "dense")
     assert not (tmp_path / "run").exists()
+
+
+def test_every_micro_batch_samples_other_queries(tmp_path, monkeypatch):
+    """The loss that teaches the compressor sees a sample of them; one for a whole step would show it less."""
+    drawn = []
+    original = StageLosses.mode
+
+    def mode(self: StageLosses, step: int, **options: Any) -> Any:
+        drawn.append((step, options["draw"]))
+        return original(self, step, **options)
+
+    monkeypatch.setattr(StageLosses, "mode", mode)
+    run(tmp_path / "run", "ssa")
+    assert drawn == [(number // 2, number) for number in range(10)]

@@ -37,7 +37,7 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def asked(names: tuple[str, ...], **more) -> TrainingMode:
-    return TrainingMode(losses=names, weights=(1 / 3,) * len(names), step=1, keep_logits=False, **more)
+    return TrainingMode(losses=names, weights=(1 / 3,) * len(names), draw=1, keep_logits=False, **more)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -62,8 +62,8 @@ def bidirectional_alignment(full: Tensor, sparse: Tensor, total: Total = own) ->
     return total(halves) / total(full.new_tensor(full.numel()))
 
 
-def sample_queries(x: AttentionInputs, step: int) -> Tensor:
-    """Return a sample of the queries of the call, evenly spaced over the row, shifted by step; int64.
+def sample_queries(x: AttentionInputs, draw: int) -> Tensor:
+    """Return a sample of the queries of the call, evenly spaced over the row, shifted by the draw; int64.
 
     Processes that hold a run of the row's queries each draw one sample together.
     """
@@ -72,7 +72,7 @@ def sample_queries(x: AttentionInputs, step: int) -> Tensor:
     stride = max(1, row // max(SAMPLED_QUERIES, SAMPLED_PAIRS // row))
 
     # An odd multiplier visits every offset of a stride that is a power of two.
-    first = (step * 7919) % stride
+    first = (draw * 7919) % stride
 
     # The first sampled slot that is not before this process's queries.
     first += max(0, -(-(begin - first) // stride)) * stride
@@ -185,7 +185,7 @@ def score_kl(
     scored: tuple[Tensor, Sequence[Tensor]],
     grid: CellGrid,
     rule: BlockTopK,
-    step: int,
+    draw: int,
     total: Total = own,
 ) -> Tensor:
     """Return the KL of the block scores to the dense attention mass of the blocks, on sampled queries.
@@ -197,11 +197,11 @@ def score_kl(
             ``[B, C, H, E]`` side by side.
         grid: Cell sizes.
         rule: Block size and forced blocks.
-        step: Number of the optimizer step; the sample follows from it.
+        draw: Number of the micro-batch; the sample follows from it.
         total: All-reduce (sum) over the context-parallel group.
     """
     # Dense attention mass by key, and scores by block, of sampled queries.
-    queries = sample_queries(x, step)
+    queries = sample_queries(x, draw)
     layout = x.layout
     mass = attention_mass(x.q, k, queries, layout, x.scale)
     size = rule.block_size

@@ -173,7 +173,7 @@ class SelectingMethod(SparseMethod):
             return losses
 
         # True attention mass and index scores of sampled queries, over the tokens they see.
-        queries = sample_queries(x, mode.step)
+        queries = sample_queries(x, mode.draw)
         mass = attention_mass(x.q, x.k, queries, x.layout, x.scale)  # [B, H, NQ, TK]
         scores = self.index_scores(x, queries, mass.dtype)
         seen, relative = visible_tokens(queries, x.q.shape[1], x.k.shape[1], x.layout)

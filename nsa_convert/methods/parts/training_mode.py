@@ -29,7 +29,7 @@ class TrainingMode:
             reports them.
         cross_entropy: Weight of the next-token loss in the model's loss.
         teacher_kl: Weight of the divergence of the model's logits from those of dense attention.
-        step: Number of the optimizer step; losses on a sample of the queries draw it from this.
+        draw: Number of the micro-batch; losses on a sample of the queries draw it from this.
         keep_logits: Whether the output holds the logits. Without them the losses on them are computed in
             chunks, so that they are never all in memory.
         total: All-reduce (sum) over the context-parallel group; losses are ratios of such sums.
@@ -40,6 +40,6 @@ class TrainingMode:
     weights: tuple[float, ...] = ()
     cross_entropy: float = 1.0
     teacher_kl: float = 0.0
-    step: int = 0
+    draw: int = 0
     keep_logits: bool = True
     total: Total = own

@@ -147,6 +147,8 @@ class StageTrainer(Trainer):
         self._sums: dict[str, list[float]] = {}
         self._clock = (time.perf_counter(), 0)
         self._batch: dict[str, Tensor] = {}
+        # The optimizer step, and how many of its micro-batches this process has begun after the first.
+        self._drawn = (-1, 0)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Hide the tensor parallel size from accelerate, which does not need it and refuses it on CPUs.
@@ -207,7 +209,8 @@ class StageTrainer(Trainer):
         if self.context_group is not None:
             inputs = split_tokens(inputs, self.context_group)
         share = 1 / max(1, self.current_gradient_accumulation_steps)
-        mode = self.losses.mode(self.state.global_step, share=share, processes=devices)
+        step = int(self.state.global_step)
+        mode = self.losses.mode(step, draw=self._draw(step), share=share, processes=devices)
         out = self.losses.run(model, inputs | items, mode)
 
         # Log each loss without its weight.
@@ -218,6 +221,18 @@ class StageTrainer(Trainer):
                 values[name] = value * devices
         self._note(values, mode.stream)
         return (out.loss, out) if return_outputs else out.loss
+
+    def _draw(self, step: int) -> int:
+        """Return the number of this micro-batch among those of the stage, over all processes.
+
+        Every micro-batch samples other queries, and the same ones however many processes share the step.
+        """
+        done = self._drawn[1] + 1 if self._drawn[0] == step else 0
+        self._drawn = (step, done)
+
+        each = self.stage.rows_per_step // self.stage.micro_batch
+        process = self.args.process_index // (self.parallel.tensor * self.parallel.context)
+        return step * each + done * self.parallel.data + process
 
     def _note(self, values: Mapping[str, Tensor], stream: str | None) -> None:
         """Add losses to the sums of the log interval; with two streams cross entropy is kept for each."""
