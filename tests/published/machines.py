@@ -28,7 +28,8 @@ HEADER = ["recipe", "stage", "tokens", "rows", "machine", "memory", "disk", "hos
 
 def names() -> list[str]:
     """Return the recipes whose model is one of the Hub."""
-    return [name for name, path in known_recipes().items() if read_recipe(path).model in BASES]
+    models = {name: read_recipe(path).model for name, path in known_recipes().items()}
+    return [name for name, model in models.items() if isinstance(model, str) and model in BASES]
 
 
 def forecast_of(name: str) -> forecast.RecipeForecast:
@@ -38,7 +39,7 @@ def forecast_of(name: str) -> forecast.RecipeForecast:
     base = BASES[str(recipe.model)]
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(forecast, "source_notes", lambda *_, **__: []),
+        mock.patch.object(forecast, "source_notes", return_value=[]),
     ):
         (Path(folder) / "config.json").write_text(json.dumps({"model_type": base.family, **base.config()}))
         start = read_start(recipe, Path(folder))
@@ -76,10 +77,11 @@ def page() -> str:
     text = [
         "# What the recipes need", "",
         "<!-- Written by `python -m tests.published.machines`; do not edit. -->", "",
-        "What `nsa-convert train NAME --dry-run` says of each recipe for a model of the Hub. `memory` is the most that one",
-        f"device holds at once; a plan leaves {SPARE:.0%} of the device free. `disk` is what the run has written at most by the",
-        "end of the stage, `host` what loading and saving take. The hours are estimates, at a share of the peak (MFU) of",
-        f"{ASSUMED_MFU}, of runs that were never made. [train.md](../howto/train.md#memory) says what is counted.", "",
+        "What `nsa-convert train NAME --dry-run` says of each recipe for a model of the Hub. `memory` is the",
+        f"most that one device holds at once; a plan leaves {SPARE:.0%} of it free. `disk` is what the",
+        "run has written at most by the end of the stage, `host` what loading and saving take. The hours are",
+        f"estimates at a share of the peak (MFU) of {ASSUMED_MFU}, of runs that were never made.",
+        "[train.md](../howto/train.md#memory-disk-time) says what is counted.", "",
         table(HEADER, [line for name in names() for line in lines(name)]),
     ]  # fmt: skip
     return "\n".join(text) + "\n"

@@ -22,7 +22,7 @@ from nsa_convert.kernels.common.backend import use_backend
 from nsa_convert.notices import Say, silent
 from nsa_convert.training.recipe.schema import Recipe
 from nsa_convert.training.run.callbacks import Profile, StopOnSignal
-from nsa_convert.training.run.checkpoints import newest, step_of
+from nsa_convert.training.run.checkpoints import newest, release_optimizer, step_of
 from nsa_convert.training.run.distributed import from_main, join_processes
 from nsa_convert.training.run.failures import KernelFailure, explained
 from nsa_convert.training.run.forecast import forecast_recipe
@@ -233,6 +233,8 @@ class _Run:
 
         # A stage that has its model is done: `stage.json` is part of the folder, which appears complete.
         if done.is_file():
+            if _is_main():
+                release_optimizer(place)
             say(f"{stage.name}: done already")
             return json.loads(done.read_text())
 
@@ -277,6 +279,8 @@ class _Run:
         last = index == len(recipe.stages) - 1
         dtype = save_dtype(recipe, self.start) if last else None
         finish_stage(trainer, tokenizer, place, report, seal, whole, dtype)
+        if _is_main():
+            release_optimizer(place)
         return report
 
     def _trainer(

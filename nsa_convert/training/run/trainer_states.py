@@ -37,7 +37,8 @@ def load_state(path: Path, device: Any = "cpu") -> Any:
     try:
         with safe_globals(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location=device, weights_only=True)
+            # Mapped, not read: only what is used is in memory. Changes stay in this process.
+            return torch.load(path, map_location=device, weights_only=True, mmap=device == "cpu")
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values; nothing of it was run",
