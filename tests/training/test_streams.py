@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from nsa_convert.errors import ConfigError
+from nsa_convert.notices import silent
 from nsa_convert.training.data.documents import Order, iterate
 from nsa_convert.training.data.rows import PackedRows
 from nsa_convert.training.data.sources import open_source
 from nsa_convert.training.data.streams import Stream, is_held_out
 from nsa_convert.training.recipe.sections import Source
+from nsa_convert.training.run.runner import train_recipe
 from tests.published.bases import byte_tokenizer
+from tests.training.recipes import ROOT, losses, recipe, same_weights, stage
 
 datasets = pytest.importorskip("datasets")
 
@@ -169,6 +172,32 @@ def test_a_place_in_every_epoch_is_found_again(folder):
         again.restore(json.loads(states[done - 1]))
         stream = iter(again)
         assert [next(stream) for _ in range(6)] == every[done : done + 6]
+
+
+def test_a_killed_run_on_a_stream_goes_on_with_the_same_rows(folder, tmp_path):
+    data = [{**STREAM, "path": str(folder / "*.parquet"), "hold_out": 0.1}, {"kind": "recall", "pairs": 4}]
+    stages = stage(data=data, save_every=1, tokens=64 * 4)
+
+    def train(name: str, say: Any = silent, **options: Any) -> None:
+        train_recipe(recipe(tmp_path / name, None, stages, workers=1), None, base=ROOT, say=say, **options)
+
+    def kill(line: str) -> None:
+        if line.startswith("pretrain 2/"):
+            raise KeyboardInterrupt
+
+    train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("run", kill)
+    train("run", resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same_weights(tmp_path / "run" / "pretrain", tmp_path / "whole" / "pretrain")
+    # The place in the older order of documents cannot be found: that is said, and nothing else is read.
+    (place,) = (tmp_path / "run" / "pretrain").glob("checkpoint-4/data_state.json")
+    rows = rows_of(folder)
+    state = {key: value for key, value in json.loads(place.read_text()).items() if key != "lanes"}
+    with pytest.raises(ConfigError, match="written by an earlier version") as caught:
+        rows.restore(state)
+    assert caught.value.code == "DA08"
 
 
 def test_streams_without_a_document_say_so(folder, monkeypatch):
