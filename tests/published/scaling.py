@@ -17,6 +17,10 @@ BLOCK = 16
 LONG = 1024
 """A recipe without a longer row is small as it is."""
 STEPS = 2
+EVALUATED = 2
+"""Rows of an evaluation."""
+HELD_OUT = 0.3
+"""Share of documents that training never sees: of the few of a test some."""
 
 DIVISORS = {
     **dict.fromkeys(
@@ -81,6 +85,10 @@ def small_stage(stage: Stage, recipe: Recipe, shrink: int) -> dict[str, Any]:
             for key in LENGTHS
             if getattr(source, key)
         }
+        held = {index for index, source in enumerate(stage.data) if source.hold_out}
+        values |= {f"data.{index}.hold_out": HELD_OUT for index in held}
+    if stage.eval_every:
+        values["eval_rows"] = EVALUATED
     if stage.rope is not None and stage.rope.original is not None and shrink > 1:
         values["rope.original"] = stage.rope.original // shrink
     return values

@@ -200,6 +200,8 @@ def test_nothing_but_sizes_is_changed(name):
         "tensor",
         "context",
         *LENGTHS,
+        "hold_out",
+        "eval_rows",
     }
     different = {place.rpartition(".")[2] for place in differences(RECIPES[name].to_dict(), small)}
     assert different <= (allowed if is_long(RECIPES[name]) else {"tokens", "batch_tokens"})

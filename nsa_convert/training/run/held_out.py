@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa_convert.errors import ConfigError
 from nsa_convert.evaluation.metrics.mass import LayerMass, MassProbe
 from nsa_convert.evaluation.tasks.needle import NeedleCase, build_needles
 from nsa_convert.methods.parts.base import SparseMethod
@@ -163,6 +164,9 @@ def open_held_out(
         rank: Number of this process among those that read rows of their own.
         processes: How many these are.
         group: Context-parallel group of this process, or None.
+
+    Raises:
+        ConfigError: There is no text among the held-out documents (DA01).
     """
     sources = [source for source in stage.data if source.hold_out or source.kind == "recall"]
 
@@ -170,7 +174,16 @@ def open_held_out(
     each = -(-stage.eval_rows // processes)
     order = Order(stage=stage.name)
     data = PackedRows(sources, tokenizer, stage.seq_len, order, base, held_out=True)
-    rows = list(islice(data, each * processes))[rank::processes]
+    try:
+        rows = list(islice(data, each * processes))[rank::processes]
+    except ConfigError as error:
+        if error.code != "DA01":
+            raise
+        raise ConfigError(
+            f"stage {stage.name}: eval_every found no text among the held-out documents ({error.message})",
+            code="DA01",
+            hint="raise hold_out, the share of the documents that training never sees",
+        ) from error
 
     # Needles need no group: a prompt is no multiple of its processes.
     needles: list[NeedleCase] = []
