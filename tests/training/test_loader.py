@@ -93,6 +93,7 @@ def test_lanes_divide_a_step_and_have_documents_each():
     some = [Documents(str, 5, []), Documents(str, None, [])]
     assert [lane_count(rows, some) for rows in (1, 4, 8, 12, 7)] == [1, 4, 4, 4, 1]
     assert lane_count(2048, some[1:]) == 256
+    assert [lane_count(24, some[1:], most) for most in (1, 16, 24)] == [1, 12, 24]
     assert [worker_count(4, 8, size, processes) for size, processes in ((1, 1), (2, 1), (2, 2), (8, 1))] == [
         4,
         4,

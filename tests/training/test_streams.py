@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nsa_convert.errors import ConfigError
+from nsa_convert.errors import ConfigError, HubError
 from nsa_convert.notices import silent
 from nsa_convert.training.data.documents import Order, iterate
 from nsa_convert.training.data.rows import PackedRows
@@ -198,6 +198,22 @@ def test_a_killed_run_on_a_stream_goes_on_with_the_same_rows(folder, tmp_path):
     with pytest.raises(ConfigError, match="written by an earlier version") as caught:
         rows.restore(state)
     assert caught.value.code == "DA08"
+
+
+def test_a_stream_that_cannot_be_read_says_so(folder, monkeypatch):
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    def fail(*_: Any, **__: Any):
+        raise ConnectionError("the line is down")
+        yield
+
+    monkeypatch.setattr(Parquet, "_generate_tables", fail)
+    for kind, error, code in (("parquet", ConfigError, "DA07"), ("hub", HubError, "HB10")):
+        rows = rows_of(folder)
+        rows.documents[0].name = f"{kind} *.parquet"
+        with pytest.raises(error, match="cannot be read: .*the line is down") as caught:
+            next(iter(rows))
+        assert caught.value.code == code
 
 
 def test_streams_without_a_document_say_so(folder, monkeypatch):

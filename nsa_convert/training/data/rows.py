@@ -19,12 +19,9 @@ from nsa_convert.training.data.documents import Documents, Order
 from nsa_convert.training.data.lanes import Encoder, Lane, Packed
 from nsa_convert.training.data.sources import describe_source, open_source
 from nsa_convert.training.losses import uniform
-from nsa_convert.training.recipe.sections import Source
+from nsa_convert.training.recipe.sections import MOST_LANES, Source
 
 Row = dict[str, list[int]]
-
-MOST_LANES = 256
-"""Lanes of a stage: each keeps documents in memory."""
 
 
 def joint_fingerprint(documents: Sequence[Documents]) -> str:
@@ -50,7 +47,7 @@ def check_same_data(before: str, now: str, *, allow_change: bool, say: Say) -> N
     say("warning [DA08]: the training data changed; going on at the same position in the new ones")
 
 
-def lane_count(rows: int, documents: Sequence[Documents]) -> int:
+def lane_count(rows: int, documents: Sequence[Documents], most: int = MOST_LANES) -> int:
     """Return the number of lanes of a stage: the largest divisor of a step's rows that all data allow.
 
     It depends on the recipe and its data alone, not on processes: they share the lanes as they are.
@@ -58,8 +55,9 @@ def lane_count(rows: int, documents: Sequence[Documents]) -> int:
     Args:
         rows: Rows of one optimizer step.
         documents: The sources; one of N documents (of a stream: N shards) can be shared by N lanes.
+        most: Most lanes that are wanted.
     """
-    most = min([MOST_LANES, *(one.parts for one in documents if one.parts is not None)])
+    most = min([most, *(one.parts for one in documents if one.parts is not None)])
     return max(count for count in range(1, max(1, min(rows, most)) + 1) if rows % count == 0)
 
 
@@ -81,6 +79,7 @@ class PackedRows(IterableDataset):
         order: Order of the documents.
         base: Folder that relative paths start from.
         rows_per_step: Rows of one optimizer step: the most lanes there can be.
+        lanes: Most lanes that are wanted.
         held_out: Read the held-out documents instead of those for training.
     """
 
@@ -92,6 +91,7 @@ class PackedRows(IterableDataset):
         order: Order,
         base: Path,
         rows_per_step: int = 1,
+        lanes: int = MOST_LANES,
         *,
         held_out: bool = False,
     ) -> None:
@@ -101,7 +101,7 @@ class PackedRows(IterableDataset):
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.order = order
-        self.lanes = lane_count(rows_per_step, self.documents)
+        self.lanes = lane_count(rows_per_step, self.documents, lanes)
         self.rows = 0
         """Rows read."""
 

@@ -91,7 +91,8 @@ class Stream(Documents):
         """Yield ``(rows read of the shard, document)`` of a shard after its first ``skip`` rows.
 
         Raises:
-            HubError: The data cannot be read, for example because the network failed (HB10).
+            HubError: A data set of the Hub cannot be read, for example because the network failed (HB10).
+            ConfigError: A file is damaged (DA07).
         """
         part = self.shards.shard(num_shards=self.parts, index=shard).select_columns([self.column])
         done = 0
@@ -101,12 +102,13 @@ class Stream(Documents):
                 left = table[self.column][max(0, skip - done) :].to_pylist()
                 done += len(table)
                 yield from enumerate(left, done - len(left) + 1)
-        except OSError as error:
-            raise HubError(
-                f"a streamed data set cannot be read: {error}",
-                code="HB10",
-                hint="--resume goes on where it stopped",
-            ) from error
+        except Exception as error:  # why: datasets, the Hub and Arrow raise many kinds; raised with the name
+            text = (str(error).strip().splitlines() or ["no message"])[0]
+            said = f"data {self.name} cannot be read: {type(error).__name__}: {text}"
+            hint = "--resume goes on where it stopped"
+            if self.name.startswith("hub "):
+                raise HubError(said, code="HB10", hint=hint) from error
+            raise ConfigError(said, code="DA07", hint=hint) from error
 
     def open(self, order: Order, index: int, lane: int, lanes: int) -> StreamReader:
         """Return what lane ``lane`` of ``lanes`` reads of the stream, source ``index`` of a stage."""
@@ -174,7 +176,7 @@ class StreamReader:
                 self._next = {"epoch": self._next["epoch"] + 1, "shard": 0, "row": 0}
                 epochs += 1
                 if epochs > 1 and not block:
-                    raise ConfigError("a streamed data set holds no text for a lane", code="DA01")
+                    raise ConfigError(f"a part of {self.stream.name} holds no document", code="DA01")
 
         place = (self.order.seed, self.order.stage, "block", self.stream.name, self.lane)
         generator = torch.Generator().manual_seed(mix(*place, *self._begin.values()))

@@ -16,7 +16,15 @@ from nsa_convert.errors import ConfigError
 from nsa_convert.redaction import secret_places
 from nsa_convert.settings import raise_problems, read_settings
 from nsa_convert.training.recipe.bases import read_recipe_values
-from nsa_convert.training.recipe.sections import GENERATED, FreshModel, Lora, Machine, RopeScaling, Source
+from nsa_convert.training.recipe.sections import (
+    GENERATED,
+    MOST_LANES,
+    FreshModel,
+    Lora,
+    Machine,
+    RopeScaling,
+    Source,
+)
 
 SCHEMA = 1
 """Version of the recipe format; a newer one is refused."""
@@ -61,6 +69,8 @@ class Stage:
         batch_tokens: Tokens of one optimizer step, over all processes.
         micro_batch: Rows of one forward pass on one device.
         data: The mixture.
+        lanes: Most lanes that deal the documents among them, which processes and their workers share. Each
+            holds what it reads, of a streamed Parquet data set a whole row group.
         lr: Learning rate of the dense weights (of the adapters with ``lora``).
         lr_new: Learning rate of the new weights; ``lr`` when left out.
         schedule: Form of the decay after the warm-up.
@@ -97,6 +107,7 @@ class Stage:
     batch_tokens: int
     data: tuple[Source, ...]
     micro_batch: int = 1
+    lanes: int = MOST_LANES
     lr: float = 1e-5
     lr_new: float | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -125,7 +136,7 @@ class Stage:
 
     def _size_problems(self) -> list[str]:
         problems = []
-        for key in ("seq_len", "tokens", "batch_tokens", "micro_batch", "log_every", "keep"):
+        for key in ("seq_len", "tokens", "batch_tokens", "micro_batch", "lanes", "log_every", "keep"):
             least = 2 if key == "seq_len" else 1
             if getattr(self, key) < least:
                 problems.append(f"{key} must be >= {least}, got {getattr(self, key)}")

@@ -13,6 +13,8 @@ GENERATED = ("python", "reference", "recall")
 """Kinds of data that need no file: they come with Python or are generated."""
 
 
+MOST_LANES = 256
+"""Lanes of a stage: each keeps documents in memory."""
 STREAMED = ("jsonl", "parquet", "hub")
 """Kinds of data that can be read as a stream."""
 
@@ -102,7 +104,7 @@ class Source:
     @property
     def name(self) -> str:
         """What the source reads: sources of the same name read the same documents."""
-        return "/".join(str(part) for part in (self.kind, self.path, self.config, self.split, self.column))
+        return " ".join(filter(None, (self.kind, self.path, self.config, self.split, self.column)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -262,7 +262,10 @@ def stage_lengths(
     if budget is None or stage.kind == "sft" or stage.seq_len <= budget:
         return None
 
-    tokenizer = fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
+    try:
+        tokenizer = fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
+    except NsaConvertError:  # why: the check of the data, which comes next, tells of it
+        return None
     order = Order(seed=recipe.seed, stage=stage.name)
     lanes = math.gcd(SAMPLE_LANES, stage.rows_per_step)
     rows = PackedRows(stage.data, tokenizer, stage.seq_len, order, base, lanes)

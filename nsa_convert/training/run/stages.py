@@ -221,7 +221,7 @@ def stage_rows(recipe: Recipe, index: int, tokenizer: Any, base: Path) -> Packed
     """Return the rows of a stage."""
     stage = recipe.stages[index]
     order = data_order(recipe, index)
-    return PackedRows(stage.data, tokenizer, stage.seq_len, order, base, stage.rows_per_step)
+    return PackedRows(stage.data, tokenizer, stage.seq_len, order, base, stage.rows_per_step, stage.lanes)
 
 
 def data_order(recipe: Recipe, index: int) -> Order:
