@@ -23,7 +23,8 @@ class Lengths:
     Attributes:
         budget: Keys that the sparse layer with the smallest visible budget shows.
         beyond: Share of the tokens that stand beyond it in their document, or in its part in a row.
-        tokens: Mean length of the documents of each source.
+        tokens: Tokens that were read of each document, on average, for each source; of a document longer than
+            the sample less than it has.
         passed: Share of the documents of each source that min_tokens and max_tokens leave out.
     """
 
@@ -35,10 +36,10 @@ class Lengths:
     def to_text(self) -> str:
         """Return one line about the lengths."""
         means = ", ".join(f"{mean:,.0f}" for mean in self.tokens)
-        text = f"{self.beyond:.0%} of the tokens are beyond the visible budget of {self.budget:,}; documents "
-        text += f"have {means} tokens on average"
+        text = f"{self.beyond:.0%} of the tokens are beyond the visible budget of {self.budget:,}; of a "
+        text += f"document {means} tokens are read on average"
         if any(self.passed):
-            text += f", {', '.join(f'{share:.0%}' for share in self.passed)} of them are passed over"
+            text += f", {', '.join(f'{share:.0%}' for share in self.passed)} of the documents are passed over"
         return text
 
     @property
