@@ -164,7 +164,7 @@ def _model(start: Start, parallel: Parallel, layers: int, dtype: torch.dtype) ->
 
 def _move_to_cpu(model: nn.Module) -> None:
     """Put tensors of a CPU, without values, in the place of those of the meta device, unseen by autocast."""
-    moved: dict[int, Tensor] = {}
+    moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             other = nn.Parameter(torch.empty_like(weight, device="cpu"), weight.requires_grad)

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ def load_state(path: Path, device: Any = "cpu") -> Any:
     try:
         with safe_globals(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Mapped, not read: only what is used is in memory. Changes stay in this process.
-            return torch.load(path, map_location=device, weights_only=True, mmap=device == "cpu")
+            # Mapped, not read: only what is used is in memory, and changes stay in this process.
+            mapped = device == "cpu" and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
+            return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values; nothing of it was run",
