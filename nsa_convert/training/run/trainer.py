@@ -156,7 +156,7 @@ class StageTrainer(Trainer):
         Autocast keeps no copies: it would hold one of every weight to the end of the forward pass, 16 GB of a
         model of 8e9 weights that FSDP2 or checkpointing have just released.
         """
-        from accelerate.utils import AutocastKwargs  # type: ignore[import-untyped]
+        from accelerate.utils import AutocastKwargs
 
         args = super()._build_accelerator_args(**kwargs) | {"parallelism_config": None}
         args["kwargs_handlers"] = [*args.get("kwargs_handlers", ()), AutocastKwargs(cache_enabled=False)]
