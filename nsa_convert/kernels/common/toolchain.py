@@ -16,14 +16,7 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-
-LOG2E = 1.4426950408889634
-"""Kernels keep scores in the log2 domain: ``exp(x) = exp2(x * LOG2E)``."""
-
-POINTER = "*T"
-"""Type of a pointer to the dtype of q in :attr:`Kernel.types`."""
 
 
 def interpreted() -> bool:
@@ -32,52 +25,23 @@ def interpreted() -> bool:
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """Return the constexpr ``UPCAST`` of :func:`dot`: the interpreter multiplies bfloat16 wrongly."""
+    """Return the constexpr ``UPCAST`` of all products: the interpreter multiplies bfloat16 wrongly."""
     return interpreted() and dtype == torch.bfloat16
+
+
+def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors with a last dim of stride 1, copied where they have another."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the strides of ``[B, T, H, ...]`` tensors over batch rows, tokens and heads as ``s_<name>``."""
+    return {f"s_{n}": x.stride()[:3] for n, x in tensors.items()}
 
 
 def padded_dim(dim: int) -> int:
     """Return the head dim kernels work with: the next power of two, at least 16."""
     return max(16, triton.next_power_of_2(dim))
-
-
-@triton.jit
-def dot(a, b, UPCAST: tl.constexpr):
-    """Multiply ``a [M, K]`` and ``b [K, N]`` into float32, exactly for float32 operands."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def is_finite(x):
-    """Return which elements of x are neither NaN nor infinite."""
-    return tl.abs(x.to(tl.float32)) < float("inf")
-
-
-@triton.jit
-def finite(x):
-    """Return x with 0 in place of what is not finite: ``0 * NaN`` is NaN."""
-    return tl.where(is_finite(x), x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def finite_rows(x):
-    """Return which rows of ``x [N, D]`` are finite as a whole."""
-    return tl.min(is_finite(x).to(tl.int32), 1) != 0
-
-
-@triton.jit
-def clean_rows(x, good):
-    """Return ``x [N, D]`` with 0 in the rows that are not good: ``0 * NaN`` is NaN."""
-    return tl.where(good[:, None], x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def all_finite(x):
-    """Return whether the whole of ``x [N, D]`` is finite."""
-    return tl.min(is_finite(x).to(tl.int32)) != 0  # in two steps triton 3.6 cannot compile it for sm_100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,8 +83,9 @@ class Kernel:
         fn: The ``triton.jit`` function.
         configs: Ways to launch it; one of them should allow any row.
         key: Constexpr arguments that make a new shape class: the choice is made once for each.
-        types: Triton types of the arguments that are neither constexprs nor strides (``s_...``): ``"*T"`` is
-            a pointer to the dtype of q, ``"*fp32"`` or ``"*i32"`` another, ``"i32"`` or ``"fp32"`` a number.
+        types: Triton types of the arguments that are no constexprs: ``"*T"`` is a pointer to the dtype of q,
+            ``"*fp32"`` or ``"*i32"`` another, ``"i32"`` or ``"fp32"`` a number, a tuple of them a tuple.
+            Strides (``s_...``) that are not named here are a tuple of three, as :func:`strides` makes it.
         cases: Values of the remaining constexprs that the ahead-of-time test compiles; ``"dtype"`` in a case
             (``"bf16"`` by default) replaces the T of ``"*T"``, ``"row"`` is the row length in bytes (256).
     """
@@ -128,7 +93,7 @@ class Kernel:
     fn: Any
     configs: tuple[Config, ...]
     key: tuple[str, ...]
-    types: Mapping[str, str]
+    types: Mapping[str, str | tuple[str, ...]]
     cases: tuple[Mapping[str, Any], ...]
 
     def __post_init__(self) -> None:
@@ -138,6 +103,10 @@ class Kernel:
     def name(self) -> str:
         """Module and function name, for tables."""
         return f"{self.fn.fn.__module__.removeprefix('nsa_convert.kernels.')}.{self.fn.fn.__name__}"
+
+    def type_of(self, name: str) -> str | tuple[str, ...]:
+        """Return the triton type of an argument that is no constexpr."""
+        return self.types.get(name, ("i32",) * 3)
 
     def fitting(self, row: int, arguments: Mapping[str, Any]) -> tuple[Config, ...]:
         """Return the configurations that may run, only the first one under the interpreter.
@@ -203,7 +172,7 @@ KERNELS: list[Kernel] = []
 
 def declare(
     *,
-    types: Mapping[str, str],
+    types: Mapping[str, str | tuple[str, ...]],
     configs: Sequence[Config] = (Config(),),
     key: Sequence[str] = (),
     cases: Sequence[Mapping[str, Any]],

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from nsa_convert.kernels.common.custom_ops import new_name
 from nsa_convert.kernels.common.segments import DECODE_QUERIES
-from nsa_convert.kernels.common.toolchain import padded_dim, upcast
+from nsa_convert.kernels.common.toolchain import padded_dim, rows_contiguous, strides, upcast
 from nsa_convert.kernels.compressed.cells import CellGrid
 from nsa_convert.kernels.compressed.triton_decode import decode_score
 from nsa_convert.kernels.compressed.triton_scores import block_score, cell_lse
 from nsa_convert.kernels.compressed.triton_topk import best_blocks
 from nsa_convert.kernels.gather.triton_backend import attend_runs
-from nsa_convert.kernels.interval.triton_backend import Intervals, key_row, new_lse, rows_contiguous, strides
+from nsa_convert.kernels.interval.triton_backend import Intervals, key_row, new_lse
 from nsa_convert.patterns import BlockTopK, SequenceLayout
 
 SCORE_BYTES = 24 << 20

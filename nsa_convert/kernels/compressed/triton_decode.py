@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from nsa_convert.kernels.common.toolchain import Config, declare, dot
-from nsa_convert.kernels.compressed.triton_scores import TYPES
-from nsa_convert.kernels.interval.triton_forward import load_rows
+from nsa_convert.kernels.common.toolchain import Config, declare
+from nsa_convert.kernels.common.triton_flash import LOG2E, dot, head_rows, load_rows, token_rows
+from nsa_convert.kernels.compressed.triton_scores import TYPES, stride_weight
 
 
 @declare(
@@ -26,8 +26,7 @@ from nsa_convert.kernels.interval.triton_forward import load_rows
     ),
 )
 def decode_score(
-    q, ck, lse, score, lo, hi, own, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_lb, s_lt, s_lh, s_ib, s_jb,
-    s_sb, s_st, s_sh, scale, HQ, parts, steps, overlap,
+    q, ck, lse, score, lo, hi, own, s_q, s_k, s_l, s_ib, s_jb, s_s, scale, HQ, parts, steps, overlap,
     D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, GN: tl.constexpr,
     MAXIMUM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -46,9 +45,9 @@ def decode_score(
 
         o_h = i_h * GROUP + tl.arange(0, GN)
         m_h = tl.arange(0, GN) < GROUP
-        b_q = load_rows(q + i_b * s_qb + i_t * s_qt, o_h, s_qh, m_h, D, BD, True)  # [GN, BD]
-        p_lse = lse + i_b * s_lb + i_t * s_lt + o_h * s_lh
-        b_lse2 = tl.load(p_lse, mask=m_h, other=float("inf")) * 1.4426950408889634
+        b_q = load_rows(token_rows(q, s_q, i_b, i_t), o_h, m_h, D, BD, True)  # [GN, BD]
+        p_lse = lse + i_b * s_l[0] + i_t * s_l[1] + o_h * s_l[2]
+        b_lse2 = tl.load(p_lse, mask=m_h, other=float("inf")) * LOG2E
 
         b_score = tl.zeros([BB], tl.float32)
 
@@ -56,17 +55,16 @@ def decode_score(
         for i in range(parts):
             o_c = o_b * steps + (1 - overlap + i)
             m_c = (o_c >= 0) & (first + o_c < end)
-            b_k = load_rows(ck + i_b * s_kb + i_h * s_kh, first + o_c, s_kt, m_c, D, BD, True)
+            b_k = load_rows(head_rows(ck, s_k, i_b, i_h), first + o_c, m_c, D, BD, True)
 
-            b_s = dot(b_k, tl.trans(b_q), UPCAST) * (scale * 1.4426950408889634)  # [BB, GN]
+            b_s = dot(b_k, tl.trans(b_q), UPCAST) * (scale * LOG2E)  # [BB, GN]
             b_p = tl.exp2(tl.minimum(b_s - b_lse2[None, :], 115.0))  # bounded, see probability()
             b_p = tl.where(m_c[:, None] & m_h[None, :], b_p, 0.0)
 
             if MAXIMUM:
                 b_score = tl.maximum(b_score, tl.sum(b_p, 1))
             else:
-                weight = tl.minimum(tl.minimum(i + 1, parts - i), tl.minimum(steps, overlap))
-                b_score += tl.sum(b_p, 1) * weight
+                b_score += tl.sum(b_p, 1) * stride_weight(i, parts, steps, overlap)
 
-        p_score = score + i_b * s_sb + i_h * s_sh + i_t * s_st + o_b
+        p_score = score + i_b * s_s[0] + i_h * s_s[2] + i_t * s_s[1] + o_b
         tl.store(p_score, b_score, mask=o_b <= own)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa_convert.kernels.common.toolchain import Config, declare, dot
+from nsa_convert.kernels.common.toolchain import Config, declare
+from nsa_convert.kernels.common.triton_flash import LOG2E, dot, finish_softmax, head_rows, load_rows, weigh
 from nsa_convert.kernels.interval.triton_forward import (
     FAR,
-    load_intervals,
-    load_rows,
+    Sizes,
+    key_band,
+    load_runs,
     partial_tile,
     partial_tiles,
     sees,
-    tile_range,
 )
 
 TYPES = {
@@ -21,6 +22,7 @@ TYPES = {
     **dict.fromkeys(("lse", "score"), "*fp32"),
     **dict.fromkeys(("lo", "hi", "own"), "*i32"),
     **dict.fromkeys(("TQ", "HQ", "G", "begin", "end", "C", "parts", "steps", "overlap"), "i32"),
+    **dict.fromkeys(("s_ib", "s_jb"), "i32"),
     "scale": "fp32",
 }
 
@@ -36,22 +38,17 @@ CASES = (
 
 
 @triton.jit
-def lse_step(
-    b_q, b_m, b_l, ck, i_n, end, b_lo, b_hi, s_kt, scale2, D: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Add the cells ``i_n .. i_n + BN - 1`` to a running sum of exponentials."""
-    o_n = i_n + tl.arange(0, BN)
-    b_k = load_rows(ck, o_n, s_kt, o_n < end, D, BD, MASKED)
+def lse_step(top, total, b_q, ck, i_n, end, runs, scale2, MASKED: tl.constexpr, S: tl.constexpr):
+    """Add the cells ``i_n .. i_n + BN - 1`` (below ``end``) to a running sum of exponentials."""
+    o_n = i_n + tl.arange(0, S.BN)
+    m_n = o_n < end
+    b_k = load_rows(ck, o_n, m_n, S.D, S.BD, MASKED)
 
-    b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale2  # [BM, BN]
+    b_s = dot(b_q, tl.trans(b_k), S.UPCAST) * scale2  # [BM, BN]
     if MASKED:
-        m_s = sees(o_n[None, :], b_lo[:, None], b_hi[:, None], b_lo[:, None], 0, False)
-        b_s = tl.where(m_s, b_s, float("-inf"))
-
-    b_max = tl.maximum(b_m, tl.max(b_s, 1))
-    safe = tl.where(b_max == float("-inf"), 0.0, b_max) if MASKED else b_max
-    return b_max, b_l * tl.exp2(b_m - safe) + tl.sum(tl.exp2(b_s - safe[:, None]), 1)
+        b_s = tl.where(sees(o_n, m_n, runs, False), b_s, float("-inf"))
+    top, total, _, _ = weigh(top, total, b_s, 1, MASKED)
+    return top, total
 
 
 @declare(
@@ -66,10 +63,12 @@ def lse_step(
     cases=CASES,
 )
 def cell_lse(
-    q, ck, lse, lo, hi, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_lb, s_lt, s_lh, s_ib, scale, TQ, HQ, G,
+    q, ck, lse, lo, hi, s_q, s_k, s_l, s_ib, scale, TQ, HQ, G,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Store the lse of a tile of queries of one head over the cells they see."""
+    S: tl.constexpr = Sizes(D, BD, BN, False, UPCAST)
+
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
     i_h = (tl.program_id(1) % HQ).to(tl.int64)
@@ -77,39 +76,44 @@ def cell_lse(
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < TQ
 
-    ck += i_b * s_kb + (i_h // G) * s_kh
+    ck = head_rows(ck, s_k, i_b, i_h // G)
 
-    b_lo, b_hi, _ = load_intervals(lo + i_b * s_ib, hi + i_b * s_ib, lo, o_m, m_m, False)
-    begin, full, cut, end = tile_range(b_lo, b_hi, m_m, BN)
+    runs = load_runs(lo + i_b * s_ib, hi + i_b * s_ib, lo, o_m, m_m, 0, False)
+    band = key_band(runs, m_m, BN, False)
 
-    b_q = load_rows(q + i_b * s_qb + i_h * s_qh, o_m, s_qt, m_m, D, BD, True)
-    scale2 = scale * 1.4426950408889634
-    b_m = tl.full([BM], float("-inf"), tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
+    b_q = load_rows(head_rows(q, s_q, i_b, i_h), o_m, m_m, D, BD, True)
+    scale2 = scale * LOG2E
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
 
-    for i in range(partial_tiles(begin, begin, begin, full, cut, end, BN)):
-        i_n, stop = partial_tile(i, begin, begin, begin, full, cut, end, BN)
-        b_m, b_l = lse_step(b_q, b_m, b_l, ck, i_n, stop, b_lo, b_hi, s_kt, scale2, D, BD, BN, True, UPCAST)
-    for i_n in range(full, cut, BN):
-        b_m, b_l = lse_step(b_q, b_m, b_l, ck, i_n, end, b_lo, b_hi, s_kt, scale2, D, BD, BN, False, UPCAST)
+    for i in range(partial_tiles(band, BN)):
+        i_n, stop = partial_tile(i, band, BN)
+        top, total = lse_step(top, total, b_q, ck, i_n, stop, runs, scale2, True, S)
+    for i_n in range(band.full, band.cut, BN):
+        top, total = lse_step(top, total, b_q, ck, i_n, band.end, runs, scale2, False, S)
 
-    b_lse = tl.where(b_l == 0, float("-inf"), (b_m + tl.log2(b_l)) * 0.6931471805599453)
-    tl.store(lse + i_b * s_lb + i_h * s_lh + o_m.to(tl.int64) * s_lt, b_lse, mask=m_m)
-
-
-@triton.jit
-def load_query(q, lse, i_q, o_m, m_m, s_qt, s_qh, s_lt, s_lh, D: tl.constexpr, BD: tl.constexpr):
-    """Return the rows of query head ``i_q`` and their lse in the log2 domain."""
-    b_q = load_rows(q + i_q * s_qh, o_m, s_qt, m_m, D, BD, True)
-    b_lse = tl.load(lse + i_q * s_lh + o_m.to(tl.int64) * s_lt, mask=m_m, other=0.0)
-    return b_q, b_lse * 1.4426950408889634
+    _, b_lse = finish_softmax(top, total)
+    tl.store(lse + i_b * s_l[0] + i_h * s_l[2] + o_m.to(tl.int64) * s_l[1], b_lse, mask=m_m)
 
 
 @triton.jit
-def load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D: tl.constexpr, BD: tl.constexpr):
+def load_query(q, lse, o_m, m_m, D: tl.constexpr, BD: tl.constexpr):
+    """Return rows of a query head and their lse in the log2 domain."""
+    b_lse = tl.load(lse.first + o_m.to(tl.int64) * lse.step, mask=m_m, other=0.0)
+    return load_rows(q, o_m, m_m, D, BD, True), b_lse * LOG2E
+
+
+@triton.jit
+def stride_weight(i, parts, steps, overlap):
+    """Return in how many strides the i-th cell overlaps its block."""
+    return tl.minimum(tl.minimum(i + 1, parts - i), tl.minimum(steps, overlap))
+
+
+@triton.jit
+def load_cells(ck, i, o_b, first, C, steps, overlap, D: tl.constexpr, BD: tl.constexpr):
     """Return the i-th cell that overlaps each block: its keys and its number, FAR before the document."""
     o_c = o_b * steps + (1 - overlap + i)
-    b_k = load_rows(ck, first + o_c, s_kt, (o_c >= 0) & (first + o_c < C), D, BD, True)
+    b_k = load_rows(ck, first + o_c, (o_c >= 0) & (first + o_c < C), D, BD, True)
     return b_k, tl.where(o_c >= 0, first + o_c, FAR)
 
 
@@ -119,7 +123,7 @@ def probability(b_q, b_lse2, b_k, o_c, b_hi, m_m, scale, UPCAST: tl.constexpr):
 
     A given lse may lie below a score: the exponent is bounded so that a group's sum stays finite.
     """
-    b_s = dot(b_q, tl.trans(b_k), UPCAST) * (scale * 1.4426950408889634)
+    b_s = dot(b_q, tl.trans(b_k), UPCAST) * (scale * LOG2E)
     m_s = (o_c[None, :] < b_hi[:, None]) & m_m[:, None]
     return tl.where(m_s, tl.exp2(tl.minimum(b_s - b_lse2[:, None], 115.0)), 0.0)
 
@@ -136,8 +140,8 @@ def probability(b_q, b_lse2, b_k, o_c, b_hi, m_m, scale, UPCAST: tl.constexpr):
     cases=(*({**case, "MAXIMUM": False} for case in CASES), {**CASES[0], "MAXIMUM": True}),
 )
 def block_score(
-    q, ck, lse, score, lo, hi, own, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_lb, s_lt, s_lh, s_ib, s_jb,
-    s_sb, s_st, s_sh, scale, begin, end, HQ, G, C, parts, steps, overlap,
+    q, ck, lse, score, lo, hi, own, s_q, s_k, s_l, s_ib, s_jb, s_s, scale, begin, end, HQ, G, C, parts, steps,
+    overlap,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, MAXIMUM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -155,38 +159,38 @@ def block_score(
     o_b = tl.program_id(1) * BB + tl.arange(0, BB)
     m_m = o_m < end
 
+    ck = head_rows(ck, s_k, i_b, i_h)
     b_own = tl.load(own + i_b * s_jb + o_m, mask=m_m, other=-1)
     if tl.max(b_own, 0) >= tl.program_id(1) * BB:
-        b_lo, b_hi, _ = load_intervals(lo + i_b * s_ib, hi + i_b * s_ib, lo, o_m, m_m, False)
-
-        q += i_b * s_qb
-        ck += i_b * s_kb + i_h * s_kh
-        lse += i_b * s_lb
+        runs = load_runs(lo + i_b * s_ib, hi + i_b * s_ib, lo, o_m, m_m, 0, False)
 
         b_score = tl.zeros([BM, BB], tl.float32)
-        first = tl.min(b_lo, 0)
+        first = tl.min(runs.lo, 0)
         while first < FAR:  # once for each document of the tile, nearly always one
-            m_d = m_m & (b_lo == first)
+            m_d = m_m & (runs.lo == first)
 
             if MAXIMUM:
                 for i in range(parts):
-                    b_k, o_c = load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D, BD)
+                    b_k, o_c = load_cells(ck, i, o_b, first, C, steps, overlap, D, BD)
                     b_part = tl.zeros([BM, BB], tl.float32)
                     for i_g in range(G):
-                        b_q, b_lse2 = load_query(
-                            q, lse, i_h * G + i_g, o_m, m_d, s_qt, s_qh, s_lt, s_lh, D, BD
-                        )
-                        b_part += probability(b_q, b_lse2, b_k, o_c, b_hi, m_d, scale, UPCAST)
+                        i_q = i_h * G + i_g
+                        rows = head_rows(q, s_q, i_b, i_q)
+                        b_q, b_lse2 = load_query(rows, head_rows(lse, s_l, i_b, i_q), o_m, m_d, D, BD)
+                        b_part += probability(b_q, b_lse2, b_k, o_c, runs.hi, m_d, scale, UPCAST)
                     b_score = tl.maximum(b_score, b_part)
             else:
                 for i_g in range(G):
-                    b_q, b_lse2 = load_query(q, lse, i_h * G + i_g, o_m, m_d, s_qt, s_qh, s_lt, s_lh, D, BD)
+                    i_q = i_h * G + i_g
+                    rows = head_rows(q, s_q, i_b, i_q)
+                    b_q, b_lse2 = load_query(rows, head_rows(lse, s_l, i_b, i_q), o_m, m_d, D, BD)
                     for i in range(parts):
-                        b_k, o_c = load_cells(ck, i, o_b, first, C, steps, overlap, s_kt, D, BD)
-                        weight = tl.minimum(tl.minimum(i + 1, parts - i), tl.minimum(steps, overlap))
-                        b_score += probability(b_q, b_lse2, b_k, o_c, b_hi, m_d, scale, UPCAST) * weight
+                        b_k, o_c = load_cells(ck, i, o_b, first, C, steps, overlap, D, BD)
+                        b_p = probability(b_q, b_lse2, b_k, o_c, runs.hi, m_d, scale, UPCAST)
+                        b_score += b_p * stride_weight(i, parts, steps, overlap)
 
-            first = tl.min(tl.where(b_lo > first, b_lo, FAR), 0)
+            first = tl.min(tl.where(runs.lo > first, runs.lo, FAR), 0)
 
-        p_score = score + i_b * s_sb + i_h * s_sh + (o_m - begin).to(tl.int64)[:, None] * s_st + o_b[None, :]
+        o_t = (o_m - begin).to(tl.int64)
+        p_score = score + i_b * s_s[0] + i_h * s_s[2] + o_t[:, None] * s_s[1] + o_b[None, :]
         tl.store(p_score, b_score, mask=m_m[:, None] & (o_b[None, :] <= b_own[:, None]))

@@ -36,7 +36,9 @@ def load_sort_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ: tl.c
         "score": "*fp32",
         "own": "*i32",
         "indices": "*i32",
-        **dict.fromkeys(("begin", "end", "H", "size", "num_blocks", "num_sinks", "num_locals"), "i32"),
+        **dict.fromkeys(
+            ("begin", "end", "H", "size", "num_blocks", "num_sinks", "num_locals", "s_jb"), "i32"
+        ),
     },
     # The row of these configurations is an eighth of the length of a piece.
     configs=(
@@ -53,8 +55,8 @@ def load_sort_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ: tl.c
     ),
 )
 def best_blocks(
-    score, own, indices, s_sb, s_st, s_sh, s_jb, s_ob, s_ot, s_oh, begin, end, H, size, num_blocks, num_sinks,
-    num_locals, BQ: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, ONE_PIECE: tl.constexpr,
+    score, own, indices, s_s, s_jb, s_o, begin, end, H, size, num_blocks, num_sinks, num_locals,
+    BQ: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, ONE_PIECE: tl.constexpr,
 ):  # fmt: skip
     """Store the lists of BQ of the queries ``begin .. end - 1``: ascending, -1 at the end."""
     i_b = (tl.program_id(1) // H).to(tl.int64)
@@ -65,13 +67,13 @@ def best_blocks(
     m_q = o_q < end
     b_own = tl.load(own + i_b * s_jb + o_q, mask=m_q, other=-1)
 
-    score += i_b * s_sb + i_h * s_sh + i_q.to(tl.int64) * s_st
-    indices += i_b * s_ob + i_h * s_oh
+    score += i_b * s_s[0] + i_h * s_s[2] + i_q.to(tl.int64) * s_s[1]
+    indices += i_b * s_o[0] + i_h * s_o[2]
 
     last = tl.minimum(tl.max(b_own, 0) + 1, num_blocks)
 
     if ONE_PIECE:
-        b_key = load_sort_keys(score, b_own, 0, m_q, s_st, num_sinks, num_locals, BQ, BN)
+        b_key = load_sort_keys(score, b_own, 0, m_q, s_s[1], num_sinks, num_locals, BQ, BN)
 
     # The largest number that at least ``size`` keys reach is the key of the last one chosen.
     b_bar = tl.zeros([BQ], tl.int32)
@@ -82,7 +84,7 @@ def best_blocks(
         else:
             b_count = tl.zeros([BQ], tl.int32)
             for i_n in range(0, last, BN):
-                b_key = load_sort_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
+                b_key = load_sort_keys(score, b_own, i_n, m_q, s_s[1], num_sinks, num_locals, BQ, BN)
                 b_count += tl.sum((b_key >= b_try[:, None]).to(tl.int32), 1)
         b_bar = tl.where(b_count >= size, b_try, b_bar)
 
@@ -90,14 +92,14 @@ def best_blocks(
     b_above = tl.zeros([BQ], tl.int32)
     for i_n in range(0, last, BN):
         if not ONE_PIECE:
-            b_key = load_sort_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
+            b_key = load_sort_keys(score, b_own, i_n, m_q, s_s[1], num_sinks, num_locals, BQ, BN)
         b_above += tl.sum((b_key > b_bar[:, None]).to(tl.int32), 1)
 
     b_equal = tl.zeros([BQ], tl.int32)
     b_taken = tl.zeros([BQ], tl.int32)
     for i_n in range(0, last, BN):
         if not ONE_PIECE:
-            b_key = load_sort_keys(score, b_own, i_n, m_q, s_st, num_sinks, num_locals, BQ, BN)
+            b_key = load_sort_keys(score, b_own, i_n, m_q, s_s[1], num_sinks, num_locals, BQ, BN)
         equal = b_key == b_bar[:, None]
 
         rank = b_equal[:, None] + tl.cumsum(equal.to(tl.int32), 1)
@@ -105,7 +107,7 @@ def best_blocks(
 
         place = b_taken[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
         o_n = (i_n + tl.arange(0, BN))[None, :] + tl.zeros([BQ, 1], tl.int32)
-        p_out = indices + o_q.to(tl.int64)[:, None] * s_ot + place
+        p_out = indices + o_q.to(tl.int64)[:, None] * s_o[1] + place
         tl.store(p_out, o_n, mask=chosen & m_q[:, None])
 
         b_equal += tl.sum(equal.to(tl.int32), 1)
@@ -114,5 +116,5 @@ def best_blocks(
     # -1 at the end of short lists
     o_s = tl.arange(0, BS)
     empty = (o_s[None, :] >= b_taken[:, None]) & (o_s < size)[None, :] & m_q[:, None]
-    p_out = indices + o_q.to(tl.int64)[:, None] * s_ot + o_s[None, :]
+    p_out = indices + o_q.to(tl.int64)[:, None] * s_o[1] + o_s[None, :]
     tl.store(p_out, tl.full([BQ, BS], -1, tl.int32), mask=empty)

@@ -10,29 +10,27 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_convert.kernels.common.custom_ops import new_name
-from nsa_convert.kernels.common.toolchain import Config, declare, padded_dim
-from nsa_convert.kernels.interval.triton_backend import rows_contiguous, strides
-from nsa_convert.kernels.interval.triton_forward import load_rows
+from nsa_convert.kernels.common.toolchain import Config, declare, padded_dim, rows_contiguous, strides
+from nsa_convert.kernels.common.triton_flash import head_rows, load_rows, store_rows
 
 TYPES = {
     **dict.fromkeys(("a", "b", "c", "gates", "o", "do", "da", "db", "dc", "dgates"), "*T"),
-    **dict.fromkeys(("TQ", "HQ"), "i32"),
+    **dict.fromkeys(("TQ", "HQ", "s_gn", "s_en"), "i32"),
 }
 CASES = tuple({"D": d, "BD": bd} for d, bd in ((128, 128), (80, 128), (256, 256)))
 
 
 @triton.jit
-def store_rows(p, o_t, s_t, m_t, b_x, D: tl.constexpr, BD: tl.constexpr):
-    """Store ``[N, BD]`` to the rows ``o_t`` of a ``[T, D]`` matrix."""
-    o_d = tl.arange(0, BD)
-    p_rows = p + o_t.to(tl.int64)[:, None] * s_t + o_d[None, :]
-    tl.store(p_rows, b_x.to(p.dtype.element_ty), mask=m_t[:, None] & (o_d < D)[None, :])
+def gated_rows(x, p_g, o_m, m_m, D: tl.constexpr, BD: tl.constexpr):
+    """Return the rows ``o_m`` of a branch times their gates, in float32."""
+    b_x = load_rows(x, o_m, m_m, D, BD, True).to(tl.float32)
+    return b_x * tl.load(p_g, mask=m_m, other=0.0).to(tl.float32)[:, None]
 
 
 @declare(types=TYPES, configs=(Config(sizes={"BM": 32}),), cases=CASES)
 def gate_forward(
-    a, b, c, gates, o, s_ab, s_at, s_ah, s_bb, s_bt, s_bh, s_cb, s_ct, s_ch, s_gb, s_gt, s_gh, s_gn,
-    s_ob, s_ot, s_oh, TQ, HQ, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    a, b, c, gates, o, s_a, s_b, s_c, s_g, s_gn, s_o, TQ, HQ,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Store ``g_0 a + g_1 b + g_2 c`` for a tile of queries of one head."""
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
@@ -41,24 +39,27 @@ def gate_forward(
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < TQ
 
-    p_g = gates + i_b * s_gb + i_h * s_gh + o_m.to(tl.int64) * s_gt
-    b_o = load_rows(a + i_b * s_ab + i_h * s_ah, o_m, s_at, m_m, D, BD, True).to(tl.float32)
-    b_o *= tl.load(p_g, mask=m_m, other=0.0).to(tl.float32)[:, None]
+    p_g = gates + i_b * s_g[0] + i_h * s_g[2] + o_m.to(tl.int64) * s_g[1]
+    b_o = gated_rows(head_rows(a, s_a, i_b, i_h), p_g, o_m, m_m, D, BD)
+    b_o += gated_rows(head_rows(b, s_b, i_b, i_h), p_g + s_gn, o_m, m_m, D, BD)
+    b_o += gated_rows(head_rows(c, s_c, i_b, i_h), p_g + 2 * s_gn, o_m, m_m, D, BD)
 
-    b_x = load_rows(b + i_b * s_bb + i_h * s_bh, o_m, s_bt, m_m, D, BD, True).to(tl.float32)
-    b_o += b_x * tl.load(p_g + s_gn, mask=m_m, other=0.0).to(tl.float32)[:, None]
+    store_rows(head_rows(o, s_o, i_b, i_h), o_m, m_m, b_o, D, BD)
 
-    b_x = load_rows(c + i_b * s_cb + i_h * s_ch, o_m, s_ct, m_m, D, BD, True).to(tl.float32)
-    b_o += b_x * tl.load(p_g + 2 * s_gn, mask=m_m, other=0.0).to(tl.float32)[:, None]
 
-    store_rows(o + i_b * s_ob + i_h * s_oh, o_m, s_ot, m_m, b_o, D, BD)
+@triton.jit
+def gate_gradients(b_do, x, dx, p_g, p_e, o_m, m_m, D: tl.constexpr, BD: tl.constexpr):
+    """Store the gradient of rows of a branch ``x`` in ``dx``, and that of their gates in ``p_e``."""
+    b_x = load_rows(x, o_m, m_m, D, BD, True).to(tl.float32)
+    b_g = tl.load(p_g, mask=m_m, other=0.0).to(tl.float32)
+    tl.store(p_e, tl.sum(b_x * b_do, 1).to(p_e.dtype.element_ty), mask=m_m)
+    store_rows(dx, o_m, m_m, b_do * b_g[:, None], D, BD)
 
 
 @declare(types=TYPES, configs=(Config(sizes={"BM": 32}),), cases=CASES)
 def gate_backward(
-    a, b, c, gates, do, da, db, dc, dgates, s_ab, s_at, s_ah, s_bb, s_bt, s_bh, s_cb, s_ct, s_ch,
-    s_gb, s_gt, s_gh, s_gn, s_ob, s_ot, s_oh, s_db, s_dt, s_dh, s_eb, s_et, s_eh, s_en,
-    TQ, HQ, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    a, b, c, gates, do, da, db, dc, dgates, s_a, s_b, s_c, s_g, s_gn, s_o, s_d, s_e, s_en, TQ, HQ,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of the branches, ``g_i do``, and of the gates, ``rowsum(o_i * do)``."""
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
@@ -67,25 +68,14 @@ def gate_backward(
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < TQ
 
-    b_do = load_rows(do + i_b * s_ob + i_h * s_oh, o_m, s_ot, m_m, D, BD, True).to(tl.float32)
-    p_g = gates + i_b * s_gb + i_h * s_gh + o_m.to(tl.int64) * s_gt
-    p_e = dgates + i_b * s_eb + i_h * s_eh + o_m.to(tl.int64) * s_et
-    p_d = i_b * s_db + i_h * s_dh
+    b_do = load_rows(head_rows(do, s_o, i_b, i_h), o_m, m_m, D, BD, True).to(tl.float32)
+    p_g = gates + i_b * s_g[0] + i_h * s_g[2] + o_m.to(tl.int64) * s_g[1]
+    p_e = dgates + i_b * s_e[0] + i_h * s_e[2] + o_m.to(tl.int64) * s_e[1]
 
-    b_x = load_rows(a + i_b * s_ab + i_h * s_ah, o_m, s_at, m_m, D, BD, True).to(tl.float32)
-    b_g = tl.load(p_g, mask=m_m, other=0.0).to(tl.float32)
-    tl.store(p_e, tl.sum(b_x * b_do, 1).to(dgates.dtype.element_ty), mask=m_m)
-    store_rows(da + p_d, o_m, s_dt, m_m, b_do * b_g[:, None], D, BD)
-
-    b_x = load_rows(b + i_b * s_bb + i_h * s_bh, o_m, s_bt, m_m, D, BD, True).to(tl.float32)
-    b_g = tl.load(p_g + s_gn, mask=m_m, other=0.0).to(tl.float32)
-    tl.store(p_e + s_en, tl.sum(b_x * b_do, 1).to(dgates.dtype.element_ty), mask=m_m)
-    store_rows(db + p_d, o_m, s_dt, m_m, b_do * b_g[:, None], D, BD)
-
-    b_x = load_rows(c + i_b * s_cb + i_h * s_ch, o_m, s_ct, m_m, D, BD, True).to(tl.float32)
-    b_g = tl.load(p_g + 2 * s_gn, mask=m_m, other=0.0).to(tl.float32)
-    tl.store(p_e + 2 * s_en, tl.sum(b_x * b_do, 1).to(dgates.dtype.element_ty), mask=m_m)
-    store_rows(dc + p_d, o_m, s_dt, m_m, b_do * b_g[:, None], D, BD)
+    for i in tl.static_range(3):
+        x = head_rows((a, b, c)[i], (s_a, s_b, s_c)[i], i_b, i_h)
+        dx = head_rows((da, db, dc)[i], s_d, i_b, i_h)
+        gate_gradients(b_do, x, dx, p_g + i * s_gn, p_e + i * s_en, o_m, m_m, D, BD)
 
 
 def gated_sum(outputs: tuple[Tensor, Tensor, Tensor], gates: Tensor) -> Tensor:

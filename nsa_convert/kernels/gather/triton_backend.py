@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from nsa_convert.kernels.common.custom_ops import new_name
-from nsa_convert.kernels.common.toolchain import padded_dim, upcast
+from nsa_convert.kernels.common.toolchain import padded_dim, rows_contiguous, strides, upcast
 from nsa_convert.kernels.gather.triton_backward import (
     CHUNK,
     gather_backward_kv,
@@ -23,8 +23,6 @@ from nsa_convert.kernels.interval.triton_backend import (
     new_lse,
     processors,
     row_delta,
-    rows_contiguous,
-    strides,
 )
 from nsa_convert.patterns import BlockSelection, SequenceLayout, query_tiles
 
@@ -178,7 +176,8 @@ def _inputs(
         "hi": hi,
         "first": lo if first is None else first,
         **strides(q=q, k=k, v=v),
-        **({f"s_n{d}": items.stride(i) if listed else 0 for i, d in enumerate("bht")}),
+        # Lists are [B, H, T, S]; strides have the order of [B, T, H].
+        "s_n": tuple(items.stride(i) for i in (0, 2, 1)) if listed else (0, 0, 0),
         "s_ib": lo.stride(0) if lo.shape[0] > 1 else 0,
         "scale": scale,
         "num_sinks": num_sinks,
@@ -252,8 +251,8 @@ def _key_gradients(
     # Every chunk sums into rows of its own: no atomics, so the order of the sum is fixed.
     parts = torch.empty(2, batch, programs, count, dim, dtype=torch.float32, device=k.device)
 
-    names = ("q", "k", "v", "scale", "G", "lists", "D", "BD", "GROUP")
-    shared = {n: x for n, x in shared.items() if n in names or n[:3] in ("s_q", "s_k", "s_v")}
+    names = ("q", "k", "v", "s_q", "s_k", "s_v", "scale", "G", "lists", "D", "BD", "GROUP")
+    shared = {n: shared[n] for n in names}
 
     gather_backward_kv.launch(
         (count, batch * programs),

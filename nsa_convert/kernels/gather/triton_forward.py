@@ -6,11 +6,23 @@ the columns. A matrix instruction needs 16 rows but only 8 columns, so small gro
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
-from nsa_convert.kernels.common.toolchain import Config, declare, dot
-from nsa_convert.kernels.interval.triton_forward import load_rows
+from nsa_convert.kernels.common.toolchain import Config, declare
+from nsa_convert.kernels.common.triton_flash import (
+    LN2,
+    LOG2E,
+    Rows,
+    dot,
+    finish_softmax,
+    head_rows,
+    load_rows,
+    token_rows,
+    weigh,
+)
 
 TYPES = {
     **dict.fromkeys(("q", "k", "v", "o", "do", "dq"), "*T"),
@@ -19,6 +31,7 @@ TYPES = {
     **dict.fromkeys(
         ("TQ", "HQ", "G", "lists", "size", "block_size", "query_block", "num_sinks", "splits"), "i32"
     ),
+    **dict.fromkeys(("s_ib", "s_os", "s_ls", "s_ps", "s_es"), "i32"),
     "scale": "fp32",
 }
 
@@ -42,38 +55,48 @@ def part_of(length, i_s, splits, BK: tl.constexpr):
     return tl.minimum(i_s * size, length), tl.minimum((i_s + 1) * size, length)
 
 
+Listed = namedtuple("Listed", ("items", "size", "block_size"))
+"""The list of a query: a pointer to it, its length and the keys of a block."""
+
+
+Run = namedtuple("Run", ("lo", "hi", "first", "sinks"))
+"""What a query may see: the keys ``[lo, hi)``, and before them ``sinks`` keys from ``first`` on."""
+
+
 @triton.jit
-def run_length(lo, hi, first, num_sinks, HAS_SINKS: tl.constexpr):
-    """Return how many sinks lie before a run of keys, and how many keys a query sees in all."""
+def load_run(lo, hi, first, num_sinks, HAS_SINKS: tl.constexpr):
+    """Return the :class:`Run` of a query, and how many keys it has."""
+    i_lo = tl.load(lo)
+    i_hi = tl.load(hi)
+    i_first = tl.load(first)
     sinks = 0
     if HAS_SINKS:
-        sinks = tl.maximum(tl.minimum(tl.minimum(first + num_sinks, lo), hi) - first, 0)
-    return sinks, sinks + tl.maximum(hi - lo, 0)
+        sinks = tl.maximum(tl.minimum(tl.minimum(i_first + num_sinks, i_lo), i_hi) - i_first, 0)
+    return Run(i_lo, i_hi, i_first, sinks), sinks + tl.maximum(i_hi - i_lo, 0)
 
 
 @triton.jit
-def key_slots(
-    o_x, end, items, size, block_size, sinks, lo, hi, first, LISTED: tl.constexpr, HAS_SINKS: tl.constexpr
-):  # fmt: skip
-    """Return the slots of the entries ``o_x [BK]`` of a query's list, and which of them it sees."""
+def key_slots(o_x, end, run, listed, LISTED: tl.constexpr, HAS_SINKS: tl.constexpr):
+    """Return the slots of the entries ``o_x [BK]`` of a query's list or run, and which of them it sees."""
     m_x = o_x < end
     if LISTED:
-        b_item = tl.load(items + o_x // block_size, mask=m_x, other=-1).to(tl.int32)
-        o_n = lo + b_item * block_size + o_x % block_size
+        size = listed.block_size
+        b_item = tl.load(listed.items + o_x // size, mask=m_x, other=-1).to(tl.int32)
+        o_n = run.lo + b_item * size + o_x % size
         # Numbers past the end may overflow: compare the block number, too.
-        m_x = m_x & (b_item >= 0) & (b_item <= (hi - lo) // block_size) & (o_n < hi)
+        m_x = m_x & (b_item >= 0) & (b_item <= (run.hi - run.lo) // size) & (o_n < run.hi)
     elif HAS_SINKS:
-        o_n = tl.where(o_x < sinks, first + o_x, lo + o_x - sinks)
+        o_n = tl.where(o_x < run.sinks, run.first + o_x, run.lo + o_x - run.sinks)
     else:
-        o_n = lo + o_x
+        o_n = run.lo + o_x
     return tl.where(m_x, o_n, 0), m_x
 
 
 @triton.jit
-def list_pointer(items, list_of, i_b, i_l, i_t, lists, query_block, s_nb, s_nh, s_nt, MAPPED: tl.constexpr):
+def list_pointer(items, s_n, list_of, i_b, i_l, i_t, lists, query_block, MAPPED: tl.constexpr):
     """Return a pointer to the list of a query; ``lists`` counts the heads that have lists, at least 1."""
     row = tl.load(list_of + i_t) if MAPPED else i_t // query_block
-    return items + i_b * s_nb + (i_l % lists) * s_nh + row.to(tl.int64) * s_nt
+    return items + i_b * s_n[0] + (i_l % lists) * s_n[2] + row.to(tl.int64) * s_n[1]
 
 
 @declare(
@@ -93,9 +116,7 @@ def list_pointer(items, list_of, i_b, i_l, i_t, lists, query_block, s_nb, s_nh, 
     ),
 )
 def gather_forward(
-    q, k, v, o, lse, items, list_of, lo, hi, first,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ob, s_ot, s_oh, s_os, s_lb, s_lt, s_lh, s_ls,
-    s_nb, s_nh, s_nt, s_ib,
+    q, k, v, o, lse, items, list_of, lo, hi, first, s_q, s_k, s_v, s_o, s_os, s_l, s_ls, s_n, s_ib,
     scale, num_sinks, HQ, G, lists, size, block_size, query_block, splits,
     D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GN: tl.constexpr,
     LISTED: tl.constexpr, MAPPED: tl.constexpr, HAS_SINKS: tl.constexpr, VALUES: tl.constexpr,
@@ -107,65 +128,50 @@ def gather_forward(
     i_b = (tl.program_id(1) // (HQ // GROUP)).to(tl.int64)
     i_l = (tl.program_id(1) % (HQ // GROUP)).to(tl.int64)
 
-    lo = tl.load(lo + i_b * s_ib + i_t)
-    hi = tl.load(hi + i_b * s_ib + i_t)
-
     # How many keys the query lists or sees, and the part of them that this program takes
-    sinks = 0
+    o_i = i_b * s_ib + i_t
+    run, length = load_run(lo + o_i, hi + o_i, first + o_i, num_sinks, HAS_SINKS)
+    listed = Listed(items, size, block_size)
     if LISTED:
-        items = list_pointer(items, list_of, i_b, i_l, i_t, lists, query_block, s_nb, s_nh, s_nt, MAPPED)
+        items = list_pointer(items, s_n, list_of, i_b, i_l, i_t, lists, query_block, MAPPED)
+        listed = Listed(items, size, block_size)
         length = size * block_size
-    else:
-        first = tl.load(first + i_b * s_ib + i_t)
-        sinks, length = run_length(lo, hi, first, num_sinks, HAS_SINKS)
     begin, end = part_of(length, i_s, splits, BK)
 
     # The heads of the group, and the head that holds their keys
     o_h = i_l * GROUP + tl.arange(0, GN)
     m_h = tl.arange(0, GN) < GROUP
-    k += i_b * s_kb + i_l * GROUP // G * s_kh
-    v += i_b * s_vb + i_l * GROUP // G * s_vh
+    k = head_rows(k, s_k, i_b, i_l * GROUP // G)
+    v = head_rows(v, s_v, i_b, i_l * GROUP // G)
 
     i_t = i_t.to(tl.int64)
-    b_q = load_rows(q + i_b * s_qb + i_t * s_qt, o_h, s_qh, m_h, D, BD, True)  # [GN, BD]
+    b_q = load_rows(token_rows(q, s_q, i_b, i_t), o_h, m_h, D, BD, True)  # [GN, BD]
 
-    scale2 = scale * 1.4426950408889634
+    scale2 = scale * LOG2E
     b_m = tl.full([GN], float("-inf"), tl.float32)
     b_l = tl.zeros([GN], tl.float32)
     b_o = tl.zeros([BD, GN], tl.float32)
 
     for i_x in range(begin, end, BK):
-        o_n, m_n = key_slots(
-            i_x + tl.arange(0, BK), end, items, size, block_size, sinks, lo, hi, first, LISTED, HAS_SINKS
-        )
+        o_n, m_n = key_slots(i_x + tl.arange(0, BK), end, run, listed, LISTED, HAS_SINKS)
 
-        b_k = load_rows(k, o_n, s_kt, m_n, D, BD, True)
+        b_k = load_rows(k, o_n, m_n, D, BD, True)
         b_s = dot(b_k, tl.trans(b_q), UPCAST) * scale2  # [BK, GN]
         b_s = tl.where(m_n[:, None], b_s, float("-inf"))
-
-        # Online softmax; the reductions run over the rows of b_s, which are keys here.
-        b_max = tl.maximum(b_m, tl.max(b_s, 0))
-        safe = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_p = tl.exp2(b_s - safe[None, :])
-        shrink = tl.exp2(b_m - safe)
-        b_l = b_l * shrink + tl.sum(b_p, 0)
+        b_m, b_l, b_p, shrink = weigh(b_m, b_l, b_s, 0, True)
 
         if VALUES:
-            b_v = load_rows(v, o_n, s_vt, m_n, D, BD, True)
+            b_v = load_rows(v, o_n, m_n, D, BD, True)
             b_o = b_o * shrink[None, :] + dot(tl.trans(b_v), b_p.to(b_v.dtype), UPCAST)
 
-        b_m = b_max
-
-    # A query without keys in this part gets o = 0 and lse = -inf.
-    blind = b_l == 0
-    b_lse = tl.where(blind, float("-inf"), (b_m + tl.log2(b_l)) * 0.6931471805599453)
-    tl.store(lse + i_b * s_lb + i_t * s_lt + i_s * s_ls + o_h * s_lh, b_lse, mask=m_h)
+    divisor, b_lse = finish_softmax(b_m, b_l)
+    tl.store(lse + i_b * s_l[0] + i_t * s_l[1] + i_s * s_ls + o_h * s_l[2], b_lse, mask=m_h)
 
     if VALUES:
-        b_o = b_o / tl.where(blind, 1.0, b_l)[None, :]
         o_d = tl.arange(0, BD)
-        p_o = o + i_b * s_ob + i_t * s_ot + i_s * s_os + o_h[None, :] * s_oh + o_d[:, None]
-        tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_h[None, :] & (o_d < D)[:, None])
+        p_o = o + i_b * s_o[0] + i_t * s_o[1] + i_s * s_os + o_h[None, :] * s_o[2] + o_d[:, None]
+        b_o = (b_o / divisor[None, :]).to(o.dtype.element_ty)
+        tl.store(p_o, b_o, mask=m_h[None, :] & (o_d < D)[:, None])
 
 
 @declare(
@@ -179,9 +185,8 @@ def gather_forward(
     ),
 )  # fmt: skip
 def merge_parts(
-    part, part_lse, o, lse, s_pb, s_pt, s_ph, s_ps, s_eb, s_et, s_eh, s_es, s_ob, s_ot, s_oh,
-    s_lb, s_lt, s_lh, HQ, splits, D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
-    VALUES: tl.constexpr,
+    part, part_lse, o, lse, s_p, s_ps, s_e, s_es, s_o, s_l, HQ, splits,
+    D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of the keys of one query and head, in a fixed order."""
     i_t = tl.program_id(0).to(tl.int64)
@@ -190,19 +195,20 @@ def merge_parts(
 
     o_s = tl.arange(0, PARTS)
     m_s = o_s < splits
-    p_e = part_lse + i_b * s_eb + i_t * s_et + i_h * s_eh + o_s * s_es
+    p_e = part_lse + i_b * s_e[0] + i_t * s_e[1] + i_h * s_e[2] + o_s * s_es
     b_e = tl.load(p_e, mask=m_s, other=float("-inf"))
 
     # Weight of each part, exp(lse_i - top); divided by their total it is its share of the softmax.
     top = tl.max(b_e, 0)
-    b_w = tl.exp2((b_e - tl.where(top == float("-inf"), 0.0, top)) * 1.4426950408889634)
+    b_w = tl.exp2((b_e - tl.where(top == float("-inf"), 0.0, top)) * LOG2E)
     total = tl.sum(b_w, 0)
-    b_lse = tl.where(total == 0, float("-inf"), top + tl.log2(total) * 0.6931471805599453)
-    tl.store(lse + i_b * s_lb + i_t * s_lt + i_h * s_lh, b_lse)
+    b_lse = tl.where(total == 0, float("-inf"), top + tl.log2(total) * LN2)
+    tl.store(lse + i_b * s_l[0] + i_t * s_l[1] + i_h * s_l[2], b_lse)
 
     if VALUES:
         o_d = tl.arange(0, BD)
-        b_p = load_rows(part + i_b * s_pb + i_t * s_pt + i_h * s_ph, o_s, s_ps, m_s, D, BD, True)
+        rows = Rows(part + i_b * s_p[0] + i_t * s_p[1] + i_h * s_p[2], s_ps)
+        b_p = load_rows(rows, o_s, m_s, D, BD, True)
         b_o = tl.sum(b_p * (b_w / tl.where(total == 0, 1.0, total))[:, None], 0)
-        p_o = o + i_b * s_ob + i_t * s_ot + i_h * s_oh + o_d
+        p_o = o + i_b * s_o[0] + i_t * s_o[1] + i_h * s_o[2] + o_d
         tl.store(p_o, b_o.to(o.dtype.element_ty), mask=o_d < D)

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from nsa_convert.kernels.common.custom_ops import new_name
-from nsa_convert.kernels.common.toolchain import padded_dim, upcast
+from nsa_convert.kernels.common.toolchain import padded_dim, rows_contiguous, strides, upcast
 from nsa_convert.kernels.interval.triton_backward import (
     GRANULE,
     interval_backward_kv,
@@ -85,20 +85,10 @@ def interval_attention(
     return _forward(q, k, v, at.lo, at.hi, at.first, at.num_sinks, at.sinks_end, scale)
 
 
-def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors with a last dim of stride 1, copied where they have another."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def new_lse(q: Tensor) -> Tensor:
     """Return an empty lse ``[B, TQ, HQ]`` float32 for ``q [B, TQ, HQ, D]``, in memory ``[B, HQ, TQ]``."""
     shape = (q.shape[0], q.shape[2], q.shape[1])
     return torch.empty(shape, dtype=torch.float32, device=q.device).transpose(1, 2)
-
-
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """Return the strides of ``[B, T, H, ...]`` tensors as ``s_<name>b``, ``s_<name>t`` and ``s_<name>h``."""
-    return {f"s_{n}{d}": x.stride(i) for n, x in tensors.items() for i, d in enumerate("bth")}
 
 
 def key_row(x: Tensor) -> int:

@@ -5,17 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nsa_convert.kernels.common.toolchain import Config, declare, dot, finite, finite_rows
+from nsa_convert.kernels.common.toolchain import Config, declare
+from nsa_convert.kernels.common.triton_flash import (
+    LOG2E,
+    Graded,
+    Rows,
+    finite,
+    grade_keys,
+    grade_queries,
+    head_rows,
+    load_rows,
+    load_terms,
+    store_rows,
+)
 from nsa_convert.kernels.interval.triton_forward import (
     CASES,
     TYPES,
-    load_intervals,
-    load_rows,
+    Sizes,
+    key_band,
+    load_runs,
     partial_tile,
     partial_tiles,
     sees,
-    sink_range,
-    tile_range,
 )
 
 GRANULE = 16
@@ -27,29 +38,15 @@ KEY_CASES = tuple(
 
 
 @triton.jit
-def query_step(
-    b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks, s_kt, s_vt, scale2,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, HAS_SINKS: tl.constexpr, MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
+def query_step(b_dq, rows, k, v, i_n, end, runs, scale2, MASKED: tl.constexpr, S: tl.constexpr):
     """Add what the keys ``i_n .. i_n + BN - 1`` (below ``end``) give to dq."""
-    o_n = i_n + tl.arange(0, BN)
+    o_n = i_n + tl.arange(0, S.BN)
     m_n = o_n < end
 
-    b_k = load_rows(k, o_n, s_kt, m_n, D, BD, MASKED)
-    b_v = load_rows(v, o_n, s_vt, m_n, D, BD, MASKED)
-
-    b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale2 - b_lse2[:, None]  # [BM, BN]
-
-    if MASKED:
-        m_s = sees(o_n[None, :], b_lo[:, None], b_hi[:, None], b_first[:, None], num_sinks, HAS_SINKS)
-        b_s = tl.where(m_s & m_n[None, :], b_s, float("-inf"))
-        b_k = finite(b_k)
-        b_v = finite(b_v)
-
-    # ds = p * (dp - delta)
-    b_ds = tl.exp2(b_s) * (dot(b_do, tl.trans(b_v), UPCAST) - b_delta[:, None])
-    return b_dq + dot(b_ds.to(b_k.dtype), b_k, UPCAST)
+    b_k = load_rows(k, o_n, m_n, S.D, S.BD, MASKED)
+    b_v = load_rows(v, o_n, m_n, S.D, S.BD, MASKED)
+    visible = sees(o_n, m_n, runs, S.HAS_SINKS) if MASKED else None
+    return grade_queries(b_dq, rows, b_k, b_v, visible, scale2, MASKED, MASKED, S.UPCAST)
 
 
 @declare(
@@ -64,14 +61,14 @@ def query_step(
     cases=CASES,
 )
 def interval_backward_q(
-    q, k, v, do, lse, delta, dq, lo, hi, first,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_gb, s_gt, s_gh, s_db, s_dt, s_dh,
-    s_lb, s_lt, s_lh, s_ib,
+    q, k, v, do, lse, delta, dq, lo, hi, first, s_q, s_k, s_v, s_g, s_d, s_l, s_ib,
     scale, num_sinks, TQ, HQ, G,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_SINKS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Store dq of a tile of queries of one head."""
+    S: tl.constexpr = Sizes(D, BD, BN, HAS_SINKS, UPCAST)
+
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
     i_h = (tl.program_id(1) % HQ).to(tl.int64)
@@ -79,83 +76,66 @@ def interval_backward_q(
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < TQ
 
-    k += i_b * s_kb + (i_h // G) * s_kh
-    v += i_b * s_vb + (i_h // G) * s_vh
+    k = head_rows(k, s_k, i_b, i_h // G)
+    v = head_rows(v, s_v, i_b, i_h // G)
 
     # Which keys the tile walks, as in the forward
-    b_lo, b_hi, b_first = load_intervals(
-        lo + i_b * s_ib, hi + i_b * s_ib, first + i_b * s_ib, o_m, m_m, HAS_SINKS
-    )
-    begin, full, cut, end = tile_range(b_lo, b_hi, m_m, BN)
-    sink, sink_end = sink_range(b_first, num_sinks, begin, HAS_SINKS)
+    o_i = i_b * s_ib
+    runs = load_runs(lo + o_i, hi + o_i, first + o_i, o_m, m_m, num_sinks, HAS_SINKS)
+    band = key_band(runs, m_m, BN, HAS_SINKS)
 
-    # Rows of q and do; probabilities come from the saved lse, +inf gives p = 0.
-    b_q = load_rows(q + i_b * s_qb + i_h * s_qh, o_m, s_qt, m_m, D, BD, True)
-    b_do = load_rows(do + i_b * s_gb + i_h * s_gh, o_m, s_gt, m_m, D, BD, True)
-    p_l = i_b * s_lb + i_h * s_lh + o_m.to(tl.int64) * s_lt
-    b_lse = tl.load(lse + p_l, mask=m_m, other=float("-inf"))
-    b_lse2 = tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
-    # A query without keys has no gradient, whatever its lse is used for.
-    b_delta = tl.load(delta + p_l, mask=m_m & (b_lse > float("-inf")), other=0.0)
+    b_q = load_rows(head_rows(q, s_q, i_b, i_h), o_m, m_m, D, BD, True)
+    b_do = load_rows(head_rows(do, s_g, i_b, i_h), o_m, m_m, D, BD, True)
+    o_l = i_b * s_l[0] + i_h * s_l[2] + o_m.to(tl.int64) * s_l[1]
+    base, b_delta = load_terms(lse + o_l, delta + o_l, m_m, True)
+    rows = Graded(b_q, b_do, base, b_delta)
 
-    scale2 = scale * 1.4426950408889634
+    scale2 = scale * LOG2E
     b_dq = tl.zeros([BM, BD], tl.float32)
 
-    for i in range(partial_tiles(sink, sink_end, begin, full, cut, end, BN)):
-        i_n, stop = partial_tile(i, sink, sink_end, begin, full, cut, end, BN)
-        b_dq = query_step(
-            b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, stop, b_lo, b_hi, b_first, num_sinks,
-            s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, True, UPCAST,
-        )  # fmt: skip
-    for i_n in range(full, cut, BN):
-        b_dq = query_step(
-            b_dq, b_q, b_do, b_lse2, b_delta, k, v, i_n, end, b_lo, b_hi, b_first, num_sinks,
-            s_kt, s_vt, scale2, D, BD, BN, HAS_SINKS, False, UPCAST,
-        )  # fmt: skip
+    for i in range(partial_tiles(band, BN)):
+        i_n, stop = partial_tile(i, band, BN)
+        b_dq = query_step(b_dq, rows, k, v, i_n, stop, runs, scale2, True, S)
+    for i_n in range(band.full, band.cut, BN):
+        b_dq = query_step(b_dq, rows, k, v, i_n, band.end, runs, scale2, False, S)
 
-    o_d = tl.arange(0, BD)
-    p_dq = dq + i_b * s_db + i_h * s_dh + o_m.to(tl.int64)[:, None] * s_dt + o_d[None, :]
-    tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+    store_rows(head_rows(dq, s_d, i_b, i_h), o_m, m_m, b_dq * scale, D, BD)
+
+
+@triton.jit
+def head_of_group(group, s_q, s_g, s_l, i_g):
+    """Return q, do, lse and delta of the i-th head of a group; ``group`` are those of the first."""
+    return Graded(
+        Rows(group.q + i_g * s_q[2], s_q[1]), Rows(group.do + i_g * s_g[2], s_g[1]),
+        Rows(group.base + i_g * s_l[2], s_l[1]), group.delta + i_g * s_l[2],
+    )  # fmt: skip
 
 
 @triton.jit
 def key_step(
-    b_dk, b_dv, b_k, b_v, q, do, lse, delta, lo, hi, i_m, end, o_n, s_qt, s_gt, s_lt, scale2,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    grads, b_k, b_v, readers, lo, hi, i_m, end, o_n, scale2, MASKED: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
-    """Add what the queries ``i_m .. i_m + BM - 1`` (below ``end``) of one head give to dk and dv."""
-    o_m = i_m + tl.arange(0, BM)
+    """Add what the queries ``i_m .. i_m + BM - 1`` (below ``end``) of one head give to dk and dv.
+
+    ``readers`` are q, do, lse and delta of the head; its BN of :class:`Sizes` counts queries.
+    """
+    o_m = i_m + tl.arange(0, S.BN)
     m_m = o_m < end
-
     if MASKED:
-        b_lo, b_hi, _ = load_intervals(lo, hi, lo, o_m, m_m, False)
-        m_m = m_m & (b_lo < b_hi)  # padding may hold anything
+        runs = load_runs(lo, hi, lo, o_m, m_m, 0, False)
+        m_m = m_m & (runs.lo < runs.hi)  # padding may hold anything
 
-    b_q = load_rows(q, o_m, s_qt, m_m, D, BD, MASKED)
-    b_do = load_rows(do, o_m, s_gt, m_m, D, BD, MASKED)
+    b_q = load_rows(readers.q, o_m, m_m, S.D, S.BD, MASKED)
+    b_do = load_rows(readers.do, o_m, m_m, S.D, S.BD, MASKED)
+
+    o_l = o_m.to(tl.int64) * readers.base.step
+    base, b_delta = load_terms(readers.base.first + o_l, readers.delta + o_l, m_m, MASKED)
+    rows = Graded(b_q, b_do, base, b_delta)
+
+    visible = None
     if MASKED:
-        b_lse2 = tl.load(lse + o_m.to(tl.int64) * s_lt, mask=m_m, other=float("inf")) * 1.4426950408889634
-        b_delta = tl.load(delta + o_m.to(tl.int64) * s_lt, mask=m_m, other=0.0)
-    else:
-        b_lse2 = tl.load(lse + o_m.to(tl.int64) * s_lt) * 1.4426950408889634
-        b_delta = tl.load(delta + o_m.to(tl.int64) * s_lt)
-
-    b_s = dot(b_k, tl.trans(b_q), UPCAST) * scale2 - b_lse2[None, :]  # [BN, BM]
-    b_dp = dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :]
-    if MASKED:
-        # A query that is not finite must not reach the keys it does not see.
-        m_s = sees(o_n[:, None], b_lo[None, :], b_hi[None, :], b_lo[None, :], 0, False)
-        good = finite_rows(b_q) & finite_rows(b_do)
-        b_q = finite(b_q)
-        b_do = finite(b_do)
-        b_s = tl.where(m_s, tl.where(good[None, :], b_s, float("nan")), float("-inf"))
-        b_dp = tl.where(m_s, b_dp, 0.0)
-
-    b_p = tl.exp2(b_s)
-    b_ds = b_p * b_dp
-    b_dv += dot(b_p.to(b_do.dtype), b_do, UPCAST)
-    b_dk += dot(b_ds.to(b_q.dtype), b_q, UPCAST)
-    return b_dk, b_dv
+        visible = (o_n[:, None] >= runs.lo[None, :]) & (o_n[:, None] < runs.hi[None, :])
+    return grade_keys(grads, b_k, b_v, rows, visible, scale2, MASKED, MASKED, S.UPCAST)
 
 
 @declare(
@@ -170,9 +150,7 @@ def key_step(
     cases=KEY_CASES,
 )
 def interval_backward_kv(
-    q, k, v, do, lse, delta, dk, dv, lo, hi, bounds,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_gb, s_gt, s_gh, s_db, s_dt, s_dh,
-    s_lb, s_lt, s_lh, s_ib, s_bb, s_pb,
+    q, k, v, do, lse, delta, dk, dv, lo, hi, bounds, s_q, s_k, s_v, s_g, s_d, s_l, s_ib, s_bb, s_pb,
     scale, num_bounds, parts, TK, HQ, G,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
     GRANULE: tl.constexpr,
@@ -182,6 +160,8 @@ def interval_backward_kv(
     Sinks are runs of keys of their own, with other lo and hi. The queries are split into ``parts`` runs of
     equal length; each has its own dk and dv, ``s_pb`` apart.
     """
+    S: tl.constexpr = Sizes(D, BD, BM, False, UPCAST)
+
     # The first keys are seen by the most queries: they start first.
     i_n = tl.program_id(0) * BN
     i_b = (tl.program_id(1) // (HQ // G)).to(tl.int64)
@@ -189,8 +169,8 @@ def interval_backward_kv(
     o_n = i_n + tl.arange(0, BN)
     m_n = o_n < TK
 
-    b_k = finite(load_rows(k + i_b * s_kb + i_h * s_kh, o_n, s_kt, m_n, D, BD, True))
-    b_v = finite(load_rows(v + i_b * s_vb + i_h * s_vh, o_n, s_vt, m_n, D, BD, True))
+    b_k = finite(load_rows(head_rows(k, s_k, i_b, i_h), o_n, m_n, D, BD, True))
+    b_v = finite(load_rows(head_rows(v, s_v, i_b, i_h), o_n, m_n, D, BD, True))
 
     bounds += i_b * s_bb
     left = i_n // GRANULE
@@ -208,44 +188,36 @@ def interval_backward_kv(
 
     lo += i_b * s_ib
     hi += i_b * s_ib
-    scale2 = scale * 1.4426950408889634
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BD], tl.float32)
+    scale2 = scale * LOG2E
+    grads = (tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32))
 
     # The first query head of the group
-    q += i_b * s_qb + i_h * G * s_qh
-    do += i_b * s_gb + i_h * G * s_gh
-    lse += i_b * s_lb + i_h * G * s_lh
-    delta += i_b * s_lb + i_h * G * s_lh
+    i_q = i_h * G
+    o_l = i_b * s_l[0] + i_q * s_l[2]
+    q += i_b * s_q[0] + i_q * s_q[2]
+    do += i_b * s_g[0] + i_q * s_g[2]
+    group = Graded(q, do, lse + o_l, delta + o_l)
 
     # Tiles of queries that need a mask, of all heads one after another; this program takes its part of them.
     edge = (full - begin) // BM
     i_p = tl.program_id(2)
     tiles = edge + tl.cdiv(tl.maximum(end - cut, 0), BM)
     for i in range(G * tiles * i_p // parts, G * tiles * (i_p + 1) // parts):
-        i_g = (i // tiles).to(tl.int64)
         i_t = i % tiles
         i_m = tl.where(i_t < edge, begin + i_t * BM, cut + (i_t - edge) * BM)
-        b_dk, b_dv = key_step(
-            b_dk, b_dv, b_k, b_v, q + i_g * s_qh, do + i_g * s_gh, lse + i_g * s_lh, delta + i_g * s_lh,
-            lo, hi, i_m, end, o_n, s_qt, s_gt, s_lt, scale2, D, BD, BM, True, UPCAST,
-        )  # fmt: skip
+        readers = head_of_group(group, s_q, s_g, s_l, (i // tiles).to(tl.int64))
+        grads = key_step(grads, b_k, b_v, readers, lo, hi, i_m, end, o_n, scale2, True, S)
 
     # Tiles of queries that see every key of the tile
     tiles = (cut - full) // BM
     for i in range(G * tiles * i_p // parts, G * tiles * (i_p + 1) // parts):
-        i_g = (i // tiles).to(tl.int64)
         i_m = full + i % tiles * BM
-        b_dk, b_dv = key_step(
-            b_dk, b_dv, b_k, b_v, q + i_g * s_qh, do + i_g * s_gh, lse + i_g * s_lh, delta + i_g * s_lh,
-            lo, hi, i_m, end, o_n, s_qt, s_gt, s_lt, scale2, D, BD, BM, False, UPCAST,
-        )  # fmt: skip
+        readers = head_of_group(group, s_q, s_g, s_l, (i // tiles).to(tl.int64))
+        grads = key_step(grads, b_k, b_v, readers, lo, hi, i_m, end, o_n, scale2, False, S)
 
-    o_d = tl.arange(0, BD)
-    m_nd = m_n[:, None] & (o_d < D)[None, :]
-    p_d = i_p.to(tl.int64) * s_pb + i_b * s_db + i_h * s_dh + o_n.to(tl.int64)[:, None] * s_dt + o_d[None, :]
-    tl.store(dk + p_d, (b_dk * scale).to(dk.dtype.element_ty), mask=m_nd)
-    tl.store(dv + p_d, b_dv.to(dv.dtype.element_ty), mask=m_nd)
+    o_p = i_p.to(tl.int64) * s_pb
+    store_rows(head_rows(dk + o_p, s_d, i_b, i_h), o_n, m_n, grads[0] * scale, D, BD)
+    store_rows(head_rows(dv + o_p, s_d, i_b, i_h), o_n, m_n, grads[1], D, BD)
 
 
 @declare(
@@ -254,8 +226,7 @@ def interval_backward_kv(
     cases=tuple({"D": d, "BD": bd} for d, bd in ((128, 128), (64, 64), (80, 128), (256, 256))),
 )
 def output_delta(
-    o, do, dlse, delta, s_ob, s_ot, s_oh, s_gb, s_gt, s_gh, s_eb, s_et, s_eh, s_lb, s_lt, s_lh, TQ, HQ,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    o, do, dlse, delta, s_o, s_g, s_e, s_l, TQ, HQ, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     """Store ``rowsum(o * do) - dlse``."""
     i_b = (tl.program_id(1) // HQ).to(tl.int64)
@@ -263,9 +234,9 @@ def output_delta(
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < TQ
 
-    b_o = load_rows(o + i_b * s_ob + i_h * s_oh, o_m, s_ot, m_m, D, BD, True).to(tl.float32)
-    b_do = load_rows(do + i_b * s_gb + i_h * s_gh, o_m, s_gt, m_m, D, BD, True).to(tl.float32)
+    b_o = load_rows(head_rows(o, s_o, i_b, i_h), o_m, m_m, D, BD, True).to(tl.float32)
+    b_do = load_rows(head_rows(do, s_g, i_b, i_h), o_m, m_m, D, BD, True).to(tl.float32)
 
     o_t = o_m.to(tl.int64)
-    b_dlse = tl.load(dlse + i_b * s_eb + i_h * s_eh + o_t * s_et, mask=m_m, other=0.0)
-    tl.store(delta + i_b * s_lb + i_h * s_lh + o_t * s_lt, tl.sum(b_o * b_do, 1) - b_dlse, mask=m_m)
+    b_dlse = tl.load(dlse + i_b * s_e[0] + i_h * s_e[2] + o_t * s_e[1], mask=m_m, other=0.0)
+    tl.store(delta + i_b * s_l[0] + i_h * s_l[2] + o_t * s_l[1], tl.sum(b_o * b_do, 1) - b_dlse, mask=m_m)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nsa_convert.kernels.common.custom_ops import new_name
+from nsa_convert.kernels.interval.triton_backend import row_delta
 from nsa_convert.kernels.union.triton_backward_kv import backward_kv
-from nsa_convert.kernels.union.triton_backward_q import backward_q, row_sums
+from nsa_convert.kernels.union.triton_backward_q import backward_q
 from nsa_convert.kernels.union.triton_forward import forward
 from nsa_convert.kernels.union.triton_plan import ROWS, Plan, Shape, make_plan
 from nsa_convert.kernels.union.triton_steps import ROW_BYTES, row_bytes
@@ -86,15 +87,15 @@ def selected_attention_backward(
     layout = _layout(offset_tensor, offset, start, cu_seqlens)
     plan = _plan(q, k, indices, block_size, query_block, layout)
 
-    delta, base = row_sums(o, lse, do, dlse.contiguous())
-    dq = backward_q(q, k, v, do, delta, base, plan, scale)
+    delta = row_delta(o, do, dlse, lse)
+    dq = backward_q(q, k, v, do, delta, lse, plan, scale)
     if plan.halves == 2:  # keys walk the halves that list them
         room = plan.unions.of_halves
         shape = Shape(rows=plan.rows // 2)
         del plan
         plan = _plan(q, k, indices, block_size, query_block, layout, shape, room)
 
-    return dq, *backward_kv(q, k, v, do, delta, base, plan, scale)
+    return dq, *backward_kv(q, k, v, do, delta, lse, plan, scale)
 
 
 @selected_attention_backward.register_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 import torch
@@ -9,22 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_convert.kernels.common.toolchain import (
-    Config,
+from nsa_convert.kernels.common.toolchain import Config, declare, padded_dim, strides
+from nsa_convert.kernels.common.triton_flash import (
+    LN2,
+    Rows,
     all_finite,
-    clean_rows,
-    declare,
-    dot,
     finite,
-    finite_rows,
-    padded_dim,
+    grade_keys,
+    head_rows,
+    load_rows,
+    store_rows,
 )
 from nsa_convert.kernels.union.triton_plan import Plan, Readers, invert
 from nsa_convert.kernels.union.triton_steps import (
     EXACT,
     GEOMETRY,
     LONG,
+    Queries,
+    Row,
+    flag_pointer,
     key_steps,
+    load_queries,
     row_bytes,
     tile_arguments,
 )
@@ -40,73 +46,81 @@ CASES: tuple[dict[str, Any], ...] = tuple(
 FAST = {"CLEAN": (False,)}
 
 
+Sizes = namedtuple("Sizes", ("D", "DP", "BM", "R", "W", "BR", "UPCAST", "CLEAN"))
+"""Constants of :func:`sum_readers`: head dim, the same padded, rows of a tile, heads and queries of it.
+
+``BR`` rows are taken at a time.
+"""
+
+
+Keys = namedtuple("Keys", ("k", "v", "slots", "exist"))
+"""Keys and values of a block ``[BN, DP]``, their slots and which of them exist."""
+
+
+Entries = namedtuple("Entries", ("begin", "end", "entry_tiles", "entry_members", "tiles", "num_tiles"))
+"""The entries ``begin .. end - 1`` of the inverse of the lists, and the tiles that they name."""
+
+
 @triton.jit
-def sum_readers(
-    b_k, b_v, o_k, m_k, q, do, base, delta, tiles, entry_tiles, entry_members, begin, end, i_h, first_row, HQ,
-    num_tiles, scale, s_qt, s_qh, s_dt, s_dh,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
-    BN: tl.constexpr, BR: tl.constexpr, UPCAST: tl.constexpr, CLEAN: tl.constexpr,
-):  # fmt: skip
-    """Return dk, without the scale, and dv of a block: sums over the entries ``begin .. end - 1``."""
-    if CLEAN:
-        b_k = finite(b_k)
-        b_v = finite(b_v)
+def place_of(block, key_heads, block_rows, H):
+    """Return the batch row and the key head of a block row."""
+    i_bh = block // block_rows
+    return i_bh // key_heads, i_bh % key_heads * (H // key_heads) + tl.program_id(1)
 
-    b_dk = tl.zeros([BN, DP], tl.float32)
-    b_dv = tl.zeros([BN, DP], tl.float32)
-    o_r = tl.arange(0, BR)
-    o_d = tl.arange(0, DP)
 
-    STEPS: tl.constexpr = (BM + BR - 1) // BR
-    for j in range(begin * STEPS, end * STEPS):
-        entry = tl.load(entry_tiles + j // STEPS)
-        bits = tl.load(entry_members + j // STEPS)
+@triton.jit
+def block_keys(p_tile, block, used, TK, BS: tl.constexpr, BN: tl.constexpr):
+    """Return numbers and slots of BN keys of a block, and which of them exist; none of one that is not used.
+
+    ``p_tile`` is any tile that reads the block: it says where the document lies.
+    """
+    start = tl.load(p_tile + 3)
+    stop = tl.where(used, tl.load(p_tile + 4), 0)
+    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
+    o_k = start + (block - tl.load(p_tile + 5)) * BS + o_n  # int64
+    return o_n, o_k, (o_n < BS) & (o_k >= start) & (o_k < stop) & (o_k < TK)
+
+
+@triton.jit
+def sum_readers(keys, queries, entries, head, first_row, HQ, scale, S: tl.constexpr):
+    """Return dk, without the scale, and dv of a block: sums over its entries.
+
+    ``head`` is the first query head of the block's group, ``first_row`` the row of the first query.
+    """
+    b_k = finite(keys.k) if S.CLEAN else keys.k
+    b_v = finite(keys.v) if S.CLEAN else keys.v
+    grads = (tl.zeros(b_k.shape, tl.float32), tl.zeros(b_v.shape, tl.float32))
+
+    STEPS: tl.constexpr = (S.BM + S.BR - 1) // S.BR
+    for j in range(entries.begin * STEPS, entries.end * STEPS):
+        entry = tl.load(entries.entry_tiles + j // STEPS)
+        bits = tl.load(entries.entry_members + j // STEPS)
 
         # Which tile the entry names, and the rows of it that this step takes
-        p_tile = tiles + (entry % num_tiles).to(tl.int64) * 8
+        p_tile = entries.tiles + (entry % entries.num_tiles).to(tl.int64) * 8
         first = tl.load(p_tile)
         count = tl.load(p_tile + 1)
         slot = tl.load(p_tile + 2)
 
-        o_m = j % STEPS * BR + o_r
-        o_w = o_m // R
-        m_m = (o_w < count) & (o_m < W * R)
+        o_m = j % STEPS * S.BR + tl.arange(0, S.BR)
+        o_w = o_m // S.R
+        m_m = (o_w < count) & (o_m < S.W * S.R)
 
         o_q = (first + o_w).to(tl.int64)
-        o_hq = i_h * G + entry // num_tiles * R + o_m % R
-        m_md = m_m[:, None] & (o_d < D)[None, :]
-        p_q = q + (o_q * s_qt + o_hq * s_qh)[:, None] + o_d[None, :]
-        p_do = do + (o_q * s_dt + o_hq * s_dh)[:, None] + o_d[None, :]
-        b_q = tl.load(p_q, mask=m_md, other=0.0)  # [BR, DP]
-        b_do = tl.load(p_do, mask=m_md, other=0.0)
-
-        row = (first_row + o_q) * HQ + o_hq
-        b_base = tl.load(base + row, mask=m_m, other=float("inf"))
-        b_delta = tl.load(delta + row, mask=m_m, other=0.0)
+        o_hq = head + entry // entries.num_tiles * S.R + o_m % S.R
+        rows = load_queries(queries, (first_row + o_q) * HQ + o_hq, o_q, o_hq, m_m, S.D, S.DP)  # [BR, DP]
 
         listed = ((bits >> o_w.to(tl.int64)) & 1) != 0
-        visible = (listed & m_m)[None, :] & m_k[:, None] & (o_k[:, None] <= (slot + o_w)[None, :])
-        if CLEAN:
-            good = finite_rows(b_q) & finite_rows(b_do)
-            b_q = clean_rows(b_q, good)
-            b_do = clean_rows(b_do, good)
-            b_base = tl.where(good, b_base, float("nan"))
-
-        b_s = tl.where(visible, dot(b_k, tl.trans(b_q), UPCAST) * scale, float("-inf"))  # [BN, BR]
-        b_p = tl.exp2(b_s - b_base[None, :])
-        b_dp = dot(b_v, tl.trans(b_do), UPCAST) - b_delta[None, :]
-        if CLEAN:
-            b_p = tl.where(visible, b_p, 0.0)
-            b_dp = tl.where(visible, b_dp, 0.0)
-
-        b_dv += dot(b_p.to(b_do.dtype), b_do, UPCAST)
-        b_dk += dot((b_p * b_dp).to(b_q.dtype), b_q, UPCAST)
-    return b_dk, b_dv
+        visible = (
+            (listed & m_m)[None, :] & keys.exist[:, None] & (keys.slots[:, None] <= (slot + o_w)[None, :])
+        )
+        grads = grade_keys(grads, b_k, b_v, rows, visible, scale, True, S.CLEAN, S.UPCAST)
+    return grads
 
 
 @declare(
     types={
-        **GEOMETRY, "q": "*T", "k": "*T", "v": "*T", "do": "*T", "base": "*fp32", "delta": "*fp32",
+        **GEOMETRY, "q": "*T", "k": "*T", "v": "*T", "do": "*T", "lse": "*fp32", "delta": "*fp32",
         "dk": "*T", "dv": "*T", "part_k": "*fp32", "part_v": "*fp32", "items": "*i64", "entry_tiles": "*i32",
         "entry_members": "*i64", "key_heads": "i32", "block_rows": "i32", "num_tiles": "i32", "H": "i32",
     },
@@ -121,9 +135,8 @@ def sum_readers(
     cases=CASES,
 )  # fmt: skip
 def attend_backward_kv(
-    q, k, v, do, base, delta, dk, dv, part_k, part_v, broken, items, entry_tiles, entry_members, tiles, scale,
-    TQ, TK, HQ, H, key_heads, block_rows, num_tiles,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_db, s_dt, s_dh,
+    q, k, v, do, lse, delta, dk, dv, part_k, part_v, broken, items, entry_tiles, entry_members, tiles, scale,
+    TQ, TK, HQ, H, key_heads, block_rows, num_tiles, s_q, s_k, s_v, s_d,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     BS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, UPCAST: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
@@ -132,8 +145,7 @@ def attend_backward_kv(
     Programs: (items, key heads that share the item, parts of BN keys). BR rows of a tile are taken at a time.
     A second launch with CLEAN computes again what is not finite, as in the forward.
     """
-    p_broken = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    p_broken = broken + p_broken.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    p_broken = flag_pointer(broken)
     if CLEAN:  # noqa: SIM102 - one is a constant of the compiler, the other is not
         if tl.load(p_broken) == 0:
             return
@@ -144,51 +156,37 @@ def attend_backward_kv(
         tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2), tl.load(p_item + 3)
     )  # fmt: skip
     block = tl.maximum(block, 0)
-    i_bh = block // block_rows
-    i_b = i_bh // key_heads
-    i_h = i_bh % key_heads * (H // key_heads) + tl.program_id(1)
+    i_b, i_h = place_of(block, key_heads, block_rows, H)
 
-    # Where the block's document lies, from any tile that reads it
+    # A spare item has no entries and no keys.
+    used = begin < end
     tiles += i_b * num_tiles * 8
-    p_tile = tiles + (tl.load(entry_tiles + begin, mask=begin < end, other=0) % num_tiles).to(tl.int64) * 8
-    start = tl.load(p_tile + 3)
-    stop = tl.load(p_tile + 4)
-    first_block = tl.load(p_tile + 5)
-    stop = tl.where(begin < end, stop, 0)  # a spare item has no entries: its masks are empty
+    p_tile = tiles + (tl.load(entry_tiles + begin, mask=used, other=0) % num_tiles).to(tl.int64) * 8
+    o_n, o_k, m_k = block_keys(p_tile, block % block_rows, used, TK, BS, BN)
 
-    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
-    o_d = tl.arange(0, DP)
-    o_k = start + (block % block_rows - first_block) * BS + o_n  # int64
-    m_d = o_d < D
-    m_k = (o_n < BS) & (o_k >= start) & (o_k < stop) & (o_k < TK)
-    m_kd = m_k[:, None] & m_d[None, :]
-    b_k = tl.load(k + i_b * s_kb + i_h * s_kh + (o_k * s_kt)[:, None] + o_d[None, :], mask=m_kd, other=0.0)
-    b_v = tl.load(v + i_b * s_vb + i_h * s_vh + (o_k * s_vt)[:, None] + o_d[None, :], mask=m_kd, other=0.0)
+    b_k = load_rows(head_rows(k, s_k, i_b, i_h), o_k, m_k, D, DP, True)
+    b_v = load_rows(head_rows(v, s_v, i_b, i_h), o_k, m_k, D, DP, True)
+    keys = Keys(b_k, b_v, o_k, m_k)
+    queries = Queries(Row(q + i_b * s_q[0], s_q), Row(do + i_b * s_d[0], s_d), lse, delta)
+    entries = Entries(begin.to(tl.int32), end.to(tl.int32), entry_tiles, entry_members, tiles, num_tiles)
 
-    q += i_b * s_qb
-    do += i_b * s_db
-    begin = begin.to(tl.int32)
-    end = end.to(tl.int32)
-    b_dk, b_dv = sum_readers(
-        b_k, b_v, o_k, m_k, q, do, base, delta, tiles, entry_tiles, entry_members, begin, end, i_h, i_b * TQ,
-        HQ, num_tiles, scale, s_qt, s_qh, s_dt, s_dh, D, DP, BM, R, G, W, BN, BR, UPCAST, CLEAN,
-    )  # fmt: skip
+    S: tl.constexpr = Sizes(D, DP, BM, R, W, BR, UPCAST, CLEAN)
+    b_dk, b_dv = sum_readers(keys, queries, entries, i_h * G, i_b * TQ, HQ, scale, S)
 
     if not CLEAN:
         tl.store(p_broken, 1 - (all_finite(b_dk) & all_finite(b_dv)).to(tl.int32))
 
-    LN2: tl.constexpr = 0.6931471805599453  # scale holds log2(e)
-    b_dk *= scale * LN2
+    b_dk *= scale * LN2  # scale holds log2(e)
 
     # The only item of a block writes its gradients, others a partial sum.
     if at < 0:
-        p_d = ((i_b * TK + o_k) * H + i_h)[:, None] * D + o_d[None, :]
-        tl.store(dk + p_d, b_dk.to(dk.dtype.element_ty), mask=m_kd)
-        tl.store(dv + p_d, b_dv.to(dv.dtype.element_ty), mask=m_kd)
+        row = (i_b * TK + o_k) * H + i_h
+        store_rows(Rows(dk, D), row, m_k, b_dk, D, DP)
+        store_rows(Rows(dv, D), row, m_k, b_dv, D, DP)
     else:
-        p_d = ((at * tl.num_programs(1) + tl.program_id(1)) * BS + o_n)[:, None] * D + o_d[None, :]
-        tl.store(part_k + p_d, b_dk, mask=m_kd)
-        tl.store(part_v + p_d, b_dv, mask=m_kd)
+        row = (at * tl.num_programs(1) + tl.program_id(1)) * BS + o_n
+        store_rows(Rows(part_k, D), row, m_k, b_dk, D, DP)
+        store_rows(Rows(part_v, D), row, m_k, b_dv, D, DP)
 
 
 @declare(
@@ -213,34 +211,23 @@ def add_parts(
     at = tl.load(p_sum + 2)
     count = tl.load(p_sum + 3)
 
-    i_bh = block // block_rows
-    i_b = i_bh // key_heads
-    i_h = i_bh % key_heads * (H // key_heads) + tl.program_id(1)
+    i_b, i_h = place_of(block, key_heads, block_rows, H)
 
-    # Where the block's document lies, from any tile that reads it
-    p_tile = tiles + (i_b * num_tiles + tl.load(entry_tiles + entry, mask=count > 1, other=0) % num_tiles) * 8
-    start = tl.load(p_tile + 3)
-    stop = tl.load(p_tile + 4)
-    first_block = tl.load(p_tile + 5)
-    stop = tl.where(count > 1, stop, 0)
-
-    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
-    o_d = tl.arange(0, DP)
-    o_k = start + (block % block_rows - first_block) * BS + o_n
-    m_k = (o_n < BS) & (o_k >= start) & (o_k < stop) & (o_k < TK)
-    m_kd = m_k[:, None] & (o_d < D)[None, :]
+    used = count > 1
+    p_tile = tiles + (i_b * num_tiles + tl.load(entry_tiles + entry, mask=used, other=0) % num_tiles) * 8
+    o_n, o_k, m_k = block_keys(p_tile, block % block_rows, used, TK, BS, BN)
 
     b_dk = tl.zeros([BN, DP], tl.float32)
     b_dv = tl.zeros([BN, DP], tl.float32)
 
     for i in range(count):
-        p_d = (((at + i) * tl.num_programs(1) + tl.program_id(1)) * BS + o_n)[:, None] * D + o_d[None, :]
-        b_dk += tl.load(part_k + p_d, mask=m_kd, other=0.0)
-        b_dv += tl.load(part_v + p_d, mask=m_kd, other=0.0)
+        row = ((at + i) * tl.num_programs(1) + tl.program_id(1)) * BS + o_n
+        b_dk += load_rows(Rows(part_k, D), row, m_k, D, DP, True)
+        b_dv += load_rows(Rows(part_v, D), row, m_k, D, DP, True)
 
-    p_d = ((i_b * TK + o_k) * H + i_h)[:, None] * D + o_d[None, :]
-    tl.store(dk + p_d, b_dk.to(dk.dtype.element_ty), mask=m_kd)
-    tl.store(dv + p_d, b_dv.to(dv.dtype.element_ty), mask=m_kd)
+    row = (i_b * TK + o_k) * H + i_h
+    store_rows(Rows(dk, D), row, m_k, b_dk, D, DP)
+    store_rows(Rows(dv, D), row, m_k, b_dv, D, DP)
 
 
 def backward_kv(
@@ -249,7 +236,7 @@ def backward_kv(
     v: Tensor,
     do: Tensor,
     delta: Tensor,
-    base: Tensor,
+    lse: Tensor,
     plan: Plan,
     scale: float,
     readers: Readers | None = None,
@@ -279,11 +266,9 @@ def backward_kv(
     # The second launch computes again what is not finite.
     for clean in (False, True):
         attend_backward_kv.launch(
-            grid, q, row_bytes(q), q=q, k=k, v=v, do=do, base=base, delta=delta, items=readers.items,
+            grid, q, row_bytes(q), q=q, k=k, v=v, do=do, lse=lse, delta=delta, items=readers.items,
             entry_members=readers.entry_members, broken=broken, BN=keys, CLEAN=clean,
-            s_vb=v.stride(0), s_vt=v.stride(1), s_vh=v.stride(2),
-            s_db=do.stride(0), s_dt=do.stride(1), s_dh=do.stride(2),
-            **common, **tile_arguments(q, k, plan, scale),
+            **strides(v=v, d=do), **common, **tile_arguments(q, k, plan, scale),
         )  # fmt: skip
 
     add_parts.launch(

@@ -1,4 +1,4 @@
-"""Backward of attention to selected blocks, part 1: the row terms and the gradient of the queries."""
+"""Backward of attention to selected blocks, part 1: the gradient of the queries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_convert.kernels.common.toolchain import Config, all_finite, declare, padded_dim
+from nsa_convert.kernels.common.toolchain import Config, declare, strides
+from nsa_convert.kernels.common.triton_flash import (
+    LN2,
+    Rows,
+    all_finite,
+    grade_queries,
+    head_rows,
+    load_rows,
+    store_rows,
+)
 from nsa_convert.kernels.union.triton_plan import Plan
 from nsa_convert.kernels.union.triton_steps import (
     CASES,
@@ -15,11 +24,15 @@ from nsa_convert.kernels.union.triton_steps import (
     GEOMETRY,
     LARGE,
     SMALL,
-    gradient_rows,
-    load_heads,
-    load_keys,
+    Part,
+    Queries,
+    Row,
+    Sizes,
+    flag_pointer,
+    load_queries,
     load_tile,
     load_tile_rows,
+    load_union,
     row_bytes,
     seen_by,
     step_keys,
@@ -29,128 +42,56 @@ from nsa_convert.kernels.union.triton_steps import (
 )
 
 
-@declare(
-    types={"o": "*T", "do": "*T", "lse": "*fp32", "dlse": "*fp32", "base": "*fp32", "delta": "*fp32",
-           "rows": "i32", "TQ": "i32", "HQ": "i32"},
-    configs=(Config(num_warps=4, num_stages=1),),
-    cases=({"D": 128, "DP": 128, "BM": 32},),
-)  # fmt: skip
-def row_terms(
-    o, do, lse, dlse, base, delta, rows, TQ, HQ, s_db, s_dt, s_dh,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Write ``delta = rowsum(o * do) - dlse`` and the base of exponents ``lse * log2(e)``.
-
-    A row that sees no key gets the base +inf, so that its probabilities come out as 0. With
-    ds = p * (dp - delta), delta holds the gradients through o and lse alike.
-    """
-    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, DP)
-    m_m = o_m < rows
-    m_md = m_m[:, None] & (o_d < D)[None, :]
-
-    i_h = o_m % HQ
-    o_bt = o_m // HQ
-    p_do = do + (o_bt // TQ * s_db + o_bt % TQ * s_dt + i_h * s_dh)[:, None] + o_d[None, :]
-
-    b_do = tl.load(p_do, mask=m_md, other=0.0).to(tl.float32)
-    b_o = tl.load(o + o_m[:, None] * D + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
-    b_dlse = tl.load(dlse + o_m, mask=m_m, other=0.0)
-    b_lse = tl.load(lse + o_m, mask=m_m, other=0.0)
-
-    unseen = b_lse == float("-inf")
-    tl.store(delta + o_m, tl.where(unseen, 0.0, tl.sum(b_o * b_do, 1) - b_dlse), mask=m_m)
-
-    LOG2: tl.constexpr = 1.4426950408889634
-    tl.store(base + o_m, tl.where(unseen, float("inf"), b_lse * LOG2), mask=m_m)
-
-
 @triton.jit
 def walk_gradient(
-    b_dq, q, do, base, delta, k, v, begin, end, blocks, members, first, count, slot, start, from_w, i_p,
-    first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr,
-    CLEAN: tl.constexpr,
+    b_dq, queries, k, v, tile, union, begin, end, from_w, scale, P: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
-    """Add what the blocks ``begin .. end - 1`` give to dq of BM rows, in the order of the forward."""
-    o_q, o_hq, m_m, o_w = load_tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
+    """Add what the blocks ``begin .. end - 1`` give to dq of the rows of a part, in the forward's order."""
+    o_q, o_hq, m_m, o_w = load_tile_rows(tile, from_w, S.R, P)
+    rows = load_queries(queries, (tile.row + o_q) * tile.HQ + o_hq, o_q, o_hq, m_m, S.D, S.DP)
 
-    b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)
-    b_do = load_heads(do, o_q, o_hq, m_m, s_dt, s_dh, D, DP)
+    for j in range(begin * S.PARTS, end * S.PARTS, S.JOIN):
+        o_k, m_k, bits = step_keys(j, end, union, tile, S)
 
-    row = (first_row + o_q) * HQ + o_hq
-    b_base = tl.load(base + row, mask=m_m, other=float("inf"))
-    b_delta = tl.load(delta + row, mask=m_m, other=0.0)
+        b_k = load_rows(k, o_k, m_k, S.D, S.DP, True)
+        b_v = load_rows(v, o_k, m_k, S.D, S.DP, True)
 
-    for j in range(begin * PARTS, end * PARTS, JOIN):
-        o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, JOIN)
-
-        b_k = load_keys(k, o_k, m_k, s_kt, D, DP)
-        b_v = load_keys(v, o_k, m_k, s_vt, D, DP)
-
-        visible = seen_by(bits, o_k, m_k, o_w, slot, JOIN)
-        b_dq = gradient_rows(b_dq, b_q, b_do, b_base, b_delta, b_k, b_v, visible, scale, UPCAST, CLEAN)
+        visible = seen_by(bits, o_k, m_k, o_w, tile.slot, S.JOIN)
+        b_dq = grade_queries(b_dq, rows, b_k, b_v, visible, scale, True, S.CLEAN, S.UPCAST)
     return b_dq
 
 
 @triton.jit
-def store_gradient(
-    b_dq, dq, first_row, first, count, from_w, i_p, HQ, scale, D: tl.constexpr, DP: tl.constexpr,
-    BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
-    """Store dq of BM rows."""
-    o_q, o_hq, m_m, _ = load_tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
-    LN2: tl.constexpr = 0.6931471805599453  # scale holds log2(e)
-    o_d = tl.arange(0, DP)
-    p_dq = dq + ((first_row + o_q) * HQ + o_hq)[:, None] * D + o_d[None, :]
-    b_dq = (b_dq * (scale * LN2)).to(dq.dtype.element_ty)
-    tl.store(p_dq, b_dq, mask=m_m[:, None] & (o_d < D)[None, :])
+def store_gradient(b_dq, dq, tile, from_w, scale, D: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
+    """Store dq of the rows of a part; ``scale`` holds log2(e)."""
+    o_q, o_hq, m_m, _ = load_tile_rows(tile, from_w, R, P)
+    row = (tile.row + o_q) * tile.HQ + o_hq
+    store_rows(Rows(dq, D), row, m_m, b_dq * (scale * LN2), D, b_dq.shape[1])
 
 
 @triton.jit
-def gradient_of_tile(
-    q, do, base, delta, dq, k, v, begin, own, own2, end, blocks, members, first, count, slot, start, i_p,
-    first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr,
-    CLEAN: tl.constexpr,
-):  # fmt: skip
+def gradient_of_tile(queries, dq, k, v, tile, union, scale, P: tl.constexpr, S: tl.constexpr):
     """Compute and store dq of a tile, and return whether it is finite."""
-    b_dq = tl.zeros([BM, DP], tl.float32)
+    b_dq = tl.zeros([P.BM, S.DP], tl.float32)
+    b_dq = walk_gradient(b_dq, queries, k, v, tile, union, union.begin, union.own, 0, scale, P, S)
 
-    b_dq = walk_gradient(
-        b_dq, q, do, base, delta, k, v, begin, own, blocks, members, first, count, slot, start, 0, i_p,
-        first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN,
-        HALVES, UPCAST, CLEAN,
-    )  # fmt: skip
-
-    if HALVES == 1:
+    if P.HALVES == 1:
         good = all_finite(b_dq)
-        store_gradient(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM, R, W, 1)
+        store_gradient(b_dq, dq, tile, 0, scale, S.D, S.R, P)
     else:
-        b_dq, b_dq2 = two_halves(b_dq)
-        b_dq = walk_gradient(
-            b_dq, q, do, base, delta, k, v, own, own2, blocks, members, first, count, slot, start, 0, i_p,
-            first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN,
-            PARTS, JOIN, 1, UPCAST, CLEAN,
-        )  # fmt: skip
-        b_dq2 = walk_gradient(
-            b_dq2, q, do, base, delta, k, v, own2, end, blocks, members, first, count, slot, start, W // 2,
-            i_p, first_row, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS,
-            BN, PARTS, JOIN, 1, UPCAST, CLEAN,
-        )  # fmt: skip
+        H: tl.constexpr = Part(P.BM // 2, P.W // 2, 1)
+        low, high = two_halves(b_dq)
+        low = walk_gradient(low, queries, k, v, tile, union, union.own, union.own2, 0, scale, H, S)
+        high = walk_gradient(high, queries, k, v, tile, union, union.own2, union.end, P.W // 2, scale, H, S)
 
-        good = all_finite(b_dq) & all_finite(b_dq2)
-        store_gradient(b_dq, dq, first_row, first, count, 0, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1)
-        store_gradient(
-            b_dq2, dq, first_row, first, count, W // 2, i_p, HQ, scale, D, DP, BM // 2, R, W // 2, 1
-        )
+        good = all_finite(low) & all_finite(high)
+        store_gradient(low, dq, tile, 0, scale, S.D, S.R, H)
+        store_gradient(high, dq, tile, P.W // 2, scale, S.D, S.R, H)
     return good
 
 
 @declare(
-    types={**GEOMETRY, "q": "*T", "k": "*T", "v": "*T", "do": "*T", "base": "*fp32", "delta": "*fp32",
+    types={**GEOMETRY, "q": "*T", "k": "*T", "v": "*T", "do": "*T", "lse": "*fp32", "delta": "*fp32",
            "dq": "*T"},
     configs=(
         Config(num_warps=8, num_stages=2, max_row=256, only=LARGE),
@@ -163,66 +104,35 @@ def gradient_of_tile(
     cases=CASES,
 )  # fmt: skip
 def attend_backward_q(
-    q, k, v, do, base, delta, dq, broken, tiles, bounds, groups, blocks, members, scale, TQ, TK, HQ, HS,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_db, s_dt, s_dh,
+    q, k, v, do, lse, delta, dq, broken, tiles, bounds, groups, blocks, members, scale, TQ, TK, HQ, HS,
+    s_q, s_k, s_v, s_d,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr,
     UPCAST: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """Store dq of one tile and R heads, in the order of the forward. Programs: (tiles, HQ / R, B)."""
-    i_t = tl.program_id(0)
-    i_p = tl.program_id(1)
+    P: tl.constexpr = Part(BM, W, HALVES)
+    S: tl.constexpr = Sizes(D, DP, R, BS, BN, PARTS, JOIN, UPCAST, CLEAN)
+
+    tile = load_tile(tiles, TQ, TK, HQ, R)
+    union = load_union(blocks, members, bounds, groups, HQ, HS, R, HALVES)
+
     i_b = tl.program_id(2).to(tl.int64)
-    first, count, slot, start, begin, own, own2, end = load_tile(
-        tiles, bounds, groups, i_t, i_p, i_b, tl.num_programs(0), HQ, HS, R, HALVES
-    )
+    i_h = (tile.head // G).to(tl.int64)
+    queries = Queries(Row(q + i_b * s_q[0], s_q), Row(do + i_b * s_d[0], s_d), lse, delta)
+    k = head_rows(k, s_k, i_b, i_h)
+    v = head_rows(v, s_v, i_b, i_h)
 
-    i_h = ((i_p * R) // G).to(tl.int64)
-    q += i_b * s_qb
-    do += i_b * s_db
-    k += i_b * s_kb + i_h * s_kh
-    v += i_b * s_vb + i_h * s_vh
-
-    p_broken = broken + (i_b * tl.num_programs(1) + i_p) * tl.num_programs(0) + i_t
-
+    p_broken = flag_pointer(broken)
     if not CLEAN:
-        good = gradient_of_tile(
-            q, do, base, delta, dq, k, v, begin, own, own2, end, blocks, members, first, count, slot, start,
-            i_p, i_b * TQ, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS,
-            JOIN, HALVES, UPCAST, False,
-        )  # fmt: skip
+        good = gradient_of_tile(queries, dq, k, v, tile, union, scale, P, S)
         tl.store(p_broken, 1 - good.to(tl.int32))
     elif tl.load(p_broken) != 0:  # as in the forward
-        gradient_of_tile(
-            q, do, base, delta, dq, k, v, begin, own, own2, end, blocks, members, first, count, slot, start,
-            i_p, i_b * TQ, TK, HQ, scale, s_qt, s_qh, s_dt, s_dh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS,
-            JOIN, HALVES, UPCAST, True,
-        )  # fmt: skip
-
-
-def row_sums(o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(delta, base)``, both ``[B, TQ, HQ]`` float32; see :func:`row_terms`.
-
-    Args:
-        o: ``[B, TQ, HQ, D]``, contiguous.
-        lse: ``[B, TQ, HQ]`` float32, contiguous.
-        do: ``[B, TQ, HQ, D]``, the last dim contiguous.
-        dlse: ``[B, TQ, HQ]`` float32, contiguous.
-    """
-    delta, base = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
-
-    rows = lse.numel()
-    row_terms.launch(
-        (-(-rows // 32),), o, row_bytes(o),
-        o=o, do=do, lse=lse, dlse=dlse, base=base, delta=delta, rows=rows, TQ=o.shape[1], HQ=o.shape[2],
-        s_db=do.stride(0), s_dt=do.stride(1), s_dh=do.stride(2),
-        D=o.shape[3], DP=padded_dim(o.shape[3]), BM=32,
-    )  # fmt: skip
-    return delta, base
+        gradient_of_tile(queries, dq, k, v, tile, union, scale, P, S)
 
 
 def backward_q(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, delta: Tensor, base: Tensor, plan: Plan, scale: float
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, delta: Tensor, lse: Tensor, plan: Plan, scale: float
 ) -> Tensor:
     """Return dq ``[B, TQ, HQ, D]`` in the dtype of q."""
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -231,9 +141,8 @@ def backward_q(
 
     for clean in (False, True):
         attend_backward_q.launch(
-            grid, q, row_bytes(q), q=q, k=k, v=v, do=do, base=base, delta=delta, dq=dq, broken=broken,
-            CLEAN=clean, s_vb=v.stride(0), s_vt=v.stride(1), s_vh=v.stride(2),
-            s_db=do.stride(0), s_dt=do.stride(1), s_dh=do.stride(2),
-            **tile_arguments(q, k, plan, scale), **union_arguments(q, plan),
+            grid, q, row_bytes(q), q=q, k=k, v=v, do=do, lse=lse, delta=delta, dq=dq, broken=broken,
+            CLEAN=clean, **strides(v=v, d=do), **tile_arguments(q, k, plan, scale),
+            **union_arguments(q, plan),
         )  # fmt: skip
     return dq

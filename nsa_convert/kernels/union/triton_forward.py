@@ -7,7 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_convert.kernels.common.toolchain import Config, all_finite, declare
+from nsa_convert.kernels.common.toolchain import Config, declare, strides
+from nsa_convert.kernels.common.triton_flash import (
+    Rows,
+    Softmax,
+    all_finite,
+    attend,
+    finish_softmax,
+    head_rows,
+    load_rows,
+    new_softmax,
+    store_rows,
+)
 from nsa_convert.kernels.union.triton_plan import Plan
 from nsa_convert.kernels.union.triton_steps import (
     CASES,
@@ -15,11 +26,14 @@ from nsa_convert.kernels.union.triton_steps import (
     GEOMETRY,
     LARGE,
     SMALL,
-    add_step,
+    Part,
+    Row,
+    Sizes,
+    flag_pointer,
     load_heads,
-    load_keys,
     load_tile,
     load_tile_rows,
+    load_union,
     row_bytes,
     seen_by,
     step_keys,
@@ -31,89 +45,60 @@ from nsa_convert.kernels.union.triton_steps import (
 
 @triton.jit
 def walk_output(
-    b_m, b_l, b_o, q, k, v, begin, end, blocks, members, first, count, slot, start, from_w, i_p, TK, scale,
-    s_qt, s_qh, s_kt, s_vt,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr,
-    CLEAN: tl.constexpr,
+    state, q, k, v, tile, union, begin, end, from_w, scale, P: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
-    """Add the blocks ``begin .. end - 1`` to the running softmax of BM rows."""
-    o_q, o_hq, m_m, o_w = load_tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
-    b_q = load_heads(q, o_q, o_hq, m_m, s_qt, s_qh, D, DP)  # [BM, DP]
+    """Add the blocks ``begin .. end - 1`` to the running softmax of the rows of a part."""
+    o_q, o_hq, m_m, o_w = load_tile_rows(tile, from_w, S.R, P)
+    b_q = load_heads(q, o_q, o_hq, m_m, S.D, S.DP)  # [BM, DP]
 
-    for j in range(begin * PARTS, end * PARTS, JOIN):
-        o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, JOIN)
+    for j in range(begin * S.PARTS, end * S.PARTS, S.JOIN):
+        o_k, m_k, bits = step_keys(j, end, union, tile, S)
 
-        b_k = load_keys(k, o_k, m_k, s_kt, D, DP)
-        b_v = load_keys(v, o_k, m_k, s_vt, D, DP)
+        b_k = load_rows(k, o_k, m_k, S.D, S.DP, True)
+        b_v = load_rows(v, o_k, m_k, S.D, S.DP, True)
 
-        visible = seen_by(bits, o_k, m_k, o_w, slot, JOIN)
-        b_m, b_l, b_o = add_step(b_q, b_m, b_l, b_o, b_k, b_v, visible, scale, UPCAST, CLEAN)
-    return b_m, b_l, b_o
+        visible = seen_by(bits, o_k, m_k, o_w, tile.slot, S.JOIN)
+        state = attend(state, b_q, b_k, b_v, visible, scale, True, S.CLEAN, S.UPCAST)
+    return state
 
 
 @triton.jit
-def store_output(
-    b_m, b_l, b_o, o, lse, first_row, first, count, from_w, i_p, HQ,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    HALVES: tl.constexpr,
-):  # fmt: skip
-    """Store o and lse of BM rows."""
-    o_q, o_hq, m_m, _ = load_tile_rows(first, count, i_p, from_w, BM, R, W, HALVES)
-    blind = b_l == 0.0
-    b_l = tl.where(blind, 1.0, b_l)
+def store_output(state, o, lse, tile, from_w, D: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
+    """Store o and lse of the rows of a part."""
+    o_q, o_hq, m_m, _ = load_tile_rows(tile, from_w, R, P)
+    divisor, b_lse = finish_softmax(state.top, state.total)
 
-    o_d = tl.arange(0, DP)
-    row = (first_row + o_q) * HQ + o_hq
-    p_o = o + row[:, None] * D + o_d[None, :]
-    tl.store(p_o, (b_o / b_l[:, None]).to(o.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
-
-    LN2: tl.constexpr = 0.6931471805599453
-    tl.store(lse + row, tl.where(blind, float("-inf"), (b_m + tl.log2(b_l)) * LN2), mask=m_m)
+    row = (tile.row + o_q) * tile.HQ + o_hq
+    store_rows(Rows(o, D), row, m_m, state.sums / divisor[:, None], D, state.sums.shape[1])
+    tl.store(lse + row, b_lse, mask=m_m)
 
 
 @triton.jit
-def attend_tile(
-    q, k, v, o, lse, begin, own, own2, end, blocks, members, first, count, slot, start, i_p, first_row, TK,
-    HQ, scale, s_qt, s_qh, s_kt, s_vt,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr,
-    CLEAN: tl.constexpr,
-):  # fmt: skip
+def attend_tile(q, k, v, o, lse, tile, union, scale, P: tl.constexpr, S: tl.constexpr):
     """Attend with a tile, store the result and return whether it is finite."""
-    b_m = tl.full([BM], float("-inf"), tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
-    b_o = tl.zeros([BM, DP], tl.float32)
+    state = new_softmax(P.BM, S.DP)
 
     # The blocks that both halves of the tile's queries list, or any of its queries
-    b_m, b_l, b_o = walk_output(
-        b_m, b_l, b_o, q, k, v, begin, own, blocks, members, first, count, slot, start, 0, i_p, TK, scale,
-        s_qt, s_qh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN, HALVES, UPCAST, CLEAN,
-    )  # fmt: skip
+    state = walk_output(state, q, k, v, tile, union, union.begin, union.own, 0, scale, P, S)
 
-    if HALVES == 1:
-        good = all_finite(b_o)
-        store_output(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM, R, W, 1)
+    if P.HALVES == 1:
+        good = all_finite(state.sums)
+        store_output(state, o, lse, tile, 0, S.D, S.R, P)
     else:
-        b_m, b_m2 = two_halves(b_m)
-        b_l, b_l2 = two_halves(b_l)
-        b_o, b_o2 = two_halves(b_o)
+        H: tl.constexpr = Part(P.BM // 2, P.W // 2, 1)
+        top, top2 = two_halves(state.top)
+        total, total2 = two_halves(state.total)
+        sums, sums2 = two_halves(state.sums)
+        low = Softmax(top, total, sums)
+        high = Softmax(top2, total2, sums2)
 
         # The blocks that only the first half lists, then those of the second
-        b_m, b_l, b_o = walk_output(
-            b_m, b_l, b_o, q, k, v, own, own2, blocks, members, first, count, slot, start, 0, i_p, TK, scale,
-            s_qt, s_qh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN, PARTS, JOIN, 1, UPCAST, CLEAN,
-        )  # fmt: skip
-        b_m2, b_l2, b_o2 = walk_output(
-            b_m2, b_l2, b_o2, q, k, v, own2, end, blocks, members, first, count, slot, start, W // 2, i_p, TK,
-            scale, s_qt, s_qh, s_kt, s_vt, D, DP, BM // 2, R, W // 2, BS, BN, PARTS, JOIN, 1, UPCAST, CLEAN,
-        )  # fmt: skip
+        low = walk_output(low, q, k, v, tile, union, union.own, union.own2, 0, scale, H, S)
+        high = walk_output(high, q, k, v, tile, union, union.own2, union.end, P.W // 2, scale, H, S)
 
-        good = all_finite(b_o) & all_finite(b_o2)
-        store_output(b_m, b_l, b_o, o, lse, first_row, first, count, 0, i_p, HQ, D, DP, BM // 2, R, W // 2, 1)
-        store_output(
-            b_m2, b_l2, b_o2, o, lse, first_row, first, count, W // 2, i_p, HQ, D, DP, BM // 2, R, W // 2, 1
-        )
+        good = all_finite(low.sums) & all_finite(high.sums)
+        store_output(low, o, lse, tile, 0, S.D, S.R, H)
+        store_output(high, o, lse, tile, P.W // 2, S.D, S.R, H)
     return good
 
 
@@ -131,8 +116,7 @@ def attend_tile(
     cases=CASES,
 )
 def attend_forward(
-    q, k, v, o, lse, broken, tiles, bounds, groups, blocks, members, scale, TQ, TK, HQ, HS,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh,
+    q, k, v, o, lse, broken, tiles, bounds, groups, blocks, members, scale, TQ, TK, HQ, HS, s_q, s_k, s_v,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, JOIN: tl.constexpr, HALVES: tl.constexpr,
     UPCAST: tl.constexpr, CLEAN: tl.constexpr,
@@ -144,32 +128,24 @@ def attend_forward(
     the tiles again whose output is not finite: values that are not finite then reach only the queries that
     see them.
     """
-    i_t = tl.program_id(0)
-    i_p = tl.program_id(1)
+    P: tl.constexpr = Part(BM, W, HALVES)
+    S: tl.constexpr = Sizes(D, DP, R, BS, BN, PARTS, JOIN, UPCAST, CLEAN)
+
+    tile = load_tile(tiles, TQ, TK, HQ, R)
+    union = load_union(blocks, members, bounds, groups, HQ, HS, R, HALVES)
+
     i_b = tl.program_id(2).to(tl.int64)
-    first, count, slot, start, begin, own, own2, end = load_tile(
-        tiles, bounds, groups, i_t, i_p, i_b, tl.num_programs(0), HQ, HS, R, HALVES
-    )
+    i_h = (tile.head // G).to(tl.int64)
+    q = Row(q + i_b * s_q[0], s_q)
+    k = head_rows(k, s_k, i_b, i_h)
+    v = head_rows(v, s_v, i_b, i_h)
 
-    i_h = ((i_p * R) // G).to(tl.int64)
-    q += i_b * s_qb
-    k += i_b * s_kb + i_h * s_kh
-    v += i_b * s_vb + i_h * s_vh
-
-    p_broken = broken + (i_b * tl.num_programs(1) + i_p) * tl.num_programs(0) + i_t
-
+    p_broken = flag_pointer(broken)
     if not CLEAN:
-        good = attend_tile(
-            q, k, v, o, lse, begin, own, own2, end, blocks, members, first, count, slot, start, i_p, i_b * TQ,
-            TK, HQ, scale, s_qt, s_qh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN, HALVES, UPCAST,
-            False,
-        )  # fmt: skip
+        good = attend_tile(q, k, v, o, lse, tile, union, scale, P, S)
         tl.store(p_broken, 1 - good.to(tl.int32))
     elif tl.load(p_broken) != 0:
-        attend_tile(
-            q, k, v, o, lse, begin, own, own2, end, blocks, members, first, count, slot, start, i_p, i_b * TQ,
-            TK, HQ, scale, s_qt, s_qh, s_kt, s_vt, D, DP, BM, R, W, BS, BN, PARTS, JOIN, HALVES, UPCAST, True,
-        )  # fmt: skip
+        attend_tile(q, k, v, o, lse, tile, union, scale, P, S)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
@@ -191,7 +167,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
     for clean in (False, True):
         attend_forward.launch(
             grid, q, row_bytes(q), q=q, k=k, v=v, o=o, lse=lse, broken=broken, CLEAN=clean,
-            s_vb=v.stride(0), s_vt=v.stride(1), s_vh=v.stride(2),
-            **tile_arguments(q, k, plan, scale), **union_arguments(q, plan),
+            **strides(v=v), **tile_arguments(q, k, plan, scale), **union_arguments(q, plan),
         )  # fmt: skip
     return o, lse

@@ -18,7 +18,7 @@ COLUMNS = 8
 @declare(
     types={
         "indices": "*i64", "tiles": "*i32", "bounds": "*i64", "groups": "*i32", "blocks": "*i32",
-        "members": "*i64", "S": "i32",
+        "members": "*i64", "S": "i32", "s_i": ("i32",) * 4,
     },
     configs=(
         # One warp needs no barriers; long lists need more registers than one has.
@@ -34,7 +34,7 @@ COLUMNS = 8
 )  # fmt: skip
 def union_lists(
     indices, tiles, bounds, groups, blocks, members,
-    S, s_ib, s_il, s_iq, s_is,
+    S, s_i,
     WIDTH: tl.constexpr, LISTS: tl.constexpr, SP: tl.constexpr, BS: tl.constexpr, QB: tl.constexpr,
     HALF: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
@@ -64,8 +64,8 @@ def union_lists(
     o_w = tl.arange(0, WIDTH)
     used = tl.where(count > 0, (rest + count - 1) // QB + 1, 0)
     m_i = (o_l < used)[:, None] & (o_s < S)[None, :]
-    p_i = indices + i_b.to(tl.int64) * s_ib + i_l.to(tl.int64) * s_il
-    p_i = p_i + (first + o_l).to(tl.int64)[:, None] * s_iq + o_s.to(tl.int64)[None, :] * s_is
+    p_i = indices + i_b.to(tl.int64) * s_i[0] + i_l.to(tl.int64) * s_i[1]
+    p_i = p_i + (first + o_l).to(tl.int64)[:, None] * s_i[2] + o_s.to(tl.int64)[None, :] * s_i[3]
     b_i = tl.load(p_i, mask=m_i, other=-1).to(tl.int32)  # [LISTS, SP]
 
     # Blocks that begin after the last query of the tile are no use to any of them.
@@ -180,8 +180,7 @@ def unite(
 
     common = {
         "indices": indices, "tiles": tiles, "S": size,
-        "s_ib": indices.stride(0), "s_il": indices.stride(1),
-        "s_iq": indices.stride(2), "s_is": indices.stride(3),
+        "s_i": indices.stride(),
         "WIDTH": triton.next_power_of_2(width),
         "LISTS": triton.next_power_of_2(min(per_tile, width, max(1, num_lists))),
         "SP": triton.next_power_of_2(max(1, size)), "BS": block_size, "QB": query_block,

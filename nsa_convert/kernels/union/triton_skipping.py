@@ -8,16 +8,28 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_convert.kernels.common.custom_ops import new_name
-from nsa_convert.kernels.common.toolchain import LOG2E, Config, declare, dot
+from nsa_convert.kernels.common.toolchain import Config, declare, strides
+from nsa_convert.kernels.common.triton_flash import (
+    LOG2E,
+    Softmax,
+    dot,
+    head_rows,
+    load_rows,
+    new_softmax,
+    weigh,
+)
 from nsa_convert.kernels.union.skipping import RUN
 from nsa_convert.kernels.union.triton_forward import store_output
 from nsa_convert.kernels.union.triton_plan import Shape, make_plan
 from nsa_convert.kernels.union.triton_steps import (
     GEOMETRY,
+    Part,
+    Row,
+    Sizes,
     load_heads,
-    load_keys,
     load_tile,
     load_tile_rows,
+    load_union,
     row_bytes,
     seen_by,
     step_keys,
@@ -43,55 +55,46 @@ SHAPE = {"BM": 64, "R": 1, "G": 4, "W": 64, "BS": 64, "BN": 64, "PARTS": 1, "UPC
     ),
 )
 def attend_skipping(
-    q, k, v, o, lse, tiles, bounds, blocks, members, scale, skip, TQ, TK, HQ, HS,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh,
+    q, k, v, o, lse, tiles, bounds, blocks, members, scale, skip, TQ, TK, HQ, HS, s_q, s_k, s_v,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attend with one tile of one head; skipped values are not loaded. Programs: (tiles, HQ, B)."""
-    i_t = tl.program_id(0)
-    i_p = tl.program_id(1)
+    P: tl.constexpr = Part(BM, W, 1)
+    S: tl.constexpr = Sizes(D, DP, R, BS, BN, PARTS, 1, UPCAST, False)
+
+    tile = load_tile(tiles, TQ, TK, HQ, R)
+    union = load_union(blocks, members, bounds, bounds, HQ, HS, R, 1)
+
     i_b = tl.program_id(2).to(tl.int64)
-    first, count, slot, start, begin, end, _, _ = load_tile(
-        tiles, bounds, bounds, i_t, i_p, i_b, tl.num_programs(0), HQ, HS, R, 1
-    )
+    i_h = (tile.head // G).to(tl.int64)
+    k = head_rows(k, s_k, i_b, i_h)
+    v = head_rows(v, s_v, i_b, i_h)
 
-    i_h = (i_p // G).to(tl.int64)
-    k += i_b * s_kb + i_h * s_kh
-    v += i_b * s_vb + i_h * s_vh
+    o_q, o_hq, m_m, o_w = load_tile_rows(tile, 0, R, P)
+    b_q = load_heads(Row(q + i_b * s_q[0], s_q), o_q, o_hq, m_m, D, DP)
+    state = new_softmax(BM, DP)
 
-    o_q, o_hq, m_m, o_w = load_tile_rows(first, count, i_p, 0, BM, R, W, 1)
-    b_q = load_heads(q + i_b * s_qb, o_q, o_hq, m_m, s_qt, s_qh, D, DP)
+    for j in range(union.begin * PARTS, union.end * PARTS):
+        o_k, m_k, bits = step_keys(j, union.end, union, tile, S)
 
-    b_m = tl.full([BM], float("-inf"), tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
-    b_o = tl.zeros([BM, DP], tl.float32)
-
-    for j in range(begin * PARTS, end * PARTS):
-        o_k, m_k, bits = step_keys(j, end, blocks, members, start, TK, BS, BN, PARTS, 1)
-
-        b_k = load_keys(k, o_k, m_k, s_kt, D, DP)
-        visible = seen_by(bits, o_k, m_k, o_w, slot, 1)
-
+        b_k = load_rows(k, o_k, m_k, D, DP, True)
+        visible = seen_by(bits, o_k, m_k, o_w, tile.slot, 1)
         b_s = tl.where(visible, dot(b_q, tl.trans(b_k), UPCAST) * scale, float("-inf"))  # [BM, BN]
 
-        # Online softmax over all keys
-        b_max = tl.max(b_s, 1)
-        b_new = tl.maximum(b_m, b_max)
-        safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s - safe[:, None])
-        shrink = tl.exp2(b_m - safe)
-        b_l = b_l * shrink + tl.sum(b_p, 1)
-        b_o = b_o * shrink[:, None]
+        # The softmax runs over all keys, ...
+        top, total, b_p, shrink = weigh(state.top, state.total, b_s, 1, True)
+        b_o = state.sums * shrink[:, None]
 
-        # Values are loaded and added only where some row gives them weight.
-        if tl.max(b_max - safe, 0) >= skip:
-            b_v = load_keys(v, o_k, m_k, s_vt, D, DP)
+        # ... but values are loaded and added only where some row gives them weight.
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        if tl.max(tl.max(b_s, 1) - safe, 0) >= skip:
+            b_v = load_rows(v, o_k, m_k, D, DP, True)
             b_o += dot(b_p.to(b_v.dtype), b_v, UPCAST)
 
-        b_m = b_new
+        state = Softmax(top, total, b_o)
 
-    store_output(b_m, b_l, b_o, o, lse, i_b * TQ, first, count, 0, i_p, HQ, D, DP, BM, R, W, 1)
+    store_output(state, o, lse, tile, 0, D, R, P)
 
 
 def attend_kept_blocks(
@@ -123,8 +126,8 @@ def _attend(
     attend_skipping.launch(
         (plan.tiles.shape[1], q.shape[2], q.shape[0]), q, row_bytes(q), q=q, k=k, v=v, o=o, lse=lse,
         bounds=plan.unions.bounds, blocks=plan.unions.blocks, members=plan.unions.members, HS=plan.lists,
-        skip=value_skip * LOG2E, BS=block_size, BN=keys, PARTS=-(-block_size // keys),
-        s_vb=v.stride(0), s_vt=v.stride(1), s_vh=v.stride(2), **tile_arguments(q, k, plan, scale),
+        skip=value_skip * LOG2E.value, BS=block_size, BN=keys, PARTS=-(-block_size // keys),
+        **strides(v=v), **tile_arguments(q, k, plan, scale),
     )  # fmt: skip
     return o, lse
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 import torch
@@ -9,15 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_convert.kernels.common.toolchain import (
-    LOG2E,
-    Config,
-    clean_rows,
-    dot,
-    finite_rows,
-    padded_dim,
-    upcast,
-)
+from nsa_convert.kernels.common.toolchain import Config, padded_dim, strides, upcast
+from nsa_convert.kernels.common.triton_flash import LOG2E, Graded, Rows, load_rows, load_terms
 from nsa_convert.kernels.union.triton_plan import Plan
 
 KEY_BYTES = 16384
@@ -72,21 +66,47 @@ def key_steps(block_size: int, row: int) -> dict[str, int]:
     return {"BS": block_size, "BN": keys, "PARTS": -(-block_size // keys) if join == 1 else 1, "JOIN": join}
 
 
-@triton.jit
-def load_tile(
-    tiles, bounds, groups, i_t, i_p, i_b, num_tiles, HQ, HS, R: tl.constexpr, HALVES: tl.constexpr
-):  # fmt: skip
-    """Return a tile's ``(first, count, slot, start, begin, own, own2, end)``.
+Sizes = namedtuple("Sizes", ("D", "DP", "R", "BS", "BN", "PARTS", "JOIN", "UPCAST", "CLEAN"))
+"""Constants of a kernel over tiles: head dim, the same padded, heads that share a list, keys of a step.
 
-    These are its first query, number of queries, key slot of the first query and first slot of its document;
-    then the bounds of its blocks, in order: those of both halves, of the first alone, and of the second.
-    """
-    p_tile = tiles + (i_b * num_tiles + i_t) * 8
-    first, count, slot, start = (
+``BS``, ``BN``, ``PARTS`` and ``JOIN`` as :func:`key_steps` returns them. A second launch with ``CLEAN``
+computes again what is not finite.
+"""
+
+
+Part = namedtuple("Part", ("BM", "W", "HALVES"))
+"""The rows of a tile that are walked: their number, their queries, and in how many halves they lie."""
+
+
+Tile = namedtuple("Tile", ("first", "size", "slot", "start", "head", "row", "HQ", "TK"))
+"""The queries of a program.
+
+The first one and how many there are, its key slot, the first slot of its document, the first head, the
+row ``i_b * TQ`` of the call's first query, the number of heads and the end of the keys.
+"""
+
+
+Union = namedtuple("Union", ("blocks", "members", "begin", "own", "own2", "end"))
+"""The blocks of a tile, in order: those of both halves, of the first alone, and of the second."""
+
+
+@triton.jit
+def load_tile(tiles, TQ, TK, HQ, R: tl.constexpr):
+    """Return the :class:`Tile` of a program. Programs: (tiles, HQ / R, B)."""
+    i_b = tl.program_id(2).to(tl.int64)
+    p_tile = tiles + (i_b * tl.num_programs(0) + tl.program_id(0)) * 8
+    first, size, slot, start = (
         tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3)
     )  # fmt: skip
+    return Tile(first, size, slot, start, tl.program_id(1) * R, i_b * TQ, HQ, TK)
 
-    i_list = (i_b * HS + i_p * HS // (HQ // R)) * num_tiles + i_t
+
+@triton.jit
+def load_union(blocks, members, bounds, groups, HQ, HS, R: tl.constexpr, HALVES: tl.constexpr):
+    """Return the :class:`Union` of a program's tile."""
+    num_tiles = tl.num_programs(0)
+    i_list = tl.program_id(2).to(tl.int64) * HS + tl.program_id(1) * HS // (HQ // R)
+    i_list = i_list * num_tiles + tl.program_id(0)
     begin = tl.load(bounds + i_list).to(tl.int32)
     end = tl.load(bounds + i_list + 1).to(tl.int32)
     own = end
@@ -95,22 +115,27 @@ def load_tile(
     if HALVES == 2:
         own = begin + tl.load(groups + i_list * 2)
         own2 = own + tl.load(groups + i_list * 2 + 1)
-    return first, count, slot, start, begin, own, own2, end
+    return Union(blocks, members, begin, own, own2, end)
 
 
 @triton.jit
-def load_tile_rows(
-    first, count, i_p, from_w, BM: tl.constexpr, R: tl.constexpr, W: tl.constexpr, HALVES: tl.constexpr
-):  # fmt: skip
-    """Return the queries of BM rows and their heads, which rows exist, and their number in the tile.
+def flag_pointer(broken):
+    """Return where a program says whether its result is not finite."""
+    i_bp = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    return broken + i_bp * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def load_tile_rows(tile, from_w, R: tl.constexpr, P: tl.constexpr):
+    """Return queries and heads of the rows of a part, which rows exist, and their numbers in the tile.
 
     The rows are those of W queries from number ``from_w`` of the tile on, half by half.
     """
-    HALF: tl.constexpr = BM // HALVES
-    o_m = tl.arange(0, BM) % HALF
-    o_w = from_w + tl.arange(0, BM) // HALF * (W // HALVES) + o_m // R
-    m_m = (o_w < count) & (o_m < W // HALVES * R)
-    return (first + o_w).to(tl.int64), i_p * R + o_m % R, m_m, o_w
+    HALF: tl.constexpr = P.BM // P.HALVES
+    o_m = tl.arange(0, P.BM) % HALF
+    o_w = from_w + tl.arange(0, P.BM) // HALF * (P.W // P.HALVES) + o_m // R
+    m_m = (o_w < tile.size) & (o_m < P.W // P.HALVES * R)
+    return (tile.first + o_w).to(tl.int64), (tile.head + o_m % R).to(tl.int64), m_m, o_w
 
 
 @triton.jit
@@ -123,34 +148,46 @@ def two_halves(x):
     return tl.split(x)
 
 
-@triton.jit
-def load_heads(p, o_q, o_hq, m_m, s_t, s_h, D: tl.constexpr, DP: tl.constexpr):
-    """Load the rows ``[BM, DP]`` of queries and heads of one batch row; 0 where masked and beyond D."""
-    o_d = tl.arange(0, DP)
-    p_rows = p + (o_q * s_t + o_hq * s_h)[:, None] + o_d[None, :]
-    return tl.load(p_rows, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
+Row = namedtuple("Row", ("first", "strides"))
+"""A batch row of a tensor ``[B, T, H, D]``: a pointer to it, and the strides of the tensor."""
 
 
 @triton.jit
-def step_keys(
-    j, end, blocks, members, start, TK, BS: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
-    JOIN: tl.constexpr,
-):  # fmt: skip
+def load_heads(x, o_q, o_hq, m_m, D: tl.constexpr, DP: tl.constexpr):
+    """Load the rows ``[BM, DP]`` of queries and heads of a :class:`Row`; 0 where masked and beyond D."""
+    return load_rows(Rows(x.first, 1), o_q * x.strides[1] + o_hq * x.strides[2], m_m, D, DP, True)
+
+
+Queries = namedtuple("Queries", ("q", "do", "lse", "delta"))
+"""What is read for each query: q and do as :class:`Row`, lse and delta ``[B, TQ, HQ]``."""
+
+
+@triton.jit
+def load_queries(x, row, o_q, o_hq, m_m, D: tl.constexpr, DP: tl.constexpr):
+    """Return the :class:`Graded` rows of queries and heads; ``row`` are their numbers in the call."""
+    b_q = load_heads(x.q, o_q, o_hq, m_m, D, DP)
+    b_do = load_heads(x.do, o_q, o_hq, m_m, D, DP)
+    base, b_delta = load_terms(x.lse + row, x.delta + row, m_m, True)
+    return Graded(b_q, b_do, base, b_delta)
+
+
+@triton.jit
+def step_keys(j, end, union, tile, S: tl.constexpr):
     """Return the key slots ``[BN]`` of step j, which of them are keys, and the members of their blocks."""
-    o_n = tl.arange(0, BN)
-    if JOIN == 1:
-        inside = (j % PARTS) * BN + o_n
-        bits = tl.load(members + j // PARTS)
-        o_k = start + tl.load(blocks + j // PARTS) * BS + inside
-        m_k = inside < BS
+    o_n = tl.arange(0, S.BN)
+    if S.JOIN == 1:
+        inside = (j % S.PARTS) * S.BN + o_n
+        bits = tl.load(union.members + j // S.PARTS)
+        o_k = tile.start + tl.load(union.blocks + j // S.PARTS) * S.BS + inside
+        m_k = inside < S.BS
     else:
-        o_e = j + o_n // (BN // JOIN)
+        o_e = j + o_n // (S.BN // S.JOIN)
         m_e = o_e < end
-        inside = o_n % (BN // JOIN)
-        bits = tl.load(members + o_e, mask=m_e, other=0)
-        o_k = start + tl.load(blocks + o_e, mask=m_e, other=0) * BS + inside
-        m_k = m_e & (inside < BS)
-    return o_k, m_k & (o_k < TK), bits
+        inside = o_n % (S.BN // S.JOIN)
+        bits = tl.load(union.members + o_e, mask=m_e, other=0)
+        o_k = tile.start + tl.load(union.blocks + o_e, mask=m_e, other=0) * S.BS + inside
+        m_k = m_e & (inside < S.BS)
+    return o_k, m_k & (o_k < tile.TK), bits
 
 
 @triton.jit
@@ -162,58 +199,6 @@ def seen_by(bits, o_k, m_k, o_w, slot, JOIN: tl.constexpr):
     else:
         listed = ((bits[None, :] >> o_bit[:, None]) & 1) != 0
     return listed & m_k[None, :] & (o_k[None, :] <= (slot + o_w)[:, None])
-
-
-@triton.jit
-def load_keys(p, o_k, m_k, s_t, D: tl.constexpr, DP: tl.constexpr):
-    """Return the keys or values ``[BN, DP]`` of a step."""
-    o_d = tl.arange(0, DP)
-    p_rows = p + (o_k.to(tl.int64) * s_t)[:, None] + o_d[None, :]
-    return tl.load(p_rows, mask=m_k[:, None] & (o_d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def add_step(
-    b_q, b_m, b_l, b_o, b_k, b_v, visible, scale, UPCAST: tl.constexpr, CLEAN: tl.constexpr
-):  # fmt: skip
-    """Add the keys of a step to the running softmax of a tile's rows.
-
-    A value that is not finite would reach queries that do not see it, as ``0 * NaN`` is NaN; with ``CLEAN``
-    only those that see it become NaN.
-    """
-    b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale  # [BM, BN]
-
-    if CLEAN:
-        good = finite_rows(b_v)
-        b_s = tl.where(good[None, :], b_s, float("nan"))
-        b_v = clean_rows(b_v, good)
-
-    b_s = tl.where(visible, b_s, float("-inf"))
-
-    # Rescale the running sums to the new maximum; -inf - -inf would be NaN in a row that saw no key yet.
-    b_new = tl.maximum(b_m, tl.max(b_s, 1))
-    safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = tl.exp2(b_s - safe[:, None])
-    shrink = tl.exp2(b_m - safe)
-
-    b_l = b_l * shrink + tl.sum(b_p, 1)
-    b_o = b_o * shrink[:, None] + dot(b_p.to(b_v.dtype), b_v, UPCAST)
-    return b_new, b_l, b_o
-
-
-@triton.jit
-def gradient_rows(
-    b_dq, b_q, b_do, b_base, b_delta, b_k, b_v, visible, scale, UPCAST: tl.constexpr, CLEAN: tl.constexpr
-):  # fmt: skip
-    """Add what the keys of a step give to dq of a tile's rows."""
-    b_s = tl.where(visible, dot(b_q, tl.trans(b_k), UPCAST) * scale, float("-inf"))  # [BM, BN]
-    b_p = tl.exp2(b_s - b_base[:, None])
-
-    b_dp = dot(b_do, tl.trans(b_v), UPCAST) - b_delta[:, None]
-    if CLEAN:  # as in the forward; rows that see such a value have a base that is NaN
-        b_dp = tl.where(visible, b_dp, 0.0)
-        b_k = clean_rows(b_k, finite_rows(b_k))
-    return b_dq + dot((b_p * b_dp).to(b_k.dtype), b_k, UPCAST)
 
 
 def row_bytes(q: Tensor) -> int:
@@ -228,9 +213,8 @@ def row_bytes(q: Tensor) -> int:
 def tile_arguments(q: Tensor, k: Tensor, plan: Plan, scale: float) -> dict:
     """Return the launch arguments that all kernels over tiles share."""
     return {
-        "tiles": plan.tiles, "scale": scale * LOG2E, "TQ": q.shape[1], "TK": k.shape[1], "HQ": q.shape[2],
-        "s_qb": q.stride(0), "s_qt": q.stride(1), "s_qh": q.stride(2),
-        "s_kb": k.stride(0), "s_kt": k.stride(1), "s_kh": k.stride(2),
+        "tiles": plan.tiles, "scale": scale * LOG2E.value, "TQ": q.shape[1], "TK": k.shape[1],
+        "HQ": q.shape[2], **strides(q=q, k=k),
         "D": q.shape[3], "DP": padded_dim(q.shape[3]), "BM": plan.rows, "R": plan.readers,
         "G": q.shape[2] // k.shape[2], "W": plan.width, "UPCAST": upcast(q.dtype),
     }  # fmt: skip

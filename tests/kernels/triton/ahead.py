@@ -72,11 +72,17 @@ def signature(kernel: Any, case: Mapping, config: Any) -> tuple[dict, dict, dict
     names = kernel.fn.arg_names
     constants = {n: v for n, v in {**case, **config.sizes}.items() if n in names}
     types, values, attributes = {}, {}, {}
+
     for i, name in enumerate(names):
         if name in constants:
             types[name], values[(i,)] = "constexpr", constants[name]
             continue
-        types[name] = kernel.types.get(name, "i32").replace("*T", "*" + case.get("dtype", "bf16"))
+        made = kernel.type_of(name)
+        if isinstance(made, tuple):
+            types[name] = made
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(made))}
+            continue
+        types[name] = made.replace("*T", "*" + case.get("dtype", "bf16"))
         if types[name].startswith("*") or name.startswith("s_"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return types, values, attributes
@@ -140,10 +146,13 @@ def compile_launch(name: str, arguments: Mapping[str, Any]) -> None:
     from nsa_convert.kernels.common.toolchain import all_kernels
 
     kernel = next(kernel for kernel in all_kernels() if kernel.name == name)
-    made = {
-        n: torch.empty(16, dtype=getattr(torch, x["tensor"])) if isinstance(x, dict) else x
-        for n, x in arguments.items()
-    }
+
+    def made_of(x: Any) -> Any:
+        if isinstance(x, dict):
+            return torch.empty(16, dtype=getattr(torch, x["tensor"]))
+        return tuple(x) if isinstance(x, list) else x  # JSON knows no tuples
+
+    made = {n: made_of(x) for n, x in arguments.items()}
     kernel.fn.warmup(grid=(1,), **made)
 
 
