@@ -62,7 +62,7 @@ def test_cl08_interrupt_in_each_phase_of_verify_and_revert(source, monkeypatch, 
     out, _ = converted(source)
     before = snapshot(source.parent)
     if phase == "_bare":
-        monkeypatch.setattr("nsa_convert.verification._full_budget", lambda *_: "skipped here")
+        monkeypatch.setattr("nsa_convert.verification._full_budget", lambda *_, **__: "skipped here")
     monkeypatch.setattr(f"nsa_convert.verification.{phase}", interrupted)
     assert run(command, out, *([source.parent / "dense"] if command == "revert" else [])).exit_code == 130
     assert snapshot(source.parent) == before
