@@ -51,12 +51,15 @@ def test_classes_of_lengths_mix_by_tokens(folder):
     classes = [{"max_tokens": 10}, {"min_tokens": 11, "max_tokens": 100}, {"min_tokens": 101}]
     rows = rows_of(folder, *classes, lanes=2)
     found = list(islice(iter(rows), 60))
-    for lane in (0, 1):
-        cursors = rows.lane(lane).cursors
+    both = [rows.lane(lane).cursors for lane in (0, 1)]
+    for cursors in both:
         shares = [cursor.emitted / (30 * 200) for cursor in cursors]
         assert all(abs(share - 1 / 3) < 0.04 for share in shares)
-        # Two of three documents are of another class, however they lie in the shuffle.
-        assert all(0.5 < c.skipped / (c.skipped + c.documents) < 0.8 for c in cursors)
+
+    # Two of three documents are of another class; few are read of the longest, so both lanes count together.
+    for one, other in zip(*both, strict=True):
+        skipped = one.skipped + other.skipped
+        assert 0.5 < skipped / (skipped + one.documents + other.documents) < 0.8
     assert len(found) == 60
 
 
