@@ -27,8 +27,8 @@ from nsa_convert.push import plan_push
 from nsa_convert.training.recipe.schema import recipe_from_dict
 from nsa_convert.training.run.runner import train_recipe
 from nsa_convert.verification import revert_checkpoint, verify_checkpoint
-from tests.marks import slow
-from tests.models import NSA, QUICK, VARIANTS, plan, trained_model
+from tests.marks import slow, these_quick
+from tests.models import NSA, VARIANTS, plan, trained_model
 from tests.publishable import converted
 from tests.training.recipes import stage
 
@@ -172,9 +172,7 @@ def test_what_a_trainer_keeps_beside_a_model_is_no_part_of_it(trained, tmp_path)
 TRAINED = [name for name, settings in VARIANTS.items() if METHODS[settings["method"]].spec.trainable]
 
 
-@pytest.mark.parametrize(
-    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
-)
+@pytest.mark.parametrize("variant", these_quick(TRAINED, ["nsa"]))
 def test_trained_weights_equal_dense_attention_over_them(variant, tmp_path):
     """Also after the positions were scaled, as a stage that extends the context does."""
     model = trained_model("llama", VARIANTS[variant]).float()
