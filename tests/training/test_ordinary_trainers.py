@@ -140,7 +140,7 @@ def test_trainer_alone_teaches_what_chooses(name: str, tmp_path: Path) -> None:
     for parameter, p in model.named_parameters():
         p.requires_grad_(".index" in parameter or "compress_key" in parameter)
     first = None if name == "nsa" else captured_over_oracle(model, budget)
-    rate = 5e-3 if name in ("dsa", "msa") else 2e-3
+    rate = 5e-3
     with losses_of_passes() as passes:
         trainer(model.train(), tmp_path, 300, bf16=True, learning_rate=rate, logging_steps=100).train()
     taught = [p for p in model.parameters() if p.requires_grad]
