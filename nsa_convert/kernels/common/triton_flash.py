@@ -155,11 +155,15 @@ def attend(
 
 
 @triton.jit
-def finish_softmax(top, total):
-    """Return what the weighted sum of values is divided by, and the lse, both ``[M]``."""
-    blind = total == 0
-    lse = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN2)
-    return tl.where(blind, 1.0, total), lse
+def softmax_divisor(total):
+    """Return what the weighted sum of values of a running softmax is divided by, ``[M]``."""
+    return tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def softmax_lse(top, total):
+    """Return the lse ``[M]`` of a running softmax."""
+    return tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2)
 
 
 @triton.jit
@@ -191,8 +195,8 @@ def grade_queries(
 ):  # fmt: skip
     """Add what N keys and values give to the gradient of the :class:`Graded` rows; see :func:`attend`."""
     b_s = dot(rows.q, tl.trans(b_k), UPCAST) * scale2 - rows.base[:, None]  # [M, N]
+    b_p = probabilities(b_s, visible, HIDDEN)  # before dp: scores held longer cost registers
     b_dp = dot(rows.do, tl.trans(b_v), UPCAST) - rows.delta[:, None]
-    b_p = probabilities(b_s, visible, HIDDEN)
 
     if GUARD:  # rows that see such a key or value have a base that is NaN
         b_dp = tl.where(visible, b_dp, 0.0)

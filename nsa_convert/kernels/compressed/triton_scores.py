@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from nsa_convert.kernels.common.toolchain import Config, declare
-from nsa_convert.kernels.common.triton_flash import LOG2E, dot, finish_softmax, head_rows, load_rows, weigh
+from nsa_convert.kernels.common.triton_flash import LOG2E, dot, head_rows, load_rows, softmax_lse, weigh
 from nsa_convert.kernels.interval.triton_forward import (
     FAR,
     Sizes,
@@ -92,8 +92,8 @@ def cell_lse(
     for i_n in range(band.full, band.cut, BN):
         top, total = lse_step(top, total, b_q, ck, i_n, band.end, runs, scale2, False, S)
 
-    _, b_lse = finish_softmax(top, total)
-    tl.store(lse + i_b * s_l[0] + i_h * s_l[2] + o_m.to(tl.int64) * s_l[1], b_lse, mask=m_m)
+    p_lse = lse + i_b * s_l[0] + i_h * s_l[2] + o_m.to(tl.int64) * s_l[1]
+    tl.store(p_lse, softmax_lse(top, total), mask=m_m)
 
 
 @triton.jit

@@ -17,9 +17,10 @@ from nsa_convert.kernels.common.triton_flash import (
     LOG2E,
     Rows,
     dot,
-    finish_softmax,
     head_rows,
     load_rows,
+    softmax_divisor,
+    softmax_lse,
     token_rows,
     weigh,
 )
@@ -164,13 +165,13 @@ def gather_forward(
             b_v = load_rows(v, o_n, m_n, D, BD, True)
             b_o = b_o * shrink[None, :] + dot(tl.trans(b_v), b_p.to(b_v.dtype), UPCAST)
 
-    divisor, b_lse = finish_softmax(b_m, b_l)
-    tl.store(lse + i_b * s_l[0] + i_t * s_l[1] + i_s * s_ls + o_h * s_l[2], b_lse, mask=m_h)
+    p_lse = lse + i_b * s_l[0] + i_t * s_l[1] + i_s * s_ls + o_h * s_l[2]
+    tl.store(p_lse, softmax_lse(b_m, b_l), mask=m_h)
 
     if VALUES:
         o_d = tl.arange(0, BD)
         p_o = o + i_b * s_o[0] + i_t * s_o[1] + i_s * s_os + o_h[None, :] * s_o[2] + o_d[:, None]
-        b_o = (b_o / divisor[None, :]).to(o.dtype.element_ty)
+        b_o = (b_o / softmax_divisor(b_l)[None, :]).to(o.dtype.element_ty)
         tl.store(p_o, b_o, mask=m_h[None, :] & (o_d < D)[:, None])
 
 

@@ -11,10 +11,11 @@ from nsa_convert.kernels.common.toolchain import Config, declare
 from nsa_convert.kernels.common.triton_flash import (
     LOG2E,
     attend,
-    finish_softmax,
     head_rows,
     load_rows,
     new_softmax,
+    softmax_divisor,
+    softmax_lse,
     store_rows,
 )
 
@@ -176,6 +177,8 @@ def interval_forward(
     for i_n in range(band.full, band.cut, BN):
         state = attend_step(state, b_q, k, v, i_n, band.end, runs, scale2, False, S)
 
-    divisor, b_lse = finish_softmax(state.top, state.total)
-    store_rows(head_rows(o, s_o, i_b, i_h), o_m, m_m, state.sums / divisor[:, None], D, BD)
-    tl.store(lse + i_b * s_l[0] + i_h * s_l[2] + o_m.to(tl.int64) * s_l[1], b_lse, mask=m_m)
+    p_lse = lse + i_b * s_l[0] + i_h * s_l[2] + o_m.to(tl.int64) * s_l[1]
+    tl.store(p_lse, softmax_lse(state.top, state.total), mask=m_m)
+
+    b_o = state.sums / softmax_divisor(state.total)[:, None]
+    store_rows(head_rows(o, s_o, i_b, i_h), o_m, m_m, b_o, D, BD)
