@@ -48,7 +48,7 @@ def train(
     from nsa_convert.training.run.parallel import planned
     from nsa_convert.training.run.resume import Allow
     from nsa_convert.training.run.runner import Interrupted, train_recipe
-    from nsa_convert.training.run.stages import measure_stages
+    from nsa_convert.training.run.timing import measure_stages
 
     path = find_recipe(recipe)
     read = read_recipe(path, parse_settings(pairs))

@@ -255,7 +255,7 @@ class Recipe:
             starts from. The models of earlier stages keep the dtype that they were trained in.
         revision: Branch, tag or commit of a Hub model.
         report_to: Where curves go beside ``log.jsonl``; ``auto`` is tensorboard where it is installed.
-        measure: Let ``--dry-run`` load the model and time two steps of each stage.
+        measure: Let ``--dry-run`` load the model and time two steps of each stage, in one process.
         profile: Optimizer step of each stage that torch.profiler records, as a trace for Perfetto or
             chrome://tracing in the folder of the stage; 0 for none.
         fsdp: Processes that share each weight (FSDP2): all of them, or 1.

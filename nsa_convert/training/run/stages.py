@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,11 +18,10 @@ from nsa_convert.loading import load_causal_model, load_tokenizer, quiet
 from nsa_convert.notices import Say
 from nsa_convert.training.data.documents import Order
 from nsa_convert.training.data.rows import PackedRows, check_enough, collate
-from nsa_convert.training.losses import StageLosses, mix, stage_losses
+from nsa_convert.training.losses import mix, stage_losses
 from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.run.distributed import load_sharded
 from nsa_convert.training.run.flops import flops_per_token, peak_flops
-from nsa_convert.training.run.forecast import RecipeForecast
 from nsa_convert.training.run.held_out import largest_budget, open_held_out
 from nsa_convert.training.run.models import (
     DTYPES,
@@ -314,37 +311,3 @@ def frozen_hash(model: nn.Module) -> str:
             local = getattr(parameter, "_local_tensor", parameter).detach()
             digest.update(local.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def measure_stages(recipe: Recipe, start: Start, base: Path, forecast: RecipeForecast) -> RecipeForecast:
-    """Return the forecast with the seconds per step, measured on the second of two micro-batches a stage."""
-    stages = []
-
-    for index, stage in enumerate(recipe.stages):
-        # Every stage is measured on the first model, with the weights trained that the stage trains.
-        model = prepare_model(load_first(recipe, start), stage)
-        tokenizer = fresh_tokenizer(recipe, base) if start.folder is None else load_tokenizer(start.folder)
-        rows = iter(stage_rows(recipe, index, tokenizer, base))
-
-        # The first micro-batch pays for compilation and allocation: only the second one counts.
-        losses = stage_losses(stage, methods_of(model), recipe.seed, index)
-        seconds = [_time_rows(model, losses, stage, rows) for _ in range(2)]
-
-        stages.append(dataclasses.replace(forecast.stages[index], seconds_per_step=seconds[1]))
-    return dataclasses.replace(forecast, stages=tuple(stages))
-
-
-def _time_rows(model: nn.Module, losses: StageLosses, stage: Stage, rows: Any) -> float:
-    """Return the seconds of one optimizer step, extrapolated from one micro-batch in one process."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device).train()
-    batch = {key: x.to(device) for key, x in collate([next(rows) for _ in range(stage.micro_batch)]).items()}
-
-    begin = time.perf_counter()
-    if methods_of(model):
-        losses.run(model, batch, losses.mode(0)).loss.backward()
-    else:
-        model(**batch, use_cache=False).loss.backward()
-
-    model.zero_grad()
-    return (time.perf_counter() - begin) * stage.rows_per_step / stage.micro_batch
