@@ -80,7 +80,7 @@ def examine_machine() -> DoctorReport:
         kernel=outcome,
         kernel_ok=ok,
         cores=os.cpu_count() or 1,
-        memory_gb=_memory(),
+        memory_gb=host_memory(),
         disk_free_gb=_disk(),
         missing=_missing(),
         hub=_hub(),
@@ -131,7 +131,8 @@ def _kernel_run() -> tuple[str, bool]:
     return f"torch backend within {difference:.0e} of the reference, {milliseconds:.1f} ms", difference < 1e-5
 
 
-def _memory() -> tuple[float, float] | None:
+def host_memory() -> tuple[float, float] | None:
+    """Return the memory of this machine and how much of it is free, in GB; None where it is not known."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # why: without /proc the memory is not known, and the report says so

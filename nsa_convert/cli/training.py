@@ -44,6 +44,7 @@ def train(
     from nsa_convert.cli.options import parse_settings
     from nsa_convert.training.recipe.schema import read_recipe
     from nsa_convert.training.run.forecast import forecast_recipe
+    from nsa_convert.training.run.micro_batches import device_bytes, fit_micro_batches, one_by_one
     from nsa_convert.training.run.models import read_start
     from nsa_convert.training.run.parallel import planned
     from nsa_convert.training.run.resume import Allow
@@ -56,6 +57,10 @@ def train(
 
     if dry_run:
         start = read_start(read, folder)
+        # What stands in the recipe is checked before rows are chosen for it.
+        if any(not stage.micro_batch for stage in read.stages):
+            forecast_recipe(one_by_one(read), start, path.parent, parallel=planned(read))
+            read = fit_micro_batches(read, start, planned(read), device_bytes(read.machine), say)
         forecast = forecast_recipe(read, start, path.parent, parallel=planned(read), memory=True)
         if read.measure:
             forecast = measure_stages(read, start, path.parent, forecast)

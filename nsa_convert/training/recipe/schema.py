@@ -67,7 +67,8 @@ class Stage:
         seq_len: Tokens in a row.
         tokens: Budget of the stage.
         batch_tokens: Tokens of one optimizer step, over all processes.
-        micro_batch: Rows of one forward pass on one device.
+        micro_batch: Rows of one forward pass on one device; 0 for the most that fit its memory with 10 % to
+            spare, by the estimate of ``--dry-run``.
         data: The mixture.
         lanes: Most lanes that deal the documents among them, which processes and their workers share. Each
             holds what it reads, of a streamed Parquet data set a whole row group.
@@ -136,14 +137,15 @@ class Stage:
 
     def _size_problems(self) -> list[str]:
         problems = []
+        least_of = {"seq_len": 2, "micro_batch": 0}
         for key in ("seq_len", "tokens", "batch_tokens", "micro_batch", "lanes", "log_every", "keep"):
-            least = 2 if key == "seq_len" else 1
+            least = least_of.get(key, 1)
             if getattr(self, key) < least:
                 problems.append(f"{key} must be >= {least}, got {getattr(self, key)}")
 
         # Whole rows make a step, and whole steps the budget.
         if not problems:
-            rows = self.seq_len * self.micro_batch
+            rows = self.seq_len * (self.micro_batch or 1)
             if self.batch_tokens % rows:
                 problems.append(
                     f"batch_tokens {self.batch_tokens} is not a multiple of micro_batch * seq_len = {rows}"

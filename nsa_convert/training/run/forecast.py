@@ -356,7 +356,7 @@ def _resolve(
     """Return the forecast of a stage that has no problems."""
     stage = recipe.stages[index]
     shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    sizes = [_weights(one, recipe, start, shapes) for one in recipe.stages[: index + 1]]
+    sizes = [weight_sizes(one, recipe, start, shapes) for one in recipe.stages[: index + 1]]
     new = sum(size for name, size in shapes.items() if ".self_attn.sparse." in name)
 
     # The losses as StageLosses weighs them; the alignment stage has no next-token loss of its own.
@@ -393,8 +393,15 @@ def _resolve(
     )
 
 
-def _weights(stage: Stage, recipe: Recipe, start: Start, shapes: Mapping[str, int]) -> Weights:
-    """Return the sizes of a model whose stage trains a part of it."""
+def weight_sizes(stage: Stage, recipe: Recipe, start: Start, shapes: Mapping[str, int]) -> Weights:
+    """Return the sizes of a model of which a stage trains a part.
+
+    Args:
+        stage: The stage.
+        recipe: Its recipe, for the dtype of the weights.
+        start: The model the recipe starts from.
+        shapes: Parameter name -> number of elements.
+    """
     trained = sum(size for name, size in shapes.items() if is_trained(name, stage.train))
     if stage.train == "lora":
         trained += _adapter_size(stage, start)
@@ -410,7 +417,7 @@ def _with_memory(
     parallel: Parallel,
 ) -> StageForecast:
     """Return a forecast with the memory of a device, and a warning where the recipe's machine has less."""
-    memory = device_memory(recipe, stage, start, _weights(stage, recipe, start, shapes), parallel)
+    memory = device_memory(recipe, stage, start, weight_sizes(stage, recipe, start, shapes), parallel)
     warnings = list(forecast.warnings)
     if recipe.machine is not None:
         can_share = not context_problems(start.methods())

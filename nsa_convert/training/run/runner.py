@@ -28,8 +28,9 @@ from nsa_convert.training.run.failures import KernelFailure, explained
 from nsa_convert.training.run.forecast import forecast_recipe
 from nsa_convert.training.run.held_out import compare_ends
 from nsa_convert.training.run.logs import trim_log
+from nsa_convert.training.run.micro_batches import device_bytes, fit_micro_batches, one_by_one
 from nsa_convert.training.run.models import Start, quiet, read_start, save_dtype, save_model
-from nsa_convert.training.run.parallel import Parallel, context_problems, world_size
+from nsa_convert.training.run.parallel import Parallel, context_problems, parallel_of, world_size
 from nsa_convert.training.run.resume import RUN_FILE, Allow, check_resume, stage_facts
 from nsa_convert.training.run.stages import (
     MODEL,
@@ -149,7 +150,7 @@ def train_recipe(
     """
     # Everything that needs no weights is checked first.
     start = read_start(recipe, folder)
-    for line in forecast_recipe(recipe, start, base).warnings:
+    for line in forecast_recipe(one_by_one(recipe), start, base).warnings:
         say(f"warning: {line}")
     check_data(recipe, start, base)
 
@@ -158,6 +159,8 @@ def train_recipe(
         join_processes()
     # The main process alone: it writes there as soon as it may, which others must not mistake for an old run.
     from_main(lambda: _check_out(out, resume))
+    # Memory that is free differs between processes, the micro-batch must not.
+    recipe = from_main(lambda: fit_micro_batches(recipe, start, parallel_of(recipe), device_bytes(), say))
     # From here on this process group is alone in the folder, and a signal ends the run after a step.
     signals = Signals(say)
     with exclusive(out), signals.caught():
