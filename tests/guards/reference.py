@@ -27,6 +27,7 @@ from nsa_convert.methods.parts.registry import METHODS
 from nsa_convert.training.recipe.library import known_bases, known_recipes
 from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.recipe.sections import FreshModel, Lora, Machine, RopeScaling, Source
+from tests.training.combinations import combinations_table
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs"
@@ -253,6 +254,7 @@ PARTS: dict[str, tuple[str, Callable[[str], str]]] = {
     "contents": ("reference/methods.md", contents),
     "methods": ("reference/methods.md", methods_table),
     "step 0": ("howto/choose_a_method.md", step0_table),
+    "combinations": ("howto/train.md", lambda _: combinations_table()),
 }
 """Mark of a part of a page that is else written by hand -> the page, and the part from the page's text."""
 

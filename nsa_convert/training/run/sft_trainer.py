@@ -117,7 +117,6 @@ def _answered(rows: Any, stage: Stage, say: Say) -> Any:
     Raises:
         ConfigError: No row is left (RC09).
     """
-    # TRL 1 marks what counts in a column of labels, earlier versions in one of masks.
     # TRL notes what counts in a column of labels, before its version 1 in one of masks.
     column, nothing = ("labels", -100) if "labels" in rows.column_names else ("assistant_masks", 0)
 
