@@ -144,6 +144,53 @@ def test_float32_masters_of_cut_bfloat16_weights_are_saved_and_loaded(tmp_path):
 
 
 @SLOW
+@SHARDED
+def test_copies_of_shared_weights_train_what_one_process_trains(one, tmp_path):
+    """Four processes, two of which share the weights, and two copies; one run shares rows too."""
+    runs = {"copies": ("nsa", {"fsdp": 2}), "rows": ("ssa", {"fsdp": 2, "context": 2})}
+    part = {"batch_tokens": 128, "tokens": 128 * 5}
+
+    def recipe(name: str, case: str, keys: dict[str, int]) -> dict[str, Any]:
+        made = values(tmp_path / name, case, **keys)
+        for row in made["stages"]:
+            row |= part
+        return made
+
+    jobs = [{"recipe": recipe(name, *run), "stop_at": None, "resume": False} for name, run in runs.items()]
+    train_together(tmp_path / "jobs", jobs, processes=4)
+    for name, (case, _) in runs.items():
+        alone = tmp_path / f"{name} alone"
+        train_recipe(recipe_from_dict(recipe(alone.name, case, {})), None, base=ROOT)
+        pairs = list(zip(losses(tmp_path / name), losses(alone), strict=True))
+        assert max(abs(x[2] - y[2]) for x, y in pairs) < LIMIT, name
+        a, b = (load_file(place / "pretrain/model/model.safetensors") for place in (tmp_path / name, alone))
+        assert max((a[key] - b[key]).abs().max().item() for key in a) < LIMIT, name
+
+
+@SLOW
+@SHARDED
+def test_weights_sent_in_bfloat16_train_nearly_the_same(tmp_path):
+    sent = {"precision": "bf16-mixed", "fsdp": 2}
+    runs = {"wide": sent, "half": {**sent, "fsdp_send": "bfloat16"}}
+    jobs = [
+        {"recipe": values(tmp_path / name, "nsa", **keys), "stop_at": None, "resume": False}
+        for name, keys in runs.items()
+    ]
+    train_together(tmp_path / "jobs", jobs)
+    wide, half = (losses(tmp_path / name) for name in runs)
+    assert wide != half
+    assert max(abs(x[2] - y[2]) for x, y in zip(wide, half, strict=True)) < 0.02
+
+
+def test_weights_are_sent_in_bfloat16_where_that_is_what_is_computed_in(tmp_path):
+    for keys in ({"precision": "fp32", "fsdp": 2}, {"precision": "bf16-mixed"}):
+        with pytest.raises(
+            ConfigError, match="fsdp_send bfloat16 goes with precision bf16-mixed and fsdp above 1"
+        ):
+            recipe_from_dict(values(tmp_path, "nsa", fsdp_send="bfloat16", **keys))
+
+
+@SLOW
 def test_processes_evaluate_what_one_evaluates(tmp_path):
     """Each reads other rows, or a part of every row; nothing waits for ever."""
     data = [{"kind": "reference", "hold_out": 0.1}, {"kind": "recall", "pairs": 4}]
@@ -216,8 +263,8 @@ def check(tmp_path: Path, parallel: Parallel | None = None, method: dict | None 
         ({"processes": 1, "context": 2}, "context 2 takes a multiple of 2 processes"),
         ({"processes": 3, "tensor": 2}, "tensor 2 takes 2 processes"),
         ({"processes": 4, "tensor": 2, "fsdp": 2}, "tensor 2 takes 2 processes and fsdp 1 (got fsdp 2)"),
-        ({"processes": 4, "fsdp": 2}, "with 4 processes it can be 1 or 4"),
-        ({"processes": 1, "fsdp": 8}, "it can be 1; start it with torchrun"),
+        ({"processes": 4, "fsdp": 3}, "fsdp 3 does not divide the 4 processes; start it with torchrun"),
+        ({"processes": 1, "fsdp": 8}, "fsdp 8 does not divide the 1 processes; start it with torchrun"),
         ({"processes": 4, "fsdp": 2, "tensor": 2, "context": 2}, "cannot be combined"),
     ],
 )

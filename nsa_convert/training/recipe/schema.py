@@ -260,7 +260,10 @@ class Recipe:
         measure: Let ``--dry-run`` load the model and time two steps of each stage, in one process.
         profile: Optimizer step of each stage that torch.profiler records, as a trace for Perfetto or
             chrome://tracing in the folder of the stage; 0 for none.
-        fsdp: Processes that share each weight (FSDP2): all of them, or 1.
+        fsdp: Neighbouring processes that share each weight (FSDP2). It divides the processes; with fewer than
+            all of them there are several shared copies (HSDP), one for each node for example.
+        fsdp_send: Dtype in which FSDP2 sends weights to the other processes; ``bfloat16`` with ``precision:
+            bf16-mixed`` alone, halves what is sent and gathered. Gradients are sent in float32.
         tensor: Processes that share the heads and the inner width of every layer: all of them, or 1.
         context: Processes that share the tokens of every row.
         alarms: Whether a diverging loss or shut gates ``stop`` the run, or ``warn``.
@@ -282,6 +285,7 @@ class Recipe:
     measure: bool = False
     profile: int = 0
     fsdp: int = 1
+    fsdp_send: Literal["float32", "bfloat16"] = "float32"
     tensor: int = 1
     context: int = 1
     alarms: Literal["stop", "warn"] = "stop"
@@ -309,6 +313,13 @@ class Recipe:
         for key in ("fsdp", "tensor", "context"):
             if getattr(self, key) < 1:
                 problems.append(f"{key} counts processes, from 1, got {getattr(self, key)}")
+
+        half = self.fsdp_send == "bfloat16"
+        if half and (self.precision != "bf16-mixed" or self.fsdp == 1):
+            problems.append(
+                "fsdp_send bfloat16 goes with precision bf16-mixed and fsdp above 1, got "
+                f"{self.precision} and fsdp {self.fsdp}"
+            )
 
         if self.workers < 0:
             problems.append(f"workers must be >= 0, got {self.workers}")

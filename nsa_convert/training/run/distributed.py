@@ -24,7 +24,7 @@ from nsa_convert.patch.modeling import SparseModelMixin
 from nsa_convert.patch.patching import sparse_methods
 from nsa_convert.patch.tensor_parallel import tensor_problems
 from nsa_convert.settings import raise_problems
-from nsa_convert.training.run.parallel import Parallel
+from nsa_convert.training.run.parallel import GATHERED, REPLICAS, Parallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,13 +34,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def distributed_config(plain: PreTrainedModel, *, fsdp: int = 1, tensor: int = 1) -> Any:
+def distributed_config(
+    plain: PreTrainedModel, *, fsdp: int = 1, tensor: int = 1, replicas: int = 1, half: bool = False
+) -> Any:
     """Return transformers' DistributedConfig for a dense or converted model.
 
     Args:
         plain: The model on the meta device, for its methods.
         fsdp: Number of processes that share each weight (FSDP2).
         tensor: Number of processes that share the heads of each layer.
+        replicas: Number of copies of the weights that are shared so (HSDP).
+        half: Send weights to the other processes in bfloat16; gradients come back in float32.
 
     Raises:
         ConfigError: A method does not support tensor parallelism, or the heads cannot be divided (RC09).
@@ -49,7 +53,10 @@ def distributed_config(plain: PreTrainedModel, *, fsdp: int = 1, tensor: int = 1
 
     if tensor > 1:
         raise_problems(tensor_problems(sparse_methods(plain), plain.config.to_dict(), tensor), code="RC09")
-    return DistributedConfig(fsdp_size=fsdp, tp_size=tensor)
+    # Versions that lack a field are asked for its default alone.
+    more: dict[str, Any] = {REPLICAS: replicas} if replicas > 1 else {}
+    more |= {GATHERED: True} if half else {}
+    return DistributedConfig(fsdp_size=fsdp, tp_size=tensor, **more)
 
 
 def join_processes() -> None:
@@ -95,15 +102,26 @@ def gather_lanes(rows: PackedRows) -> None:
         rows.note(rows.rows, new)
 
 
-def load_sharded(folder: Path, dtype: torch.dtype, parallel: Parallel) -> PreTrainedModel:
-    """Load a checkpoint with its weights sharded over the processes as ``parallel`` says."""
+def load_sharded(
+    folder: Path, dtype: torch.dtype, parallel: Parallel, *, half: bool = False
+) -> PreTrainedModel:
+    """Load a checkpoint with its weights sharded over the processes as ``parallel`` says.
+
+    Args:
+        folder: Folder of the checkpoint.
+        dtype: Of the weights.
+        parallel: How the processes share them.
+        half: Send weights to the other processes in bfloat16.
+    """
     from transformers import AutoModelForCausalLM
 
     # Without storage: only to check the methods and the sizes before loading.
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(safe_config(folder))
 
-    config = distributed_config(plain, fsdp=parallel.fsdp, tensor=parallel.tensor)
+    config = distributed_config(
+        plain, fsdp=parallel.fsdp, tensor=parallel.tensor, replicas=parallel.replicas, half=half
+    )
     model = load_causal_model(folder, dtype, distributed_config=config)
     _save_tied_once(model)
     return model

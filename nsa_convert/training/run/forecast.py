@@ -41,6 +41,7 @@ from nsa_convert.training.run.parallel import (
     context_problems,
     method_problems,
     parallel_of,
+    sending_problems,
     size_problems,
 )
 from nsa_convert.training.run.parallel import sharing_problems as sharing_problems
@@ -189,7 +190,7 @@ def forecast_recipe(
     # Sizes that do not fit the number of processes would only cause more messages further on.
     config = dict(start.config)
     parallel = parallel_of(recipe) if parallel is None else parallel
-    unfit = size_problems(parallel)
+    unfit = [*size_problems(parallel), *sending_problems(recipe)]
     problems += unfit or method_problems(parallel, methods, config)
 
     for index, stage in enumerate(recipe.stages):

@@ -82,7 +82,8 @@ def device_memory(recipe: Recipe, stage: Stage, start: Start, weights: Weights, 
     gathered = 0
     if parallel.fsdp > 1:
         whole = stage.train == "all"
-        gathered = w.number * (w.outer + 2 * w.largest_layer + whole * (w.outer + w.largest_layer))
+        sent = 2 if recipe.fsdp_send == "bfloat16" else w.number
+        gathered = sent * (w.outer + 2 * w.largest_layer) + w.number * whole * (w.outer + w.largest_layer)
     elif parallel.data > 1:
         gathered = gradients // parts
 

@@ -21,13 +21,19 @@ SHARDING_SINCE = (5, 19)
 """Version of transformers since which the Trainer accepts a model that is already sharded."""
 
 
+REPLICAS = "dp_replicate_size"
+"""Field of transformers' DistributedConfig: copies of weights that are shared themselves (HSDP)."""
+GATHERED = "fsdp_mixed_precision"
+"""Field of transformers' DistributedConfig: weights are sent to the others in bfloat16."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
     """How processes share the work.
 
     Attributes:
         processes: All processes of the run.
-        fsdp: Number of processes that share each weight (FSDP2).
+        fsdp: Number of neighbouring processes that share each weight (FSDP2).
         tensor: Number of neighbouring processes that share the heads and the MLP width of every layer.
         context: Number of neighbouring processes that share the tokens of every row.
     """
@@ -41,6 +47,11 @@ class Parallel:
     def data(self) -> int:
         """Number of process groups that read different rows."""
         return max(1, self.processes // (self.tensor * self.context))
+
+    @property
+    def replicas(self) -> int:
+        """Number of copies of the weights that are each shared by ``fsdp`` processes; several are HSDP."""
+        return max(1, self.processes // self.fsdp) if self.fsdp > 1 else 1
 
     @property
     def sharded(self) -> bool:
@@ -61,6 +72,7 @@ class Parallel:
             "a row by {} (context)": self.context,
         }
         parts = [text.format(size) for text, size in each.items() if size > 1]
+        parts += [f"{self.replicas} such copies (HSDP)"] if self.replicas > 1 else []
 
         if self.processes > 1:
             parts.append(f"{self.data} of them read different rows" if self.data > 1 else "all read one row")
@@ -96,6 +108,15 @@ def can_shard() -> bool:
     return tuple(map(int, transformers.__version__.split(".")[:2])) >= SHARDING_SINCE
 
 
+def has_sharding_option(name: str) -> bool:
+    """Return whether transformers' DistributedConfig has a field: versions before 5.23 lack some."""
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:  # why: without the class no option is there, which the caller tells
+        return False
+    return any(field.name == name for field in dataclasses.fields(DistributedConfig))
+
+
 def size_problems(parallel: Parallel) -> list[str]:
     """Return why the sizes do not fit the number of processes or each other."""
     count, fsdp, tensor, context = dataclasses.astuple(parallel)
@@ -119,13 +140,27 @@ def size_problems(parallel: Parallel) -> list[str]:
     # Each size must divide the processes; tensor and FSDP take all of them.
     if tensor > 1 and (count != tensor or fsdp > 1):
         problems.append(f"tensor {tensor} takes {tensor} processes and fsdp 1 (got fsdp {fsdp}); {how}")
-    elif fsdp not in (1, count):
-        allowed = f"1 or {count}" if count > 1 else "1"
-        problems.append(f"fsdp {fsdp} does not fit: with {count} processes it can be {allowed}; {how}")
+    elif count % fsdp:
+        problems.append(f"fsdp {fsdp} does not divide the {count} processes; {how}")
+    elif parallel.replicas > 1 and not has_sharding_option(REPLICAS):
+        problems.append(
+            f"fsdp {fsdp} of {count} processes needs a newer transformers, whose DistributedConfig has "
+            f"{REPLICAS}; with {transformers.__version__} it can be 1 or {count}"
+        )
     if context > 1 and count % context:
         problems.append(f"context {context} takes a multiple of {context} processes; {how}")
 
     return problems
+
+
+def sending_problems(recipe: Recipe) -> list[str]:
+    """Return why FSDP2 cannot send the weights of a recipe as it says."""
+    if recipe.fsdp_send == "float32" or has_sharding_option(GATHERED):
+        return []
+    return [
+        f"fsdp_send {recipe.fsdp_send} needs a newer transformers, whose DistributedConfig has {GATHERED}; "
+        f"leave it out with {transformers.__version__}"
+    ]
 
 
 def method_problems(

@@ -116,9 +116,8 @@ def load_base(
 
     # A sharded model can only be loaded from a folder; the first one may have to be written before.
     if parallel.sharded:
-        model = load_sharded(
-            checkpoint or (written if index else write_start(recipe, start)), dtype, parallel
-        )
+        folder = checkpoint or (written if index else write_start(recipe, start))
+        model = load_sharded(folder, dtype, parallel, half=recipe.fsdp_send == "bfloat16")
     elif written.is_dir():
         model = load_causal_model(written, dtype)
     else:
