@@ -124,6 +124,26 @@ def test_a_rehearsal_is_within_15_percent_of_a_real_step(method, changes):
     assert foretold == pytest.approx(measured(read), rel=0.15)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_of_different_kinds_are_added_up_by_kind(checkpointing, monkeypatch):
+    """A few of each kind foretell what all take: three dense layers, a sliding one, sixteen of DSA."""
+    rules = [{"layers": [0, 1, -1], "method": "full"}, {"layers": [7], **VARIANTS["streaming"]}]
+    values = recipe("dsa", checkpointing=checkpointing).to_dict()
+    values["sparse_attention"]["rules"] = rules
+    values["model"]["config"]["num_hidden_layers"] = 20
+    read = recipe_from_dict(values)
+
+    depths = []
+    whole = rehearsal._rehearse
+    monkeypatch.setattr(rehearsal, "_rehearse", lambda *a: depths.append(len(a[-1])) or whole(*a))
+    start = read_start(read, None)
+    found = rehearsal.step_memory(read, read.stages[0], start, Parallel()).peak
+    assert depths == [5, 6, 6]
+    with rehearsal._no_values():
+        wanted = whole(read, read.stages[0], start, Parallel(), 1, range(20))
+    assert found == pytest.approx(wanted, rel=0.02)
+
+
 def methods_have_weights(read: Recipe) -> bool:
     return any(list(method.parameters()) for method in read_start(read, None).methods())
 

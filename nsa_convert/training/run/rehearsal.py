@@ -2,8 +2,8 @@
 
 A model of few layers goes through the forward and backward pass of a stage as the run would take it (losses,
 adapters, autocast, checkpointing); every allocation is followed, and nothing is computed or held. Layers
-alike add alike, so that two depths give the memory of any. Inside of a kernel nothing is seen: what the
-kernels of a GPU hold there is small, plain torch holds some tens of MB.
+alike add alike, so that few of each kind give the memory of any number. Inside of a kernel nothing is seen:
+what the kernels of a GPU hold there is small, plain torch holds some tens of MB.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nsa_convert.config import SparseAttentionConfig
 from nsa_convert.kernels.common.custom_ops import whole_operators
+from nsa_convert.methods.parts.selection import NO_REUSE
 from nsa_convert.patch.models import config_class, model_classes
 from nsa_convert.patch.patching import sparse_methods
 from nsa_convert.training.losses import stage_losses
@@ -27,8 +29,8 @@ from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.run.models import DTYPES, Start, prepare_model
 from nsa_convert.training.run.parallel import Parallel
 
-DEPTHS = (2, 3)
-"""Layers of the two rehearsals of a deeper model."""
+FEW = 2
+"""Layers of a kind in the smallest rehearsal; one more of it tells what each of the others adds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,24 +73,63 @@ def step_memory(
     rows = stage.micro_batch if micro_batch is None else micro_batch
     layers = start.config["num_hidden_layers"]
 
-    # Layers of different kinds are not alike: then all of them are rehearsed.
-    if layers <= DEPTHS[1] or (start.plan is not None and start.plan.rules):
+    # A few of each kind of layer tell of all. Where most layers are a kind of their own, all are rehearsed.
+    kinds = _layer_kinds(start)
+    firsts = sorted(layer for kind in kinds for layer in kind[:FEW])
+    work = len(firsts) + sum(len(firsts) + 1 for kind in kinds if len(kind) > FEW)
+    if layers <= len(firsts) + 1 or (len(kinds) > 1 and work > layers):
         with _no_values():
             return StepMemory(
-                fixed=_rehearse(recipe, stage, start, parallel, rows, layers), layer=0, layers=0
+                fixed=_rehearse(recipe, stage, start, parallel, rows, range(layers)), layer=0, layers=0
             )
 
-    few, more = DEPTHS
     with _no_values():
-        less, most = (_rehearse(recipe, stage, start, parallel, rows, depth) for depth in DEPTHS)
-    layer = (most - less) // (more - few)
-    fixed = less - few * layer
+        less = _rehearse(recipe, stage, start, parallel, rows, firsts)
+        rest = 0
+        for kind in kinds:
+            if len(kind) > FEW:
+                one_more = sorted([*firsts, kind[FEW]])
+                more = _rehearse(recipe, stage, start, parallel, rows, one_more) - less
+                rest += (len(kind) - FEW) * more
+    layer = rest // (layers - len(firsts))
+    fixed = less - len(firsts) * layer
 
     # Keys and values of a row's other processes: kept by each layer, or held by the one at work.
     others = _gathered_keys(recipe, stage, start, parallel, rows)
     if stage.checkpointing:
         return StepMemory(fixed=fixed + others, layer=layer, layers=layers)
     return StepMemory(fixed=fixed, layer=layer + others, layers=layers)
+
+
+def _layer_kinds(start: Start) -> list[list[int]]:
+    """Return the layers by what they run: those that the same rules of the plan cover are alike."""
+    layers = start.config["num_hidden_layers"]
+    if start.plan is None:
+        return [list(range(layers))]
+
+    plan = start.plan.resolved(layers, start.geometry.num_kv_heads)
+    if any(rule.settings.get("reuse_from", NO_REUSE) != NO_REUSE for rule in (plan.default, *plan.rules)):
+        return [[layer] for layer in range(layers)]  # a layer that names another one needs it there
+
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for layer in range(layers):
+        covers = [i for i, rule in enumerate(plan.rules) if rule.layers is None or layer in rule.layers]
+        kinds.setdefault(tuple(covers), []).append(layer)
+    return list(kinds.values())
+
+
+def _plan_of(start: Start, picked: Sequence[int]) -> SparseAttentionConfig | None:
+    """Return the plan of a model that has some layers of the start alone."""
+    if start.plan is None:
+        return None
+    plan = start.plan.resolved(start.config["num_hidden_layers"], start.geometry.num_kv_heads)
+    rules = []
+    for rule in plan.rules:
+        if rule.layers is None:
+            rules.append(rule)
+        elif places := tuple(place for place, layer in enumerate(picked) if layer in rule.layers):
+            rules.append(dataclasses.replace(rule, layers=places))
+    return dataclasses.replace(plan, rules=tuple(rules))
 
 
 def _gathered_keys(recipe: Recipe, stage: Stage, start: Start, parallel: Parallel, rows: int) -> int:
@@ -107,10 +148,13 @@ def _no_values() -> Iterator[None]:
         yield
 
 
-def _rehearse(recipe: Recipe, stage: Stage, start: Start, parallel: Parallel, rows: int, layers: int) -> int:
-    """Return the largest number of bytes that a step of a model of some layers has at once."""
+def _rehearse(
+    recipe: Recipe, stage: Stage, start: Start, parallel: Parallel, rows: int, picked: Sequence[int]
+) -> int:
+    """Return the largest number of bytes that a step of a model of some of the layers has at once."""
+    start = dataclasses.replace(start, plan=_plan_of(start, picked))
     with torch.device("meta"):
-        model = _model(start, parallel, layers, DTYPES[recipe.precision])
+        model = _model(start, parallel, len(picked), DTYPES[recipe.precision])
         methods = sparse_methods(model)
         model = prepare_model(model, stage)
 
