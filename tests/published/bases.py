@@ -71,8 +71,8 @@ class Base:
         }
         return sizes | ({} if self.head_dim is None else {"head_dim": self.head_dim})
 
-    def small(self, shrink: int) -> Base:
-        """Return a base of one layer, its positions divided by ``shrink``, its shape kept."""
+    def small(self, shrink: int, layers: int = 1) -> Base:
+        """Return a base of few layers, its positions divided by ``shrink``, its shape kept."""
         kv_heads = min(2, self.kv_heads)
         heads = kv_heads * (self.heads // self.kv_heads)
         dim = 8 if heads > 4 else 16
@@ -84,7 +84,7 @@ class Base:
             self,
             hidden=heads * dim // (2 if own_dim else 1),
             inner=64,
-            layers=1,
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=None if self.head_dim is None else dim,
@@ -177,6 +177,63 @@ BASES = {
         tied=False,
         theta=1e6,
         more={"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28},
+    ),
+    "Qwen/Qwen2.5-0.5B": Base(
+        family="qwen2",
+        hidden=896,
+        inner=4864,
+        layers=24,
+        heads=14,
+        kv_heads=2,
+        head_dim=None,
+        positions=32768,
+        vocab=151936,
+        tied=True,
+        theta=1e6,
+        more={"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24},
+    ),
+    "Qwen/Qwen2.5-1.5B": Base(
+        family="qwen2",
+        hidden=1536,
+        inner=8960,
+        layers=28,
+        heads=12,
+        kv_heads=2,
+        head_dim=None,
+        positions=131072,
+        vocab=151936,
+        tied=True,
+        theta=1e6,
+        more={"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28},
+    ),
+    "Qwen/Qwen2.5-3B": Base(
+        family="qwen2",
+        hidden=2048,
+        inner=11008,
+        layers=36,
+        heads=16,
+        kv_heads=2,
+        head_dim=None,
+        positions=32768,
+        vocab=151936,
+        tied=True,
+        theta=1e6,
+        more={"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 36},
+    ),
+    "mistralai/Mistral-7B-v0.3": Base(
+        family="mistral",
+        hidden=4096,
+        inner=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=None,
+        positions=32768,
+        vocab=32768,
+        tied=False,
+        theta=1e6,
+        more={"sliding_window": None},
+        bos=True,
     ),
     "HuggingFaceTB/SmolLM2-135M": Base(
         family="llama",

@@ -104,10 +104,21 @@ def changes(recipe: Recipe) -> dict[str, Any]:
     }
     values |= {key: 2 for key in ("fsdp", "tensor", "context") if getattr(recipe, key) > 1}
     if shrink > 1 and recipe.plan is not None:
-        assert not recipe.plan.rules, "rules of a long recipe are not made small yet"
-        small = small_rule(recipe.plan.default)
-        values |= {f"sparse_attention.default.{key}": value for key, value in small.items()}
+        places = {"default": recipe.plan.default}
+        places |= {f"rules.{index}": rule for index, rule in enumerate(recipe.plan.rules)}
+        values |= {
+            f"sparse_attention.{place}.{key}": value
+            for place, rule in places.items()
+            for key, value in small_rule(rule).items()
+        }
     return values
+
+
+def layers_of(recipe: Recipe) -> int:
+    """Return how many layers a small model needs: those the rules name, and one that none of them does."""
+    named = [layer for rule in (recipe.plan.rules if recipe.plan else ()) for layer in rule.layers or ()]
+    front = max((layer + 1 for layer in named if layer >= 0), default=0)
+    return front + max((-layer for layer in named if layer < 0), default=0) + 1
 
 
 def set_words(values: Mapping[str, Any]) -> list[str]:
