@@ -1,14 +1,18 @@
 """AdamW on bfloat16 weights: every published learning rate moves them as it moves float32 ones."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from nsa_convert.patch.patching import patch_model
 from nsa_convert.training.recipe.library import known_recipes
-from nsa_convert.training.recipe.schema import read_recipe
-from nsa_convert.training.run.optimizer import MasterAdamW
+from nsa_convert.training.recipe.schema import read_recipe, recipe_from_dict
+from nsa_convert.training.run.optimizer import MasterAdamW, parameter_groups
+from tests.training.recipes import NSA, recipe_values, stage
 
 STEPS = 20
 
@@ -101,3 +105,30 @@ def test_a_state_without_masters_goes_on():
     optimizer = MasterAdamW(model.parameters(), lr=1e-3)
     optimizer.load_state_dict(plain.state_dict())
     assert train(model, optimizer, first=STEPS) > 0.999
+
+
+def groups_of(width: int, gate: str = "signed", **keys: float | None) -> dict[str, float]:
+    """Return the rate of every new weight of an NSA model of some width."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    model = patch_model(LlamaForCausalLM(LlamaConfig(**sizes, **heads)), {"default": {**NSA, "gate": gate}})
+    made = recipe_from_dict(recipe_values(Path("out"), NSA, stage(lr=1e-5, **keys))).stages[0]
+    names = {id(p): name.split(".sparse.")[1] for name, p in model.named_parameters() if ".sparse." in name}
+    groups = parameter_groups(model, made)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    return {names[id(p)]: group["lr"] for group in groups for p in group["params"] if id(p) in names}
+
+
+def test_a_gate_learns_the_slower_the_wider_it_is():
+    """A step of AdamW moves the logit by rate x sum of the inputs: as much at every width."""
+    rates = {width: groups_of(width, lr_new=1e-2) for width in (32, 64, 128, 4096)}
+    assert [found["gate.weight"] for found in rates.values()] == pytest.approx([1e-2, 1e-2, 5e-3, 1e-2 / 64])
+    assert {rate for found in rates.values() for name, rate in found.items() if name != "gate.weight"} == {
+        1e-2
+    }
+
+    # A bias has no inputs; the recipe's own rate comes first; without lr_new that of dense weights counts.
+    assert groups_of(128, "sigmoid", lr_new=1e-2)["gate.bias"] == 1e-2
+    assert groups_of(128, lr_new=1e-2, lr_gate=3e-4)["gate.weight"] == 3e-4
+    assert groups_of(128, lr_new=None)["gate.weight"] == pytest.approx(5e-6)

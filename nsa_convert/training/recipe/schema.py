@@ -74,6 +74,9 @@ class Stage:
             holds what it reads, of a streamed Parquet data set a whole row group.
         lr: Learning rate of the dense weights (of the adapters with ``lora``).
         lr_new: Learning rate of the new weights; ``lr`` when left out.
+        lr_gate: Learning rate of the matrices of gates; when left out ``lr_new`` times 64 / hidden size, at
+            most ``lr_new``: a gate sums over the hidden width, and moves by the more at one rate, the wider
+            that is.
         schedule: Form of the decay after the warm-up.
         warmup: Share of the steps.
         min_lr: Learning rate at the end, as a share of the peak.
@@ -111,6 +114,7 @@ class Stage:
     lanes: int = MOST_LANES
     lr: float = 1e-5
     lr_new: float | None = None
+    lr_gate: float | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.02
     min_lr: float = 0.1
@@ -163,7 +167,7 @@ class Stage:
 
     def _rate_problems(self) -> list[str]:
         problems = []
-        for key in ("lr", "lr_new"):
+        for key in ("lr", "lr_new", "lr_gate"):
             value = getattr(self, key)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 problems.append(f"{key} must be a positive number, got {value}")

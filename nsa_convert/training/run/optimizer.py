@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from nsa_convert.methods.parts.gates import BranchGate
 from nsa_convert.training.recipe.schema import Stage
+
+GATE_WIDTH = 64
+"""Hidden size of the models that the published rates of new weights were found on (docs/recovery.md).
+
+AdamW moves every weight by about its rate, so that the logit of a gate moves by the rate times the sum of its
+inputs: the rate of a matrix goes with one over the number of its inputs (arXiv 2203.03466, table 8).
+"""
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -88,21 +96,28 @@ def _state_dtype(p: Tensor) -> torch.dtype:
 
 
 def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: dense matrices, dense vectors, and new weights with their own rate.
+    """Return the optimizer's groups: dense matrices, dense vectors, new weights and gates at their own rates.
 
     Weight decay applies to dense matrices only. Empty groups are left out.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gates = {id(m.weight): m.weight.shape[1] for m in model.modules() if isinstance(m, BranchGate)}
 
     # Weights that conversion added live in the `sparse` module of a layer.
-    new = [p for name, p in named if ".sparse." in name]
+    new = [p for name, p in named if ".sparse." in name and id(p) not in gates]
+    gate = [p for name, p in named if id(p) in gates]
     old = [p for name, p in named if ".sparse." not in name]
+
     lr_new = stage.lr if stage.lr_new is None else stage.lr_new
+    lr_gate = stage.lr_gate
+    if lr_gate is None:
+        lr_gate = lr_new * min(1.0, GATE_WIDTH / max(gates.values(), default=1))
 
     groups = [
         {"params": [p for p in old if p.dim() > 1], "lr": stage.lr, "weight_decay": stage.weight_decay},
         {"params": [p for p in old if p.dim() < 2], "lr": stage.lr, "weight_decay": 0.0},
         {"params": new, "lr": lr_new, "weight_decay": 0.0},
+        {"params": gate, "lr": lr_gate, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
