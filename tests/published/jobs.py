@@ -20,6 +20,7 @@ import torch
 from click.testing import CliRunner
 
 from nsa_convert.cli import main
+from nsa_convert.training.run.control import CONTROL
 from nsa_convert.training.run.trainer import StageTrainer
 from tests.training.processes import launch
 
@@ -60,11 +61,14 @@ def watched(stop_in: str | None) -> Iterator[list[tuple[str, int, float]]]:
     waits = [last and stop_in is not None]
 
     def step(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if waits[0] and self.stage.name == stop_in:
+        # Stages of a control have the names of those they are compared with.
+        folder = Path(self.args.output_dir)
+        name = f"{CONTROL}/{folder.name}" if folder.parent.name == CONTROL else folder.name
+        if waits[0] and name == stop_in:
             waits[0] = False  # a second signal would end the process at once
             os.kill(os.getpid(), signal.SIGTERM)
         loss = before(self, *args, **kwargs)
-        losses.append((self.stage.name, self.state.global_step, float(loss)))
+        losses.append((name, self.state.global_step, float(loss)))
         return loss
 
     StageTrainer.training_step = step

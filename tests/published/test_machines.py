@@ -6,6 +6,7 @@ import pytest
 
 from nsa_convert.training.recipe.library import known_recipes
 from nsa_convert.training.recipe.schema import read_recipe
+from nsa_convert.training.run.control import CONTROL, shared_stages
 from nsa_convert.training.run.needs import SPARE
 from nsa_convert.training.run.parallel import planned
 from tests.guards.reference import table
@@ -29,9 +30,12 @@ def test_a_recipe_fits_its_machine_and_the_page_says_so(name):
 
 def test_the_page_has_every_recipe_and_every_stage():
     found = [line.split("|")[1:3] for line in PAGE.read_text().splitlines() if line.startswith("| `")]
-    wanted = [
-        [f" `{name}` ", f" {s.name} "] for name in names() for s in read_recipe(known_recipes()[name]).stages
-    ]
+    recipes = {name: read_recipe(known_recipes()[name]) for name in names()}
+    wanted = []
+    for name, recipe in recipes.items():
+        stages = [stage.name for stage in recipe.stages]
+        stages += [f"{CONTROL}/{stage.name}" for stage in shared_stages(recipe) if recipe.control]
+        wanted += [[f" `{name}` ", f" {stage} "] for stage in stages]
     assert found == wanted
 
 

@@ -24,6 +24,7 @@ from nsa_convert.plan import resolve_plan
 from nsa_convert.training.recipe.library import known_recipes
 from nsa_convert.training.recipe.schema import Recipe, read_recipe
 from nsa_convert.training.recipe.sections import FreshModel
+from nsa_convert.training.run.control import CONTROL, shared_stages
 from nsa_convert.training.run.models import fresh_tokenizer, load_first, read_start
 from tests.published.bases import BASES, DATA, Base, write_base, write_data
 from tests.published.jobs import Job, work, work_all
@@ -53,6 +54,12 @@ def family_of(recipe: Recipe) -> str:
 def maker_of(model: str) -> Recipe:
     """Return the recipe that writes the model another one begins with."""
     return next(recipe for recipe in RECIPES.values() if model.startswith(f"{recipe.out}/"))
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """Return the names of the stages of a recipe, and of its control's."""
+    names = [stage.name for stage in recipe.stages]
+    return names + [f"{CONTROL}/{stage.name}" for stage in shared_stages(recipe) if recipe.control]
 
 
 def methods_of(recipe: Recipe) -> set[str]:
@@ -124,7 +131,7 @@ def jobs_of(name: str) -> list[tuple[Job, int]]:
     other keys is planned, not run, where its budget is not small.
     """
     recipe = RECIPES[name]
-    first, *later = [stage.name for stage in recipe.stages]
+    first, *later = stages_of(recipe)
     small, jobs = set_words(changes(recipe)), []
     for words in header(name):
         made = Job([words[0], words[1], *small, *words[2:]])
@@ -163,7 +170,7 @@ def test_recipe_runs_as_published(name, tmp_path, monkeypatch, record_property):
     losses = [loss for each in done for loss in each.losses]
     assert losses
     assert all(math.isfinite(loss) for _, _, loss in losses)
-    steps = {(stage.name, step) for stage in recipe.stages for step in range(STEPS)}
+    steps = {(stage, step) for stage in stages_of(recipe) for step in range(STEPS)}
     assert {(stage, step) for stage, step, _ in losses} >= steps
     check_result(name, Path(recipe.out) / recipe.stages[-1].name / "model")
     record_property(PROPERTY, json.dumps([name, time.perf_counter() - begin]))

@@ -93,3 +93,12 @@ def test_the_command_says_the_time_of_every_stage(name, tmp_path, monkeypatch):
     assert [one["name"] for one in stages] == [one.name for one in read_recipe(known_recipes()[name]).stages]
     assert all(one["seconds_per_step"] > 0 for one in stages)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_control_is_measured_too(tmp_path, monkeypatch):
+    held_out = {"data": [{"kind": "reference", "hold_out": 0.1}], "eval_every": 2}
+    read = recipe(tmp_path / "out", NSA, STAGES[0], stage(**held_out), control=True)
+    measured, seen = seen_by(read, monkeypatch)
+    assert len(measured.stages) == 3
+    assert all(one.seconds_per_step > 0 for one in measured.stages)
+    assert [one["trained"] for one in seen[::2]] == [one.trained for one in measured.stages]

@@ -41,6 +41,7 @@ UNBOUND_KEYS = (
     "profile",
     "workers",
     "machine",
+    "control",
 )
 UNBOUND_STAGE_KEYS = (
     "save_every",
@@ -274,6 +275,9 @@ class Recipe:
         workers: Most processes that read, tokenise and pack rows beside each training process; 0 does it in
             the training process itself. A step of N micro-batches has work for a divisor of N of them.
         machine: What the recipe is meant for; ``--dry-run`` says whether it fits with 10 % to spare.
+        control: After the last stage, train the dense model too, in ``out/control``: on the same rows, by the
+            stages that train dense weights for the next token. The report compares both on held-out
+            documents.
     """
 
     model: str | FreshModel
@@ -295,6 +299,7 @@ class Recipe:
     alarms: Literal["stop", "warn"] = "stop"
     workers: int = 1
     machine: Machine | None = None
+    control: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -341,6 +346,11 @@ class Recipe:
         if self.sparse_attention is None:
             return None
         return SparseAttentionConfig.from_dict(self.sparse_attention)
+
+    @property
+    def readers(self) -> tuple[Stage, ...]:
+        """Stages that share the documents of a source among them."""
+        return self.stages
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that :func:`recipe_from_dict` reads."""

@@ -22,6 +22,7 @@ from nsa_convert.training.data.sources import describe_source, held_out_overlap,
 from nsa_convert.training.losses import loss_problems, stage_weights
 from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.recipe.sections import Machine, Source
+from nsa_convert.training.run.control import CONTROL, control_of, control_problems, dense_start
 from nsa_convert.training.run.flops import flops_per_token
 from nsa_convert.training.run.held_out import evaluation_problems
 from nsa_convert.training.run.lengths import SAMPLE_LANES, Lengths, sample_lengths
@@ -221,6 +222,16 @@ def forecast_recipe(
             warnings = (*resolved.warnings, *notes)
             plans.append(dataclasses.replace(resolved, data=data, lengths=lengths, warnings=warnings))
 
+    # The control is a run of its own, after this one.
+    if recipe.control:
+        found = control_problems(recipe, start)
+        problems += found
+        if not problems:
+            try:
+                plans += _control_plans(recipe, start, base, parallel, memory, before=plans[-1].disk)
+            except ConfigError as error:
+                problems += [f"control: {own.message}" for own in error.problems or (error,)]
+
     raise_problems(problems, code="RC09", hint="no weight was read; correct the recipe and run again")
 
     names = sorted({method.spec.name for method in methods})
@@ -233,6 +244,17 @@ def forecast_recipe(
         stages=tuple(plans),
         machine=recipe.machine,
     )
+
+
+def _control_plans(
+    recipe: Recipe, start: Start, base: Path, parallel: Parallel, memory: bool, before: int
+) -> list[StageForecast]:
+    """Return the forecasts of a control's stages; what the run before it has on disk stays there."""
+    found = forecast_recipe(control_of(recipe), dense_start(start), base, parallel=parallel, memory=memory)
+    return [
+        dataclasses.replace(stage, name=f"{CONTROL}/{stage.name}", disk=before + stage.disk)
+        for stage in found.stages
+    ]
 
 
 def source_notes(source: Source, base: Path, *, chats: bool) -> list[str]:

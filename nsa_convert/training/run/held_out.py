@@ -253,6 +253,32 @@ def best_step(rows: Sequence[Mapping[str, Any]], figure: str) -> tuple[int, int]
     return later[best]["step"], len(later) - 1 - best
 
 
+def compare_control(run: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+    """Return how a stage's figures moved beside those of its dense control, in one line; empty without any.
+
+    Args:
+        run: Report of the stage: ``evaluations``, and ``weights_of_step``, the step whose weights were kept.
+        control: Report of the same stage of the control.
+    """
+    ends = []
+    for report in (run, control):
+        rows = report.get("evaluations", ())
+        last = next((row for row in rows if row["step"] == report.get("weights_of_step")), None)
+        if len(rows) < 2 or last is None:
+            return ""
+        ends.append((rows[0], last))
+
+    (start, sparse), (dense, trained) = ends
+    names = [name for name in start if name.startswith(PREFIX) and all(name in row for row in ends[1])]
+    parts = [
+        f"{name.removeprefix(PREFIX)} {start[name]:.4g} -> {sparse[name]:.4g}, of the dense control "
+        f"{dense[name]:.4g} -> {trained[name]:.4g} (apart {start[name] - dense[name]:+.4f} -> "
+        f"{sparse[name] - trained[name]:+.4f})"
+        for name in names
+    ]
+    return f"held out, sparse from start to end: {'; '.join(parts)}"
+
+
 def compare_ends(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return how the figures moved from the first evaluation of a stage to the last, in one line."""
     if len(rows) < 2:

@@ -221,7 +221,7 @@ def fresh_tokenizer(recipe: Recipe, base: Path) -> Any:
     from nsa_convert.training.data.sources import open_source
 
     assert isinstance(recipe.model, FreshModel)
-    stage = recipe.stages[0]
+    stage = recipe.readers[0]
     sources = [open_source(source, base, chats=stage.kind == "sft") for source in stage.data]
 
     # One training for each vocabulary size and data.

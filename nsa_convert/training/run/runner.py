@@ -23,10 +23,11 @@ from nsa_convert.notices import Say, silent
 from nsa_convert.training.recipe.schema import Recipe
 from nsa_convert.training.run.callbacks import Profile, StopOnSignal
 from nsa_convert.training.run.checkpoints import newest, release_optimizer, step_of
+from nsa_convert.training.run.control import CONTROL, control_of, dense_start
 from nsa_convert.training.run.distributed import from_main, join_processes
 from nsa_convert.training.run.failures import KernelFailure, explained
 from nsa_convert.training.run.forecast import forecast_recipe
-from nsa_convert.training.run.held_out import compare_ends
+from nsa_convert.training.run.held_out import compare_control, compare_ends
 from nsa_convert.training.run.logs import trim_log
 from nsa_convert.training.run.micro_batches import device_bytes, fit_micro_batches, one_by_one
 from nsa_convert.training.run.models import Start, quiet, read_start, save_dtype, save_model
@@ -67,11 +68,13 @@ class TrainingReport:
         out: Folder of the run.
         model: Folder of the trained model.
         stages: Stage -> steps, seconds and last log line.
+        control: The same of the dense control; None without one.
     """
 
     out: str
     model: str
     stages: dict[str, dict[str, Any]]
+    control: dict[str, dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -80,11 +83,15 @@ class TrainingReport:
     def to_text(self) -> str:
         """Return the report for people."""
         lines = []
-        for name, facts in self.stages.items():
+        controls = {f"{CONTROL}/{name}": facts for name, facts in (self.control or {}).items()}
+        for name, facts in {**self.stages, **controls}.items():
             last = facts.get("last", {})
             loss = f", last loss {last['loss']:.4f}" if "loss" in last else ""
             lines.append(f"{name}: {facts['steps']} steps{loss}")
             lines += [f"  {line}" for line in (compare_ends(facts.get("evaluations", ())),) if line]
+        for name, facts in (self.control or {}).items():
+            compared = compare_control(self.stages[name], facts)
+            lines += [f"{name} {compared}"] if compared else []
         return "\n".join([*lines, f"the trained model: {self.model}"])
 
 
@@ -164,21 +171,30 @@ def train_recipe(
     # From here on this process group is alone in the folder, and a signal ends the run after a step.
     signals = Signals(say)
     with exclusive(out), signals.caught():
-        check_resume(recipe, start)
-        if _is_main():
-            write_recipe(recipe, out / RUN_FILE)
-        run = _Run(recipe, start, base, signals, say, allow)
+        runs = [_Run(recipe, start, base, signals, say, allow)]
+        if recipe.control:
+            quoted = lambda line: say(f"{CONTROL}: {line}")  # noqa: E731
+            runs.append(_Run(control_of(recipe), dense_start(start), base, signals, quoted, allow))
+        # All are compared with what is there before anything of one is written.
+        for run in runs:
+            check_resume(run.recipe, run.start)
+        for run in runs if _is_main() else ():
+            place = Path(run.recipe.out)
+            place.mkdir(exist_ok=True)  # why: the folder of the control, inside the run's own
+            write_recipe(run.recipe, place / RUN_FILE)
+
         try:
-            report = run.stages()
+            reports = [run.stages() for run in runs]
         except KernelFailure as error:
             if not allow.eager_fallback:
                 raise
             say(f"warning [TR20]: {error.message}; going on with plain torch, slower")
             with use_backend("torch"):
-                report = run.stages()
+                reports = [run.stages() for run in runs]
 
     final = out / recipe.stages[-1].name / MODEL
-    return TrainingReport(out=str(out), model=str(final), stages=report)
+    control = reports[1] if recipe.control else None
+    return TrainingReport(out=str(out), model=str(final), stages=reports[0], control=control)
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

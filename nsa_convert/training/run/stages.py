@@ -235,9 +235,10 @@ def data_order(recipe: Recipe, index: int) -> Order:
         shares = ((one, source.weight / one.weights, source.name) for one in stages for source in one.data)
         return sum(one.tokens * share for one, share, other in shares if other == name)
 
-    later = recipe.stages[index + 1 :]
+    place = [one.name for one in recipe.readers].index(stage.name)
+    later = recipe.readers[place + 1 :]
     names = [source.name for source in stage.data]
-    starts = tuple(tokens(name, later) / tokens(name, recipe.stages) for name in names)
+    starts = tuple(tokens(name, later) / tokens(name, recipe.readers) for name in names)
     return Order(seed=recipe.seed, stage=stage.name, starts=starts)
 
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from nsa_convert.loading import load_tokenizer, quiet
 from nsa_convert.notices import silent
 from nsa_convert.training.recipe.schema import Recipe, Stage
+from nsa_convert.training.run.control import control_of, dense_start
 from nsa_convert.training.run.failures import explained
 from nsa_convert.training.run.forecast import RecipeForecast
 from nsa_convert.training.run.models import Start, fresh_tokenizer, load_first, prepare_model, set_rope
@@ -72,10 +73,15 @@ def measure_stages(recipe: Recipe, start: Start, base: Path, forecast: RecipeFor
     Raises:
         MachineError: The memory does not suffice (TR11).
     """
+    runs: list[tuple[Recipe, Start]] = [(recipe, start)]
+    if recipe.control:
+        runs.append((control_of(recipe), dense_start(start)))
+    places = [(own, first, index) for own, first in runs for index in range(len(own.stages))]
+
     stages = []
-    for index in range(len(recipe.stages)):
-        seconds = _step_seconds(recipe, index, start, base)
-        stages.append(dataclasses.replace(forecast.stages[index], seconds_per_step=seconds))
+    for known, (own, first, index) in zip(forecast.stages, places, strict=True):
+        seconds = _step_seconds(own, index, first, base)
+        stages.append(dataclasses.replace(known, seconds_per_step=seconds))
     return dataclasses.replace(forecast, stages=tuple(stages))
 
 
@@ -127,6 +133,8 @@ def _shortened(recipe: Recipe, stage: Stage, out: Path) -> Recipe:
         fsdp=1,
         tensor=1,
         context=1,
+        fsdp_send="float32",
+        control=False,
     )
 
 
