@@ -228,7 +228,7 @@ def test_tr22_killed_while_old_checkpoints_are_removed(whole, tmp_path, monkeypa
 
     def killed(path, *args, **kwargs):
         if "checkpoint-2" in str(path) and ".saving" not in str(path):
-            (Path(path) / "optimizer.pt").unlink()
+            (Path(path) / "scheduler.pt").unlink()
             raise KeyboardInterrupt  # the process ends here
         rmtree(path, *args, **kwargs)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from nsa_convert.errors import CheckpointError, ConfigError
 from nsa_convert.training.run.checkpoints import COMPLETE, seal
@@ -20,6 +22,7 @@ from tests.faults.runs import checkpoint, copied, goes_on, refuses, train
 from tests.training.recipes import run, stage
 
 SLOW = pytest.mark.slow
+OPTIMIZER_FILE = "optimizer/shard-00001-model-00001-of-00001.safetensors"
 
 
 def reseal(folder: Path) -> None:
@@ -37,14 +40,14 @@ def test_tr05_an_incomplete_checkpoint_is_passed_over(stopped, whole, damage):
     elif damage == "unsealed":
         (newest / COMPLETE).unlink()
     else:
-        for name in ("optimizer.pt", "scheduler.pt", "model.safetensors"):
+        for name in (OPTIMIZER_FILE, "scheduler.pt", "model.safetensors"):
             (newest / name).unlink()
     said = goes_on(stopped, whole)
     assert any("warning [TR05]" in line and "checkpoint-4 is passed over" in line for line in said)
     assert "pretrain: going on after step 2" in said
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", [OPTIMIZER_FILE, "scheduler.pt", "rng_state.pth"])
 def test_tr06_a_missing_state_is_refused_unless_asked(stopped, whole, name):
     shutil.rmtree(checkpoint(stopped, 2))
     (checkpoint(stopped) / name).unlink()
@@ -59,7 +62,7 @@ def test_tr06_a_missing_state_is_refused_unless_asked(stopped, whole, name):
 @pytest.mark.parametrize(
     "name",
     [
-        "optimizer.pt",
+        OPTIMIZER_FILE,
         "model.safetensors",
         *(pytest.param(x, marks=SLOW) for x in ("trainer_state.json", "rng_state.pth", "data_state.json")),
     ],
@@ -76,7 +79,7 @@ def test_tr07_a_file_cut_off_falls_back_to_the_checkpoint_before(stopped, whole,
 
 
 @pytest.mark.parametrize(
-    "name", ["optimizer.pt", "trainer_state.json", pytest.param("scheduler.pt", marks=SLOW)]
+    "name", [OPTIMIZER_FILE, "trainer_state.json", pytest.param("scheduler.pt", marks=SLOW)]
 )
 def test_tr07_bytes_of_the_right_number_that_mean_nothing(stopped, whole, name):
     path = checkpoint(stopped) / name
@@ -86,12 +89,24 @@ def test_tr07_bytes_of_the_right_number_that_mean_nothing(stopped, whole, name):
 
 
 def test_tr08_nan_in_the_optimizer(stopped):
-    path = checkpoint(stopped) / "optimizer.pt"
-    state = torch.load(path, weights_only=True)
-    state["state"][3]["exp_avg_sq"].view(-1)[5] = math.nan
-    torch.save(state, path)
-    reseal(path.parent)
-    refuses(stopped, CheckpointError, "TR08", "state.3.exp_avg_sq holds NaN or infinity", "checkpoint-4")
+    path = checkpoint(stopped) / OPTIMIZER_FILE
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+    state = load_file(path)
+    state["model.norm.weight.exp_avg_sq"][5] = math.nan
+    save_file(state, path, facts)
+    reseal(checkpoint(stopped))
+    says = "model.norm.weight.exp_avg_sq holds NaN or infinity"
+    refuses(stopped, CheckpointError, "TR08", says, "checkpoint-4")
+
+
+def test_an_optimizer_of_an_earlier_version_is_refused_in_one_line(stopped):
+    for step in (2, 4):
+        shutil.rmtree(checkpoint(stopped, step) / "optimizer")
+        torch.save({"state": {}, "param_groups": []}, checkpoint(stopped, step) / "optimizer.pt")
+        reseal(checkpoint(stopped, step))
+    says = "checkpoint-4: the optimizer's state is in the form of an earlier version (optimizer.pt)"
+    refuses(stopped, CheckpointError, "TR06", says, "--allow-partial-resume")
 
 
 def test_tr12_another_run(stopped):
@@ -105,9 +120,8 @@ def test_tr12_another_run(stopped):
     assert tree_hash(stopped) == before
     path = checkpoint(stopped) / COMPLETE
     facts = json.loads(path.read_text())
-    path.write_text(json.dumps({**facts, "base": "1" * 16, "processes": 4}))
-    says = ("processes is 4 there and 1 now", "base is '1111111111111111' there")
-    refuses(stopped, CheckpointError, "TR12", *says)
+    path.write_text(json.dumps({**facts, "base": "1" * 16}))
+    refuses(stopped, CheckpointError, "TR12", "base is '1111111111111111' there")
 
 
 class Payload:
@@ -121,7 +135,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch"])
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
+@pytest.mark.parametrize("name", ["rng_state.pth", "scheduler.pt"])
 def test_tr13_code_in_a_state_file_is_refused_and_not_run(stopped, tmp_path, name, how):
     sentinel = tmp_path / "sentinel"
     path = checkpoint(stopped) / name

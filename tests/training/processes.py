@@ -25,19 +25,17 @@ def free_port() -> int:
         return place.getsockname()[1]
 
 
-def launch(words: list[str], count: int, timeout: float = 400) -> None:
-    """Run ``python WORDS`` in ``count`` processes that find each other; all of them have to succeed."""
+def launch(words: list[str], count: int, timeout: float = 400, *, torchrun: bool = True) -> None:
+    """Run ``python WORDS`` in ``count`` processes that find each other; all of them have to succeed.
+
+    Without ``torchrun`` they are not told of each other: one process runs as it does by itself.
+    """
     port, processes = str(free_port()), []
     for rank in range(count):
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-        }
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if torchrun:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         command = [sys.executable, *words]
         processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=timeout)[1] for process in processes]

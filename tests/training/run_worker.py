@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from nsa_convert.training.recipe.schema import recipe_from_dict
+from nsa_convert.training.run.parallel import world_size
 from nsa_convert.training.run.runner import Interrupted, train_recipe
 from nsa_convert.training.run.trainer import StageTrainer
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 def stop_after(step: int | None) -> None:
     """Let the last process get a SIGTERM while it does the step after this one of a stage ``pretrain``."""
-    before, waits = StageTrainer.training_step, [int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1]
+    before, waits = StageTrainer.training_step, [int(os.environ.get("RANK", 0)) == world_size() - 1]
 
     def step_and_stop(self: StageTrainer, *args: object, **kwargs: object) -> torch.Tensor:
         if waits[0] and self.stage.name == "pretrain" and self.state.global_step == step:
@@ -46,7 +47,8 @@ def main() -> None:
         with expected:
             train_recipe(recipe_from_dict(job["recipe"]), None, base=ROOT, resume=job["resume"])
         StageTrainer.training_step = original
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from nsa_convert.training.run.needs import (
     memory_advice,
     weights_of,
 )
+from nsa_convert.training.run.optimizer_states import FILE_BYTES
 from nsa_convert.training.run.parallel import Parallel
 from tests.models import VARIANTS
 
@@ -177,8 +178,13 @@ def test_disk_and_host_count_checkpoints_and_copies():
     assert (weights.outer, weights.largest_layer, weights.number) == (10, 1000, 4)
     # The model, and three checkpoints while the third is written: weights and two moments.
     assert disk_bytes(read, 0, [weights], Parallel()) == 4 * 1010 * (1 + 3 * 3)
-    assert host_bytes(weights, Parallel(processes=2), read.stages[0]) == 2 * 4 * 1010
-    assert host_bytes(weights, Parallel(processes=2, fsdp=2), read.stages[0]) == 3 * 4 * 1010
+    few = dataclasses.replace(weights, trained=10)
+    assert host_bytes(few, Parallel(processes=2)) == 2 * 4 * 1010
+    assert host_bytes(few, Parallel(processes=2, fsdp=2)) == 4 * 1010
+    # The moments are copied twice to write them, but never more than a file of them.
+    assert host_bytes(weights, Parallel()) == 2 * 2 * 4 * 1010
+    many = dataclasses.replace(weights, trained=10**12)
+    assert host_bytes(many, Parallel()) == 2 * FILE_BYTES
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def job(out: Path, name: str, stop_at: int | None = None, resume: bool = False) 
 def train_together(folder: Path, jobs: list[dict[str, Any]], processes: int = 2) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    launch(["-m", "tests.training.run_worker", str(folder)], processes)
+    launch(["-m", "tests.training.run_worker", str(folder)], processes, torchrun=processes > 1)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,13 @@ from typing import Any
 from nsa_convert.checkpoint.staging import machine_errors
 from nsa_convert.errors import CheckpointError
 from nsa_convert.notices import Say
-from nsa_convert.training.run.trainer_states import OPTIMIZER, SCHEDULER, unreadable
+from nsa_convert.training.run.optimizer_states import EARLIER_OPTIMIZER, OPTIMIZER, is_optimizer
+from nsa_convert.training.run.trainer_states import SCHEDULER, unreadable
 
 COMPLETE = "complete.json"
 """Written last; holds the size of every file of a checkpoint."""
 SAVING = ".saving"
-NEEDED = ("trainer_state.json", OPTIMIZER, SCHEDULER, "data_state.json")
+NEEDED = ("trainer_state.json", SCHEDULER, "data_state.json")
 
 
 def step_of(folder: Path) -> int:
@@ -68,6 +69,10 @@ def damage(folder: Path) -> dict[str, str]:
         return {COMPLETE: f"{COMPLETE} is missing or damaged"}
 
     problems = {name: f"{name} is missing" for name in NEEDED if name not in files}
+    if not any(is_optimizer(name) for name in files):
+        old = EARLIER_OPTIMIZER in files
+        reason = f"is in the form of an earlier version ({EARLIER_OPTIMIZER})" if old else "is missing"
+        problems[OPTIMIZER] = f"the optimizer's state {reason}"
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
@@ -125,7 +130,7 @@ def newest(stage: Path, say: Say, *, partial: bool = False) -> tuple[Path | None
 
 def _optional(name: str) -> bool:
     """Return whether a run can continue without a file, though with other numbers than before."""
-    return name in (OPTIMIZER, SCHEDULER) or name.startswith("rng_state")
+    return name == SCHEDULER or is_optimizer(name) or name.startswith("rng_state")
 
 
 def publish(staging: Path, stage: Path, keep: int, *, spared: int = 0) -> Path:
@@ -157,8 +162,8 @@ def publish(staging: Path, stage: Path, keep: int, *, spared: int = 0) -> Path:
 def release_optimizer(stage: Path) -> None:
     """Remove the optimizer's state from the checkpoints of a finished stage, two thirds of their size."""
     for folder in checkpoints(stage):
-        with contextlib.suppress(FileNotFoundError):  # why: another call removed it before
-            (folder / OPTIMIZER).unlink()  # why: a stage that has its model is never resumed
+        # why: a stage that has its model is never resumed; another call may have removed it before
+        shutil.rmtree(folder / OPTIMIZER, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:

@@ -157,24 +157,6 @@ def row_mesh(parallel: Parallel) -> Any:
     return init_device_mesh(device, (parallel.data, shared), mesh_dim_names=names)
 
 
-def whole_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Return the optimizer's state, unsharded and by parameter name; every process has to call this."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    return get_optimizer_state_dict(
-        model, inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-
-
-def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-    """Load a state of :func:`whole_optimizer_state` into an optimizer; each process takes its own part."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-    inner = getattr(optimizer, "optimizer", optimizer)
-    set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
-
-
 def share_tokens(model: nn.Module, group: Any) -> None:
     """Make layers attend across a context-parallel group, each process with a part of every row.
 

@@ -409,7 +409,7 @@ def _resolve(
         trained_new=new,
         losses={**losses, **stage_weights(stage, methods)},
         disk=disk_bytes(recipe, index, sizes, parallel),
-        host=host_bytes(sizes[-1], parallel, stage),
+        host=host_bytes(sizes[-1], parallel),
         flops=flops,
         hours=hours,
         warnings=tuple(stage_warnings(stage, methods)),

@@ -10,6 +10,7 @@ from nsa_convert.training.recipe.schema import Recipe, Stage
 from nsa_convert.training.recipe.sections import Machine
 from nsa_convert.training.run.flops import PEAKS
 from nsa_convert.training.run.models import DTYPES, Start
+from nsa_convert.training.run.optimizer_states import FILE_BYTES
 from nsa_convert.training.run.parallel import Parallel
 from nsa_convert.training.run.rehearsal import step_memory
 
@@ -123,12 +124,14 @@ def _checkpoints(stage: Stage) -> int:
     return min(stage.keep, -(-stage.steps // stage.save_every))
 
 
-def host_bytes(weights: Weights, parallel: Parallel, stage: Stage) -> int:
-    """Return the bytes of host memory: each process loads all weights, or one gathers shared ones."""
-    whole = weights.total * weights.number
-    if not parallel.sharded:
-        return parallel.processes * whole
-    return whole + (0 if stage.train == "lora" else weights.state)
+def host_bytes(weights: Weights, parallel: Parallel) -> int:
+    """Return the bytes of host memory to load and to save.
+
+    Each process loads all weights, or those that several share are gathered once; to write a file of the
+    optimizer's state, the processes copy their parts of it twice.
+    """
+    copies = 1 if parallel.sharded else parallel.processes
+    return max(copies * weights.total * weights.number, 2 * min(weights.state, FILE_BYTES))
 
 
 def step_hours(flops: float, tokens: int, machine: Machine, devices: int) -> float:

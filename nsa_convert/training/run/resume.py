@@ -41,20 +41,23 @@ class Allow:
 
 
 def stage_facts(recipe: Recipe, index: int, start: Start) -> dict[str, Any]:
-    """Return what a checkpoint of a stage must agree with: recipe, base model, parallel sizes."""
-    return {
-        "recipe": recipe.fingerprint(index),
-        "base": _base_facts(start),
-        **dataclasses.asdict(parallel_of(recipe)),
-    }
+    """Return what a checkpoint of a stage must agree with: recipe and base model.
+
+    How many processes share the work, and how, changes no number but by the order of sums. Chats are the
+    exception: TRL's rows are dealt to processes anew in every pass, so as many have to read as before.
+    """
+    facts: dict[str, Any] = {"recipe": recipe.fingerprint(index), "base": _base_facts(start)}
+    if recipe.stages[index].kind == "sft":
+        facts["reading processes"] = parallel_of(recipe).data
+    return facts
 
 
 def check_resume(recipe: Recipe, start: Start) -> None:
     """Compare a recipe with what the finished stages and checkpoints in its ``out`` recorded.
 
     Raises:
-        CheckpointError: They belong to another recipe, model or number of processes; every difference is
-            named (TR12).
+        CheckpointError: They belong to another recipe or model, or chats to another number of processes;
+            every difference is named (TR12).
     """
     for index in range(len(recipe.stages)):
         place = stage_folder(recipe, index)

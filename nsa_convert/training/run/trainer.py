@@ -28,23 +28,16 @@ from nsa_convert.training.run.callbacks import EvaluateEvery, guarded
 from nsa_convert.training.run.checkpoints import SAVING, checkpoints, publish, seal, step_of
 from nsa_convert.training.run.distributed import (
     gather_lanes,
-    load_optimizer_state,
     row_mesh,
     share_tokens,
     split_tokens,
-    whole_optimizer_state,
 )
 from nsa_convert.training.run.held_out import PREFIX, HeldOut, best_step, evaluations
 from nsa_convert.training.run.logs import progress_line, read_log
 from nsa_convert.training.run.optimizer import MasterAdamW, parameter_groups, rate
+from nsa_convert.training.run.optimizer_states import OPTIMIZER, is_optimizer, load_optimizer, save_optimizer
 from nsa_convert.training.run.parallel import Parallel
-from nsa_convert.training.run.trainer_states import (
-    OPTIMIZER,
-    SCHEDULER,
-    forward_schedule,
-    load_state,
-    state_bytes,
-)
+from nsa_convert.training.run.trainer_states import SCHEDULER, forward_schedule, load_state, state_bytes
 
 
 class StageTrainer(Trainer):
@@ -452,45 +445,50 @@ class StageTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save optimizer and schedule; the optimizer of a sharded model is gathered first."""
-        if not self.sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-
-        # Adapters are whole in every process, so their optimizer is saved as it is.
-        cut = not self.adapts
-        state = whole_optimizer_state(self.model, self.optimizer) if cut else self.optimizer.state_dict()
-
+        """Save optimizer and schedule; every process writes its part of the optimizer's state."""
+        folder = Path(output_dir)
+        save_optimizer(self.model, self.optimizer, folder / OPTIMIZER)
         if self.args.should_save:
-            # why: states of a checkpoint that is sealed when it is whole
-            torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            # why: a state of a checkpoint that is sealed when it is whole
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load optimizer and schedule, except lost ones; of a sharded model each process takes its part."""
-        if checkpoint is None or self.is_fsdp_enabled:  # accelerate's own FSDP has its own files
-            super()._load_optimizer_and_scheduler(checkpoint)
+        """Load optimizer and schedule, except lost ones; each process reads its part."""
+        if checkpoint is None:
             return
 
         folder = Path(checkpoint)
         # Without its state the optimizer starts from zero moments.
-        if OPTIMIZER not in self.lost:
-            state = load_state(folder / OPTIMIZER)
-            if self.sharded and not self.adapts:
-                load_optimizer_state(self.model, self.optimizer, state)
-            else:
-                self.optimizer.load_state_dict(state)
+        if not any(is_optimizer(name) for name in self.lost):
+            load_optimizer(self.model, self.optimizer, folder / OPTIMIZER)
 
         # A lost schedule is computed from the step of the checkpoint.
         if SCHEDULER not in self.lost:
             self.lr_scheduler.load_state_dict(load_state(folder / SCHEDULER))
         else:
-            forward_schedule(self.lr_scheduler, self.optimizer, step_of(folder))
+            forward_schedule(self.lr_scheduler, step_of(folder))
+
+        # The rates of the next step.
+        for group, value in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = value
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load the states of the random number generators, unless they are lost."""
-        if not any(name.startswith("rng_state") for name in self.lost):
+        """Load the random states of as many processes as there are now, unless they are lost.
+
+        Only dropout draws from them. Those of another number of processes are left: their masks would differ
+        in any case.
+        """
+        if checkpoint is None or any(name.startswith("rng_state") for name in self.lost):
+            return
+
+        found = len(list(Path(checkpoint).glob("rng_state*.pth")))
+        if found == self.args.world_size:
             super()._load_rng_state(checkpoint)
+        elif self.is_world_process_zero() and _drops(self.model):
+            self.say(
+                f"warning [TR06]: dropout draws other masks with {self.args.world_size} processes than with "
+                f"the {found} of the checkpoint: this is not the same run"
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         # While a checkpoint is written: its temporary folder.
@@ -566,3 +564,9 @@ class StageTrainer(Trainer):
             where=str(stage),
             hint="free some space (or set a smaller keep), then --resume",
         )
+
+
+def _drops(model: nn.Module) -> bool:
+    """Return whether anything of a model is dropped at random in training."""
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return max([*rates, getattr(model.config, "attention_dropout", 0.0) or 0.0]) > 0

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nsa_convert.errors import CheckpointError
+from nsa_convert.training.run.optimizer_states import bad_states, is_optimizer
 
-OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
 STATE_FILES = ("*.pt", "*.pth")
 JSON_FILES = ("trainer_state.json", "data_state.json")
@@ -79,56 +77,41 @@ def unreadable(folder: Path, step: int, skip: frozenset[str] = frozenset()) -> d
         elif name == "trainer_state.json" and values.get("global_step") != step:
             problems[name] = f"{name} is of step {values.get('global_step')}"
 
-    # States of torch: optimizer, schedule, random numbers.
+    # States of torch: schedule, random numbers.
     for path in sorted(path for pattern in STATE_FILES for path in folder.glob(pattern)):
         if path.name in skip:
             continue
 
         try:
-            state = load_state(path)
+            load_state(path)
         except Damaged as error:
             problems[path.name] = str(error)
-            continue
 
+    # The optimizer's, where nothing of it is missing.
+    if any(is_optimizer(name) for name in skip):
+        return problems
+    for name, reason, not_finite in bad_states(folder):
         # A state that cannot be used is worse than a damaged one: the run must not start from it unnoticed.
-        if path.name == OPTIMIZER and (bad := next(not_finite(state), None)) is not None:
+        if not_finite:
             raise CheckpointError(
-                f"{path}: {bad} holds NaN or infinity, which would reach every weight",
+                f"{folder / name}: {reason} holds NaN or infinity, which would reach every weight",
                 code="TR08",
-                where=str(path),
+                where=str(folder / name),
                 hint=f"remove {folder} to go on from the checkpoint before it",
             )
+        problems[name] = reason
 
     return problems
 
 
-def not_finite(values: Any, name: str = "") -> Iterator[str]:
-    """Yield the dotted names of the tensors and numbers that are not finite."""
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            yield from not_finite(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(values, (list, tuple)):
-        for index, value in enumerate(values):
-            yield from not_finite(value, f"{name}.{index}")
-    elif isinstance(values, Tensor):
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            yield name
-    elif isinstance(values, float) and not math.isfinite(values):
-        yield name
-
-
-def forward_schedule(scheduler: Any, optimizer: Any, step: int) -> None:
+def forward_schedule(scheduler: Any, step: int) -> None:
     """Set a schedule whose state was lost to an optimizer step: the rate is a function of the step alone."""
     inner = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    rates = [base * form(step) for base, form in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
 
     # The three attributes that LambdaLR itself keeps.
     inner.last_epoch = step
     inner._step_count = step + 1
-    inner._last_lr = rates
-
-    for group, value in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = value
+    inner._last_lr = [base * form(step) for base, form in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
 
 
 def state_bytes(model: nn.Module) -> int:
