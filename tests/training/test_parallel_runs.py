@@ -218,6 +218,35 @@ def test_processes_evaluate_what_one_evaluates(tmp_path):
 
 @SLOW
 @SHARDED
+def test_a_cut_model_ends_with_its_best_weights(tmp_path):
+    """At such a rate every step makes the model worse, so the first evaluation is the best."""
+    pytest.importorskip("peft")
+    data = [{"kind": "reference", "hold_out": 0.1}, {"kind": "recall", "pairs": 4}]
+    worse = {"lr": 3.0, "tokens": 64 * 20, "data": data, "eval_every": 1, "eval_rows": 4}
+    worse |= {"keep_best": "loss", "patience": 1, "keep": 1}
+    parts = {"all": stage(**worse), "lora": {**LORA, **worse}}
+    jobs = []
+    for name, part in parts.items():
+        recipe = recipe_values(tmp_path / name, NSA, part, model=copy.deepcopy(MODEL), fsdp=2, alarms="warn")
+        jobs.append({"recipe": recipe, "stop_at": None, "resume": False})
+    train_together(tmp_path / "jobs", jobs)
+
+    for name, file in (("all", "model/model.safetensors"), ("lora", "adapter/adapter_model.safetensors")):
+        place = tmp_path / name / "pretrain"
+        report = json.loads((place / "model" / "stage.json").read_text())
+        best, end = report["weights_of_step"], report["steps"]
+        assert best < end
+        model, kept, last = (
+            load_file(path)
+            for path in (place / file, *(place / f"checkpoint-{n}" / Path(file).name for n in (best, end)))
+        )
+        assert model.keys() == kept.keys()
+        assert all(torch.equal(model[key], kept[key]) for key in model), name
+        assert any(not torch.equal(model[key], last[key]) for key in model), name
+
+
+@SLOW
+@SHARDED
 def test_an_adapter_of_a_cut_model_belongs_to_the_whole_one(two):
     from peft import PeftModel
 

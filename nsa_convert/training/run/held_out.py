@@ -217,11 +217,6 @@ def evaluation_problems(stage: Stage, methods: Sequence[SparseMethod], parallel:
         problems.append(
             f"keep_best: needles takes rows of more than {least} tokens and no context parallelism; take loss"
         )
-    if figure is not None and parallel.sharded and stage.train != "lora":
-        problems.append(
-            "keep_best loads weights into the model as it is, which a sharded one cannot; leave it out, and "
-            "take the checkpoint of the best line of log.jsonl"
-        )
     return problems
 
 

@@ -96,6 +96,20 @@ def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
         states[p][key] = value.reshape(()) if key == "step" or p.dim() == 0 else value
 
 
+def load_weights(model: Any, folder: Path) -> None:
+    """Load the weights of a folder into a sharded model; every process calls this and reads its own part."""
+    state = model.state_dict()
+    tied = model.all_tied_weights_keys
+    values = {name: value for name, value in state.items() if name not in tied}
+    with _calm():
+        dcp.load(values, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+    # A tied weight is not in the files; cut, it may have memory of its own.
+    with torch.no_grad():
+        for name, source in tied.items():
+            state[name].copy_(state[source])
+
+
 def bad_states(folder: Path) -> Iterator[tuple[str, str, bool]]:
     """Read all files of a state once; yield file, what is wrong and whether a number is the reason.
 

@@ -34,8 +34,15 @@ from nsa_convert.training.run.distributed import (
 )
 from nsa_convert.training.run.held_out import PREFIX, HeldOut, best_step, evaluations
 from nsa_convert.training.run.logs import progress_line, read_log
+from nsa_convert.training.run.lora import load_adapters
 from nsa_convert.training.run.optimizer import MasterAdamW, parameter_groups, rate
-from nsa_convert.training.run.optimizer_states import OPTIMIZER, is_optimizer, load_optimizer, save_optimizer
+from nsa_convert.training.run.optimizer_states import (
+    OPTIMIZER,
+    is_optimizer,
+    load_optimizer,
+    load_weights,
+    save_optimizer,
+)
 from nsa_convert.training.run.parallel import Parallel
 from nsa_convert.training.run.trainer_states import SCHEDULER, forward_schedule, load_state, state_bytes
 
@@ -391,7 +398,7 @@ class StageTrainer(Trainer):
 
         best = best_step(self.evaluated, self.stage.keep_best)[0] or last
         if best != last:
-            self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{best}"))
+            self._load_weights(Path(self.args.output_dir) / f"checkpoint-{best}")
             self.say(f"{self.stage.name}: the weights of step {best}, whose {self.stage.keep_best} was best")
         return best
 
@@ -443,6 +450,16 @@ class StageTrainer(Trainer):
         """Load weights; a sharded model already has them, it was created from the checkpoint."""
         if not self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint into the model as it is, sharded or whole."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.sharded:
+            self._load_from_checkpoint(str(checkpoint))
+        elif self.adapts:
+            load_adapters(model, checkpoint)
+        else:
+            load_weights(model, checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save optimizer and schedule; every process writes its part of the optimizer's state."""
