@@ -14,7 +14,7 @@ from nsa_convert.evaluation.models import dense_attention_in
 from nsa_convert.loading import load_causal_model, load_tokenizer
 from nsa_convert.training.data.rows import collate
 from nsa_convert.training.recipe.schema import Recipe, recipe_from_dict
-from nsa_convert.training.run.held_out import best_step, compare_ends, open_held_out
+from nsa_convert.training.run.held_out import best_step, compare_ends, open_held_out, start_was_better
 from nsa_convert.training.run.runner import Interrupted, TrainingReport, train_recipe
 from tests.training.recipes import NSA, ROOT, losses, recipe_values, run, same_weights, stage
 
@@ -111,6 +111,26 @@ def test_the_best_weights_are_kept_and_a_stage_without_progress_ends(tmp_path):
     assert any(not torch.equal(model[name], last[name]) for name in model)
     assert report.stages["pretrain"]["weights_of_step"] == best
     assert f"step 0 -> {best + 4}: loss" in report.to_text()
+
+
+def test_a_stage_that_made_nothing_better_says_so():
+    def rows(*values: float, figure: str = "kl") -> list[dict[str, Any]]:
+        return [{"step": 2 * n, f"eval_{figure}": value} for n, value in enumerate(values)]
+
+    assert (
+        start_was_better(rows(0.1, 0.3, 0.2), "kl") == "kl is 0.1000 at the start and 0.2000 at best after it"
+    )
+    assert start_was_better(rows(0.1, 0.3, 0.05), "kl") is None
+    assert start_was_better(rows(0.9, 0.5, 0.7, figure="needles"), "needles") is not None
+    assert start_was_better(rows(0.9, 0.5, 1.0, figure="needles"), "needles") is None
+    assert start_was_better(rows(0.1), "kl") is None
+
+
+def test_the_run_says_that_its_start_was_better(tmp_path):
+    said: list[str] = []
+    train_recipe(read(tmp_path / "run", **WORSE | {"tokens": 64 * 4}), None, base=ROOT, say=said.append)
+    (line,) = [line for line in said if "made the model no better" in line]
+    assert line.startswith("warning: pretrain made the model no better: loss is ")
 
 
 def test_an_ended_stage_is_not_trained_on(tmp_path, monkeypatch):

@@ -248,6 +248,25 @@ def best_step(rows: Sequence[Mapping[str, Any]], figure: str) -> tuple[int, int]
     return later[best]["step"], len(later) - 1 - best
 
 
+def start_was_better(rows: Sequence[Mapping[str, Any]], figure: str) -> str | None:
+    """Return a sentence where no evaluation after the start is better than it, else None.
+
+    Args:
+        rows: Evaluations of a stage, that of its start among them.
+        figure: Name of the figure that decides.
+    """
+    start = next((row for row in rows if row["step"] == 0), None)
+    best = best_step(rows, figure)[0]
+    if start is None or not best:
+        return None
+
+    key, sign = f"{PREFIX}{figure}", -1 if figure in GROWS else 1
+    found = next(row for row in rows if row["step"] == best)
+    if sign * found[key] <= sign * start[key]:
+        return None
+    return f"{figure} is {start[key]:.4f} at the start and {found[key]:.4f} at best after it"
+
+
 def compare_control(run: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     """Return how a stage's figures moved beside those of its dense control, in one line; empty without any.
 

@@ -32,7 +32,7 @@ from nsa_convert.training.run.distributed import (
     share_tokens,
     split_tokens,
 )
-from nsa_convert.training.run.held_out import PREFIX, HeldOut, best_step, evaluations
+from nsa_convert.training.run.held_out import PREFIX, HeldOut, best_step, evaluations, start_was_better
 from nsa_convert.training.run.logs import progress_line, read_log
 from nsa_convert.training.run.lora import load_adapters
 from nsa_convert.training.run.optimizer import MasterAdamW, parameter_groups, rate
@@ -395,6 +395,12 @@ class StageTrainer(Trainer):
         last = int(self.state.global_step)
         if self.stage.keep_best is None:
             return last
+
+        worse = start_was_better(self.evaluated, self.stage.keep_best)
+        if worse is not None:
+            self.say(
+                f"warning: {self.stage.name} made the model no better: {worse}; lower the learning rates"
+            )
 
         best = best_step(self.evaluated, self.stage.keep_best)[0] or last
         if best != last:
