@@ -84,7 +84,14 @@ def test_the_weights_that_were_kept_are_compared():
     assert compare_control(kept, {}) == ""
 
 
-@pytest.mark.parametrize("stop_at", ["pretrain 2/", "control: first 2/", "control: pretrain 3/"])
+@pytest.mark.parametrize(
+    "stop_at",
+    [
+        pytest.param("pretrain 2/", marks=pytest.mark.slow),
+        pytest.param("control: first 2/", marks=pytest.mark.slow),
+        "control: pretrain 3/",
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_same_control(done, tmp_path, stop_at):
     with pytest.raises(Interrupted):
         run(tmp_path / "run", "with control", stop_at)
@@ -93,6 +100,7 @@ def test_a_stopped_run_goes_on_to_the_same_control(done, tmp_path, stop_at):
         assert same_weights(done[0] / name, tmp_path / "run" / name)
 
 
+@pytest.mark.slow
 def test_a_finished_run_gets_its_control_later(done, tmp_path):
     run(tmp_path / "run", "with control", control=False)
     assert not (tmp_path / "run" / "control").exists()

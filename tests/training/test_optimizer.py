@@ -56,7 +56,8 @@ def test_published_rates_move_bfloat16_weights(rate, capsys):
         print(f"\nlearning rate {rate:g}: {kept:.1%} of updates survive, without masters {lost:.1%}")
     torch.testing.assert_close(optimizer.state[half.weight]["master"], wide.weight.data, rtol=1e-6, atol=1e-9)
     assert torch.equal(half.weight, optimizer.state[half.weight]["master"].bfloat16())
-    assert kept > 0.999
+    # At 1e-6 float32 itself rounds 0.2 % of the updates of a weight of 0.02 away.
+    assert kept > 0.995
 
 
 def test_weight_decay_alone_survives():

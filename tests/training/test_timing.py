@@ -84,7 +84,7 @@ def test_passes_count_for_each_micro_batch_and_the_optimizer_once(tmp_path, monk
     assert measured.stages[0].seconds_per_step == 2 * 1 + 2
 
 
-@pytest.mark.parametrize("name", ["tiny/sft", "tiny/nsa"])
+@pytest.mark.parametrize("name", ["tiny/sft", pytest.param("tiny/nsa", marks=pytest.mark.slow)])
 def test_the_command_says_the_time_of_every_stage(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = CliRunner().invoke(main, ["train", name, "--dry-run", "--set", "measure=true", "--json"])
