@@ -140,7 +140,7 @@ def test_rc07_a_bomb_of_anchors_is_refused_at_once(tmp_path):
         ({"tokens": -5}, "tokens must be >= 1, got -5"),
         ({"tokens": 63}, "a budget of 63 tokens is below one step of 64 tokens"),
         ({"warmup": 2.0}, "warmup must be between 0 and 1, got 2.0"),
-        ({"batch_tokens": 0, "micro_batch": 0}, ("batch_tokens must be >= 1", "micro_batch must be >= 1")),
+        ({"batch_tokens": 0, "micro_batch": -1}, ("batch_tokens must be >= 1", "micro_batch must be >= 0")),
         ({"betas": [0.9, 1.0], "clip": -1.0}, ("betas must be two numbers", "clip must be >= 0")),
         ({"lr": "fast"}, "lr must be a number, got 'fast'"),
     ],
