@@ -90,6 +90,7 @@ def _step_seconds(recipe: Recipe, index: int, start: Start, base: Path) -> float
     stage = recipe.stages[index]
     clock = StepClock()
 
+    # why: the log of two steps, removed with the folder
     with tempfile.TemporaryDirectory() as folder, explained(stage), quiet():
         short = _shortened(recipe, stage, Path(folder))
         model = load_first(recipe, start)
