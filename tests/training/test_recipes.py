@@ -104,7 +104,9 @@ def test_every_trainable_method_trains_in_every_precision(name, precision, tmp_p
     done = CliRunner().invoke(main, [*words, "--set", "report_to=none"])
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(row["loss"]) for row in rows)
+    # A line is of training, or of an evaluation.
+    values = [row["loss"] if "loss" in row else row["eval_loss"] for row in rows]
+    assert all(math.isfinite(value) for value in values)
 
 
 def test_every_trainable_method_has_a_tiny_recipe():
